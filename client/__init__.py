@@ -1,0 +1,1 @@
+"""The site: the relay that Flower runs, and the resident worker that holds the data."""

@@ -1,0 +1,243 @@
+"""What a server asks, read with suspicion: each value's type and range is checked before use."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays, Spec
+from fedge.shared.config import TrainSection
+from fedge.shared.errors import SiteError
+from fedge.shared.preprocess import Standardise
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MAX_ROUND = 1_000_000
+MAX_SETTINGS_CHARS = 10_000
+MAX_MU = 1e6
+_NPY_HEADER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Address:
+    """Which run and round a request belongs to."""
+
+    run_id: str
+    server_round: int
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What training and evaluation have in common.
+
+    Attributes:
+        address: run and round.
+        seed: of the run.
+        threads: of torch.
+        of_site: standardise by the site's own statistics.
+        standardise: the federation's statistics, where ``of_site`` is false and the task learns
+            any.
+    """
+
+    address: Address
+    seed: int
+    threads: int
+    of_site: bool
+    standardise: Standardise | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a site is asked to do in a round.
+
+    Attributes:
+        settings: optimiser, batches, steps.
+        proximal_mu: FedProx's; 0 for none.
+        control: SCAFFOLD is on.
+        accepted_round: the last round whose update of this site was counted, 0 for none.
+        loss_at: "running" or "received".
+    """
+
+    settings: TrainSection
+    proximal_mu: float
+    control: bool
+    accepted_round: int
+    loss_at: str
+
+
+def refuse(where: str, wanted: str, got: object) -> SiteError:
+    """Error 414 in the project's wording."""
+    return SiteError(414, f"{where}: must be {wanted}, got {str(got)[:80]}")
+
+
+def config_of(request: Message, task: str) -> ConfigRecord:
+    """The request's configuration.
+
+    Raises:
+        SiteError: 414, it has none, or it is of another task.
+    """
+    found = request.content.get(protocol.CONFIG) if request.has_content() else None
+    if not isinstance(found, ConfigRecord):
+        raise refuse("request", f"a message with {protocol.CONFIG}", "none")
+    if found.get(protocol.TASK) != task:
+        raise refuse(protocol.TASK, task, found.get(protocol.TASK))
+    return found
+
+
+def address(config: ConfigRecord) -> Address:
+    """Run and round of a request.
+
+    Raises:
+        SiteError: 414.
+    """
+    run_id = config.get(protocol.RUN_ID)
+    if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
+        raise refuse(protocol.RUN_ID, f"text like {RUN_ID.pattern}", run_id)
+    return Address(run_id, _integer(config, protocol.SERVER_ROUND, 0, MAX_ROUND))
+
+
+def terms(config: ConfigRecord, columns: int | None) -> Terms:
+    """The part that training and evaluation have in common.
+
+    Args:
+        config: of the request.
+        columns: that reach the task's ``Standardise``, None where it has none.
+
+    Raises:
+        SiteError: 414.
+    """
+    mode = config.get(protocol.STANDARDISE)
+    if mode not in ("federated", "site"):
+        raise refuse(protocol.STANDARDISE, "federated or site", mode)
+    federated = columns is not None and mode == "federated"
+    return Terms(
+        address=address(config),
+        seed=_integer(config, protocol.SEED, 0, 2**63 - 1),
+        threads=_integer(config, protocol.THREADS, 1, 256),
+        of_site=columns is not None and mode == "site",
+        standardise=_standardise(config, columns or 0) if federated else None,
+    )
+
+
+def training(config: ConfigRecord) -> Training:
+    """What to do in the round.
+
+    Raises:
+        SiteError: 414.
+    """
+    text = config.get(protocol.SETTINGS)
+    if not isinstance(text, str) or len(text) > MAX_SETTINGS_CHARS:
+        raise refuse(protocol.SETTINGS, "training settings as JSON", type(text).__name__)
+    try:
+        settings = TrainSection.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in (protocol.SETTINGS, *first["loc"]))
+        raise SiteError(414, f"{where}: {first['msg'][:200]}") from None
+    control = config.get(protocol.CONTROL, False)
+    if not isinstance(control, bool):
+        raise refuse(protocol.CONTROL, "true or false", control)
+    loss_at = config.get(protocol.LOSS_AT, "running")
+    if loss_at not in ("running", "received"):
+        raise refuse(protocol.LOSS_AT, "running or received", loss_at)
+    mu = _number(config.get(protocol.PROXIMAL_MU, 0.0))
+    if mu is None or not 0 <= mu <= MAX_MU:
+        raise refuse(
+            protocol.PROXIMAL_MU, f"a number from 0 to {MAX_MU:g}", config[protocol.PROXIMAL_MU]
+        )
+    server_round = _integer(config, protocol.SERVER_ROUND, 1, MAX_ROUND)
+    accepted = 0
+    if protocol.ACCEPTED_ROUND in config or control:
+        accepted = _integer(config, protocol.ACCEPTED_ROUND, 0, server_round - 1)
+    return Training(settings, mu, control, accepted, str(loss_at))
+
+
+def arrays(request: Message, expected: Mapping[str, Spec]) -> NDArrays:
+    """The request's arrays, in the order of ``expected``.
+
+    Raises:
+        SiteError: 414, a name, shape or type differs from what is expected, or a value is not
+            finite.
+    """
+    found = request.content.get(protocol.ARRAYS)
+    if not isinstance(found, ArrayRecord):
+        raise refuse("request", f"a message with {protocol.ARRAYS}", "none")
+    for name in expected:
+        if name not in found:
+            raise refuse(name, "among the arrays", "nothing")
+    for name in found:
+        if name not in expected:
+            raise refuse("arrays", "those of the model", name)
+    return {name: _decode(name, found[name], spec) for name, spec in expected.items()}
+
+
+def _decode(name: str, array: Array, spec: Spec) -> NDArray[Any]:
+    """Decode NumPy's format, after its header has been held against ``spec``.
+
+    So nothing larger than the model's own tensor is ever allocated, whatever the header claims.
+    """
+    dtype = np.dtype(spec.dtype)
+    size = math.prod(spec.shape) * dtype.itemsize
+    if array.stype != "numpy.ndarray" or not size < len(array.data) <= size + _NPY_HEADER_BYTES:
+        raise refuse(name, f"{size} bytes in NumPy's format", len(array.data))
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"version {version}")
+        shape, fortran, found = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:
+        # NumPy's parser raises many types on hostile bytes; all mean the same here.
+        raise refuse(name, "in NumPy's format 1.0", type(error).__name__) from None
+    if shape != spec.shape or found != dtype:
+        raise refuse(name, f"{spec.dtype}{list(spec.shape)}", f"{found}{list(shape)}")
+    offset = stream.tell()
+    if len(array.data) - offset != size:
+        raise refuse(name, f"{size} bytes of values", len(array.data) - offset)
+    order: Literal["C", "F"] = "F" if fortran else "C"
+    values = np.frombuffer(array.data, dtype=dtype, offset=offset).reshape(spec.shape, order=order)
+    if dtype.kind == "f" and not np.isfinite(values).all():
+        raise refuse(name, "finite", "NaN or infinity")
+    return values
+
+
+def _standardise(config: ConfigRecord, columns: int) -> Standardise:
+    mean, std = (
+        _floats(config, key, columns) for key in (protocol.FEATURE_MEAN, protocol.FEATURE_STD)
+    )
+    if min(std, default=0.0) < 0:
+        raise refuse(protocol.FEATURE_STD, "0 or more", min(std))
+    return Standardise(mean=mean, std=std)
+
+
+def _floats(config: ConfigRecord, key: str, count: int) -> tuple[float, ...]:
+    values = config.get(key)
+    if not isinstance(values, list) or len(values) != count:
+        raise refuse(key, f"{count} numbers", len(values) if isinstance(values, list) else values)
+    numbers = [number for value in values if (number := _number(value)) is not None]
+    if len(numbers) != count:
+        raise refuse(key, "finite numbers", values)
+    return tuple(numbers)
+
+
+def _integer(config: ConfigRecord, key: str, low: int, high: int) -> int:
+    value = config.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise refuse(key, f"an integer from {low} to {high}", value)
+    return value
+
+
+def _number(value: object) -> float | None:
+    # bool is an int to Python, but no number to us.
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None

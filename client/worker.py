@@ -1,0 +1,256 @@
+"""The site's worker: holds the data and the warm network, answers the server's requests, lets nothing else out.
+
+A failure travels as its number alone; its text, which may speak of paths and values, stays in the
+site's own log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedge.client import requests
+from fedge.client.batches import batches, steps_of_epoch
+from fedge.client.data import SiteData
+from fedge.client.draws import seed_of
+from fedge.client.evaluate import counters, mean_loss
+from fedge.client.requests import Address, Terms, Training
+from fedge.client.state import ControlStore
+from fedge.client.train import Examples, optimizer, train
+from fedge.shared import preprocess, protocol
+from fedge.shared.arrays import NDArrays, Spec, specs, write_atomically
+from fedge.shared.config import TrainSection
+from fedge.shared.errors import FedgeError, SiteError
+from fedge.shared.preprocess import Standardise
+from fedge.shared.tasks.task import Task
+
+log = logging.getLogger(__name__)
+
+TASK_FAILED = 413
+
+
+class SiteWorker:
+    """Answers register, train and evaluate for one site and one task.
+
+    Args:
+        site: its name, part of every draw.
+        task: what is learnt.
+        data: the site's raw examples.
+        home: folder of this site alone, for what outlives the process.
+    """
+
+    def __init__(self, site: str, task: Task, data: SiteData, home: Path) -> None:
+        self.site = site
+        self.task = task
+        self.data = data
+        self.home = home
+        self._lock = threading.Lock()
+        with torch.random.fork_rng(devices=[]):
+            self._network = task.network()
+        initial = {name: t.numpy() for name, t in self._network.state_dict().items()}
+        self._specs = specs(initial)
+        self._statistics = (
+            preprocess.statistics(task.preprocessing, data.train_features)
+            if preprocess.learns(task.preprocessing)
+            else None
+        )
+        self._prepared: tuple[Standardise | None, Examples, Examples] | None = None
+        # Torch imports its compiler with the first optimiser; no request should pay for that.
+        optimizer(TrainSection(), self._network)
+
+    def handle(self, request: Message) -> Message:
+        """Answer a request.
+
+        Returns:
+            The reply of ``fedge.shared.protocol``, or Flower's ``Error`` with fedge's number: 414
+            for a request that is refused, 413 for any failure without a number of its own.
+        """
+        try:
+            with self._lock:
+                return Message(self._answer(request), reply_to=request)
+        except FedgeError as error:
+            log.error("site %s: %s", self.site, error)
+            code = error.code
+        except Exception:
+            log.exception("site %s: FE-%d the task failed", self.site, TASK_FAILED)
+            code = TASK_FAILED
+        return Message(Error(code=code, reason=f"FE-{code}"), reply_to=request)
+
+    def _answer(self, request: Message) -> RecordDict:
+        answers: dict[str, Callable[[Message], RecordDict]] = {
+            protocol.REGISTER: self._register,
+            protocol.TRAIN: self._train,
+            protocol.EVALUATE: self._evaluate,
+        }
+        kind = request.metadata.message_type
+        if kind not in answers:
+            raise requests.refuse("message type", f"one of {', '.join(answers)}", kind)
+        return answers[kind](request)
+
+    def _register(self, request: Message) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        sizes: dict[str, int | float | list[int] | list[float]] = {
+            protocol.NUM_TRAIN_EXAMPLES: len(self.data.train_labels),
+            protocol.NUM_TEST_EXAMPLES: len(self.data.test_labels),
+        }
+        if self._statistics is not None:
+            sizes[protocol.FEATURE_TOTAL] = list(self._statistics.total)
+            sizes[protocol.FEATURE_TOTAL_OF_SQUARES] = list(self._statistics.total_of_squares)
+        return self._reply(address, MetricRecord(sizes))
+
+    def _train(self, request: Message) -> RecordDict:
+        config = requests.config_of(request, self.task.name)
+        terms = requests.terms(config, self._columns)
+        what = requests.training(config)
+        own_specs = self._control_specs if what.control else {}
+        prefixed = {protocol.CONTROL_PREFIX + name: spec for name, spec in own_specs.items()}
+        received = requests.arrays(request, self._specs | prefixed)
+        fit, _ = self._prepare(terms)
+        self._load(received)
+
+        loss = None
+        if what.loss_at == "received":
+            loss = mean_loss(self.task, self._network, fit.x, fit.y)
+        trained, running = self._local_steps(terms, what, received, fit)
+        metrics: dict[str, int | float] = {
+            protocol.NUM_EXAMPLES: len(fit.y),
+            protocol.TRAIN_LOSS: running if loss is None else loss,
+        }
+        return self._reply(terms.address, MetricRecord({**metrics}), trained)
+
+    def _local_steps(
+        self, terms: Terms, what: Training, received: NDArrays, fit: Examples
+    ) -> tuple[NDArrays, float]:
+        """Train the loaded network.
+
+        Returns:
+            Its weights, with SCAFFOLD's change of c_i if asked for, and the mean loss of the steps.
+
+        Raises:
+            SiteError: 401, the weights are no longer finite; 413, c_i is missing.
+        """
+        settings, server_round = what.settings, terms.address.server_round
+        epoch = steps_of_epoch(len(fit.y), settings.batch_size)
+        steps = settings.local_steps or (settings.local_epochs or 1) * epoch
+        order = batches(
+            seed=terms.seed,
+            site=self.site,
+            rows=len(fit.y),
+            batch_size=settings.batch_size,
+            first=(server_round - 1) * steps,
+            steps=steps,
+        )
+        server: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = {}
+        store = ControlStore(self.home / "control" / terms.address.run_id)
+        if what.control:
+            server = {
+                n: _tensor(received[protocol.CONTROL_PREFIX + n]) for n in self._control_specs
+            }
+            held = store.load(what.accepted_round, self._control_specs)
+            own = {name: _tensor(a) for name, a in held.items()}
+        with torch.random.fork_rng(devices=[]):
+            # Whatever a network draws of its own (dropout) is a function of seed, site and round.
+            torch.manual_seed(seed_of(terms.seed, self.site, "network", server_round))
+            outcome = train(
+                self.task,
+                self._network,
+                fit,
+                order,
+                settings,
+                proximal_mu=what.proximal_mu,
+                correction={name: server[name] - own[name] for name in own},
+            )
+        trained = {n: t.detach().clone().numpy() for n, t in self._network.state_dict().items()}
+        if not all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
+            raise SiteError(
+                401, f"round {server_round}: the trained weights must be finite, got others"
+            )
+        change: NDArrays = {}
+        if what.control:
+            # Tensors that no step changes (buffers) keep their variate.
+            new = {name: outcome.mean_gradient.get(name, c) for name, c in own.items()}
+            store.save(server_round, what.accepted_round, {n: t.numpy() for n, t in new.items()})
+            change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).numpy() for n in new}
+        return trained | change, outcome.loss
+
+    def _evaluate(self, request: Message) -> RecordDict:
+        terms = requests.terms(requests.config_of(request, self.task.name), self._columns)
+        received = requests.arrays(request, self._specs)
+        _, held_out = self._prepare(terms)
+        self._load(received)
+        found = counters(self.task, self._network, held_out.x, held_out.y)
+        metrics: dict[str, int | float] = {protocol.NUM_EXAMPLES: len(held_out.y)}
+        metrics |= {name: found[name] for name in self.task.counter_names}
+        return self._reply(terms.address, MetricRecord({**metrics}))
+
+    @property
+    def _columns(self) -> int | None:
+        return None if self._statistics is None else len(self._statistics.total)
+
+    @property
+    def _control_specs(self) -> dict[str, Spec]:
+        return {n: s for n, s in self._specs.items() if np.dtype(s.dtype).kind == "f"}
+
+    def _prepare(self, terms: Terms) -> tuple[Examples, Examples]:
+        """Preprocessed train and test examples, kept until a request brings other statistics."""
+        torch.set_num_threads(terms.threads)
+        standardise = terms.standardise
+        if terms.of_site and self._statistics is not None:
+            standardise = self._statistics.standardise()
+        if self._prepared is None or self._prepared[0] != standardise:
+            if terms.of_site and standardise is not None:
+                self._write_statistics(standardise)
+            steps = self.task.preprocessing
+            if standardise is not None:
+                steps = preprocess.fitted(steps, standardise)
+            both = [
+                Examples(_tensor(preprocess.apply(steps, features)), _tensor(labels))
+                for features, labels in (
+                    (self.data.train_features, self.data.train_labels),
+                    (self.data.test_features, self.data.test_labels),
+                )
+            ]
+            self._prepared = (standardise, both[0], both[1])
+        return self._prepared[1], self._prepared[2]
+
+    def _write_statistics(self, standardise: Standardise) -> None:
+        """Leave the site's own statistics for its devices, which must standardise as the site did."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        values = {"mean": list(standardise.mean), "std": list(standardise.std)}
+        write_atomically(self.home / "statistics.json", (json.dumps(values) + "\n").encode())
+
+    def _load(self, received: NDArrays) -> None:
+        self._network.load_state_dict({name: _tensor(received[name]) for name in self._specs})
+
+    def _reply(
+        self, address: Address, metrics: MetricRecord, arrays: Mapping[str, Any] | None = None
+    ) -> RecordDict:
+        config = ConfigRecord(
+            {
+                protocol.SITE: self.site,
+                protocol.RUN_ID: address.run_id,
+                protocol.SERVER_ROUND: address.server_round,
+                protocol.TASK: self.task.name,
+            }
+        )
+        content = RecordDict({protocol.CONFIG: config, protocol.METRICS: metrics})
+        if arrays is not None:
+            content[protocol.ARRAYS] = ArrayRecord(
+                {n: Array(np.asarray(a)) for n, a in arrays.items()}
+            )
+        return content
+
+
+def _tensor(a: Any) -> Tensor:
+    # Copied: the request's arrays are read-only, and shared with other sites where all run in one process.
+    return torch.from_numpy(np.array(a))

@@ -1,0 +1,1 @@
+"""The device: verify a signed bundle, run it, time it. Needs neither torch nor flwr."""

@@ -1,0 +1,1 @@
+"""The coordinator: round loop, admission, strategies, journal, release."""

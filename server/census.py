@@ -1,0 +1,174 @@
+"""Who takes part: nodes register as sites, once a run, and their word of size binds them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedge.server.admission import Registration, Rejection, admit_registration
+from fedge.server.exchange import exchange
+from fedge.server.journal import Journal
+from fedge.shared import preprocess, protocol
+from fedge.shared.config import Config
+from fedge.shared.errors import RunError
+from fedge.shared.preprocess import OneHot, Standardise
+from fedge.shared.tasks.task import Task
+
+_log = logging.getLogger(__name__)
+_PAUSE = 0.5
+
+
+@dataclass(frozen=True)
+class Member:
+    """A registered site.
+
+    Attributes:
+        node_id: Flower's, in this Flower run.
+        train_examples, test_examples: the most that it may report, in any round.
+    """
+
+    site: str
+    node_id: int
+    train_examples: int
+    test_examples: int
+
+
+def column_bounds(task: Task) -> tuple[tuple[float, float], ...]:
+    """(low, high) of the mean of each column that reaches ``Standardise``; empty where there is none."""
+    if not preprocess.learns(task.preprocessing):
+        return ()
+    bounds = [(f.low, f.high) for f in task.input.features]
+    for step in task.preprocessing:
+        match step:
+            case OneHot(columns):
+                kept = [b for i, b in enumerate(bounds) if i not in {index for index, _ in columns}]
+                bounds = kept + [(0.0, 1.0) for _, categories in columns for _ in categories[1:]]
+            case Standardise():
+                break
+            case _:
+                pass
+    return tuple(bounds)
+
+
+def take(
+    grid: Grid, config: Config, task: Task, run_id: str, journal: Journal, flower_run_id: int
+) -> tuple[dict[str, Member], list[Rejection]]:
+    """Register every node that the grid knows, and wait for as many as the configuration names.
+
+    Returns:
+        Members by site, in name order, and refused registrations.
+
+    Raises:
+        RunError: 501, fewer than ``round.min-sites`` before the deadline; 502, a required site is missing.
+    """
+    wanted = config.sites.count if config.data.partition != "natural" else config.round.min_sites
+    needed = max(wanted, config.round.min_sites)
+    deadline = time.monotonic() + config.round.deadline
+    admitted: dict[str, tuple[int, Registration]] = {}
+    refused: dict[int, Rejection] = {}
+    while True:
+        known = {node for node, _ in admitted.values()} | set(refused)
+        new = sorted(set(grid.get_node_ids()) - known)
+        left = deadline - time.monotonic()
+        if new and left > 0:
+            _register(grid, new, left, config, task, run_id, journal, admitted, refused)
+        if len(admitted) >= needed or left <= 0:
+            break
+        if len(admitted) + len(refused) >= needed:
+            # Everybody who was expected has spoken; those refused will not improve by waiting.
+            break
+        time.sleep(min(_PAUSE, max(left, 0.0)))
+    members = {
+        site: Member(site, node, r.train_examples, r.test_examples)
+        for site, (node, r) in sorted(admitted.items())
+    }
+    _log.info(
+        "Flower run %s: %d sites registered, %d refused", flower_run_id, len(members), len(refused)
+    )
+    if missing := sorted(set(config.round.require_sites) - set(members)):
+        raise RunError(502, f"round.require-sites: must be registered, got no {', '.join(missing)}")
+    if len(members) < config.round.min_sites:
+        why = "; ".join(f"{r.site}: {r.reason}" for r in refused.values())[:300]
+        raise RunError(
+            501,
+            f"sites: must be at least {config.round.min_sites}, got {len(members)} {why}".rstrip(),
+        )
+    if journal.run_preprocessing_missing():
+        parts = [r.statistics for _, (_, r) in sorted(admitted.items()) if r.statistics is not None]
+        steps = (
+            preprocess.fitted(task.preprocessing, preprocess.pooled(parts).standardise())
+            if parts
+            else task.preprocessing
+        )
+        journal.fix_preprocessing([step.to_json() for step in steps])
+    return members, list(refused.values())
+
+
+def _register(
+    grid: Grid,
+    nodes: Sequence[int],
+    deadline: float,
+    config: Config,
+    task: Task,
+    run_id: str,
+    journal: Journal,
+    admitted: dict[str, tuple[int, Registration]],
+    refused: dict[int, Rejection],
+) -> None:
+    requests = [
+        Message(
+            RecordDict(
+                {
+                    protocol.CONFIG: ConfigRecord(
+                        {
+                            protocol.RUN_ID: run_id,
+                            protocol.SERVER_ROUND: 0,
+                            protocol.TASK: task.name,
+                        }
+                    )
+                }
+            ),
+            dst_node_id=node,
+            message_type=protocol.REGISTER,
+            ttl=deadline + 60,
+        )
+        for node in nodes
+    ]
+    replies = exchange(grid, requests, deadline).replies
+    before = journal.sites()
+    bounds = column_bounds(task)
+    for node in nodes:
+        if node not in replies:
+            continue
+        result = admit_registration(replies[node], f"node {node}", run_id, config.admission, bounds)
+        if isinstance(result, Registration):
+            result = _known(result, before, admitted)
+        if isinstance(result, Rejection):
+            refused[node] = result
+            _log.warning("%s refused: FE-%d %s", result.site, result.code, result.reason)
+            continue
+        admitted[result.site] = (node, result)
+        journal.add_site(result.site, result.train_examples, result.test_examples)
+
+
+def _known(
+    registration: Registration,
+    before: dict[str, tuple[int, int]],
+    admitted: dict[str, tuple[int, Registration]],
+) -> Registration | Rejection:
+    site = registration.site
+    if site in admitted:
+        return Rejection(site, 412, "duplicate", f"site: must be unique, got a second {site}")
+    if site in before and (registration.train_examples, registration.test_examples) != before[site]:
+        return Rejection(
+            site,
+            412,
+            "rejected",
+            f"{site}: must hold {before[site]} examples as before, got other data",
+        )
+    return registration

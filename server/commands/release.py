@@ -1,0 +1,64 @@
+"""`fedge release`: make the signed bundle of a finished run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedge.shared.command import Command
+
+if TYPE_CHECKING:
+    from fedge.server.release import ReleaseSummary
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="written by `fedge simulate --out`"
+    )
+    parser.add_argument(
+        "--key", type=Path, required=True, metavar="PATH", help="private key that signs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the bundle, for example model.fedge",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: Namespace) -> int:
+    from fedge.server.release import release
+
+    summary = release(arguments.run_dir, arguments.key, arguments.out)
+    if arguments.json:
+        sys.stdout.write(json.dumps(summary.to_json(), allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(_text(summary, arguments.out))
+    return 0
+
+
+def _text(summary: ReleaseSummary, out: Path) -> str:
+    manifest = summary.manifest
+    lines = [
+        f"released  {out} ({summary.bundle.bytes:,} bytes)",
+        f"key       {summary.key_id}",
+        f"parity    within {manifest.parity.max_abs_difference:.2g} of the trained model",
+    ]
+    if manifest.latency:
+        p50, p99 = manifest.latency.p50_ms, manifest.latency.p99_ms
+        lines.append(f"latency   p50 {p50:.3g} ms, p99 {p99:.3g} ms")
+    return "\n".join(lines) + "\n"
+
+
+COMMAND = Command(
+    summary="export a finished run's model, check it, and sign it as a bundle",
+    extra="export",
+    arguments=_arguments,
+    run=_run,
+    epilog="example:\n  fedge release runs/digits --key release.key --out model.fedge",
+)

@@ -1,0 +1,57 @@
+"""Decode a foreign tensor without trusting a byte of it.
+
+Flower's ``Array.numpy`` reads whatever shape the bytes claim, so a header of 10**12 elements allocates before it
+fails. Here the NPY header (numpy.lib.format, versions 1 and 2) must state the expected shape and type, and the
+length must fit, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from flwr.app import Array
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+#: More than any header of a plain array needs.
+_MAX_HEADER = 4096
+
+
+class UndecodableError(ValueError):
+    """The bytes are not the expected tensor; the message says what they are."""
+
+
+def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The tensor, if it is exactly of this shape and type.
+
+    Raises:
+        UndecodableError: it is not.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if array.stype != "numpy.ndarray":
+        raise UndecodableError(f"must be serialised as numpy.ndarray, got {array.stype!r}")
+    if len(array.data) > size + _MAX_HEADER:
+        raise UndecodableError(f"must hold {size} bytes of shape {shape}, got {len(array.data)}")
+    file = BytesIO(array.data)
+    try:
+        version = npy.read_magic(file)
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[
+            version
+        ]
+        found_shape, fortran, found_dtype = read_header(file, max_header_size=_MAX_HEADER)
+    except Exception as error:
+        # The parser of numpy raises many types on hostile bytes; all mean the same here.
+        raise UndecodableError(f"not an NPY array ({type(error).__name__})") from None
+    if tuple(found_shape) != tuple(shape) or tuple(array.shape) != tuple(shape):
+        raise UndecodableError(
+            f"shape must be {tuple(shape)}, got {tuple(found_shape)} (labelled {tuple(array.shape)})"
+        )
+    if found_dtype != dtype:
+        raise UndecodableError(f"type must be {dtype}, got {found_dtype}")
+    data = array.data[file.tell() :]
+    if len(data) != size:
+        raise UndecodableError(f"must hold {size} bytes of data, got {len(data)}")
+    flat = np.frombuffer(data, dtype=dtype)
+    return flat.reshape(shape, order="F" if fortran else "C").copy(order="C")

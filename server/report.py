@@ -1,0 +1,143 @@
+"""The report of a run: one self-contained HTML file, for the engineer, the security officer and the physician.
+
+It holds no script and names nothing outside itself; its Content-Security-Policy allows inline style and nothing
+else. Every value is escaped, as sites choose their names and reasons come from their replies.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from fedge.server import report_format as fmt
+from fedge.server.report_cost import cost
+from fedge.server.report_data import Run, read
+from fedge.server.report_device import device
+from fedge.server.report_format import esc
+from fedge.server.report_learning import learning
+from fedge.server.report_participation import participation
+from fedge.server.report_release import hash_html, release
+from fedge.server.report_sites import site_results
+from fedge.server.report_summary import brief, headline, tiles
+
+#: Characters of the configuration that are shown.
+MAX_CONFIG = 100_000
+
+GLOSSARY = (
+    ("Site", "A place that holds data, for example a hospital. Its examples never leave it."),
+    (
+        "Round",
+        "The sites train the shared model on their own examples and send the updates, which the server combines.",
+    ),
+    ("Site mean", "The mean of the sites' results; every site counts the same, however small."),
+    ("Pooled", "All sites' held-out examples counted together; large sites weigh more."),
+    ("Rejected", "An update that the server's checks refused. It did not enter the model."),
+    (
+        "Loss",
+        "How wrong the model's predictions are, by the measure that training lowers. Smaller is better.",
+    ),
+    ("Parity", "Whether the exported model computes the same outputs as the trained one."),
+    (
+        "Agreement",
+        "The share of rows to which the device gave the same label as the trained model.",
+    ),
+)
+
+
+@cache
+def _data(name: str) -> str:
+    return resources.files("fedge.server").joinpath(name).read_text(encoding="utf-8")
+
+
+def _moment(stamp: str) -> str:
+    """``2026-11-21T20:00:00Z`` as people write it."""
+    return stamp.replace("T", " ").replace("Z", " UTC")
+
+
+def _provenance(run: Run) -> str:
+    rows = [
+        ("run", f"<code>{esc(run.name)}</code>"),
+        ("state", "finished" if run.finished else "running"),
+        ("started", esc(_moment(run.started))),
+        ("finished", esc(_moment(run.ended))),
+        ("task", esc(run.task)),
+        ("strategy", esc(run.strategy)),
+        *((name, esc(version)) for name, version in run.versions.items()),
+        ("model SHA-256", hash_html(run.model_sha256)),
+    ]
+    body = fmt.card("Origin", fmt.definitions(rows))
+    if run.config:
+        shown = "\n".join(esc(line, MAX_CONFIG) for line in run.config[:MAX_CONFIG].split("\n"))
+        more = "\n…" if len(run.config) > MAX_CONFIG else ""
+        body += (
+            "<details class='card'><summary>Configuration, resolved</summary>"
+            f'<pre tabindex="0">{shown}{more}</pre></details>'
+        )
+    words = fmt.definitions((term, esc(meaning)) for term, meaning in GLOSSARY)
+    body += f"<details class='card glossary'><summary>Words used here</summary>{words}</details>"
+    return fmt.section("origin", "Origin and configuration", "", body)
+
+
+def _notes(run: Run) -> str:
+    if not run.notes:
+        return ""
+    items = "".join(f"<li>{esc(note)}</li>" for note in run.notes[:20])
+    return f'<div class="card warn"><h3>What could not be read</h3><ul>{items}</ul></div>'
+
+
+def render(run_dir: Path) -> str:
+    """The report of a run directory, finished or not, as one HTML document.
+
+    Raises:
+        ConfigError: 209, the directory holds no run.json.
+    """
+    run = read(run_dir)
+    sections = [
+        learning(run),
+        site_results(run),
+        participation(run),
+        cost(run),
+        release(run),
+        device(run),
+    ]
+    names = ("learning", "sites", "participation", "cost", "release", "device")
+    titles = ("Learning", "Sites", "Participation", "Cost", "Bundle", "Device")
+    links = [(n, t) for n, t, body in zip(names, titles, sections, strict=True) if body]
+    links.append(("origin", "Origin"))
+    state = "finished" if run.finished else "running"
+    when = run.ended if run.finished and run.ended else run.started
+    return Template(_data("report.html")).substitute(
+        title=esc(f"{run.task}, {run.strategy}, {run.name}"),
+        style=_data("report.css"),
+        headline=esc(headline(run)),
+        run=esc(run.name),
+        state=state,
+        when=f"<time>{esc(_moment(when))}</time>" if when else "",
+        nav="".join(f'<a href="#{n}">{t}</a>' for n, t in links),
+        body="".join([_notes(run), tiles(run), brief(run), *sections, _provenance(run)]),
+    )
+
+
+def write(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run directory, whole or not at all, and return its path.
+
+    Raises:
+        ConfigError: 209, the directory holds no run.json.
+        OSError: the directory cannot be written.
+    """
+    path = run_dir / "report.html"
+    content = render(run_dir).encode()
+    handle, temporary = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)  # noqa: PTH105 - the one call that is atomic on every platform
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

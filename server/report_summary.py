@@ -1,0 +1,166 @@
+"""The top of the report: the outcome in a sentence, key figures, and a few lines for each kind of reader."""
+
+from __future__ import annotations
+
+from fedge.server import report_format as fmt
+from fedge.server.report_data import Run, mapping, number
+from fedge.server.report_format import THIN, esc, metric_name, metric_value, tile
+from fedge.server.report_participation import in_words, tally
+from fedge.server.report_release import parity
+
+
+def headline(run: Run) -> str:
+    """The outcome in one sentence (text, not escaped)."""
+    sites, done = fmt.plural(len(run.sites), "site"), len(run.rounds)
+    lead = run.lead
+    results = []
+    for values, words in ((run.site_mean, "site mean"), (run.pooled, "pooled")):
+        if lead in values:
+            results.append(f"{metric_value(lead, values[lead])} {words}")
+    reached = f"{' and '.join(results)} {metric_name(lead)}" if results else "not evaluated yet"
+    if run.finished:
+        return f"{run.strategy} trained {run.task} across {sites} in {fmt.plural(done, 'round')}: {reached}."
+    progress = f"{done} of {fmt.plural(run.planned, 'round')} done"
+    return f"{run.strategy} is training {run.task} across {sites}, {progress}: {reached}."
+
+
+def tiles(run: Run) -> str:
+    """The key figures."""
+    lead, outcomes = run.lead, tally(run)
+    name = metric_name(lead)
+    figures = []
+    if lead in run.site_mean:
+        figures.append(
+            tile(
+                "Site mean",
+                metric_value(lead, run.site_mean[lead]),
+                f"{name}, every site alike",
+                "main",
+            )
+        )
+    if lead in run.pooled:
+        figures.append(
+            tile(
+                "Pooled",
+                metric_value(lead, run.pooled[lead]),
+                f"{name}, all examples together",
+                "main",
+            )
+        )
+    known = [s.train_examples for s in run.sites.values() if s.train_examples is not None]
+    figures.append(
+        tile(
+            "Sites",
+            fmt.count(len(run.sites)),
+            f"{fmt.count(sum(known))} training examples" if known else "",
+        )
+    )
+    skipped = sum(not r.committed for r in run.rounds)
+    value = (
+        fmt.count(len(run.rounds))
+        if run.finished
+        else f"{fmt.count(len(run.rounds))} / {fmt.count(run.planned)}"
+    )
+    figures.append(tile("Rounds", value, f"{skipped} skipped" if skipped else "none skipped"))
+    if run.rounds:
+        figures.append(
+            tile(
+                "Updates counted",
+                fmt.count(outcomes["trained"]),
+                in_words(outcomes) or "none rejected",
+            )
+        )
+    if run.sent is not None or run.received is not None:
+        total = (run.sent or 0) + (run.received or 0)
+        figures.append(tile("Data moved", fmt.size(total), "to the sites and back"))
+    if run.seconds is not None:
+        words = f"{fmt.duration(run.seconds / len(run.rounds))} a round" if run.rounds else ""
+        figures.append(tile("Time", fmt.duration(run.seconds), words))
+    return f'<div class="tiles">{"".join(figures)}</div>'
+
+
+def _engineering(run: Run) -> list[str]:
+    said = []
+    losses = [r.train["loss"] for r in run.rounds if "loss" in r.train]
+    if len(losses) > 1:
+        said.append(f"Training loss went from {losses[0]:.3f} to {losses[-1]:.3f}.")
+    elif losses:
+        said.append(f"Training loss is {losses[0]:.3f} after one round.")
+    moved = (run.sent or 0) + (run.received or 0)
+    if run.rounds and run.seconds is not None and moved:
+        each = len(run.rounds)
+        said.append(
+            f"A round took {fmt.duration(run.seconds / each)} and moved {fmt.size(moved / each)}."
+        )
+    manifest = mapping(run.release.get("manifest"))
+    found = parity(manifest)
+    if found is not None:
+        words = "within" if found[0] <= found[1] else "outside"
+        said.append(
+            f"The exported model is {words} tolerance of the trained one ({fmt.significant(found[0])})."
+        )
+    p50 = number(mapping(manifest.get("latency")).get("p50_ms"))
+    if p50 is not None:
+        said.append(f"Half of all predictions take less than {fmt.duration(p50 / 1000)}.")
+    return said
+
+
+def _security(run: Run) -> list[str]:
+    others = in_words(tally(run))
+    said = [
+        f"Replies that did not count fully: {others}."
+        if others
+        else "No reply was rejected, late or missing."
+    ]
+    if run.release:
+        said.append("The model is released as a bundle signed with Ed25519.")
+        verified = run.edge.get("verified")
+        if verified is True:
+            said.append("The device verified the bundle's signature and hashes.")
+        elif verified is False:
+            said.append("The device refused the bundle.")
+    else:
+        said.append("No bundle has been released from this run yet.")
+    return said
+
+
+def _clinical(run: Run) -> list[str]:
+    lead = run.lead
+    measured = {s: v[lead] for s, v in run.per_site.items() if lead in v}
+    if not measured:
+        return ["No site has been evaluated yet."]
+    name = metric_name(lead)
+    order = sorted(
+        measured, key=lambda s: (-measured[s] if lead == "loss" else measured[s], fmt.natural(s))
+    )
+    low, high = order[0], order[-1]
+    said = []
+    if len(order) > 1:
+        said.append(
+            f"A site can expect {name} from {metric_value(lead, measured[low])} ({low}) "
+            f"to {metric_value(lead, measured[high])} ({high}) on its own examples."
+        )
+    tests = [s.test_examples for s in run.sites.values() if s.test_examples is not None]
+    if tests:
+        said.append(f"Measured on {fmt.plural(sum(tests), 'held-out example')}.")
+    agreement = number(run.edge.get("agreement"))
+    if agreement is not None:
+        same = (
+            "every row" if agreement == 1 else f"{min(100 * agreement, 99.99):.2f}{THIN}% of rows"
+        )
+        said.append(f"The device gives the trained model's label for {same}.")
+    return said
+
+
+def brief(run: Run) -> str:
+    """What the run says to the engineer, the security officer and the physician, in that order."""
+    cards = []
+    for title, said in (
+        ("Engineering", _engineering(run)),
+        ("Security", _security(run)),
+        ("Clinical use", _clinical(run)),
+    ):
+        if said:
+            items = "".join(f"<li>{esc(line)}</li>" for line in said)
+            cards.append(f'<div class="card brief"><h3>{title}</h3><ul>{items}</ul></div>')
+    return f'<div class="trio">{"".join(cards)}</div>'

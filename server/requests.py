@@ -1,0 +1,180 @@
+"""What the server asks of a site, as Flower messages."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+
+from fedge.server.census import Member
+from fedge.server.results import record
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays
+from fedge.shared.config import Config
+from fedge.shared.preprocess import Standardise, Step
+
+#: Seconds that Flower keeps a message beyond the round's deadline, so that a late reply is told from none.
+GRACE = 60.0
+
+
+class CohortView(Grid):
+    """Flower's Grid as a strategy sees it: only the nodes of this round's cohort exist.
+
+    Flower's strategies sample in ``configure_train``, where the adaptive ones also learn the current arrays; here
+    they sample everybody whom they see.
+    """
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid, self._node_ids = grid, list(node_ids)
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Pass on."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Pass on."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The cohort."""
+        return list(self._node_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass on."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+def cohort(
+    members: Mapping[str, Member], config: Config, server_round: int, least: int
+) -> list[str]:
+    """The sites of a round, drawn by (seed, round) alone; required sites are always among them."""
+    names = sorted(members)
+    size = min(
+        len(names),
+        max(int(len(names) * config.round.fraction_train), config.round.min_sites, least),
+    )
+    seed = hashlib.sha256(f"fedge cohort {config.run.seed} {server_round}".encode()).digest()
+    drawn = random.Random(seed).sample(names, size)  # noqa: S311 - reproducible by intent, no secret
+    return sorted(set(drawn) | (set(config.round.require_sites) & set(names)))
+
+
+def settings(
+    config: Config, run_id: str, server_round: int, steps: Sequence[Step]
+) -> dict[str, ConfigRecordValues]:
+    """What every request of a round holds in ``config``."""
+    values: dict[str, ConfigRecordValues] = {
+        protocol.RUN_ID: run_id,
+        protocol.SERVER_ROUND: server_round,
+        protocol.TASK: config.task.name,
+        protocol.SEED: config.run.seed,
+        protocol.THREADS: config.run.threads,
+        protocol.STANDARDISE: config.data.standardise,
+    }
+    for step in steps:
+        if isinstance(step, Standardise) and step.mean:
+            values[protocol.FEATURE_MEAN], values[protocol.FEATURE_STD] = (
+                list(step.mean),
+                list(step.std),
+            )
+    return values
+
+
+def train(
+    grid: Grid,
+    strategy: flower.FedAvg,
+    arrays: NDArrays,
+    common: Mapping[str, ConfigRecordValues],
+    members: Sequence[Member],
+    accepted: Mapping[str, int],
+    config: Config,
+    *,
+    needs_loss: bool,
+) -> list[Message]:
+    """Training requests in site-name order, as the strategy composes them, each with its site's accepted round."""
+    server_round = int(str(common[protocol.SERVER_ROUND]))
+    composed = ConfigRecord(
+        {
+            **common,
+            protocol.SETTINGS: config.train.model_dump_json(by_alias=True),
+            protocol.LOSS_AT: "received" if needs_loss else "running",
+        }
+    )
+    view = CohortView(grid, [m.node_id for m in members])
+    by_node = {
+        m.metadata.dst_node_id: m
+        for m in strategy.configure_train(server_round, record(arrays), composed, view)
+    }
+    requests = []
+    for member in members:
+        content = by_node[member.node_id].content
+        own = ConfigRecord(
+            {
+                **content.config_records[protocol.CONFIG],
+                protocol.ACCEPTED_ROUND: accepted.get(member.site, 0),
+            }
+        )
+        requests.append(
+            _message(
+                RecordDict({protocol.ARRAYS: content[protocol.ARRAYS], protocol.CONFIG: own}),
+                member,
+                MessageType.TRAIN,
+                server_round,
+                config,
+            )
+        )
+    return requests
+
+
+def evaluate(
+    arrays: NDArrays,
+    common: Mapping[str, ConfigRecordValues],
+    members: Sequence[Member],
+    config: Config,
+) -> list[Message]:
+    """Evaluation requests in site-name order."""
+    content = RecordDict(
+        {protocol.ARRAYS: record(arrays), protocol.CONFIG: ConfigRecord({**common})}
+    )
+    server_round = int(str(common[protocol.SERVER_ROUND]))
+    return [
+        _message(content, member, MessageType.EVALUATE, server_round, config) for member in members
+    ]
+
+
+def _message(
+    content: RecordDict, member: Member, kind: str, server_round: int, config: Config
+) -> Message:
+    return Message(
+        content,
+        dst_node_id=member.node_id,
+        message_type=kind,
+        group_id=str(server_round),
+        ttl=config.round.deadline + GRACE,
+    )

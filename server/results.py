@@ -1,0 +1,134 @@
+"""What the sites of a round bring: single updates, or one sum of them. The strategy sees either as Flower replies.
+
+A sum (of a secure aggregation, or of a cohort trained in one stack) is a weighted mean with its weight, so it can
+be handed over as the one reply of a site as large as all of them; strategies that look at single updates refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays
+
+
+@dataclass(frozen=True)
+class Update:
+    """One site's admitted result.
+
+    Attributes:
+        arrays: the site's weights (not their difference), in the model's order.
+        num_examples: training examples, the weight of the mean.
+        train_loss: mean loss, or None where the site's figure was dropped.
+    """
+
+    site: str
+    arrays: NDArrays
+    num_examples: int
+    train_loss: float | None
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Admitted updates in the order of the sites' names, so that every sum is the same on every run."""
+
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """One sum over sites.
+
+    Attributes:
+        sites: who is in it.
+        total: sum of ``num_examples * arrays`` over the sites.
+        weight: sum of ``num_examples``.
+        loss_total: sum of ``num_examples * train_loss``.
+    """
+
+    sites: tuple[str, ...]
+    total: NDArrays
+    weight: int
+    loss_total: float
+
+
+RoundResult: TypeAlias = Singles | Summed
+
+#: Metric of a sum's reply: how many sites are in it. A reply without it is one site's.
+NUM_SITES = "num-sites"
+
+
+def summed(updates: tuple[Update, ...]) -> Summed:
+    """Add updates in the order given, in float64."""
+    names = updates[0].arrays
+    return Summed(
+        sites=tuple(u.site for u in updates),
+        total={
+            k: np.sum([u.num_examples * u.arrays[k].astype(np.float64) for u in updates], axis=0)
+            for k in names
+        },
+        weight=sum(u.num_examples for u in updates),
+        loss_total=sum(u.num_examples * (u.train_loss or 0.0) for u in updates),
+    )
+
+
+def record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Flower's record of named arrays."""
+    return ArrayRecord({name: Array(np.asarray(a)) for name, a in arrays.items()})
+
+
+def _reply(
+    request: Message,
+    arrays: Mapping[str, NDArray[Any]],
+    num_examples: int,
+    loss: float | None,
+    num_sites: int | None = None,
+) -> Message:
+    metrics: dict[str, int | float] = {protocol.NUM_EXAMPLES: num_examples}
+    if loss is not None:
+        metrics[protocol.TRAIN_LOSS] = loss
+    if num_sites is not None:
+        metrics[NUM_SITES] = num_sites
+    # Counters travel as floating-point numbers: QFedAvg works in place, which integers cannot hold.
+    floats = {k: a.astype(np.float64) if a.dtype.kind in "iub" else a for k, a in arrays.items()}
+    content = RecordDict(
+        {protocol.ARRAYS: record(floats), protocol.METRICS: MetricRecord({**metrics})}
+    )
+    return Message(content, reply_to=request)
+
+
+def as_replies(
+    result: RoundResult, dtypes: Mapping[str, str], *, with_loss: bool = False
+) -> list[Message]:
+    """Fresh replies that hold exactly what Flower's strategies read; they may empty them.
+
+    Args:
+        result: the admitted updates, or their sum.
+        dtypes: numpy type of each of the model's arrays, to which a sum's mean is rounded where it is floating.
+        with_loss: add the training loss (QFedAvg weighs by it).
+    """
+    request = Message(
+        RecordDict({protocol.CONFIG: ConfigRecord()}), dst_node_id=0, message_type=protocol.TRAIN
+    )
+    match result:
+        case Singles(updates):
+            return [
+                _reply(request, u.arrays, u.num_examples, u.train_loss if with_loss else None)
+                for u in updates
+            ]
+        case Summed(total=total, weight=weight, loss_total=loss_total):
+            mean = {k: _rounded(t / weight, k, dtypes) for k, t in total.items()}
+            loss = loss_total / weight if with_loss else None
+            return [_reply(request, mean, weight, loss, len(result.sites))]
+
+
+def _rounded(mean: NDArray[Any], name: str, dtypes: Mapping[str, str]) -> NDArray[Any]:
+    """A mean in the type of the tensor it belongs to; a control variate has its tensor's."""
+    dtype = np.dtype(dtypes[name.removeprefix(protocol.CONTROL_PREFIX)])
+    return np.asarray(mean, dtype=dtype if dtype.kind == "f" else np.float64)

@@ -1,0 +1,160 @@
+"""A run's directory: its files, its lock, and whether a command may use it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedge.server.journal import Journal
+from fedge.shared import config_file
+from fedge.shared.arrays import write_atomically
+from fedge.shared.config import Config
+from fedge.shared.errors import ConfigError, RunError
+
+# Locks that this process holds: flock would refuse a second descriptor of the same process too.
+_held: set[Path] = set()
+
+
+class RunDirectory:
+    """Paths and small files of one run.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.journal = path / "journal.db"
+        self.rounds = path / "rounds.jsonl"
+        self.model = path / "model.safetensors"
+        self.metrics = path / "metrics.json"
+        self.run = path / "run.json"
+        self.report = path / "report.html"
+        self.checkpoints = path / "checkpoints"
+        self.sites = path / "sites"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; within one process it may be taken again.
+
+        Raises:
+            ConfigError: 208, another process holds it.
+        """
+        key = self.path.resolve()
+        if key in _held:
+            yield
+            return
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    208, f"{self.path}: must be free, got a lock of another process"
+                ) from None
+            _held.add(key)
+            try:
+                yield
+            finally:
+                _held.discard(key)
+        finally:
+            os.close(descriptor)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Replace a JSON file; NaN is refused, as it is no JSON."""
+        write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+    def write_lines(self, lines: list[dict[str, Any]]) -> None:
+        """Replace rounds.jsonl by these lines."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        write_atomically(self.rounds, text.encode())
+
+    def append_line(self, line: dict[str, Any]) -> None:
+        """Add a line to rounds.jsonl."""
+        with self.rounds.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def load_config(self) -> Config:
+        """The resolved configuration.
+
+        Raises:
+            ConfigError: 209, there is none.
+        """
+        if not self.config.is_file():
+            raise ConfigError(209, f"{self.path}: must hold config.toml, got none")
+        return config_file.load_resolved(self.config)
+
+
+def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, bool]:
+    """Make a directory ready for a run.
+
+    Args:
+        path: the directory; made, with its parents, where missing.
+        config: what is to run.
+        resume: continue what the directory holds, or start where it holds nothing.
+
+    Returns:
+        The directory, and whether its run is finished already.
+
+    Raises:
+        ConfigError: 206, not empty and not resumed; 207, begun with another configuration; 208, in use;
+            209, neither empty nor a run directory.
+        RunError: 504, the journal is damaged.
+    """
+    directory = RunDirectory(path)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(209, f"{path}: must be a directory, got a file")
+    path.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(p.name for p in path.iterdir() if p.name != "lock")
+    if foreign and not resume:
+        raise ConfigError(
+            206, f"{path}: must be empty, got {len(foreign)} entries such as {foreign[0]}"
+        )
+    with directory.lock():
+        if not directory.config.is_file():
+            # A kill may have come before the first file was complete: then nothing was lost and we start.
+            strays = [name for name in foreign if name != ".config.toml.tmp"]
+            if strays:
+                raise ConfigError(209, f"{path}: must be a run directory or empty, got {strays[0]}")
+            write_atomically(directory.config, config_file.dump(config).encode())
+        begun = directory.load_config()
+        if begun != config:
+            raise ConfigError(
+                207,
+                f"{path}: must be the same configuration, got another {_difference(begun, config)}",
+            )
+        if not directory.journal.is_file():
+            return directory, False
+        journal = Journal(directory.journal)
+        try:
+            row = journal.run()
+        finally:
+            journal.close()
+        if row is None or row.finished is None:
+            return directory, False
+        if not directory.model.is_file():
+            raise RunError(
+                504, f"{directory.model.name}: must exist as the run is finished, got nothing"
+            )
+        return directory, True
+
+
+def _difference(begun: Config, now: Config) -> str:
+    old, new = (
+        begun.model_dump(mode="json", by_alias=True),
+        now.model_dump(mode="json", by_alias=True),
+    )
+    for section in new:
+        if not isinstance(new[section], dict):
+            continue
+        for key in new[section] | old[section]:
+            a, b = old[section].get(key), new[section].get(key)
+            if a != b:
+                return f"{section}.{key} ({a} then, {b} now)"
+    return "value"

@@ -1,0 +1,89 @@
+"""What happened in a round, gathered while it happens: the line of rounds.jsonl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedge.server.admission import Rejection, Verdict
+from fedge.server.census import Member
+from fedge.server.exchange import Exchange
+from fedge.server.journal import Line
+from fedge.server.results import Update
+
+
+@dataclass
+class Tally:
+    """What a round's line is made of."""
+
+    invited: list[str]
+    rejections: list[Rejection]
+    drops: list[dict[str, str]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    sent: int = 0
+    received: int = 0
+
+    def __post_init__(self) -> None:
+        self.rejections = list(self.rejections)
+
+    def take(self, verdict: Verdict) -> None:
+        """Note what the gate said."""
+        if verdict.rejection is not None:
+            self.rejections.append(verdict.rejection)
+        self.drops += [drop.to_json() for drop in verdict.drops]
+
+    def count(self, result: Exchange, asked: list[Member], deadline: float) -> None:
+        """Note bytes, and who was late, absent, heard twice or unasked."""
+        self.sent += result.sent
+        self.received += result.received
+        site = {m.node_id: m.site for m in asked}
+        self.rejections += [
+            *(
+                Rejection(site[n], 408, "late", f"reply after the deadline of {deadline:g} s")
+                for n in result.late
+            ),
+            *(
+                Rejection(site[n], 409, "absent", f"no reply within {deadline:g} s")
+                for n in result.absent
+            ),
+            *(
+                Rejection(site[n], 407, "duplicate", "a second reply; the first one counts")
+                for n in result.again
+            ),
+            *(
+                Rejection(
+                    site.get(m.metadata.src_node_id, f"node {m.metadata.src_node_id}"),
+                    406,
+                    "stale",
+                    "a reply to nothing that was asked in this exchange",
+                )
+                for m in result.stray
+            ),
+        ]
+
+    def line(
+        self,
+        server_round: int,
+        reason: str | None,
+        updates: tuple[Update, ...],
+        model_sha256: str,
+        seconds: float,
+    ) -> Line:
+        """The round's line in rounds.jsonl."""
+        told = [(u.num_examples, u.train_loss) for u in updates if u.train_loss is not None]
+        weight = sum(n for n, _ in told)
+        train = {"loss": sum(n * loss for n, loss in told) / weight} if weight else {}
+        return {
+            "round": server_round,
+            "outcome": "committed" if reason is None else "skipped",
+            "reason": reason,
+            "invited": self.invited,
+            "trained": [u.site for u in updates],
+            "rejected": [r.to_json() for r in self.rejections],
+            "dropped": self.drops,
+            "metrics": {"train": train, **self.metrics},
+            "examples": {u.site: u.num_examples for u in updates},
+            "seconds": round(seconds, 4),
+            "bytes": {"sent": self.sent, "received": self.received},
+            "model_sha256": model_sha256,
+        }

@@ -1,0 +1,1 @@
+"""What every component may use: configuration, errors, tasks, bundle, command line."""

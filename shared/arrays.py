@@ -1,0 +1,88 @@
+"""Named arrays: their shapes, their bytes on disk, their digest.
+
+Files are safetensors without metadata, so the same weights give the same bytes; nothing here can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedge.shared.errors import RunError
+
+NDArrays: TypeAlias = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor must look like."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def specs(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Spec]:
+    """The shape and type of each array."""
+    return {name: Spec(tuple(a.shape), str(a.dtype)) for name, a in arrays.items()}
+
+
+def encode(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Safetensors bytes, the same for the same names and values."""
+    return bytes(
+        save({name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()})
+    )
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 (hex) of ``encode(arrays)``."""
+    return hashlib.sha256(encode(arrays)).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes, halfway: Callable[[], None] = lambda: None) -> None:
+    """Write to a temporary file beside ``path``, flush it to the disk, then rename it over ``path``.
+
+    Args:
+        path: the file; afterwards it holds ``data`` or what it held before, never a part.
+        data: its new content.
+        halfway: called after half of the bytes (a test's fail point).
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        halfway()
+        file.write(data[len(data) // 2 :])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: Path, sha256: str | None = None) -> NDArrays:
+    """Read a safetensors file.
+
+    Raises:
+        RunError: 504, it is missing, does not parse, or its SHA-256 is not the one given.
+    """
+    try:
+        data = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise RunError(504, f"{path.name}: must have the SHA-256 {sha256}, got another")
+        loaded: NDArrays = load(data)
+    except (OSError, SafetensorError, KeyError) as error:
+        # KeyError: a type that numpy does not have, for example BF16.
+        raise RunError(504, f"{path.name}: cannot be read ({error})") from None
+    return loaded

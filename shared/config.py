@@ -1,0 +1,291 @@
+"""The one configuration: the same TOML file simulates, deploys and releases.
+
+Every section is a frozen Pydantic model with kebab-case keys; units stand in the descriptions. Reading, ``--set``
+and the errors' wording are in ``fedge.shared.config_file``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+SITE_NAME = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
+SiteName = Annotated[str, Field(pattern=SITE_NAME)]
+
+
+def _as_path(value: Any) -> Any:
+    """Text as a path, as reading is strict otherwise; nothing else is one."""
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError("must be a path, got empty text or a NUL")
+        return Path(value)
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_as_path)]
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values never change after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=_kebab,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+class RunSection(Section):
+    """How long, and from which seed."""
+
+    rounds: int = Field(10, ge=1, le=100_000, description="number of rounds")
+    seed: int = Field(
+        42, ge=0, le=2**63 - 1, description="seed of the weights, the shares and the batches"
+    )
+    evaluate_every: int = Field(
+        1, ge=1, description="rounds between evaluations; the last is always evaluated"
+    )
+    threads: int = Field(
+        1, ge=1, le=256, description="CPU threads of a site's training; fixed, as sums depend on it"
+    )
+
+
+class TaskSection(Section):
+    """What is learnt."""
+
+    name: str = Field(description="name of an installed task, see `fedge config tasks`")
+
+
+class DataSection(Section):
+    """Where the examples come from and who holds which."""
+
+    path: FilePath | None = Field(
+        None,
+        description="folder of the data files, for tasks that read files; relative to the working directory",
+    )
+    partition: Literal["dirichlet", "iid", "natural"] = Field(
+        "dirichlet", description="natural: the data's own sites, for example hospitals"
+    )
+    alpha: float = Field(
+        0.5, gt=0, le=1e6, description="Dirichlet concentration; smaller is less alike"
+    )
+    test_fraction: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="share of each site's examples held out, where the data has no split of its own",
+    )
+    standardise: Literal["federated", "site"] = Field(
+        "federated",
+        description="whose mean and deviation: of all sites together, or each site its own",
+    )
+
+
+class SitesSection(Section):
+    """Who takes part."""
+
+    count: int = Field(
+        8, ge=1, le=100_000, description="number of sites; unused with the natural partition"
+    )
+
+
+class TrainSection(Section):
+    """What a site does in a round."""
+
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="fresh in every round")
+    learning_rate: float = Field(0.05, gt=0, le=1e3, description="step size at the site")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(0.0, ge=0, le=1e3, description="L2 penalty")
+    batch_size: int = Field(32, ge=1, le=1_000_000, description="examples a step")
+    local_epochs: int | None = Field(
+        None, ge=1, le=10_000, description="passes a round; 1 where neither is given"
+    )
+    local_steps: int | None = Field(
+        None, ge=1, le=10_000_000, description="steps a round, instead of epochs"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TrainSection:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("must hold local-epochs or local-steps, got both")
+        return self
+
+
+class _Strategy(Section):
+    pass
+
+
+class FedAvg(_Strategy):
+    """The mean weighted by examples (McMahan et al., AISTATS 2017)."""
+
+    name: Literal["FedAvg"]
+
+
+class FedProx(_Strategy):
+    """FedAvg with a proximal term at the sites (Li et al., MLSys 2020)."""
+
+    name: Literal["FedProx"]
+    proximal_mu: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the proximal term; 0 is FedAvg"
+    )
+
+
+class FedAvgM(_Strategy):
+    """FedAvg with momentum at the server (Hsu et al., 2019)."""
+
+    name: Literal["FedAvgM"]
+    server_learning_rate: float = Field(1.0, gt=0, le=1e3, description="step size at the server")
+    server_momentum: float = Field(0.0, ge=0, lt=1, description="at the server")
+
+
+class FedAdam(_Strategy):
+    """Adam at the server (Reddi et al., ICLR 2021)."""
+
+    name: Literal["FedAdam"]
+    eta: float = Field(0.1, gt=0, le=1e3, description="server learning rate")
+    beta_1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta_2: float = Field(0.99, ge=0, lt=1, description="decay of the second moment")
+    tau: float = Field(1e-3, gt=0, le=1e3, description="degree of adaptivity")
+    bias_correction: bool = Field(
+        True, description="Flower corrects Adam's bias; the paper does not"
+    )
+
+
+class FedYogi(_Strategy):
+    """Yogi at the server (Reddi et al., ICLR 2021)."""
+
+    name: Literal["FedYogi"]
+    eta: float = Field(0.01, gt=0, le=1e3, description="server learning rate")
+    beta_1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta_2: float = Field(0.99, ge=0, lt=1, description="decay of the second moment")
+    tau: float = Field(1e-3, gt=0, le=1e3, description="degree of adaptivity")
+
+
+class FedAdagrad(_Strategy):
+    """Adagrad at the server (Reddi et al., ICLR 2021)."""
+
+    name: Literal["FedAdagrad"]
+    eta: float = Field(0.1, gt=0, le=1e3, description="server learning rate")
+    tau: float = Field(1e-3, gt=0, le=1e3, description="degree of adaptivity")
+    beta_1: float = Field(0.0, ge=0, lt=1, description="first moment's decay; Flower fixes it at 0")
+
+
+class QFedAvg(_Strategy):
+    """More weight to sites with a higher loss (Li et al., ICLR 2020)."""
+
+    name: Literal["QFedAvg"]
+    q: float = Field(0.1, ge=0, le=100, description="fairness; 0 is close to FedAvg")
+    client_learning_rate: float | None = Field(
+        None, gt=0, le=1e3, description="where unset, train.learning-rate"
+    )
+
+
+class FedMedian(_Strategy):
+    """The median of each weight (Yin et al., ICML 2018)."""
+
+    name: Literal["FedMedian"]
+
+
+class FedTrimmedAvg(_Strategy):
+    """The mean of each weight without its extremes (Yin et al., ICML 2018)."""
+
+    name: Literal["FedTrimmedAvg"]
+    beta: float = Field(0.2, ge=0, lt=0.5, description="share cut off at each end")
+
+
+class Krum(_Strategy):
+    """The one update closest to the others (Blanchard et al., NeurIPS 2017)."""
+
+    name: Literal["Krum"]
+    num_malicious_nodes: int = Field(0, ge=0, le=100_000, description="attackers to withstand")
+
+
+class MultiKrum(_Strategy):
+    """The mean of the updates closest to the others (Blanchard et al., NeurIPS 2017)."""
+
+    name: Literal["MultiKrum"]
+    num_malicious_nodes: int = Field(0, ge=0, le=100_000, description="attackers to withstand")
+    num_nodes_to_select: int = Field(1, ge=1, le=100_000, description="updates that are averaged")
+
+
+class Bulyan(_Strategy):
+    """Krum's choice, then a trimmed mean (El Mhamdi et al., ICML 2018)."""
+
+    name: Literal["Bulyan"]
+    num_malicious_nodes: int = Field(0, ge=0, le=100_000, description="attackers to withstand")
+
+
+class Scaffold(_Strategy):
+    """Control variates against drift, option II (Karimireddy et al., ICML 2020)."""
+
+    name: Literal["Scaffold"]
+    server_learning_rate: float = Field(1.0, gt=0, le=1e3, description="step size at the server")
+
+
+StrategySection = Annotated[
+    FedAvg | FedProx | FedAvgM | FedAdam | FedYogi | FedAdagrad | QFedAvg | FedMedian
+    | FedTrimmedAvg | Krum | MultiKrum | Bulyan | Scaffold,
+    Field(discriminator="name"),
+]  # fmt: skip
+
+
+class RoundSection(Section):
+    """What makes a round, and how long it may take."""
+
+    fraction_train: float = Field(
+        1.0, gt=0, le=1, description="share of the registered sites invited to train"
+    )
+    min_sites: int = Field(
+        2, ge=1, le=100_000, description="admitted updates without which a round makes no model"
+    )
+    require_sites: tuple[SiteName, ...] = Field(
+        (), description="sites without whose update the run stops"
+    )
+    deadline: float = Field(
+        600.0, gt=0, le=86_400, description="seconds from the invitation to the last reply"
+    )
+    max_skipped: int = Field(
+        3, ge=1, le=100_000, description="rounds in a row without a model before the run stops"
+    )
+
+
+class AdmissionSection(Section):
+    """What the gate lets through."""
+
+    max_update_norm: float = Field(
+        100.0,
+        gt=0,
+        le=1e30,
+        description="L2 norm of a site's update (its weights less the round's)",
+    )
+    max_control_norm: float = Field(
+        1_000.0,
+        gt=0,
+        le=1e30,
+        description="L2 norm of the change of a site's control variate (Scaffold)",
+    )
+    max_examples: int = Field(
+        10_000_000, ge=1, le=2**53, description="examples that a site may register"
+    )
+    max_loss: float = Field(10_000.0, gt=0, le=1e30, description="mean loss that a site may report")
+
+
+class Config(Section):
+    """A federation."""
+
+    task: TaskSection
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    sites: SitesSection = SitesSection()
+    train: TrainSection = TrainSection()
+    strategy: StrategySection = FedAvg(name="FedAvg")
+    round: RoundSection = RoundSection()
+    admission: AdmissionSection = AdmissionSection()

@@ -1,0 +1,266 @@
+"""Every error that fedge raises on purpose: numbered, typed, with one line of remedy.
+
+The tree is split by who is at fault, so that a caller can catch what it can mend::
+
+    FedgeError
+    ├── UsageError      1xx  the command line, or an extra that is not installed
+    ├── ConfigError     2xx  the configuration or the run directory
+    ├── DataError       3xx  a data file or a task's declaration of it
+    ├── SiteError       4xx  a site's reply, or a site that did not answer
+    ├── RunError        5xx  the run as a whole: quorum, journal, resume
+    ├── ReleaseError    6xx  export, parity, keys, signing
+    └── BundleError     7xx  a bundle that the edge refuses
+    └── InputError      8xx  an input that the edge refuses
+
+A code names one situation for ever; ``CATALOGUE`` holds its title and remedy, and
+docs/reference/errors.md is generated from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+#: Longest message that ``one_line`` prints, in characters.
+LONGEST_MESSAGE: Final = 1000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One catalogue line: what the code means, and what to do about it."""
+
+    title: str
+    remedy: str
+
+
+CATALOGUE: Final[dict[int, Entry]] = {
+    101: Entry("a command's extra is not installed", "Run the pip command that the message names."),
+    102: Entry("unknown command or option", "See `fedge --help` or `fedge COMMAND --help`."),
+    103: Entry("interrupted", "Run the same command with --resume to continue."),
+    104: Entry(
+        "unexpected failure inside fedge", "Run again with FEDGE_DEBUG=1 and report the trace."
+    ),
+    105: Entry("no edge environment", "Install fedge[edge] in an environment and pass its bin folder."),
+    106: Entry("a child process failed", "Run the command that the message names by hand."),
+    201: Entry(
+        "a configuration value is not allowed",
+        "Set the key that the message names to what it asks for.",
+    ),
+    202: Entry(
+        "unknown configuration key", "Use the nearest known key, or see `fedge config schema`."
+    ),
+    203: Entry("the configuration file cannot be read", "Give the path of a readable TOML file."),
+    204: Entry("the TOML does not parse", "Mend the line and column that the message names."),
+    205: Entry(
+        "--set is not KEY=VALUE",
+        "Write --set run.rounds=3; the value is TOML, bare words are text.",
+    ),
+    206: Entry(
+        "the output directory is not empty",
+        "Choose a new --out, or add --resume to continue the run in it.",
+    ),
+    207: Entry(
+        "the run in the directory was started with another configuration",
+        "Resume with the same configuration, or choose a new --out.",
+    ),
+    208: Entry("the run directory is in use", "Wait for the other process, or stop it."),
+    209: Entry("not a run directory", "Name a directory that `fedge simulate --out` has written."),
+    301: Entry("a data file is missing", "Point data.path at the folder that holds the files."),
+    302: Entry("a data file does not follow its format", "Mend the row that the message names."),
+    303: Entry(
+        "the data cannot be divided as asked", "Ask for fewer sites, or for another partition."
+    ),
+    304: Entry("unknown task", "Use one of the tasks that the message lists."),
+    401: Entry(
+        "not finite or out of range", "The site should lower its learning rate or check its data."
+    ),
+    402: Entry(
+        "update norm above the policy's bound",
+        "Check the site, or raise admission.max-update-norm.",
+    ),
+    403: Entry(
+        "num-examples not allowed", "The site must report the number it registered with, or less."
+    ),
+    404: Entry(
+        "tensors differ from the model's", "Run the same fedge release and task at every site."
+    ),
+    405: Entry(
+        "metric dropped", "The site should report only the task's metrics, finite and in range."
+    ),
+    406: Entry("stale reply", "None needed; the site's next reply counts."),
+    407: Entry("duplicate reply", "Look for a second process with the same site key."),
+    408: Entry("late reply", "Raise round.deadline or lower the site's work."),
+    409: Entry("no reply before the deadline", "Check that the site is connected."),
+    410: Entry(
+        "the site reported an error", "Look the number up; the text is in the site's own log."
+    ),
+    411: Entry("reply malformed", "Run the same fedge release at every site."),
+    412: Entry("registration refused", "Check the site's name and its registered size."),
+    413: Entry("the site's task failed", "Read the site's own log."),
+    414: Entry("request refused by the site", "Send only what the site's worker serves."),
+    501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
+    502: Entry(
+        "a required site is missing", "Bring the site back, or take it off round.require-sites."
+    ),
+    503: Entry(
+        "too many rounds in a row without a new model",
+        "Read rounds.jsonl for the reasons, mend the sites, resume.",
+    ),
+    504: Entry(
+        "the journal or a checkpoint is damaged",
+        "Restore the run directory from a backup, or start anew.",
+    ),
+    505: Entry("the run is not finished", "Finish it with `fedge simulate ... --resume`."),
+    506: Entry(
+        "the strategy cannot work with this many replies",
+        "Lower its number of malicious nodes, or connect more sites.",
+    ),
+    507: Entry(
+        "the aggregate is not finite",
+        "Lower the server's learning rate; the round was not committed.",
+    ),
+    601: Entry("the key file exists", "Choose another path; keys are never overwritten."),
+    602: Entry(
+        "the key cannot be read", "Give an Ed25519 key in PEM, as `fedge keys new` writes it."
+    ),
+    603: Entry(
+        "the exported model disagrees with the trained one",
+        "Report the network; nothing was released.",
+    ),
+    604: Entry(
+        "the exported model cannot be timed", "Install fedge[edge] beside fedge, and try again."
+    ),
+    605: Entry("the output exists", "Choose another --out, or delete the file."),
+    606: Entry(
+        "the output cannot be written", "Choose a folder that exists and that you may write to."
+    ),
+    607: Entry("the network cannot be exported", "Report the network; nothing was released."),
+    701: Entry("the bundle cannot be read", "Give the path of a .fedge file."),
+    702: Entry(
+        "the bundle is not a fedge archive, or was altered",
+        "Fetch the bundle again from where it was released.",
+    ),
+    703: Entry("the signature does not verify", "Check --trust; do not use the bundle."),
+    704: Entry(
+        "a part's hash differs from the signed one", "Fetch the bundle again; do not use it."
+    ),
+    705: Entry(
+        "a part is larger than allowed", "Do not use the bundle, or raise the limit knowingly."
+    ),
+    706: Entry(
+        "the manifest asks for what this runtime does not know", "Update fedge[edge] on the device."
+    ),
+    707: Entry("the trusted key cannot be read", "Give the .pub file that `fedge keys new` wrote."),
+    708: Entry(
+        "the artefact does not load", "Check that onnxruntime is as new as the bundle asks."
+    ),
+    709: Entry(
+        "the model's output is not finite",
+        "Check the row that the message names; the model cannot judge it.",
+    ),
+    801: Entry("the input cannot be read", "Give a .npy or .csv file."),
+    802: Entry(
+        "the input's shape or columns differ from the schema",
+        "See the schema in `fedge-edge verify --json`.",
+    ),
+    803: Entry(
+        "the input's type differs from the schema", "Convert to the type that the message names."
+    ),
+    804: Entry("the input holds NaN or infinity", "Clean the rows that the message names."),
+    805: Entry("the input is larger than allowed", "Split the file."),
+    806: Entry("a category is not in the schema", "Use the categories that the message lists."),
+    807: Entry(
+        "the statistics file does not fit",
+        "Give the statistics.json of a site that trained this model.",
+    ),
+}
+
+
+class FedgeError(Exception):
+    """A failure with a number, a message and a remedy.
+
+    Args:
+        code: a key of ``CATALOGUE``.
+        message: what happened, in one line, with the name of the part at fault.
+
+    Raises:
+        KeyError: ``code`` is not in the catalogue (a defect in fedge).
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.remedy = CATALOGUE[code].remedy
+
+    @property
+    def label(self) -> str:
+        """The number as people read it, for example ``FE-206``."""
+        return f"FE-{self.code}"
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.message}"
+
+
+class UsageError(FedgeError):
+    """The command line is at fault."""
+
+
+class ConfigError(FedgeError):
+    """The configuration or the run directory is at fault."""
+
+
+class DataError(FedgeError):
+    """A data file, or the wish for how to divide it, is at fault."""
+
+
+class SiteError(FedgeError):
+    """A site, or its reply, is at fault."""
+
+
+class RunError(FedgeError):
+    """The run cannot go on."""
+
+
+class ReleaseError(FedgeError):
+    """The model cannot be released."""
+
+
+class BundleError(FedgeError):
+    """The bundle is refused."""
+
+
+class InputError(FedgeError):
+    """The input is refused."""
+
+
+def one_line(error: FedgeError) -> str:
+    """The error as both command lines print it: number, message and remedy on exactly one line.
+
+    Line ends become spaces, other characters that do not print are escaped (a message may quote a
+    file's name or content), and a message beyond ``LONGEST_MESSAGE`` characters is cut.
+    """
+    text = " ".join(error.message.split())
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+    if len(text) > LONGEST_MESSAGE:
+        text = text[: LONGEST_MESSAGE - 1] + "…"
+    stop = "" if text.endswith((".", "…", "?", "!")) else "."
+    return f"{error.label} {text}{stop} Remedy: {error.remedy}"
+
+
+__all__ = [
+    "CATALOGUE",
+    "BundleError",
+    "ConfigError",
+    "DataError",
+    "Entry",
+    "FedgeError",
+    "InputError",
+    "ReleaseError",
+    "RunError",
+    "SiteError",
+    "UsageError",
+    "one_line",
+]

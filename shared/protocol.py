@@ -1,0 +1,51 @@
+"""What travels between server and site: names of records and keys, in one place.
+
+Every exchange is a Flower message. A request carries ``config`` (and ``arrays``, except to register); a reply
+carries ``config`` (who answers what), ``metrics``, and after training ``arrays``. A site's failure travels as a
+Flower ``Error`` whose code is fedge's number and whose reason is that number only: the text stays at the site.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Message types (Flower: category, or category.action).
+REGISTER: Final = "query.register"
+TRAIN: Final = "train"
+EVALUATE: Final = "evaluate"
+
+# Records of a message.
+ARRAYS: Final = "arrays"
+CONFIG: Final = "config"
+METRICS: Final = "metrics"
+
+# Keys of CONFIG, both ways.
+RUN_ID: Final = "run-id"  # str, fedge's own, outlives Flower's
+SERVER_ROUND: Final = "server-round"  # int, 0 to register
+SITE: Final = "site"  # str, replies only
+TASK: Final = "task"  # str
+
+# Keys of CONFIG, requests to train and evaluate.
+SEED: Final = "seed"  # int
+THREADS: Final = "threads"  # int
+STANDARDISE: Final = "standardise"  # "federated" | "site"
+FEATURE_MEAN: Final = "feature-mean"  # list[float], where the task standardises over all sites
+FEATURE_STD: Final = "feature-std"  # list[float]
+
+# Keys of CONFIG, requests to train.
+SETTINGS: Final = "train"  # str, JSON of config.TrainSection
+PROXIMAL_MU: Final = "proximal-mu"  # float; Flower's FedProx sets it
+CONTROL: Final = "control"  # bool; SCAFFOLD: arrays hold "control/<name>" beside each "<name>"
+ACCEPTED_ROUND: Final = "accepted-round"  # int; the last round whose update of this site was counted, 0 for none
+LOSS_AT: Final = "loss-at"  # "running" (mean over the local steps) | "received" (of the weights as received)
+
+# Keys of METRICS.
+NUM_EXAMPLES: Final = "num-examples"  # int
+TRAIN_LOSS: Final = "train-loss"  # float
+NUM_TRAIN_EXAMPLES: Final = "num-train-examples"  # int, when registering
+NUM_TEST_EXAMPLES: Final = "num-test-examples"  # int, when registering
+FEATURE_TOTAL: Final = "feature-total"  # list[float], when registering
+FEATURE_TOTAL_OF_SQUARES: Final = "feature-total-of-squares"  # list[float], when registering
+
+#: Prefix of SCAFFOLD's control variates among the arrays.
+CONTROL_PREFIX: Final = "control/"

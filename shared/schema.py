@@ -1,0 +1,128 @@
+"""What goes into a model and what comes out, as data: shared by sites, release and edge, so it needs numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedge.shared.errors import BundleError
+
+Activation = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of a table.
+
+    Attributes:
+        name: as in the CSV's header.
+        unit: for example ``"mm Hg"``; empty where there is none.
+        low, high: the range within which a site's mean must lie to be believed.
+        categories: the allowed values of a categorical column, empty for a number.
+    """
+
+    name: str
+    low: float
+    high: float
+    unit: str = ""
+    categories: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class InputSchema:
+    """One raw example, before preprocessing.
+
+    Attributes:
+        shape: of one example, without the batch axis, for example ``(8, 8)`` or ``(10,)``.
+        dtype: numpy's name of the type that ``predict`` accepts.
+        features: one a column where ``shape`` has one axis, otherwise empty.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    features: tuple[Feature, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as plain JSON values."""
+        return {
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "features": [
+                {
+                    "name": f.name,
+                    "unit": f.unit,
+                    "low": f.low,
+                    "high": f.high,
+                    "categories": list(f.categories),
+                }
+                for f in self.features
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> InputSchema:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            BundleError: 706, the value is not an input schema.
+        """
+        try:
+            return cls(
+                shape=tuple(int(n) for n in value["shape"]),
+                dtype=str(value["dtype"]),
+                features=tuple(
+                    Feature(
+                        name=str(f["name"]),
+                        unit=str(f["unit"]),
+                        low=float(f["low"]),
+                        high=float(f["high"]),
+                        categories=tuple(float(c) for c in f["categories"]),
+                    )
+                    for f in value["features"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise BundleError(
+                706, f"manifest: the input schema does not parse ({error!r})"
+            ) from None
+
+
+@dataclass(frozen=True)
+class OutputSchema:
+    """What the network's logits mean.
+
+    Attributes:
+        labels: class names; with ``"sigmoid"`` two of them, for below and at or above the threshold.
+        activation: ``"softmax"`` over one logit a label, or ``"sigmoid"`` of a single logit.
+        threshold: probability at which the second label is chosen (``"sigmoid"`` only).
+    """
+
+    labels: tuple[str, ...]
+    activation: Activation
+    threshold: float = 0.5
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as plain JSON values."""
+        return {
+            "labels": list(self.labels),
+            "activation": self.activation,
+            "threshold": self.threshold,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> OutputSchema:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            BundleError: 706, the value is not an output schema, or its activation is unknown here.
+        """
+        try:
+            activation = value["activation"]
+            if activation not in ("softmax", "sigmoid"):
+                raise ValueError(f"activation {activation!r}")
+            labels = tuple(str(label) for label in value["labels"])
+            return cls(labels=labels, activation=activation, threshold=float(value["threshold"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise BundleError(
+                706, f"manifest: the output schema does not parse ({error!r})"
+            ) from None

@@ -1,0 +1,1 @@
+"""Federations in one process, through the same apps that run in deployment."""

@@ -1,0 +1,71 @@
+"""``fedge demo``: the whole chain in under a minute."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from fedge.shared.command import Command
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/demo, or the next free)")
+    parser.add_argument("--edge", metavar="BIN", type=Path, help="bin folder of the device's environment")
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or the first numbered one beside it that is not there yet."""
+    candidates = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 100_000))
+    return folder if not folder.exists() else next(c for c in candidates if not c.exists())
+
+
+def _environment(held: dict[str, Any]) -> str:
+    """What the device's environment holds, in words."""
+    heavy = [name for name in ("torch", "flwr") if held[name]]
+    what = f"with {' and '.join(heavy)} among them" if heavy else "neither torch nor flwr among them"
+    return f"{held['packages']} packages, {what}"
+
+
+def _run(arguments: Namespace) -> int:
+    import json
+    import sys
+    import time
+
+    from fedge.simulations import demo, device
+    from fedge.simulations.progress import Progress, summary_table
+
+    started = time.monotonic()
+    say = sys.stdout.write
+    edge = device.find(arguments.edge)
+    out = arguments.out or _free(Path("runs/demo"))
+    config = demo.configuration()
+    say(
+        f"Training {config.task.name} over {config.sites.count} sites "
+        f"(Dirichlet {config.data.alpha:g}), {config.run.rounds} rounds of {config.strategy.name}\n"
+    )
+    with Progress() as progress:
+        directory = demo.federate(out, progress)
+    lines = [json.loads(line) for line in directory.rounds.read_text(encoding="utf-8").splitlines()]
+    say(summary_table(json.loads(directory.metrics.read_text(encoding="utf-8")), lines) + "\n")
+    summary = demo.sign(directory)
+    parity = summary.manifest.parity
+    say(f"Exported to ONNX: largest difference {parity.max_abs_difference:.1e}, allowed {parity.tolerance:.0e}\n")
+    say(f"Signed {directory.path / 'model.fedge'} ({summary.bundle.bytes:,} bytes)\n")
+    told = demo.run_on(edge, directory)
+    say(f"Device: {_environment(told['environment'])}\n")
+    say(
+        f"Device verified the bundle and predicted {told['rows']} test images: "
+        f"accuracy {told['metrics']['accuracy']:.4f}, {told['agreement']:.2%} as trained\n"
+    )
+    say(f"Done in {time.monotonic() - started:.0f} s; the report:\n{directory.report}\n")
+    return 0
+
+
+COMMAND = Command(
+    summary="federate, release and run a model on a device, in under a minute",
+    extra="simulation",
+    arguments=_arguments,
+    run=_run,
+    epilog="example: fedge demo --out runs/demo",
+)

@@ -1,0 +1,55 @@
+"""``fedge simulate``: a federation in one process."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fedge.shared.command import Command
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="what to run")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="run directory, new or empty"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key; repeatable"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in DIR, or start it"
+    )
+    parser.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _run(arguments: Namespace) -> int:
+    import json
+    import sys
+
+    from fedge.shared.config_file import load
+    from fedge.simulations.engine import simulate
+    from fedge.simulations.progress import Progress, summary_table
+
+    config = load(arguments.config, arguments.set)
+    with Progress(quiet=arguments.quiet) as progress:
+        directory = simulate(config, arguments.out, resume=arguments.resume, listener=progress)
+    metrics = directory.metrics.read_text(encoding="utf-8")
+    if arguments.json:
+        sys.stdout.write(metrics)
+    else:
+        lines = [
+            json.loads(line) for line in directory.rounds.read_text(encoding="utf-8").splitlines()
+        ]
+        sys.stdout.write(summary_table(json.loads(metrics), lines) + "\n")
+        sys.stdout.write(f"{directory.report}\n")
+    return 0
+
+
+COMMAND = Command(
+    summary="run a federation in one process, from data to model and report",
+    extra="simulation",
+    arguments=_arguments,
+    run=_run,
+    epilog="example: fedge simulate examples/digits.toml --set run.rounds=5 --out runs/digits",
+)

@@ -1,0 +1,86 @@
+"""Simulate a federation: all sites and the server in this process, through the apps of a deployment."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedge.client import relay
+from fedge.client.app import app as client_app
+from fedge.client.data import site_shares
+from fedge.client.relay import DirectLink
+from fedge.client.worker import SiteWorker
+from fedge.server import progress
+from fedge.server.app import app as server_app
+from fedge.server.progress import Listener, Silent
+from fedge.server.run_directory import RunDirectory, prepare
+from fedge.shared.config import Config, FedProx
+from fedge.shared.tasks.registry import get_task
+from fedge.simulations.grid import InProcessGrid
+
+_log = logging.getLogger(__name__)
+
+
+def simulate(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    app: ClientApp = client_app,
+    grid: Callable[[Mapping[int, str], ClientApp, int], Grid] = InProcessGrid,
+) -> RunDirectory:
+    """Run the federation of a configuration and write its run directory.
+
+    Args:
+        config: what to run.
+        out: the run directory, see docs/reference/run-directory.md.
+        resume: continue the run in ``out``, or start where there is none.
+        listener: told of every reply and round.
+        app: the ClientApp of every site; fedge's relay unless an attack is rehearsed.
+        grid: makes the grid from (site by node id, app, Flower run id); another one to rehearse a bad network.
+
+    Returns:
+        The run's directory, complete.
+
+    Raises:
+        ConfigError: 206 to 209, the directory cannot be used.
+        DataError: 301 to 304, the data are missing or cannot be divided.
+        RunError: 501 to 507, the run stopped; what was committed stays.
+    """
+    if isinstance(config.strategy, FedProx) and config.strategy.proximal_mu == 0:
+        _log.warning("strategy.proximal-mu is 0: FedProx is FedAvg then")
+    directory, finished = prepare(out, config, resume=resume)
+    if finished:
+        return directory
+    with (
+        directory.lock(),
+        _workers(config, directory) as sites,
+        progress.listening(listener or Silent()),
+    ):
+        flower_run_id = secrets.randbits(62)
+        network = grid(dict(enumerate(sites, start=1)), app, flower_run_id)
+        context = Context(flower_run_id, 0, {}, RecordDict(), {"run-dir": str(directory.path)})
+        server_app(network, context)
+    return directory
+
+
+@contextmanager
+def _workers(config: Config, directory: RunDirectory) -> Iterator[list[str]]:
+    """Every site's worker, linked directly; yields the sites' names."""
+    task = get_task(config.task.name)
+    shares = site_shares(config, task)
+    for site, data in shares.items():
+        relay.connect(site, DirectLink(SiteWorker(site, task, data, directory.sites / site)))
+    try:
+        yield list(shares)
+    finally:
+        for site in shares:
+            relay.disconnect(site)

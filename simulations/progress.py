@@ -1,0 +1,275 @@
+"""What a person sees while a federation runs: one bar on a terminal, a few plain lines elsewhere.
+
+Everything goes to standard error, so that standard output stays free for results. Names and reasons come from
+sites; they are printed without control characters and never read as markup.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import IO, Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+#: Plain lines of a whole run, at most one for each of these parts of it.
+PLAIN_LINES: Final = 10
+BLOCKS: Final = "▁▂▃▄▅▆▇█"
+#: Width of the table's widest line, of a site's name and of a sparkline, in characters.
+TABLE_WIDTH: Final = 80
+NAME_WIDTH: Final = 24
+SPARK_WIDTH: Final = 20
+#: Sites up to which the table has a row for each; with more, this many of the weakest and the strongest.
+MAX_SITES_SINGLY: Final = 12
+EXTREMES: Final = 4
+
+
+def _printable(name: str, width: int = NAME_WIDTH) -> str:
+    kept = "".join(c if c.isprintable() else "?" for c in name[: width + 1])
+    return kept if len(kept) <= width else kept[: width - 1] + "…"
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _get(value: Any, *path: str) -> Any:
+    """The member at ``path`` of nested objects, or None."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """Accuracy in percent, anything else with three decimals, a dash where it was not measured."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.3f}"
+
+
+def lead_metric(site_mean: Any) -> str:
+    """The metric shown first: accuracy where there is one, loss only where there is nothing else."""
+    names = list(site_mean) if isinstance(site_mean, Mapping) else []
+    if "accuracy" in names or not names:
+        return "accuracy"
+    return next((str(name) for name in names if name != "loss"), "loss")
+
+
+def clock(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``1:02:03``."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def round_facts(line: Mapping[str, Any]) -> str:
+    """A line of rounds.jsonl in a few words: ``97.2 %  loss 0.081  8/8 sites  1 not counted``."""
+    mean = _get(line, "metrics", "site_mean")
+    lead = lead_metric(mean)
+    loss = _finite(_get(line, "metrics", "train", "loss"))
+    parts = []
+    if (value := _finite(_get(mean, lead))) is not None and lead != "loss":
+        text = metric_text(lead, value)
+        parts.append(text if lead == "accuracy" else f"{_printable(lead, 12)} {text}")
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    parts.append(f"{len(line.get('trained') or ())}/{len(line.get('invited') or ())} sites")
+    if refused := len(line.get("rejected") or ()):
+        parts.append(f"{refused} not counted")
+    if line.get("outcome") != "committed":
+        parts.append("skipped")
+    return "  ".join(parts)
+
+
+def sparkline(values: Sequence[float], low: float, high: float, width: int = SPARK_WIDTH) -> str:
+    """Block characters, at most ``width``; where there are more values, the mean of neighbours."""
+    if not values:
+        return ""
+    cells = min(width, len(values))
+    edges = [round(i * len(values) / cells) for i in range(cells + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    span = high - low
+    top = len(BLOCKS) - 1
+    levels = (round((m - low) / span * top) if span > 0 else top for m in means)
+    return "".join(BLOCKS[min(max(level, 0), top)] for level in levels)
+
+
+class Progress:
+    """The progress of one run, as a context manager.
+
+    Args:
+        quiet: print nothing.
+        file: where to print, standard error where not given.
+        terminal: force or forbid the bar; found out from ``file`` where not given.
+    """
+
+    def __init__(
+        self, *, quiet: bool = False, file: IO[str] | None = None, terminal: bool | None = None
+    ) -> None:
+        self._file = file if file is not None else sys.stderr
+        self._quiet = quiet
+        self._console = Console(file=self._file, force_terminal=terminal, highlight=False)
+        self._live = not quiet and self._console.is_terminal
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._total = 0
+        self._begun = 0.0
+        self._done = 0
+        self._facts = ""
+        self._last_part = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the bar as it stands, also where the run failed or was interrupted."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def start(self, total_rounds: int, done: int = 0) -> None:
+        """Begin a run of ``total_rounds``, or go on after ``done`` of them."""
+        self._total, self._done = max(1, total_rounds), done
+        self._begun = time.monotonic()
+        if not self._live:
+            return
+        narrow = self._console.width <= TABLE_WIDTH
+        self._bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None if narrow else 40),
+            TextColumn("{task.fields[facts]}", markup=False),
+            console=self._console,
+            expand=narrow,
+            refresh_per_second=8,
+        )
+        self._task = self._bar.add_task(
+            f"round {done}/{self._total}", total=self._total, completed=done, facts="waiting"
+        )
+        self._bar.start()
+
+    def site(self, server_round: int, site: str, done: int, total: int) -> None:  # noqa: ARG002
+        """Note that ``done`` of ``total`` sites have answered in a round, ``site`` the last of them."""
+        if self._bar is None or self._task is None:
+            return
+        share = min(done / total, 1.0) if total > 0 else 0.0
+        facts = f"site {done}/{total}" + (f"  {self._facts}" if self._facts else "")
+        self._bar.update(
+            self._task,
+            description=f"round {server_round}/{self._total}",
+            completed=server_round - 1 + share,
+            facts=facts,
+        )
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Show the round that just closed.
+
+        Args:
+            line: as written to rounds.jsonl.
+        """
+        number = int(line["round"])
+        elapsed = time.monotonic() - self._begun
+        left = (self._total - number) * elapsed / max(1, number - self._done)
+        self._facts = round_facts(line)
+        spent = f"{clock(elapsed)} left {clock(left)}" if number < self._total else clock(elapsed)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task,
+                description=f"round {number}/{self._total}",
+                completed=number,
+                facts=f"{self._facts}  {spent}",
+            )
+        elif not self._quiet:
+            self._plain(number, spent)
+
+    def _plain(self, number: int, spent: str) -> None:
+        """One line for each tenth of the run, at its end."""
+        part = number * PLAIN_LINES // self._total
+        if part > self._last_part:
+            self._last_part = part
+            self._file.write(f"round {number}/{self._total}  {self._facts}  {spent}\n")
+            self._file.flush()
+
+
+def _history(rounds: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[float]]:
+    """Each site's values of a metric by round."""
+    found: dict[str, list[float]] = {}
+    for line in rounds:
+        per_site = _get(line, "metrics", "per_site")
+        for site, values in per_site.items() if isinstance(per_site, Mapping) else ():
+            if (value := _finite(_get(values, metric))) is not None:
+                found.setdefault(site, []).append(value)
+    return found
+
+
+def _examples(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The examples that each site trained on when its update last counted."""
+    found: dict[str, int] = {}
+    for line in rounds:
+        examples = line.get("examples")
+        if isinstance(examples, Mapping):
+            found.update({s: int(n) for s, n in examples.items() if _finite(n) is not None})
+    return found
+
+
+def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
+    """The result by site as text, at most 80 wide; with more than 12 sites the weakest and the strongest.
+
+    Args:
+        metrics: as written to metrics.json.
+        rounds: the lines of rounds.jsonl.
+    """
+    per_site, mean = (
+        _get(metrics, "final", "per_site") or {},
+        _get(metrics, "final", "site_mean") or {},
+    )
+    pooled = _get(metrics, "final", "pooled") or {}
+    lead = lead_metric(mean)
+    sign = -1.0 if lead == "loss" else 1.0
+    history, examples = _history(rounds, lead), _examples(rounds)
+    every = [v for values in history.values() for v in values]
+    low, high = min(every, default=0.0), max(every, default=1.0)
+    names = list(per_site)
+    cut = len(names) - 2 * EXTREMES if len(names) > MAX_SITES_SINGLY else 0
+    if cut:
+        worst = -math.inf
+        names.sort(
+            key=lambda s: worst if (v := _finite(_get(per_site, s, lead))) is None else sign * v
+        )
+        names = [*names[:EXTREMES], *names[-EXTREMES:]]
+    width = max([len("site mean"), *(len(_printable(n)) for n in names)])
+
+    def row(name: str, count: str, values: Any, spark: str = "") -> str:
+        shown, loss = metric_text(lead, _finite(_get(values, lead))), _finite(_get(values, "loss"))
+        cells = f"{name:<{width}}  {count:>9}  {shown:>9}"
+        if lead != "loss":
+            cells += f"  {metric_text('loss', loss):>8}"
+        return f"{cells}  {spark}".rstrip()
+
+    head = f"{'site':<{width}}  {'examples':>9}  {_printable(lead, 9):>9}"
+    lines = [head + ("" if lead == "loss" else f"  {'loss':>8}") + ("  by round" if every else "")]
+    for index, name in enumerate(names):
+        if cut and index == EXTREMES:
+            lines.append(f"… {cut} sites in between")
+        count = str(examples[name]) if name in examples else "–"
+        lines.append(
+            row(
+                _printable(name), count, per_site[name], sparkline(history.get(name, []), low, high)
+            )
+        )
+    means = [v for r in rounds if (v := _finite(_get(r, "metrics", "site_mean", lead))) is not None]
+    lines.append(row("site mean", "", mean, sparkline(means, low, high)))
+    lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled))
+    return "\n".join(lines)

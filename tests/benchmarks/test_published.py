@@ -1,0 +1,58 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "published.py"
+
+
+@pytest.fixture(scope="module")
+def published():
+    spec = importlib.util.spec_from_file_location("published", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["published"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["published"]
+
+
+def measured(published, **shifts):
+    return {
+        method: [[a + shifts.get(method, 0.0) for a in row.published] for _ in published.SEEDS]
+        for method, row in published.FED_HEART.items()
+    }
+
+
+def test_the_published_values_pass(published):
+    result = published.judge(measured(published))
+    assert result["passed"]
+    assert "MISSED" not in published.table(result)
+
+
+@pytest.mark.parametrize("shift", [-0.03, 0.03])
+def test_a_method_off_its_mean_is_missed(published, shift):
+    result = published.judge(measured(published, pooled=shift))
+    assert not result["passed"]
+    assert [m for m, row in result["rows"].items() if not row["passed"]] == ["pooled"]
+    assert "MISSED" in published.table(result)
+
+
+def test_an_adaptive_method_too_near_to_fedavg_is_missed(published):
+    # Each within its own tolerance, but not far enough apart.
+    result = published.judge(measured(published, FedAdam=-0.015, FedAvg=0.005))
+    assert all(row["passed"] for row in result["rows"].values())
+    assert not result["above_fedavg"]["FedAdam"]["passed"]
+    assert not result["passed"]
+
+
+def test_a_missing_folder_is_one_line_and_exit_1(published, tmp_path, capsys):
+    assert published.main(["fed-heart", "--data", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.startswith("FE-301 ")
+
+
+@pytest.mark.slow
+def test_pooled_row_is_reached(published, data_folder):
+    row = published.FED_HEART[published.POOLED]
+    found = published.central(published.configuration(row, 42, data_folder / "heart"))
+    assert sum(found) / 4 == pytest.approx(row.published_mean, abs=published.TOLERANCE)

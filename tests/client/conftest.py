@@ -1,0 +1,111 @@
+"""Requests as a server writes them, and a small real task to ask about."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
+
+from fedge.client.data import SiteData
+from fedge.client.worker import SiteWorker
+from fedge.shared import protocol
+from fedge.shared.models.fnn import FNN
+from fedge.shared.preprocess import Standardise
+from fedge.shared.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
+from fedge.shared.tasks.task import Table, Task
+
+Ask = Callable[..., Message]
+
+
+def _no_files(path: Path | None) -> Table:
+    raise NotImplementedError
+
+
+@pytest.fixture
+def task() -> Task:
+    """Two blobs in the plane."""
+    return Task(
+        name="blobs",
+        summary="two blobs",
+        input=InputSchema((2,), features=(Feature("x", -9, 9), Feature("y", -9, 9))),
+        output=OutputSchema(("left", "right"), "softmax"),
+        preprocessing=(Standardise(),),
+        network=lambda: FNN((2, 4, 2)),
+        loss=softmax_loss,
+        counters=softmax_counters,
+        metrics=(ACCURACY, LOSS),
+        load=_no_files,
+    )
+
+
+@pytest.fixture
+def data() -> SiteData:
+    draw = np.random.default_rng(0)
+    labels = np.arange(50) % 2
+    features = (draw.normal(size=(50, 2)) + 3.0 * labels[:, None]).astype(np.float32)
+    return SiteData(features[:37], labels[:37], features[37:], labels[37:])
+
+
+@pytest.fixture
+def worker(task: Task, data: SiteData, tmp_path: Path) -> SiteWorker:
+    return SiteWorker("site-1", task, data, tmp_path / "site-1")
+
+
+@pytest.fixture
+def weights(task: Task) -> dict[str, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return {k: t.numpy() for k, t in task.network().state_dict().items()}
+
+
+@pytest.fixture
+def ask() -> Ask:
+    """A request; keywords replace the usual configuration (with _ for -), None removes a key."""
+
+    def build(
+        kind: str, arrays: Mapping[str, Any] | None = None, drop: str = "", **changes: Any
+    ) -> Message:
+        values: dict[str, Any] = {
+            protocol.RUN_ID: "r-1",
+            protocol.SERVER_ROUND: 0 if kind == protocol.REGISTER else 1,
+            protocol.TASK: "blobs",
+        }
+        if kind != protocol.REGISTER:
+            values |= {
+                protocol.SEED: 42,
+                protocol.THREADS: 1,
+                protocol.STANDARDISE: "federated",
+                protocol.FEATURE_MEAN: [1.5, 1.5],
+                protocol.FEATURE_STD: [1.5, 2.0],
+            }
+        if kind == protocol.TRAIN:
+            values[protocol.SETTINGS] = '{"learning-rate": 0.1, "batch-size": 8}'
+        values |= {key.replace("_", "-"): value for key, value in changes.items()}
+        content = RecordDict(
+            {protocol.CONFIG: ConfigRecord({k: v for k, v in values.items() if v is not None})}
+        )
+        if arrays is not None:
+            content[protocol.ARRAYS] = ArrayRecord(
+                {k: a if isinstance(a, Array) else Array(a) for k, a in arrays.items()}
+            )
+        if drop:
+            del content[drop]
+        metadata = Metadata(
+            run_id=1,
+            message_id="m",
+            src_node_id=0,
+            dst_node_id=1,
+            reply_to_message_id="",
+            group_id="",
+            created_at=time.time(),
+            ttl=600.0,
+            message_type=kind,
+        )
+        return Message(content, metadata=metadata)
+
+    return build

@@ -1,0 +1,92 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedge.client.data import site_shares
+from fedge.shared.config import Config
+from fedge.shared.errors import DataError
+from fedge.shared.tasks.registry import get_task
+from fedge.shared.tasks.task import Table
+
+
+def config(name="digits", **sections):
+    return Config.model_validate({"task": {"name": name}, **sections})
+
+
+def held_by(table, task):
+    return replace(task, load=lambda path: table)
+
+
+def test_digits_are_divided_without_overlap():
+    shares = site_shares(config(), get_task("digits"))
+    assert list(shares) == [f"site-{i}" for i in range(1, 9)]
+    rows = [len(s.train_labels) + len(s.test_labels) for s in shares.values()]
+    assert sum(rows) == 1797
+    for share, count in zip(shares.values(), rows, strict=True):
+        assert len(share.test_labels) == max(1, min(round(count * 0.25), count - 2))
+        assert share.train_features.shape[1:] == (8, 8)
+        assert share.train_features.dtype == np.float32
+        assert share.train_labels.dtype == np.int64
+
+
+def test_train_and_test_rows_are_disjoint(task):
+    table = Table(np.arange(80, dtype=np.float32).reshape(40, 2), np.arange(40) % 2)
+    shares = site_shares(
+        config(data={"partition": "iid"}, sites={"count": 4}), held_by(table, task)
+    )
+    every = np.concatenate(
+        [f for s in shares.values() for f in (s.train_features, s.test_features)]
+    )
+    assert sorted(every[:, 0].tolist()) == table.features[:, 0].tolist()
+
+
+def test_seed_decides():
+    first, same, other = (
+        site_shares(config(run={"seed": seed}), get_task("digits"))["site-3"] for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first.train_features, same.train_features)
+    assert not np.array_equal(first.test_features, other.test_features)
+
+
+def test_heart_keeps_its_own_split(data_folder):
+    asked = config("heart", data={"partition": "natural", "path": str(data_folder / "heart")})
+    shares = site_shares(asked, get_task("heart"))
+    sizes = {site: (len(s.train_labels), len(s.test_labels)) for site, s in shares.items()}
+    assert sizes == {
+        "cleveland": (199, 104),
+        "hungary": (172, 89),
+        "switzerland": (30, 16),
+        "va": (85, 45),
+    }
+
+
+def test_natural_partition_needs_natural_sites():
+    with pytest.raises(DataError) as caught:
+        site_shares(config(data={"partition": "natural"}), get_task("digits"))
+    assert caught.value.code == 303
+
+
+def test_heart_needs_a_folder():
+    with pytest.raises(DataError, match=r"data\.path: must be the folder of .*, got nothing") as e:
+        site_shares(config("heart", data={"partition": "natural"}), get_task("heart"))
+    assert e.value.code == 301
+
+
+def test_a_site_without_test_rows_is_refused(task):
+    table = Table(
+        np.zeros((6, 2), np.float32),
+        np.zeros(6, np.int64),
+        sites=np.array(["a", "a", "a", "b", "b", "b"]),
+        test=np.array([True, False, False, False, False, False]),
+    )
+    with pytest.raises(DataError, match="b: must hold 2 rows .* got 3 and 0") as caught:
+        site_shares(config(data={"partition": "natural"}), held_by(table, task))
+    assert caught.value.code == 303
+
+
+def test_a_natural_name_must_be_a_site_name(task):
+    table = Table(np.zeros((4, 2), np.float32), np.zeros(4, np.int64), sites=np.array(["../x"] * 4))
+    with pytest.raises(DataError, match="site name: must match") as caught:
+        site_shares(config(data={"partition": "natural"}), held_by(table, task))
+    assert caught.value.code == 302

@@ -1,0 +1,91 @@
+"""What all tests share: the real data, the built wheel, and a device's environment."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPONENTS = ("client", "edge", "server", "shared", "simulations")
+
+# Generated cases are checked for what they do; two workers on two cores make times vary.
+settings.register_profile("fedge", deadline=None)
+settings.load_profile("fedge")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI everything that the tests need is there: a skipped test is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") != "true" or reporter is None or exitstatus != pytest.ExitCode.OK:
+        return
+    if skipped := reporter.stats.get("skipped", []):
+        reporter.write_line(f"CI: {len(skipped)} skipped, none may be", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of the real data sets: $FEDGE_DATA, or shared/data beside the repository."""
+    folder = Path(os.environ.get("FEDGE_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set FEDGE_DATA to the folder that holds heart/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tree, as building writes into it."""
+    return next(_once(tmp_path_factory, "wheel", _build_wheel).glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def edge_env(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """The bin folder of a fresh environment that holds ``fedge[edge]`` from the wheel, and no more."""
+
+    def build(folder: Path) -> None:
+        venv.create(folder, with_pip=True)
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
+        _run([*pip, "--quiet", f"{wheel}[edge]"], cwd=folder, timeout=280)
+
+    return _once(tmp_path_factory, "edge-env", build) / "bin"
+
+
+def _build_wheel(folder: Path) -> None:
+    source = folder / "source"
+    source.mkdir()
+    for name in COMPONENTS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--quiet"]
+    _run([*pip, "--no-deps", "--no-build-isolation", "-w", folder, source], cwd=folder, timeout=120)
+
+
+def _once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """Build a folder once a session, though several worker processes may ask for it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
+
+
+def _run(command: list[str | Path], cwd: Path, timeout: float) -> None:
+    """Run a command, and say what it printed where it fails."""
+    done = subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

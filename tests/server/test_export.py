@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedge.edge.graph import refuse_external_data
+from fedge.server import export
+from fedge.server.export import export_onnx, opset_of, parity
+from fedge.shared.errors import ReleaseError
+from fedge.shared.models.cnn import CNN
+
+
+class Recurrent(nn.Module):
+    """A bidirectional LSTM, which open dimensions alone do not export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.lstm(x)[0][:, -1])
+        return logits
+
+
+def _network(kind: str) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(0)
+    match kind:
+        case "cnn":
+            return CNN(channels=1, side=8, classes=10), (1, 8, 8)
+        case "mlp":
+            return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1)), (6,)
+        case "norm":
+            net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+            net(torch.randn(64, 6))
+            return net, (6,)
+        case _:
+            return Recurrent(), (7, 4)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp", "norm", "recurrent"])
+def test_networks_export_and_agree(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    network, shape = _network(kind)
+    network.train()
+    data = export_onnx(network, shape)
+    assert network.training
+    found = parity(network, data, shape)
+    assert found.max_abs_difference <= 1e-5
+    assert found.batch_sizes == (1, 2, 7, 32)
+    assert capfd.readouterr() == ("", "")
+
+    model = onnx.load_model_from_string(data)
+    onnx.checker.check_model(model)
+    (given,), (made,) = model.graph.input, model.graph.output
+    assert (given.name, made.name) == ("input", "logits")
+    for value, rest in ((given, shape), (made, (len(network.state_dict()[_last(network)]),))):
+        batch, *others = value.type.tensor_type.shape.dim
+        assert batch.dim_param == "batch"
+        assert tuple(dim.dim_value for dim in others) == rest
+    assert opset_of(data) >= 18
+    refuse_external_data(data, "model.onnx")
+
+
+def _last(network: nn.Module) -> str:
+    return [name for name in network.state_dict() if name.endswith("bias")][-1]
+
+
+def test_the_same_weights_give_the_same_bytes_and_no_names_of_this_machine() -> None:
+    network, shape = _network("cnn")
+    data = export_onnx(network, shape)
+    assert export_onnx(network, shape) == data
+    model = onnx.load_model_from_string(data)
+    for words in (
+        b".py",
+        b"site-packages",
+        b"forward",
+        os.fsencode(Path.cwd()),
+        os.fsencode(Path.home()) + b"/",
+    ):
+        assert words not in data, words
+    assert not model.metadata_props
+    assert not model.doc_string
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    with torch.no_grad():
+        next(iter(network.parameters())).add_(1e-6)
+    assert export_onnx(network, shape) != data
+
+
+@pytest.mark.slow
+def test_another_process_exports_the_same_bytes() -> None:
+    program = """
+import hashlib, torch
+from fedge.server.export import export_onnx
+from fedge.shared.models.cnn import CNN
+torch.manual_seed(0)
+print(hashlib.sha256(export_onnx(CNN(channels=1, side=8, classes=10), (1, 8, 8))).hexdigest())
+"""
+    network, shape = _network("cnn")
+    expected = hashlib.sha256(export_onnx(network, shape)).hexdigest()
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        timeout=120,
+    )
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
+
+
+def test_a_model_that_differs_is_not_released() -> None:
+    network, shape = _network("mlp")
+    data = export_onnx(network, shape)
+    with torch.no_grad():
+        next(iter(network.parameters())).add_(0.01)
+    with pytest.raises(ReleaseError) as error:
+        parity(network, data, shape)
+    assert error.value.code == 603
+    assert "batch size" in error.value.message
+
+
+def test_a_model_that_gives_nan_is_not_released() -> None:
+    network, shape = _network("mlp")
+    with torch.no_grad():
+        next(iter(network.parameters()))[0] = float("nan")
+    with pytest.raises(ReleaseError) as error:
+        parity(network, export_onnx(network, shape), shape)
+    assert error.value.code == 603
+
+
+def test_a_graph_of_another_shape_or_none_is_not_released() -> None:
+    small, large = nn.Linear(6, 2), nn.Linear(6, 3)
+    with pytest.raises(ReleaseError) as error:
+        parity(large, export_onnx(small, (6,)), (6,))
+    assert error.value.code == 603
+    with pytest.raises(ReleaseError) as error:
+        parity(small, b"noise", (6,))
+    assert error.value.code == 603
+
+
+def test_what_cannot_be_exported_is_named() -> None:
+    class Wild(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(np.asarray(x.tolist(), np.float32))
+
+    class Merged(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum().reshape(1, 1)
+
+    for network in (Wild(), Merged()):
+        with pytest.raises(ReleaseError) as error:
+            export_onnx(network, (6,))
+        assert error.value.code == 607
+        assert "\n" not in error.value.message
+
+
+def test_too_large_a_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "MAX_BYTES", 100)
+    with pytest.raises(ReleaseError) as error:
+        export_onnx(nn.Linear(100, 100), (100,))
+    assert error.value.code == 607
