@@ -108,7 +108,7 @@ def _header(cells: list[str], name: str, rules: RowRules) -> list[int]:
         )
     for cell in cells:
         if cell not in known:
-            near = difflib.get_close_matches(cell, known, n=1)
+            near = difflib.get_close_matches(cell[:64], known, n=1)
             hint = f"the nearest is {near[0]!r}" if near else f"known are {', '.join(known)}"
             raise InputError(802, f"{name} line 1: unknown column {cell[:64]!r}; {hint}")
         if cells.count(cell) > 1:

@@ -13,7 +13,8 @@ from fedge.edge.graph import refuse_external_data
 from fedge.shared import preprocess
 from fedge.shared.bundle import Bundle
 from fedge.shared.errors import BundleError, InputError
-from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT, ONNX_FP32, Manifest, network_shape
+from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT, ONNX_FP32, Manifest
+from fedge.shared.manifest_rules import network_shape
 from fedge.shared.preprocess import Standardise, Step
 from fedge.shared.schema import OutputSchema
 

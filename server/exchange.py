@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
-from flwr.app import Message
+from flwr.app import Array, Message
 from flwr.serverapp import Grid
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.5
+
+ConfigScalar: TypeAlias = bool | int | float | str | bytes
 
 
 @runtime_checkable
@@ -52,8 +54,20 @@ def payload_bytes(message: Message) -> int:
     """Bytes of arrays, metrics and settings in a message."""
     if not message.has_content():
         return 0
-    records = message.content.values()
-    return sum(r.count_bytes() for r in records)
+    return sum(
+        len(key) + sum(_bytes_of(v) for v in (value if isinstance(value, list) else [value]))
+        for record in message.content.values()
+        for key, value in record.items()
+    )
+
+
+def _bytes_of(value: Array | ConfigScalar) -> int:
+    # Flower's own count_bytes does the same, but raises at an empty text or list, which a site may well send.
+    if isinstance(value, Array):
+        return len(value.data)
+    if isinstance(value, str | bytes):
+        return len(value)
+    return 1 if isinstance(value, bool) else 8
 
 
 def exchange(

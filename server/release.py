@@ -22,7 +22,8 @@ from fedge.shared import arrays, preprocess
 from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.bundle import Part, write_bundle
 from fedge.shared.errors import BundleError, ConfigError, ReleaseError, RunError
-from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest, network_shape
+from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest
+from fedge.shared.manifest_rules import network_shape
 from fedge.shared.signing import key_id, load_private, new_key, public_path
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
@@ -135,6 +136,7 @@ def _prepare(directory: RunDirectory, run: dict[str, Any]) -> tuple[Manifest, by
     """The manifest without latency, and the exported model."""
     task = get_task(str(run.get("task")))
     config = _read(directory.config)
+    metrics = _metrics(_read_json(directory.metrics))
     try:
         steps = preprocess.from_json(run["preprocessing"])
         shape = network_shape(task.input, steps)
@@ -155,7 +157,7 @@ def _prepare(directory: RunDirectory, run: dict[str, Any]) -> tuple[Manifest, by
             input=task.input,
             output=task.output,
             preprocessing=steps,
-            metrics=_metrics(_read_json(directory.metrics)),
+            metrics=metrics,
             parity=parity(network, onnx, shape),
         )
         return Manifest.from_bytes(manifest.to_bytes()), onnx

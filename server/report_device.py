@@ -41,7 +41,9 @@ _MEASURES: Final[dict[str, tuple[str, Callable[[float | None], str]]]] = {
 def latency_card(run: Run, manifest: Mapping[str, Any]) -> str:
     """Measures by row, places by column, so that it fits a phone; empty where nothing was timed."""
     released, bench = mapping(manifest.get("latency")), mapping(run.edge.get("bench"))
-    places = [(w, found) for w, found in (("at release", released), ("device", bench)) if found]
+    places = [
+        (w, found) for w, found in (("at release", released), ("on the device", bench)) if found
+    ]
     rows = [
         [esc(words), *(esc(show(number(found.get(key)))) for _, found in places)]
         for key, (words, show) in _MEASURES.items()
@@ -52,9 +54,10 @@ def latency_card(run: Run, manifest: Mapping[str, Any]) -> str:
     grid = fmt.table(
         "Latency", [("", ""), *((where, "n") for where, _ in places)], rows, css="measures"
     )
-    where = text(released.get("device"))
-    note = f"Time of one prediction. Timed at release on {esc(where)}." if where else ""
-    return fmt.card("Latency", grid, note or "Time of one prediction.")
+    sources = [(w, text(found.get("device"))) for w, found in places]
+    known = ", ".join(f"{w} on {where}" for w, where in sources if where)
+    note = f"Time of one prediction; {esc(known)}." if known else "Time of one prediction."
+    return fmt.card("Latency", grid, note)
 
 
 def _tiles(edge: Mapping[str, Any]) -> list[str]:
@@ -79,14 +82,17 @@ def _tiles(edge: Mapping[str, Any]) -> list[str]:
     environment = mapping(edge.get("environment"))
     packages = whole(environment.get("packages"))
     if packages is not None:
-        lacks = " and ".join(_lacks(environment))
-        tiles.append(tile("Packages", fmt.count(packages), f"without {lacks}" if lacks else ""))
+        tiles.append(tile("Packages", fmt.count(packages), _contents(environment)))
     return tiles
 
 
-def _lacks(environment: Mapping[str, Any]) -> list[str]:
-    """What the environment is known not to hold."""
-    return [name for name, held in environment.items() if held is False]
+def _contents(environment: Mapping[str, Any]) -> str:
+    """What the environment holds and what it does not, of what was asked for."""
+    lacks = [name for name, held in environment.items() if held is False]
+    holds = [name for name, held in environment.items() if held is True]
+    parts = [f"with {' and '.join(holds)}"] if holds else []
+    parts += [f"without {' and '.join(lacks)}"] if lacks else []
+    return ", ".join(parts)
 
 
 def device(run: Run) -> str:
@@ -97,8 +103,8 @@ def device(run: Run) -> str:
     environment, bench = mapping(edge.get("environment")), mapping(edge.get("bench"))
     shown = {"verified", "rows", "metrics", "agreement", "seconds", "environment", "bench"}
     others = {k: v for k, v in edge.items() if k not in shown}
-    others |= {k: v for k, v in environment.items() if k != "packages" and v is not False}
-    others |= {k: v for k, v in bench.items() if k not in _MEASURES}
+    others |= {k: v for k, v in environment.items() if k != "packages" and not isinstance(v, bool)}
+    others |= {k: v for k, v in bench.items() if k not in _MEASURES and k != "device"}
     facts = [(k.replace("_", " "), esc(fmt.value_text(v))) for k, v in others.items()]
     body = f'<div class="tiles">{"".join(_tiles(edge))}</div>'
     if not run.release:

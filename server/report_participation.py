@@ -211,7 +211,11 @@ def participation(run: Run) -> str:
     lead = f"{fmt.plural(outcomes['invited'], 'invitation')}, {fmt.plural(outcomes['trained'], 'update')} counted"
     others = in_words(outcomes)
     lead += f"; {esc(others)}." if others else "; none rejected, late or missing."
-    small = len(run.rounds) <= MAX_ROUNDS_BESIDE and len(run.sites) <= MAX_SITES_WITH_TIPS
+    small = (
+        bool(others)
+        and len(run.rounds) <= MAX_ROUNDS_BESIDE
+        and len(run.sites) <= MAX_SITES_WITH_TIPS
+    )
     body = _matrix(run) + _refusal_table(run)
     return fmt.section(
         "participation", "Who took part", lead, f'<div class="pair">{body}</div>' if small else body

@@ -223,8 +223,8 @@ def release(run: Run) -> str:
             ("signed with key", hash_html(key)),
         ]
     )
-    cards = [_parity_card(manifest), latency_card(run, manifest)]
-    lead = "The only thing that reaches a device: the model, what it was made from, and a signature over both."
-    pair = f'<div class="pair">{"".join(cards)}</div>' if any(cards) else ""
-    body = fmt.card("Bundle", identity) + pair + (_manifest_card(manifest) if manifest else "")
+    lead = "The only thing that reaches a device: the model, its origin, and a signature over both."
+    left = f'<div class="stack">{fmt.card("Bundle", identity)}{_parity_card(manifest)}</div>'
+    body = f'<div class="pair">{left}{latency_card(run, manifest)}</div>'
+    body += _manifest_card(manifest) if manifest else ""
     return fmt.section("release", "The signed bundle", lead, body)

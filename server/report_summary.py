@@ -90,7 +90,7 @@ def _engineering(run: Run) -> list[str]:
     if run.rounds and run.seconds is not None and moved:
         each = len(run.rounds)
         said.append(
-            f"A round took {fmt.duration(run.seconds / each)} and moved {fmt.size(moved / each)}."
+            f"A round took {fmt.duration(run.seconds / each)} and moved {fmt.size(moved / each)} on average."
         )
     manifest = mapping(run.release.get("manifest"))
     found = parity(manifest)
@@ -101,7 +101,9 @@ def _engineering(run: Run) -> list[str]:
         )
     p50 = number(mapping(manifest.get("latency")).get("p50_ms"))
     if p50 is not None:
-        said.append(f"Half of all predictions take less than {fmt.duration(p50 / 1000)}.")
+        said.append(
+            f"At release, half of all predictions took less than {fmt.duration(p50 / 1000)}."
+        )
     return said
 
 

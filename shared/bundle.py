@@ -24,8 +24,8 @@ from fedge.shared import archive, signing
 from fedge.shared.archive import ArchiveReader
 from fedge.shared.bounded import open_regular, reason
 from fedge.shared.errors import BundleError, ReleaseError
-from fedge.shared.manifest import PART as MANIFEST
 from fedge.shared.manifest import Manifest
+from fedge.shared.manifest_rules import PART as MANIFEST
 
 STATEMENT: Final = "statement.dsse.json"
 _CHUNK: Final = 2**20

@@ -7,21 +7,26 @@ rather than guess.
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fedge.shared import preprocess
 from fedge.shared.errors import BundleError
-from fedge.shared.preprocess import OneHot, Reshape, Scale, Standardise, Step
+from fedge.shared.manifest_rules import (
+    PART,
+    check_output,
+    check_values,
+    network_shape,
+    refused,
+    require,
+)
+from fedge.shared.preprocess import Standardise, Step
 from fedge.shared.schema import InputSchema, OutputSchema
 from fedge.shared.signing import canonical_json, parse_canonical
 
 FORMAT: Final = "fedge.manifest/1"
-PART: Final = "manifest.json"
 ONNX_FP32: Final = "onnx-fp32"
 
 #: Names within the ONNX graph; the batch is its only open dimension.
@@ -29,12 +34,8 @@ GRAPH_INPUT: Final = "input"
 GRAPH_OUTPUT: Final = "logits"
 GRAPH_BATCH: Final = "batch"
 
-#: Bounds of what a manifest may ask a device to hold.
-MAX_DIMENSIONS: Final = 8
-MAX_VALUES: Final = 2**24
-MAX_LABELS: Final = 100_000
+#: The most artefacts in one bundle.
 MAX_ARTEFACTS: Final = 64
-MAX_TEXT: Final = 256
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -150,19 +151,19 @@ class Manifest:
         """
         value = parse_canonical(data, PART)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise _refused(f"format must be {FORMAT!r}")
-        _check_values(value)
+            raise refused(f"format must be {FORMAT!r}")
+        check_values(value)
         try:
             manifest = _from_json(value)
             again = manifest.to_json()
         except BundleError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise _refused(f"does not parse ({type(error).__name__}: {error})") from None
+            raise refused(f"does not parse ({type(error).__name__}: {error})") from None
         # Equal once more when written again: no key left over, no number given as text.
         for key in sorted(value.keys() | again.keys()):
             if key not in again or not _same(value[key], again[key]):
-                raise _refused(f"{key}: holds what this version does not know")
+                raise refused(f"{key}: holds what this version does not know")
         manifest.check()
         return manifest
 
@@ -176,51 +177,51 @@ class Manifest:
             ("config_sha256", self.config_sha256),
             ("model_sha256", self.model_sha256),
         ):
-            _require(_SHA256.fullmatch(text) is not None, key, "must be a SHA-256 in hexadecimal")
-        _require(
+            require(_SHA256.fullmatch(text) is not None, key, "must be a SHA-256 in hexadecimal")
+        require(
             _TIME.fullmatch(self.created) is not None,
             "created",
             "must be a UTC time such as 2026-01-31T12:00:00Z",
         )
-        _require(0 <= self.rounds <= 10**9, "rounds", f"must be 0 to 10^9, got {self.rounds}")
+        require(0 <= self.rounds <= 10**9, "rounds", f"must be 0 to 10^9, got {self.rounds}")
         names = [artefact.name for artefact in self.artefacts]
-        _require(
+        require(
             1 <= len(names) <= MAX_ARTEFACTS,
             "artefacts",
             f"must be 1 to {MAX_ARTEFACTS}, got {len(names)}",
         )
-        _require(len(set(names)) == len(names), "artefacts", "must have different names")
+        require(len(set(names)) == len(names), "artefacts", "must have different names")
         for artefact in self.artefacts:
             where = f"artefacts: {artefact.name}"
             reserved = artefact.name in (PART, "statement.dsse.json")
-            _require(
+            require(
                 _NAME.fullmatch(artefact.name) is not None and not reserved,
                 where,
                 "must be a plain file name",
             )
-            _require(
+            require(
                 _SHA256.fullmatch(artefact.sha256) is not None, where, "sha256 must be hexadecimal"
             )
-            _require(
+            require(
                 0 < artefact.bytes < 2**33, where, f"bytes must be 1 to 8 GiB, got {artefact.bytes}"
             )
-            _require(
+            require(
                 1 <= artefact.opset <= 1000, where, f"opset must be 1 to 1000, got {artefact.opset}"
             )
-            _require(
+            require(
                 artefact.kind == ONNX_FP32,
                 where,
                 f"kind must be {ONNX_FP32!r}, got {artefact.kind!r}",
             )
-        _check_output(self.output)
+        check_output(self.output)
         network_shape(self.input, self.preprocessing)
-        _require(
+        require(
             set(self.metrics) <= {"pooled", "site_mean"},
             "metrics",
             "must hold pooled and site_mean only",
         )
         sizes = self.parity.batch_sizes
-        _require(
+        require(
             all(1 <= size <= 2**20 for size in sizes), "parity", "batch sizes must be 1 to 2^20"
         )
 
@@ -228,129 +229,6 @@ class Manifest:
     def site_statistics(self) -> bool:
         """Whether the model standardises by statistics that each site keeps to itself."""
         return any(isinstance(step, Standardise) and not step.mean for step in self.preprocessing)
-
-
-def network_shape(schema: InputSchema, steps: Sequence[Step]) -> tuple[int, ...]:
-    """Shape of one example as the network takes it, found by walking through the steps.
-
-    Raises:
-        BundleError: 706, the schema is not possible, or a step does not fit what comes before it.
-    """
-    _check_input(schema)
-    shape = schema.shape
-    for number, step in enumerate(steps):
-        where = f"preprocessing: step {number}"
-        match step:
-            case Scale(factor=factor):
-                _require(math.isfinite(factor), where, "factor must be finite")
-            case Standardise(mean=mean, std=std):
-                _require(
-                    len(shape) == 1, where, f"standardise needs columns, got shape {list(shape)}"
-                )
-                _require(
-                    len(mean) == len(std) and len(mean) in (0, shape[0]),
-                    where,
-                    f"must hold {shape[0]} columns",
-                )
-                _require(all(s >= 0 for s in std), where, "std must not be negative")
-            case OneHot(columns=columns):
-                _require(len(shape) == 1, where, f"one-hot needs columns, got shape {list(shape)}")
-                indices = [index for index, _ in columns]
-                ascending = all(a < b for a, b in itertools.pairwise(indices))
-                inside = all(0 <= index < shape[0] for index in indices)
-                _require(
-                    ascending and inside, where, "columns must be ascending and within the input"
-                )
-                for index, categories in columns:
-                    distinct = 0 < len(set(categories)) == len(categories)
-                    _require(distinct, where, f"column {index} must hold different categories")
-                shape = (shape[0] - len(columns) + sum(len(c) - 1 for _, c in columns),)
-            case Reshape(shape=new):
-                _check_shape(new, where)
-                _require(
-                    math.prod(new) == math.prod(shape),
-                    where,
-                    f"cannot make {list(new)} of {list(shape)}",
-                )
-                shape = new
-        _check_shape(shape, where)
-    return shape
-
-
-def _refused(message: str) -> BundleError:
-    return BundleError(706, f"{PART}: {message}")
-
-
-def _require(condition: bool, where: str, message: str) -> None:
-    if not condition:
-        raise _refused(f"{where}: {message}")
-
-
-def _check_shape(shape: tuple[int, ...], where: str) -> None:
-    possible = 1 <= len(shape) <= MAX_DIMENSIONS and all(1 <= n <= MAX_VALUES for n in shape)
-    _require(
-        possible and math.prod(shape) <= MAX_VALUES,
-        where,
-        f"shape {list(shape)[:9]} is not possible",
-    )
-
-
-def _check_input(schema: InputSchema) -> None:
-    _check_shape(schema.shape, "input")
-    _require(schema.dtype == "float32", "input", f"dtype must be float32, got {schema.dtype!r}")
-    if schema.features:
-        names = [feature.name for feature in schema.features]
-        _require(
-            schema.shape == (len(names),),
-            "input",
-            f"must have one feature a column, got {len(names)}",
-        )
-        _require(len(set(names)) == len(names), "input", "must have different features")
-        _require(
-            all(name.strip() == name and name for name in names),
-            "input",
-            "must have named features",
-        )
-
-
-def _check_output(schema: OutputSchema) -> None:
-    count = len(schema.labels)
-    _require(2 <= count <= MAX_LABELS, "output", f"must have 2 to {MAX_LABELS} labels, got {count}")
-    _require(len(set(schema.labels)) == count, "output", "must have different labels")
-    _require(
-        schema.activation == "softmax" or count == 2,
-        "output",
-        f"sigmoid needs two labels, got {count}",
-    )
-    _require(
-        0 < schema.threshold < 1,
-        "output",
-        f"threshold must be between 0 and 1, got {schema.threshold}",
-    )
-
-
-def _check_values(value: Any, depth: int = 0) -> None:
-    """Refuse text that could confuse a terminal, numbers out of range, and deep nesting."""
-    if depth > MAX_DIMENSIONS:
-        raise _refused("is nested too deeply")
-    match value:
-        case dict():
-            for key, item in value.items():
-                _check_values(key, depth + 1)
-                _check_values(item, depth + 1)
-        case list():
-            for item in value:
-                _check_values(item, depth + 1)
-        case str():
-            if len(value) > MAX_TEXT or not value.isprintable():
-                raise _refused(
-                    f"text must be printable and at most {MAX_TEXT} characters, got {value[:32]!r}"
-                )
-        case bool():
-            raise _refused("must hold no true or false")
-        case int() | float():
-            if not -1e300 < value < 1e300:
-                raise _refused("holds a number out of range")
 
 
 def _same(value: Any, again: Any) -> bool:

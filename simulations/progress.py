@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 #: Plain lines of a whole run, at most one for each of these parts of it.
-PLAIN_LINES: Final = 10
+PLAIN_LINES: Final = 5
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
 #: Width of the table's widest line, of a site's name and of a sparkline, in characters.
 TABLE_WIDTH: Final = 80
@@ -195,7 +195,7 @@ class Progress:
             self._plain(number, spent)
 
     def _plain(self, number: int, spent: str) -> None:
-        """One line for each tenth of the run, at its end."""
+        """One line for each fifth of the run, at its end."""
         part = number * PLAIN_LINES // self._total
         if part > self._last_part:
             self._last_part = part

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from onnx import TensorProto, helper, numpy_helper
 
 from fedge.shared.bundle import write_bundle
-from fedge.shared.manifest import Artefact, Latency, Manifest, Parity, network_shape
+from fedge.shared.manifest import Artefact, Latency, Manifest, Parity
+from fedge.shared.manifest_rules import network_shape
 from fedge.shared.preprocess import OneHot, Reshape, Scale, Standardise
 from fedge.shared.schema import Feature, InputSchema, OutputSchema
 

@@ -119,12 +119,13 @@ def test_a_graph_that_is_not_the_manifests_is_refused(
 
 @pytest.mark.parametrize("data", [b"\x00", b"not a model", b"\x08\x0a"])
 def test_what_is_no_model_is_refused(
-    load: Load, bundle_of: Callable[..., Path], data: bytes
+    load: Load, bundle_of: Callable[..., Path], data: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(BundleError) as error:
         load(bundle_of(data))
     assert error.value.code == 708
     assert "\n" not in error.value.message
+    assert capfd.readouterr() == ("", "")
 
 
 def test_weights_outside_the_bundle_are_refused(

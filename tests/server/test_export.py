@@ -75,7 +75,7 @@ def _last(network: nn.Module) -> str:
 
 
 def test_the_same_weights_give_the_same_bytes_and_no_names_of_this_machine() -> None:
-    network, shape = _network("cnn")
+    network, shape = _network("mlp")
     data = export_onnx(network, shape)
     assert export_onnx(network, shape) == data
     model = onnx.load_model_from_string(data)

@@ -15,8 +15,8 @@ from fedge.shared.manifest import (
     Latency,
     Manifest,
     Parity,
-    network_shape,
 )
+from fedge.shared.manifest_rules import network_shape
 from fedge.shared.preprocess import OneHot, Reshape, Scale, Standardise
 from fedge.shared.schema import Feature, InputSchema, OutputSchema
 from fedge.shared.signing import canonical_json

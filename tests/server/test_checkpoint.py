@@ -1,0 +1,105 @@
+"""Checkpoints: the model and the memory come back bit for bit, or the damage is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedge.server import checkpoint
+from fedge.server.journal import Commit
+from fedge.shared.errors import RunError
+from fedge.shared.tasks.registry import get_task
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@pytest.fixture
+def memory(model: Arrays) -> Arrays:
+    return {f"m_t/{k}": a * 2 for k, a in model.items()}
+
+
+def same(one: Arrays, other: Arrays) -> bool:
+    return {k: (a.dtype, a.shape, a.tobytes()) for k, a in one.items()} == {
+        k: (a.dtype, a.shape, a.tobytes()) for k, a in other.items()
+    }
+
+
+def test_initial_arrays_are_a_function_of_the_seed_alone():
+    task = get_task("breast-cancer")
+    torch.manual_seed(1)
+    first = checkpoint.initial_arrays(task, 42)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = checkpoint.initial_arrays(task, 42)
+    assert torch.equal(torch.get_rng_state(), before), "drawing must disturb nobody"
+    assert list(first) == list(task.network().state_dict())
+    assert same(first, second)
+    assert not same(first, checkpoint.initial_arrays(task, 43))
+
+
+def test_round_trip_in_the_models_order(model: Arrays, memory: Arrays, tmp_path: Path):
+    commit = checkpoint.write(tmp_path / "checkpoints", 7, model, memory)
+    assert commit.number == 7
+    order = list(reversed(model))
+    arrays, held = checkpoint.load(tmp_path / "checkpoints", commit, order)
+    assert list(arrays) == order
+    assert same(arrays, model)
+    assert same(held, memory)
+
+
+def test_the_same_state_gives_the_same_file(model: Arrays, memory: Arrays, tmp_path: Path):
+    first = checkpoint.write(tmp_path, 1, model, memory)
+    second = checkpoint.write(tmp_path, 1, model, dict(reversed(memory.items())))
+    assert first == second
+
+
+def test_a_tensor_may_be_called_like_memory(tmp_path: Path):
+    arrays = {"memory/m_t/a": np.ones(2), "arrays/b": np.zeros(3)}
+    commit = checkpoint.write(tmp_path, 0, arrays, {"m_t/a": np.full(4, 5.0)})
+    loaded, held = checkpoint.load(tmp_path, commit, list(arrays))
+    assert same(loaded, arrays)
+    assert same(held, {"m_t/a": np.full(4, 5.0)})
+
+
+@pytest.mark.parametrize("place", [0, 8, 60, -1])
+def test_one_flipped_byte_is_refused(place: int, model: Arrays, memory: Arrays, tmp_path: Path):
+    commit = checkpoint.write(tmp_path, 3, model, memory)
+    path = tmp_path / commit.checkpoint
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(RunError, match=commit.checkpoint) as refused:
+        checkpoint.load(tmp_path, commit, list(model))
+    assert refused.value.code == 504
+
+
+def test_a_missing_checkpoint_is_refused(model: Arrays, tmp_path: Path):
+    with pytest.raises(RunError) as refused:
+        checkpoint.load(tmp_path, Commit(1, "round-000001.safetensors", "0" * 64), list(model))
+    assert refused.value.code == 504
+
+
+def test_another_networks_checkpoint_is_refused(model: Arrays, tmp_path: Path):
+    commit = checkpoint.write(tmp_path, 1, model, {})
+    with pytest.raises(RunError, match=r"fc2\.weight") as refused:
+        checkpoint.load(tmp_path, commit, [*model, "fc2.weight"])
+    assert refused.value.code == 504
+
+
+def test_prune_keeps_the_last_two(model: Arrays, tmp_path: Path):
+    for server_round in range(6):
+        checkpoint.write(tmp_path, server_round, model, {})
+    checkpoint.prune(tmp_path, 4)
+    kept = [f"round-{n:06d}.safetensors" for n in (3, 4)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept, "round 5 was never committed"
+
+
+def test_prune_removes_what_a_kill_left(model: Arrays, tmp_path: Path):
+    checkpoint.write(tmp_path, 0, model, {})
+    (tmp_path / ".round-000001.safetensors.tmp").write_bytes(b"half")
+    checkpoint.prune(tmp_path, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000000.safetensors"]

@@ -1,0 +1,68 @@
+"""Three views of an evaluation: each site's, the mean over sites, the pooled ratio."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedge.server.metrics import ratios, summary
+from fedge.shared.tasks.registry import get_task
+from fedge.shared.tasks.task import Metric
+
+METRICS = (
+    Metric("accuracy", "correct", "examples"),
+    Metric("sensitivity", "true-positive", "positive"),
+)
+
+
+def counters(examples: float, correct: float, positive: float = 0.0, hit: float = 0.0):
+    return {"examples": examples, "correct": correct, "positive": positive, "true-positive": hit}
+
+
+def test_mean_counts_sites_and_pooled_counts_examples():
+    made = summary(METRICS, {"a": counters(10, 9, 4, 4), "b": counters(90, 45, 16, 4)})
+    assert made["per_site"]["a"] == {"accuracy": 0.9, "sensitivity": 1.0}
+    assert made["per_site"]["b"] == {"accuracy": 0.5, "sensitivity": 0.25}
+    assert made["site_mean"] == pytest.approx({"accuracy": 0.7, "sensitivity": 0.625})
+    assert made["pooled"] == pytest.approx({"accuracy": 0.54, "sensitivity": 0.4})
+
+
+def test_a_site_without_positives_has_no_sensitivity_and_lowers_nobodys():
+    made = summary(METRICS, {"a": counters(10, 9, 4, 2), "b": counters(10, 5)})
+    assert made["per_site"]["b"] == {"accuracy": 0.5}
+    assert made["site_mean"]["sensitivity"] == 0.5
+    assert made["pooled"]["sensitivity"] == 0.5
+
+
+def test_a_dropped_counter_takes_only_its_metrics_along():
+    partial = {"examples": 10.0, "positive": 5.0, "true-positive": 5.0}
+    made = summary(METRICS, {"a": counters(10, 9, 4, 2), "b": partial})
+    assert made["per_site"]["b"] == {"sensitivity": 1.0}
+    assert made["site_mean"] == {"accuracy": 0.9, "sensitivity": 0.75}
+    assert made["pooled"] == {"accuracy": 0.9, "sensitivity": pytest.approx(7 / 9)}
+
+
+def test_nobody_measured_nothing_is_told():
+    assert summary(METRICS, {}) == {"per_site": {}, "site_mean": {}, "pooled": {}}
+    assert summary(METRICS, {"a": {}}) == {"per_site": {"a": {}}, "site_mean": {}, "pooled": {}}
+    assert summary(METRICS, {"a": counters(0, 0)})["pooled"] == {}
+
+
+def test_ratios_leave_zero_denominators_out():
+    assert ratios(METRICS, counters(4, 1)) == {"accuracy": 0.25}
+
+
+def test_pooled_is_what_one_place_would_have_measured():
+    """Split one set of predictions over sites of unlike size; pooling gives the whole's metrics."""
+    import torch
+
+    task = get_task("breast-cancer")
+    draw = np.random.default_rng(1)
+    logits = torch.from_numpy(draw.normal(size=(60, 1)).astype(np.float32))
+    labels = torch.from_numpy(draw.integers(0, 2, 60))
+    parts = {
+        f"site-{i}": task.counters(logits[a:b], labels[a:b])
+        for i, (a, b) in enumerate([(0, 5), (5, 25), (25, 60)])
+    }
+    whole = task.values(task.counters(logits, labels))
+    assert summary(task.metrics, parts)["pooled"] == pytest.approx(whole, rel=1e-12)

@@ -1,0 +1,131 @@
+"""The round loop's promises: quorum, required sites, skipped rounds, cohorts, quarantine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedge.client import relay
+from fedge.server.journal import Journal
+from fedge.shared.config import Config
+from fedge.shared.errors import RunError
+from fedge.simulations.engine import simulate
+
+
+def _config(**sections: Any) -> Config:
+    return Config.model_validate(
+        {
+            "task": {"name": "breast-cancer"},
+            "run": {"rounds": 3},
+            "train": {"local-steps": 2, "batch-size": 16},
+            "sites": {"count": 5},
+        }
+        | sections
+    )
+
+
+def _failing(fails: Callable[[str, int], bool]) -> ClientApp:
+    """fedge's relay, where a site raises in the rounds for which ``fails(site, round)``."""
+    app = ClientApp()
+    app.query("register")(relay.forward)
+    app.evaluate()(relay.forward)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        server_round = int(str(message.content.config_records["config"]["server-round"]))
+        if fails(str(context.node_config["site"]), server_round):
+            raise RuntimeError("the GPU went away")
+        return relay.forward(message, context)
+
+    return app
+
+
+def _lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_round_below_quorum_is_skipped_and_the_next_goes_on(tmp_path: Path) -> None:
+    app = _failing(lambda site, r: r == 2 and site != "site-1")
+    simulate(_config(), tmp_path, app=app)
+    first, second, third = _lines(tmp_path)
+    assert [line["outcome"] for line in (first, second, third)] == ["committed", "skipped", "committed"]
+    assert second["reason"] == "FE-501 updates: must be at least 2, got 1"
+    assert first["model_sha256"] == second["model_sha256"] != third["model_sha256"]
+    assert second["trained"] == ["site-1"]
+
+
+def test_too_many_skipped_rounds_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:
+    config = _config(run={"rounds": 5}, round={"max-skipped": 2})
+    with pytest.raises(RunError) as raised:
+        simulate(config, tmp_path, app=_failing(lambda site, r: r >= 2))
+    assert raised.value.code == 503
+    assert [line["outcome"] for line in _lines(tmp_path)] == ["committed", "skipped", "skipped"]
+    assert not (tmp_path / "model.safetensors").exists()
+    simulate(config, tmp_path, resume=True)
+    assert [line["outcome"] for line in _lines(tmp_path)[3:]] == ["committed", "committed"]
+
+
+def test_a_required_site_that_fails_stops_the_run_loudly(tmp_path: Path) -> None:
+    config = _config(round={"require-sites": ["site-2"]})
+    with pytest.raises(RunError) as raised:
+        simulate(config, tmp_path, app=_failing(lambda site, r: r == 2 and site == "site-2"))
+    assert raised.value.code == 502
+    assert "site-2" in raised.value.message
+    assert "FE-410" in raised.value.message
+    assert len(_lines(tmp_path)) == 1, "the round without the site was not committed"
+    simulate(config, tmp_path, resume=True)
+    assert len(_lines(tmp_path)) == 3
+
+
+def test_a_strategy_that_needs_more_sites_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as raised:
+        simulate(_config(strategy={"name": "Bulyan", "num-malicious-nodes": 1}), tmp_path)
+    assert raised.value.code == 506
+    assert "7 sites" in raised.value.message
+
+
+def test_a_cohort_is_a_share_of_the_sites_and_all_are_evaluated(tmp_path: Path) -> None:
+    simulate(_config(round={"fraction-train": 0.5, "require-sites": ["site-5"]}), tmp_path)
+    lines = _lines(tmp_path)
+    for line in lines:
+        assert 2 <= len(line["invited"]) <= 3
+        assert "site-5" in line["invited"]
+        assert line["trained"] == line["invited"] == sorted(line["invited"])
+        assert len(line["metrics"]["per_site"]) == 5
+    assert len({tuple(line["invited"]) for line in lines}) > 1
+
+
+def test_evaluation_every_third_round_and_at_the_end(tmp_path: Path) -> None:
+    simulate(_config(run={"rounds": 4, "evaluate-every": 3}), tmp_path)
+    assert ["per_site" in line["metrics"] for line in _lines(tmp_path)] == [False, False, True, True]
+    assert json.loads((tmp_path / "metrics.json").read_text())["final"]["round"] == 4
+
+
+def test_metrics_are_nested_and_the_means_are_what_they_say(tmp_path: Path) -> None:
+    simulate(_config(), tmp_path)
+    final = json.loads((tmp_path / "metrics.json").read_text())["final"]
+    accuracies = [row["accuracy"] for row in final["per_site"].values()]
+    assert len(accuracies) == 5
+    assert final["site_mean"]["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-12)
+    sizes = [site["test_examples"] for site in json.loads((tmp_path / "run.json").read_text())["sites"].values()]
+    assert final["pooled"]["accuracy"] == pytest.approx(np.average(accuracies, weights=sizes), abs=1e-12)
+
+
+def test_a_fedge_run_outlives_flowers(tmp_path: Path) -> None:
+    app = _failing(lambda site, r: r >= 2)
+    with pytest.raises(RunError):
+        simulate(_config(round={"max-skipped": 1}), tmp_path, app=app)
+    before = json.loads((tmp_path / "run.json").read_text())
+    simulate(_config(round={"max-skipped": 1}), tmp_path, resume=True)
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert before["run"] == after["run"]
+    journal = Journal(tmp_path / "journal.db")
+    assert len(set(journal.flower_runs())) == 2
+    journal.close()

@@ -1,0 +1,213 @@
+"""Whether a command may use a directory, and that no two do at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedge.server.journal import Journal
+from fedge.server.run_directory import RunDirectory, prepare
+from fedge.shared import config_file
+from fedge.shared.config import Config
+from fedge.shared.errors import ConfigError, FedgeError, RunError
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from fedge.server.run_directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def config(**run: Any) -> Config:
+    return config_file.from_tree({"task": {"name": "breast-cancer"}, "run": run})
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "first"
+
+
+@pytest.fixture
+def held(out: Path) -> Iterator[Path]:
+    """A prepared directory that another process holds."""
+    prepare(out, config(), resume=False)
+    command = [sys.executable, "-c", _HOLDER, str(out)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield out
+        process.communicate("", timeout=30)
+
+
+def refusal(path: Path, of: Config, *, resume: bool) -> FedgeError:
+    with pytest.raises(FedgeError) as refused:
+        prepare(path, of, resume=resume)
+    return refused.value
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_directory_is_made_with_its_parents_and_holds_the_configuration(
+    out: Path, resume: bool
+):
+    directory, finished = prepare(out, config(rounds=3), resume=resume)
+    assert not finished
+    assert directory.load_config() == config(rounds=3)
+    assert sorted(p.name for p in out.iterdir()) == ["config.toml", "lock"]
+
+
+def test_an_empty_directory_will_do(out: Path):
+    out.mkdir(parents=True)
+    (out / "lock").touch()
+    assert not prepare(out, config(), resume=False)[1]
+
+
+def test_206_a_directory_in_use_is_not_overwritten(out: Path):
+    prepare(out, config(), resume=False)
+    before = (out / "config.toml").read_bytes()
+    error = refusal(out, config(rounds=3), resume=False)
+    assert error.code == 206
+    assert "config.toml" in error.message
+    assert (out / "config.toml").read_bytes() == before
+
+
+def test_resume_continues_with_the_same_configuration(out: Path):
+    prepare(out, config(rounds=3), resume=False)
+    directory, finished = prepare(out, config(rounds=3), resume=True)
+    assert not finished
+    assert directory.load_config() == config(rounds=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("run.rounds (10 then, 3 now)", {"run": {"rounds": 3}}),
+        ("run.seed (42 then, 43 now)", {"run": {"seed": 43}}),
+        ("train.learning-rate (0.05 then, 0.1 now)", {"train": {"learning-rate": 0.1}}),
+        ("train.local-steps (None then, 5 now)", {"train": {"local-steps": 5}}),
+        ("strategy.name (FedAvg then, Krum now)", {"strategy": {"name": "Krum"}}),
+    ],
+)
+def test_207_another_configuration_is_named(out: Path, key: str, change: dict[str, Any]):
+    prepare(out, config(), resume=False)
+    other = config_file.from_tree({"task": {"name": "breast-cancer"}, **change})
+    error = refusal(out, other, resume=True)
+    assert error.code == 207
+    assert key in error.message
+
+
+def test_208_another_process_holds_it(held: Path):
+    assert refusal(held, config(), resume=True).code == 208
+    with pytest.raises(ConfigError) as refused, RunDirectory(held).lock():
+        pass
+    assert refused.value.code == 208
+
+
+def test_the_lock_goes_with_its_process_even_if_it_is_killed(out: Path):
+    prepare(out, config(), resume=False)
+    command = [sys.executable, "-c", _HOLDER, str(out)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert refusal(out, config(), resume=True).code == 208
+        process.kill()
+    assert not prepare(out, config(), resume=True)[1]
+
+
+def test_one_process_may_lock_twice_and_holds_until_the_outer_end(out: Path):
+    directory, _ = prepare(out, config(), resume=False)
+    attempt = [sys.executable, "-c", _HOLDER, str(out)]
+    with directory.lock():
+        with RunDirectory(out / ".." / "first").lock():
+            pass
+        inside = subprocess.run(attempt, input="", text=True, capture_output=True, timeout=60)
+    assert inside.returncode != 0
+    assert "FE-208" in inside.stderr
+    after = subprocess.run(attempt, input="", text=True, capture_output=True, timeout=60)
+    assert after.returncode == 0
+
+
+def test_209_a_foreign_directory_is_not_taken_over(out: Path):
+    out.mkdir(parents=True)
+    (out / "thesis.tex").write_text("years of work")
+    error = refusal(out, config(), resume=True)
+    assert error.code == 209
+    assert "thesis.tex" in error.message
+    assert not (out / "config.toml").exists()
+    assert refusal(out, config(), resume=False).code == 206
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_209_a_file_is_no_directory(out: Path, resume: bool):
+    out.parent.mkdir()
+    out.write_text("a file")
+    assert refusal(out, config(), resume=resume).code == 209
+    assert out.read_text() == "a file"
+
+
+def test_209_a_directory_without_a_configuration_has_none_to_load(out: Path):
+    with pytest.raises(ConfigError) as refused:
+        RunDirectory(out).load_config()
+    assert refused.value.code == 209
+
+
+def test_a_kill_before_the_configuration_was_complete_starts(out: Path):
+    out.mkdir(parents=True)
+    (out / ".config.toml.tmp").write_bytes(b"[ta")
+    (out / "lock").touch()
+    directory, finished = prepare(out, config(), resume=True)
+    assert not finished
+    assert directory.load_config() == config()
+    assert not (out / ".config.toml.tmp").exists()
+
+
+def test_a_kill_before_the_run_was_begun_starts(out: Path):
+    directory, _ = prepare(out, config(), resume=False)
+    Journal(directory.journal).close()
+    assert prepare(out, config(), resume=True)[1] is False
+
+
+def test_a_finished_run_is_told_and_must_hold_its_model(out: Path):
+    directory, _ = prepare(out, config(), resume=False)
+    journal = Journal(directory.journal)
+    journal.begin_run("r-1", "", "then")
+    journal.finish("later")
+    journal.close()
+    error = refusal(out, config(), resume=True)
+    assert isinstance(error, RunError)
+    assert error.code == 504
+    directory.model.write_bytes(b"model")
+    assert prepare(out, config(), resume=True)[1] is True
+
+
+def test_504_a_damaged_journal(out: Path):
+    directory, _ = prepare(out, config(), resume=False)
+    directory.journal.write_bytes(b"no journal" * 1000)
+    assert refusal(out, config(), resume=True).code == 504
+
+
+def test_json_and_lines_are_whole_and_without_nan(out: Path):
+    directory, _ = prepare(out, config(), resume=False)
+    directory.write_lines([{"round": 1}])
+    directory.append_line({"round": 2})
+    directory.append_line({"round": 3})
+    lines = [json.loads(line) for line in directory.rounds.read_text().splitlines()]
+    assert lines == [{"round": 1}, {"round": 2}, {"round": 3}]
+    directory.write_lines([{"round": 1}])
+    assert directory.rounds.read_text() == '{"round": 1}\n'
+    directory.write_json(directory.metrics, {"a": [1, 2]})
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            directory.write_json(directory.metrics, {"a": bad})
+        with pytest.raises(ValueError, match="JSON"):
+            directory.append_line({"a": bad})
+    assert json.loads(directory.metrics.read_text()) == {"a": [1, 2]}
+    assert directory.rounds.read_text() == '{"round": 1}\n'
