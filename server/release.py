@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fedge.server import report
 from fedge.server.export import export_onnx, opset_of, parity
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, preprocess
@@ -99,10 +99,7 @@ def release(run_dir: Path, key: Path, out: Path, *, replace_out: bool = False) -
     part = write_bundle(out, manifest, {MODEL: onnx}, private, replace=replace_out)
     summary = ReleaseSummary(part, key_id(private.public_key()), manifest)
     directory.write_json(run_dir / RELEASE, summary.to_json())
-    if importlib.util.find_spec("fedge.server.report") is not None:
-        from fedge.server import report
-
-        report.write(run_dir)
+    report.write(run_dir)
     return summary
 
 

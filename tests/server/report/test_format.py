@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedge.server import report_format as fmt
+from fedge.server.report import format as fmt
 
 
 @pytest.mark.parametrize(

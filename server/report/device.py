@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from fedge.server import report_format as fmt
-from fedge.server.report_data import Run, mapping, number, numbers, text, whole
-from fedge.server.report_format import MISSING, THIN, esc, metric_name, metric_value, tile
+from fedge.server.report import format as fmt
+from fedge.server.report.data import Run, mapping, number, numbers, text, whole
+from fedge.server.report.format import MISSING, THIN, esc, metric_name, metric_value, tile
 
 
 def _milliseconds(value: float | None) -> str:

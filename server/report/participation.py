@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from fedge.server import report_format as fmt
-from fedge.server.report_data import Refusal, Round, Run
-from fedge.server.report_format import esc
+from fedge.server.report import format as fmt
+from fedge.server.report.data import Refusal, Round, Run
+from fedge.server.report.format import esc
 from fedge.shared.errors import CATALOGUE
 
 #: The last rounds and the sites that the matrix shows, and the rows of the table of refusals.

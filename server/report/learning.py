@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import quantiles
 
-from fedge.server import report_format as fmt
-from fedge.server.report_charts import Band, Line, line_chart, responsive
-from fedge.server.report_data import Round, Run
-from fedge.server.report_format import esc, metric_name, metric_value
+from fedge.server.report import format as fmt
+from fedge.server.report.charts import Band, Line, line_chart, responsive
+from fedge.server.report.data import Round, Run
+from fedge.server.report.format import esc, metric_name, metric_value
 
 #: Sites up to which each has a curve and a row of its own.
 MAX_SITES_SINGLY = 24

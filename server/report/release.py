@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fedge.server import report_format as fmt
-from fedge.server.report_data import Run, mapping, number, numbers, sequence, text
-from fedge.server.report_device import latency_card
-from fedge.server.report_format import MISSING, esc, metric_name, metric_value
+from fedge.server.report import format as fmt
+from fedge.server.report.data import Run, mapping, number, numbers, sequence, text
+from fedge.server.report.device import latency_card
+from fedge.server.report.format import MISSING, esc, metric_name, metric_value
 
 #: Parts of the manifest that have a place of their own; every other one is listed as it is.
 _SHOWN: Final = frozenset(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fedge.server import report_format as fmt
-from fedge.server.report_data import Run, mapping, number
-from fedge.server.report_format import THIN, esc, metric_name, metric_value, tile
-from fedge.server.report_participation import in_words, tally
-from fedge.server.report_release import parity
+from fedge.server.report import format as fmt
+from fedge.server.report.data import Run, mapping, number
+from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
+from fedge.server.report.participation import in_words, tally
+from fedge.server.report.release import parity
 
 
 def headline(run: Run) -> str:
@@ -139,7 +139,7 @@ def _clinical(run: Run) -> list[str]:
     said = []
     if len(order) > 1:
         said.append(
-            f"A site can expect {name} from {metric_value(lead, measured[low])} ({low}) "
+            f"Measured at the sites: {name} from {metric_value(lead, measured[low])} ({low}) "
             f"to {metric_value(lead, measured[high])} ({high}) on its own examples."
         )
     tests = [s.test_examples for s in run.sites.values() if s.test_examples is not None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedge.server.report_format import natural, plain
+from fedge.server.report.format import natural, plain
 from fedge.shared.errors import ConfigError
 
 #: Greatest size of rounds.jsonl and of any other file that is read, in bytes.

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.server.report_charts import Band, Column, Line, bar, column_chart, line_chart, sparkline
-from fedge.server.report_scales import (
+from fedge.server.report.charts import Band, Column, Line, bar, column_chart, line_chart, sparkline
+from fedge.server.report.scales import (
     LABEL_PITCH,
     nice_ticks,
     round_ticks,
@@ -18,7 +18,7 @@ from fedge.server.report_scales import (
     thin,
     tick_texts,
 )
-from fedge.server.report_sites import histogram
+from fedge.server.report.sites import histogram
 
 finite = st.floats(-1e6, 1e6)
 

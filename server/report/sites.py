@@ -7,12 +7,12 @@ from functools import partial
 from itertools import pairwise
 from statistics import quantiles
 
-from fedge.server import report_format as fmt
-from fedge.server.report_charts import Column, bar, column_chart, responsive, sparkline
-from fedge.server.report_data import Run
-from fedge.server.report_format import esc, metric_name, metric_value
-from fedge.server.report_learning import MAX_SITES_SINGLY, axis_name, by_site, scaled
-from fedge.server.report_scales import nice_ticks, tick_texts
+from fedge.server.report import format as fmt
+from fedge.server.report.charts import Column, bar, column_chart, responsive, sparkline
+from fedge.server.report.data import Run
+from fedge.server.report.format import esc, metric_name, metric_value
+from fedge.server.report.learning import MAX_SITES_SINGLY, axis_name, by_site, scaled
+from fedge.server.report.scales import nice_ticks, tick_texts
 
 #: Rows of the weakest and of the strongest sites where there are more.
 EXTREMES = 8

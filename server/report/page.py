@@ -13,16 +13,16 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from fedge.server import report_format as fmt
-from fedge.server.report_cost import cost
-from fedge.server.report_data import Run, read
-from fedge.server.report_device import device
-from fedge.server.report_format import esc
-from fedge.server.report_learning import learning
-from fedge.server.report_participation import participation
-from fedge.server.report_release import hash_html, release
-from fedge.server.report_sites import site_results
-from fedge.server.report_summary import brief, headline, tiles
+from fedge.server.report import format as fmt
+from fedge.server.report.cost import cost
+from fedge.server.report.data import Run, read
+from fedge.server.report.device import device
+from fedge.server.report.format import esc
+from fedge.server.report.learning import learning
+from fedge.server.report.participation import participation
+from fedge.server.report.release import hash_html, release
+from fedge.server.report.sites import site_results
+from fedge.server.report.summary import brief, headline, tiles
 
 #: Characters of the configuration that are shown.
 MAX_CONFIG = 100_000
@@ -50,7 +50,7 @@ GLOSSARY = (
 
 @cache
 def _data(name: str) -> str:
-    return resources.files("fedge.server").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("fedge.server.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _moment(stamp: str) -> str:
@@ -110,9 +110,9 @@ def render(run_dir: Path) -> str:
     links.append(("origin", "Origin"))
     state = "finished" if run.finished else "running"
     when = run.ended if run.finished and run.ended else run.started
-    return Template(_data("report.html")).substitute(
+    return Template(_data("page.html")).substitute(
         title=esc(f"{run.task}, {run.strategy}, {run.name}"),
-        style=_data("report.css"),
+        style=_data("page.css"),
         headline=esc(headline(run)),
         run=esc(run.name),
         state=state,
