@@ -1,0 +1,103 @@
+"""The ServerApp as Flower runs it: a Grid, a Context that names the run directory, real sites."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedge.client import relay
+from fedge.client.app import app as client_app
+from fedge.client.data import site_shares
+from fedge.client.relay import DirectLink
+from fedge.client.worker import SiteWorker
+from fedge.server import progress
+from fedge.server.app import app
+from fedge.server.journal import Journal
+from fedge.server.run_directory import RunDirectory, prepare
+from fedge.shared import config_file
+from fedge.shared.errors import ConfigError
+from fedge.shared.tasks.registry import get_task
+from fedge.simulations.grid import InProcessGrid
+
+CONFIG = config_file.from_tree(
+    {
+        "task": {"name": "breast-cancer"},
+        "run": {"rounds": 2},
+        "sites": {"count": 3},
+        "train": {"local-steps": 2},
+    }
+)
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.starts: list[tuple[int, int]] = []
+        self.sites: list[tuple[int, str]] = []
+        self.rounds: list[int] = []
+
+    def start(self, total_rounds: int, done: int = 0) -> None:
+        self.starts.append((total_rounds, done))
+
+    def site(self, server_round: int, site: str, done: int, total: int) -> None:
+        assert 1 <= done <= total
+        self.sites.append((server_round, site))
+
+    def round(self, line: dict[str, Any]) -> None:
+        self.rounds.append(line["round"])
+
+
+def serve(directory: RunDirectory, flower_run: int) -> None:
+    shares = site_shares(CONFIG, get_task("breast-cancer"))
+    for site, data in shares.items():
+        worker = SiteWorker(site, get_task("breast-cancer"), data, directory.sites / site)
+        relay.connect(site, DirectLink(worker))
+    try:
+        grid = InProcessGrid(dict(enumerate(shares, start=1)), client_app, flower_run)
+        app(grid, Context(flower_run, 0, {}, RecordDict(), {"run-dir": str(directory.path)}))
+    finally:
+        for site in shares:
+            relay.disconnect(site)
+
+
+def test_it_plays_the_run_of_its_directory_and_tells_who_listens(tmp_path: Path):
+    directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
+    heard = Heard()
+    with progress.listening(heard):
+        serve(directory, 501)
+    assert heard.starts == [(2, 0)]
+    assert heard.rounds == [1, 2]
+    sites = ["site-1", "site-2", "site-3"]
+    assert heard.sites == [(r, s) for r in (1, 1, 2, 2) for s in sites], "train, then evaluate"
+    assert json.loads(directory.run.read_text())["state"] == "finished"
+
+    # Another Flower run on the finished directory changes nothing, and plays nothing.
+    before = directory.model.stat().st_mtime_ns
+    again = Heard()
+    with progress.listening(again):
+        serve(directory, 502)
+    assert again.rounds == []
+    assert directory.model.stat().st_mtime_ns == before
+    journal = Journal(directory.journal)
+    assert journal.flower_runs() == ["501"]
+    journal.close()
+
+
+def test_without_a_run_directory_it_refuses(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        serve(RunDirectory(tmp_path / "run"), 501)
+    assert refused.value.code == 209
+
+
+def test_nobody_listens_outside_the_block():
+    heard = Heard()
+    with progress.listening(heard):
+        assert progress.current() is heard
+        with progress.listening(progress.Silent()):
+            assert progress.current() is not heard
+        assert progress.current() is heard
+    assert isinstance(progress.current(), progress.Silent)
