@@ -105,6 +105,18 @@ def address(config: ConfigRecord) -> Address:
     return Address(run_id, _integer(config, protocol.SERVER_ROUND, 0, MAX_ROUND))
 
 
+def standardise(config: ConfigRecord) -> str:
+    """Whose statistics: "federated" or "site".
+
+    Raises:
+        SiteError: 414.
+    """
+    mode = config.get(protocol.STANDARDISE)
+    if mode not in ("federated", "site"):
+        raise refuse(protocol.STANDARDISE, "federated or site", mode)
+    return str(mode)
+
+
 def terms(config: ConfigRecord, columns: int | None) -> Terms:
     """The part that training and evaluation have in common.
 
@@ -115,9 +127,7 @@ def terms(config: ConfigRecord, columns: int | None) -> Terms:
     Raises:
         SiteError: 414.
     """
-    mode = config.get(protocol.STANDARDISE)
-    if mode not in ("federated", "site"):
-        raise refuse(protocol.STANDARDISE, "federated or site", mode)
+    mode = standardise(config)
     federated = columns is not None and mode == "federated"
     return Terms(
         address=address(config),

@@ -97,12 +97,14 @@ class SiteWorker:
         return answers[kind](request)
 
     def _register(self, request: Message) -> RecordDict:
-        address = requests.address(requests.config_of(request, self.task.name))
+        config = requests.config_of(request, self.task.name)
+        address = requests.address(config)
         sizes: dict[str, int | float | list[int] | list[float]] = {
             protocol.NUM_TRAIN_EXAMPLES: len(self.data.train_labels),
             protocol.NUM_TEST_EXAMPLES: len(self.data.test_labels),
         }
-        if self._statistics is not None:
+        # Sums leave the site only where all sites standardise alike.
+        if self._statistics is not None and requests.standardise(config) == "federated":
             sizes[protocol.FEATURE_TOTAL] = list(self._statistics.total)
             sizes[protocol.FEATURE_TOTAL_OF_SQUARES] = list(self._statistics.total_of_squares)
         return self._reply(address, MetricRecord(sizes))

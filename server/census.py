@@ -129,6 +129,7 @@ def _register(
                             protocol.RUN_ID: run_id,
                             protocol.SERVER_ROUND: 0,
                             protocol.TASK: task.name,
+                            protocol.STANDARDISE: config.data.standardise,
                         }
                     )
                 }
@@ -141,7 +142,7 @@ def _register(
     ]
     replies = exchange(grid, requests, deadline).replies
     before = journal.sites()
-    bounds = column_bounds(task)
+    bounds = column_bounds(task) if config.data.standardise == "federated" else ()
     for node in nodes:
         if node not in replies:
             continue

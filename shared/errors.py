@@ -171,7 +171,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
     806: Entry("a category is not in the schema", "Use the categories that the message lists."),
     807: Entry(
         "the statistics file does not fit",
-        "Give the statistics.json of a site that trained this model.",
+        "Pass --statistics with the statistics.json that the site's worker wrote when it trained.",
     ),
 }
 

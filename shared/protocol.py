@@ -24,11 +24,11 @@ RUN_ID: Final = "run-id"  # str, fedge's own, outlives Flower's
 SERVER_ROUND: Final = "server-round"  # int, 0 to register
 SITE: Final = "site"  # str, replies only
 TASK: Final = "task"  # str
+STANDARDISE: Final = "standardise"  # "federated" | "site", requests only
 
 # Keys of CONFIG, requests to train and evaluate.
 SEED: Final = "seed"  # int
 THREADS: Final = "threads"  # int
-STANDARDISE: Final = "standardise"  # "federated" | "site"
 FEATURE_MEAN: Final = "feature-mean"  # list[float], where the task standardises over all sites
 FEATURE_STD: Final = "feature-std"  # list[float]
 

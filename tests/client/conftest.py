@@ -74,12 +74,12 @@ def ask() -> Ask:
             protocol.RUN_ID: "r-1",
             protocol.SERVER_ROUND: 0 if kind == protocol.REGISTER else 1,
             protocol.TASK: "blobs",
+            protocol.STANDARDISE: "federated",
         }
         if kind != protocol.REGISTER:
             values |= {
                 protocol.SEED: 42,
                 protocol.THREADS: 1,
-                protocol.STANDARDISE: "federated",
                 protocol.FEATURE_MEAN: [1.5, 1.5],
                 protocol.FEATURE_STD: [1.5, 2.0],
             }

@@ -59,6 +59,11 @@ def test_register_tells_sizes_and_sums(worker, ask, data):
     }
 
 
+def test_register_tells_no_sums_where_each_site_keeps_its_own(worker, ask):
+    found = metrics(worker.handle(ask(REGISTER, standardise="site")))
+    assert set(found) == {"num-train-examples", "num-test-examples"}
+
+
 def test_register_tells_no_sums_where_nothing_is_learnt(task, data, ask, tmp_path):
     plain = SiteWorker("a", replace(task, preprocessing=(Scale(0.5),)), data, tmp_path)
     assert set(metrics(plain.handle(ask(REGISTER)))) == {"num-train-examples", "num-test-examples"}
