@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays, Spec
 from fedge.shared.config import TrainSection
+from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Standardise
 
@@ -24,7 +24,6 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_ROUND = 1_000_000
 MAX_SETTINGS_CHARS = 10_000
 MAX_MU = 1e6
-_NPY_HEADER_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -191,30 +190,11 @@ def arrays(request: Message, expected: Mapping[str, Spec]) -> NDArrays:
 
 
 def _decode(name: str, array: Array, spec: Spec) -> NDArray[Any]:
-    """Decode NumPy's format, after its header has been held against ``spec``.
-
-    So nothing larger than the model's own tensor is ever allocated, whatever the header claims.
-    """
     dtype = np.dtype(spec.dtype)
-    size = math.prod(spec.shape) * dtype.itemsize
-    if array.stype != "numpy.ndarray" or not size < len(array.data) <= size + _NPY_HEADER_BYTES:
-        raise refuse(name, f"{size} bytes in NumPy's format", len(array.data))
-    stream = io.BytesIO(array.data)
     try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"version {version}")
-        shape, fortran, found = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:
-        # NumPy's parser raises many types on hostile bytes; all mean the same here.
-        raise refuse(name, "in NumPy's format 1.0", type(error).__name__) from None
-    if shape != spec.shape or found != dtype:
-        raise refuse(name, f"{spec.dtype}{list(spec.shape)}", f"{found}{list(shape)}")
-    offset = stream.tell()
-    if len(array.data) - offset != size:
-        raise refuse(name, f"{size} bytes of values", len(array.data) - offset)
-    order: Literal["C", "F"] = "F" if fortran else "C"
-    values = np.frombuffer(array.data, dtype=dtype, offset=offset).reshape(spec.shape, order=order)
+        values = decode(array, spec.shape, dtype)
+    except UndecodableError as error:
+        raise SiteError(414, f"{name}: {str(error)[:160]}") from None
     if dtype.kind == "f" and not np.isfinite(values).all():
         raise refuse(name, "finite", "NaN or infinity")
     return values

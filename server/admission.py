@@ -16,11 +16,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedge.server.decode import UndecodableError, decode
 from fedge.server.results import Update
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import SITE_NAME, AdmissionSection
+from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.errors import CATALOGUE
 from fedge.shared.preprocess import Statistics
 

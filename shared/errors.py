@@ -40,7 +40,9 @@ CATALOGUE: Final[dict[int, Entry]] = {
     104: Entry(
         "unexpected failure inside fedge", "Run again with FEDGE_DEBUG=1 and report the trace."
     ),
-    105: Entry("no edge environment", "Install fedge[edge] in an environment and pass its bin folder."),
+    105: Entry(
+        "no edge environment", "Install fedge[edge] in an environment and pass its bin folder."
+    ),
     106: Entry("a child process failed", "Run the command that the message names by hand."),
     201: Entry(
         "a configuration value is not allowed",

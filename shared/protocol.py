@@ -36,8 +36,12 @@ FEATURE_STD: Final = "feature-std"  # list[float]
 SETTINGS: Final = "train"  # str, JSON of config.TrainSection
 PROXIMAL_MU: Final = "proximal-mu"  # float; Flower's FedProx sets it
 CONTROL: Final = "control"  # bool; SCAFFOLD: arrays hold "control/<name>" beside each "<name>"
-ACCEPTED_ROUND: Final = "accepted-round"  # int; the last round whose update of this site was counted, 0 for none
-LOSS_AT: Final = "loss-at"  # "running" (mean over the local steps) | "received" (of the weights as received)
+ACCEPTED_ROUND: Final = (
+    "accepted-round"  # int; the last round whose update of this site was counted, 0 for none
+)
+LOSS_AT: Final = (
+    "loss-at"  # "running" (mean over the local steps) | "received" (of the weights as received)
+)
 
 # Keys of METRICS.
 NUM_EXAMPLES: Final = "num-examples"  # int

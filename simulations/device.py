@@ -74,12 +74,16 @@ def find(given: Path | None) -> Device:
     own = Path(sys.prefix)
     if given is not None:
         if not (given / "fedge-edge").is_file():
-            raise UsageError(105, f"--edge: must be a bin folder with fedge-edge in it, got {given}")
+            raise UsageError(
+                105, f"--edge: must be a bin folder with fedge-edge in it, got {given}"
+            )
         return Device(given)
     for folder in (own.parent / ".venv-edge" / "bin", own / "bin"):
         if (folder / "fedge-edge").is_file():
             return Device(folder)
-    raise UsageError(105, f"--edge: must be a bin folder with fedge-edge in it, got none beside {own}")
+    raise UsageError(
+        105, f"--edge: must be a bin folder with fedge-edge in it, got none beside {own}"
+    )
 
 
 def _output(command: Sequence[str]) -> str:

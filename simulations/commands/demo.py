@@ -10,8 +10,15 @@ from fedge.shared.command import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/demo, or the next free)")
-    parser.add_argument("--edge", metavar="BIN", type=Path, help="bin folder of the device's environment")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="run directory (default: runs/demo, or the next free)",
+    )
+    parser.add_argument(
+        "--edge", metavar="BIN", type=Path, help="bin folder of the device's environment"
+    )
 
 
 def _free(folder: Path) -> Path:
@@ -23,7 +30,9 @@ def _free(folder: Path) -> Path:
 def _environment(held: dict[str, Any]) -> str:
     """What the device's environment holds, in words."""
     heavy = [name for name in ("torch", "flwr") if held[name]]
-    what = f"with {' and '.join(heavy)} among them" if heavy else "neither torch nor flwr among them"
+    what = (
+        f"with {' and '.join(heavy)} among them" if heavy else "neither torch nor flwr among them"
+    )
     return f"{held['packages']} packages, {what}"
 
 
@@ -50,7 +59,9 @@ def _run(arguments: Namespace) -> int:
     say(summary_table(json.loads(directory.metrics.read_text(encoding="utf-8")), lines) + "\n")
     summary = demo.sign(directory)
     parity = summary.manifest.parity
-    say(f"Exported to ONNX: largest difference {parity.max_abs_difference:.1e}, allowed {parity.tolerance:.0e}\n")
+    say(
+        f"Exported to ONNX: largest difference {parity.max_abs_difference:.1e}, allowed {parity.tolerance:.0e}\n"
+    )
     say(f"Signed {directory.path / 'model.fedge'} ({summary.bundle.bytes:,} bytes)\n")
     told = demo.run_on(edge, directory)
     say(f"Device: {_environment(told['environment'])}\n")

@@ -45,7 +45,9 @@ def _request() -> Message:
 
 
 def _reply(**records: Any) -> Message:
-    return Message(RecordDict({k: v for k, v in records.items() if v is not None}), reply_to=_request())
+    return Message(
+        RecordDict({k: v for k, v in records.items() if v is not None}), reply_to=_request()
+    )
 
 
 def _config(**changes: Any) -> ConfigRecord:
@@ -55,7 +57,9 @@ def _config(**changes: Any) -> ConfigRecord:
 def _honest(**metrics: Any) -> Message:
     arrays = {k: a + np.asarray(1, a.dtype) for k, a in REFERENCE.items()}
     return _reply(
-        arrays=record(arrays), config=_config(), metrics=MetricRecord({"num-examples": 10, "train-loss": 0.5, **metrics})
+        arrays=record(arrays),
+        config=_config(),
+        metrics=MetricRecord({"num-examples": 10, "train-loss": 0.5, **metrics}),
     )
 
 
@@ -91,13 +95,17 @@ def test_the_norm_is_of_the_difference_and_of_controls_by_themselves() -> None:
     assert (rejection.code, rejection.reason) == (402, "update norm: must be at most 100, got 101")
 
     reply = _honest()
-    reply.content.array_records["arrays"]["control/weight"] = Array(np.full((2, 3), 1e6, np.float32))
+    reply.content.array_records["arrays"]["control/weight"] = Array(
+        np.full((2, 3), 1e6, np.float32)
+    )
     rejection = admit_train(reply, SITE, REGISTERED, EXPECTED).rejection
     assert rejection is not None
     assert rejection.reason.startswith("control norm")
 
 
-@pytest.mark.parametrize(("examples", "admitted"), [(1, True), (100, True), (101, False), (True, False)])
+@pytest.mark.parametrize(
+    ("examples", "admitted"), [(1, True), (100, True), (101, False), (True, False)]
+)
 def test_a_site_may_claim_what_it_registered_and_no_more(examples: Any, admitted: bool) -> None:
     reply = _honest()
     if examples is True:
@@ -197,7 +205,17 @@ _VALUES: list[Any] = [
     0, 1, -1, 10, 101, 2**31, 2**70, -(2**70), 0.0, -0.0, 0.5, -1.0, 10.0, 1e30, 1e308, math.nan, math.inf, -math.inf,
     [], [1], [1.5, math.nan], "", "many", "\x00", "\u202e", RUN, SITE, b"", b"\xff", True, [True], ["a"],
 ]  # fmt: skip
-_KEYS = ["num-examples", "train-loss", "run-id", "server-round", "site", *COUNTERS, "auc", "", "x" * 500]
+_KEYS = [
+    "num-examples",
+    "train-loss",
+    "run-id",
+    "server-round",
+    "site",
+    *COUNTERS,
+    "auc",
+    "",
+    "x" * 500,
+]
 _TENSORS = [*REFERENCE, "renamed", ""]
 
 
@@ -209,9 +227,19 @@ def _arrays_to_send() -> list[Array]:
                 with np.errstate(all="ignore"):
                     made.append(Array(np.full(shape, value).astype(dtype)))
     good = Array(np.ones((2, 3), np.float32))
-    for data in (b"", b"\x93NUMPY", good.data[:-1], good.data + b"x", good.data[:40], b"\x00" * 200):
+    for data in (
+        b"",
+        b"\x93NUMPY",
+        good.data[:-1],
+        good.data + b"x",
+        good.data[:40],
+        b"\x00" * 200,
+    ):
         made += [Array("float32", (2, 3), stype, data) for stype in ("numpy.ndarray", "pickle", "")]
-    made += [Array("float32", (10**12,), "numpy.ndarray", good.data), Array("O", (2, 3), "numpy.ndarray", good.data)]
+    made += [
+        Array("float32", (10**12,), "numpy.ndarray", good.data),
+        Array("O", (2, 3), "numpy.ndarray", good.data),
+    ]
     return made
 
 
@@ -222,8 +250,14 @@ _alterations = st.one_of(
     st.tuples(st.just("metrics"), st.sampled_from(_KEYS), st.sampled_from(_VALUES)),
     st.tuples(st.just("metrics"), st.sampled_from(_KEYS), st.floats()),
     st.tuples(st.just("config"), st.sampled_from(_KEYS), st.sampled_from(_VALUES)),
-    st.tuples(st.just("without"), st.sampled_from(["arrays", "metrics", "config"]), st.sampled_from(_KEYS + _TENSORS)),
-    st.tuples(st.just("swap"), st.sampled_from(["arrays", "metrics", "config", "more"]), st.integers(0, 3)),
+    st.tuples(
+        st.just("without"),
+        st.sampled_from(["arrays", "metrics", "config"]),
+        st.sampled_from(_KEYS + _TENSORS),
+    ),
+    st.tuples(
+        st.just("swap"), st.sampled_from(["arrays", "metrics", "config", "more"]), st.integers(0, 3)
+    ),
     st.tuples(st.just("error"), st.integers(-(2**31), 2**31), st.text(max_size=9)),
 )
 

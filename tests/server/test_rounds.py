@@ -55,7 +55,11 @@ def test_a_round_below_quorum_is_skipped_and_the_next_goes_on(tmp_path: Path) ->
     app = _failing(lambda site, r: r == 2 and site != "site-1")
     simulate(_config(), tmp_path, app=app)
     first, second, third = _lines(tmp_path)
-    assert [line["outcome"] for line in (first, second, third)] == ["committed", "skipped", "committed"]
+    assert [line["outcome"] for line in (first, second, third)] == [
+        "committed",
+        "skipped",
+        "committed",
+    ]
     assert second["reason"] == "FE-501 updates: must be at least 2, got 1"
     assert first["model_sha256"] == second["model_sha256"] != third["model_sha256"]
     assert second["trained"] == ["site-1"]
@@ -104,7 +108,12 @@ def test_a_cohort_is_a_share_of_the_sites_and_all_are_evaluated(tmp_path: Path) 
 
 def test_evaluation_every_third_round_and_at_the_end(tmp_path: Path) -> None:
     simulate(_config(run={"rounds": 4, "evaluate-every": 3}), tmp_path)
-    assert ["per_site" in line["metrics"] for line in _lines(tmp_path)] == [False, False, True, True]
+    assert ["per_site" in line["metrics"] for line in _lines(tmp_path)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert json.loads((tmp_path / "metrics.json").read_text())["final"]["round"] == 4
 
 
@@ -114,8 +123,13 @@ def test_metrics_are_nested_and_the_means_are_what_they_say(tmp_path: Path) -> N
     accuracies = [row["accuracy"] for row in final["per_site"].values()]
     assert len(accuracies) == 5
     assert final["site_mean"]["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-12)
-    sizes = [site["test_examples"] for site in json.loads((tmp_path / "run.json").read_text())["sites"].values()]
-    assert final["pooled"]["accuracy"] == pytest.approx(np.average(accuracies, weights=sizes), abs=1e-12)
+    sizes = [
+        site["test_examples"]
+        for site in json.loads((tmp_path / "run.json").read_text())["sites"].values()
+    ]
+    assert final["pooled"]["accuracy"] == pytest.approx(
+        np.average(accuracies, weights=sizes), abs=1e-12
+    )
 
 
 def test_a_fedge_run_outlives_flowers(tmp_path: Path) -> None:

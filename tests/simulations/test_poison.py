@@ -32,9 +32,10 @@ from fedge.simulations.engine import simulate
 from fedge.simulations.grid import InProcessGrid
 
 BAD = "site-4"
-STRATEGIES = (
-    "FedAvg FedProx FedAvgM FedAdam FedYogi FedAdagrad QFedAvg FedMedian FedTrimmedAvg Krum MultiKrum Bulyan Scaffold"
-).split()
+STRATEGIES = [
+    *("FedAvg", "FedProx", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "QFedAvg", "FedMedian"),
+    *("FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "Scaffold"),
+]
 
 
 def _map_first(content: RecordDict, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -76,7 +77,9 @@ def _extra_tensor(content: RecordDict) -> None:
 def _rename_tensor(content: RecordDict) -> None:
     arrays = content.array_records["arrays"]
     items = list(arrays.items())
-    content["arrays"] = ArrayRecord({("renamed" if i == 0 else k): v for i, (k, v) in enumerate(items)})
+    content["arrays"] = ArrayRecord(
+        {("renamed" if i == 0 else k): v for i, (k, v) in enumerate(items)}
+    )
 
 
 def _old_round(content: RecordDict) -> None:
@@ -97,7 +100,10 @@ def _lying_shape(content: RecordDict) -> None:
     name = next(iter(arrays))
     honest = arrays[name]
     arrays[name] = Array(
-        dtype=honest.dtype, shape=honest.shape, stype=honest.stype, data=Array(np.ones(1, np.float32)).data
+        dtype=honest.dtype,
+        shape=honest.shape,
+        stype=honest.stype,
+        data=Array(np.ones(1, np.float32)).data,
     )
 
 
@@ -167,7 +173,9 @@ def _lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
 
-def _play(tmp_path: Path, strategy: str, poisons: list[Callable[[RecordDict], None] | None]) -> tuple[Path, Path]:
+def _play(
+    tmp_path: Path, strategy: str, poisons: list[Callable[[RecordDict], None] | None]
+) -> tuple[Path, Path]:
     """A poisoned run and its twin without the bad site."""
     config = _config(strategy, len(poisons))
     simulate(config, tmp_path / "poisoned", app=_hostile(poisons))
@@ -176,7 +184,11 @@ def _play(tmp_path: Path, strategy: str, poisons: list[Callable[[RecordDict], No
 
 
 @pytest.mark.parametrize(
-    "strategy", [pytest.param(s, marks=[] if s in ("FedAvg", "Scaffold") else pytest.mark.slow) for s in STRATEGIES]
+    "strategy",
+    [
+        pytest.param(s, marks=[] if s in ("FedAvg", "Scaffold") else pytest.mark.slow)
+        for s in STRATEGIES
+    ],
 )
 def test_no_poison_counts(strategy: str, tmp_path: Path) -> None:
     poisoned, honest = _play(tmp_path, strategy, [poison for poison, _ in REJECTED.values()])
@@ -187,21 +199,29 @@ def test_no_poison_counts(strategy: str, tmp_path: Path) -> None:
         assert BAD not in line["trained"], kind
     weights = read(poisoned / "model.safetensors")
     assert all(np.isfinite(a).all() for a in weights.values())
-    assert (poisoned / "model.safetensors").read_bytes() == (honest / "model.safetensors").read_bytes()
+    assert (poisoned / "model.safetensors").read_bytes() == (
+        honest / "model.safetensors"
+    ).read_bytes()
 
 
-def test_the_twin_learns_without_the_bad_site_and_the_poison_would_have_counted(tmp_path: Path) -> None:
+def test_the_twin_learns_without_the_bad_site_and_the_poison_would_have_counted(
+    tmp_path: Path,
+) -> None:
     """Were the gate open, a poison would change the model: an honest eighth site does."""
     config = _config("FedAvg", 1)
     simulate(config, tmp_path / "all")
     simulate(config, tmp_path / "seven", app=_hostile([None]))
-    assert (tmp_path / "all/model.safetensors").read_bytes() != (tmp_path / "seven/model.safetensors").read_bytes()
+    assert (tmp_path / "all/model.safetensors").read_bytes() != (
+        tmp_path / "seven/model.safetensors"
+    ).read_bytes()
 
 
 def test_an_exception_keeps_its_text_at_the_site(tmp_path: Path) -> None:
     directory = simulate(_config("FedAvg", 1), tmp_path / "run", app=_hostile([None]))
     (line,) = _lines(directory.path)
-    assert [(r["site"], r["code"], r["outcome"]) for r in line["rejected"]] == [(BAD, "FE-410", "error")]
+    assert [(r["site"], r["code"], r["outcome"]) for r in line["rejected"]] == [
+        (BAD, "FE-410", "error")
+    ]
     for path in directory.path.rglob("*"):
         if path.is_file():
             assert b"patient-42" not in path.read_bytes(), path.name
@@ -226,7 +246,9 @@ def test_a_bad_metric_is_dropped_and_the_update_counts(name: str, tmp_path: Path
     assert BAD in line["trained"]
     assert [(d["site"], d["code"]) for d in line["dropped"]] == [(BAD, "FE-405")]
     assert "\x1b" not in line["dropped"][0]["metric"]
-    same = [(tmp_path / which / "model.safetensors").read_bytes() for which in ("poisoned", "honest")]
+    same = [
+        (tmp_path / which / "model.safetensors").read_bytes() for which in ("poisoned", "honest")
+    ]
     assert same[0] == same[1]
 
 
@@ -241,7 +263,9 @@ def test_a_bad_loss_is_rejected_where_it_is_the_weight(loss: float | None, tmp_p
     poisoned, honest = _play(tmp_path, "QFedAvg", [poison])
     (line,) = _lines(poisoned)
     assert [(r["site"], r["code"]) for r in line["rejected"]] == [(BAD, "FE-401")]
-    assert (poisoned / "model.safetensors").read_bytes() == (honest / "model.safetensors").read_bytes()
+    assert (poisoned / "model.safetensors").read_bytes() == (
+        honest / "model.safetensors"
+    ).read_bytes()
 
 
 class _BadNetwork(InProcessGrid):

@@ -28,12 +28,22 @@ name = "{strategy}"
 
 
 def _command(folder: Path, name: str, *more: str) -> list[str]:
-    return [*FEDGE, "simulate", str(folder / "config.toml"), "--out", str(folder / name), "--quiet", *more]
+    return [
+        *FEDGE,
+        "simulate",
+        str(folder / "config.toml"),
+        "--out",
+        str(folder / name),
+        "--quiet",
+        *more,
+    ]
 
 
 def _run(command: list[str], fail_point: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, VARIABLE: fail_point}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +60,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # FedAdam remembers at the server; Scaffold at the sites as well, where a kill matters between training and commit.
-CASES = [(p, "FedAdam") for p in COORDINATOR] + [(p, "Scaffold") for p in ("all-received", "after-commit")]
+CASES = [(p, "FedAdam") for p in COORDINATOR] + [
+    (p, "Scaffold") for p in ("all-received", "after-commit")
+]
 
 
 @pytest.mark.parametrize(
     ("point", "strategy"),
     [pytest.param(*c, marks=[] if c[0] == "mid-checkpoint" else pytest.mark.slow) for c in CASES],
 )
-def test_killed_at_every_point(point: str, strategy: str, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_at_every_point(
+    point: str, strategy: str, uninterrupted: Path, tmp_path: Path
+) -> None:
     reference = uninterrupted / strategy / "run"
     (tmp_path / "config.toml").write_text(CONFIG.format(strategy=strategy))
     server_round = 4 if point == "before-export" else 2
@@ -68,7 +82,9 @@ def test_killed_at_every_point(point: str, strategy: str, uninterrupted: Path, t
     committed = {"after-commit": 2, "before-export": 4}.get(point, 1)
     resumed = _run(_command(tmp_path, "run", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
-    assert (tmp_path / "run/model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (
+        reference / "model.safetensors"
+    ).read_bytes()
 
     lines = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (reference / "rounds.jsonl").read_text().splitlines()]
@@ -81,9 +97,15 @@ def test_killed_at_every_point(point: str, strategy: str, uninterrupted: Path, t
 
 
 def test_ctrl_c_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text(CONFIG.format(strategy="FedAdam").replace("rounds = 4", "rounds = 4000"))
+    (tmp_path / "config.toml").write_text(
+        CONFIG.format(strategy="FedAdam").replace("rounds = 4", "rounds = 4000")
+    )
     process = subprocess.Popen(
-        _command(tmp_path, "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        _command(tmp_path, "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         rounds = tmp_path / "run/rounds.jsonl"
@@ -101,7 +123,9 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
     assert "--resume" in stderr
 
 
-def test_resume_of_nothing_starts_and_of_a_finished_run_ends(uninterrupted: Path, tmp_path: Path) -> None:
+def test_resume_of_nothing_starts_and_of_a_finished_run_ends(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     (tmp_path / "config.toml").write_text(CONFIG.format(strategy="FedAdam"))
     started = _run(_command(tmp_path, "run", "--resume"))
     assert started.returncode == 0, started.stderr

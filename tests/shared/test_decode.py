@@ -14,7 +14,7 @@ from flwr.app import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedge.server.decode import UndecodableError, decode
+from fedge.shared.decode import UndecodableError, decode
 
 SHAPE, DTYPE = (3, 4), np.dtype(np.float32)
 HONEST = np.arange(12, dtype=np.float32).reshape(SHAPE)
