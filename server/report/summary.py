@@ -140,7 +140,7 @@ def _clinical(run: Run) -> list[str]:
     if len(order) > 1:
         said.append(
             f"Measured at the sites: {name} from {metric_value(lead, measured[low])} ({low}) "
-            f"to {metric_value(lead, measured[high])} ({high}) on its own examples."
+            f"to {metric_value(lead, measured[high])} ({high}) on each site's own examples."
         )
     tests = [s.test_examples for s in run.sites.values() if s.test_examples is not None]
     if tests:
@@ -160,7 +160,7 @@ def brief(run: Run) -> str:
     for title, said in (
         ("Engineering", _engineering(run)),
         ("Security", _security(run)),
-        ("Clinical use", _clinical(run)),
+        ("In use", _clinical(run)),
     ):
         if said:
             items = "".join(f"<li>{esc(line)}</li>" for line in said)
