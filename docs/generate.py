@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.edge.cli import parser as edge_parser
-from fedge.shared import cli, errors
+from fedge.shared import cli, command_line, errors
 from fedge.shared.config_file import LARGEST_FILE, schema
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -42,8 +42,8 @@ def error_page() -> str:
         "# Errors\n",
         "A command that fails prints one line on stderr: the number, what happened, and what to do.",
         "With `FEDGE_DEBUG=1` the trace is printed before it.\n",
-        f"Exit status: 0 success, {cli.FAILED} failure, {cli.WRONG_USAGE} wrong usage (FE-102), "
-        f"{cli.INTERRUPTED} interrupted, {cli.STDOUT_CLOSED} the reader of the output is gone.\n",
+        f"Exit status: 0 success, {command_line.FAILED} failure, {command_line.WRONG_USAGE} wrong usage (FE-102), "
+        f"{command_line.INTERRUPTED} interrupted, {command_line.STDOUT_CLOSED} the reader of the output is gone.\n",
         "A number means one situation for ever. Numbers 4xx also stand in rounds.jsonl and in the report, as the",
         "reason why a site's reply does not count.",
     ]

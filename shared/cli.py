@@ -10,18 +10,16 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import select
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
-from importlib.util import find_spec
-from typing import Final, NoReturn
+from typing import Final
 
 from fedge.shared.command import Command
-from fedge.shared.errors import FedgeError, UsageError, one_line
+from fedge.shared.command_line import Parser, guarded, missing_extra
+from fedge.shared.errors import UsageError
 
 GROUP: Final = "fedge.commands"
 
@@ -35,18 +33,6 @@ FLOWER_ENVIRONMENT: Final = {
     "FLWR_LOG_LEVEL": "CRITICAL",
 }
 
-FAILED: Final = 1
-WRONG_USAGE: Final = 2
-INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
-STDOUT_CLOSED: Final = 141  # 128 + SIGPIPE
-
-
-class _Parser(ArgumentParser):
-    """Raises instead of printing its usage: an error has one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(102, f"{self.prog}: {message}")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -55,27 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process where None.
 
     Returns:
-        The exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 where nobody
-        reads the output any more.
+        The exit status, see ``fedge.shared.command_line.guarded``.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = "fedge"
-    try:
-        before, chosen, after = _split(arguments)
-        name = f"fedge {chosen}" if chosen else name
-        status = _dispatch(before, chosen, after)
-        sys.stdout.flush()
-    except FedgeError as error:
-        return _report(error, WRONG_USAGE if error.code == 102 else FAILED)
-    except KeyboardInterrupt:
-        return _report(UsageError(103, f"{name}: interrupted"), INTERRUPTED)
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            _drop_stdout()
-            return STDOUT_CLOSED
-        text = f": {error}" if str(error) else ""
-        return _report(UsageError(104, f"{name}: unexpected {type(error).__name__}{text}"), FAILED)
-    return status
+    before, chosen, after = _split(list(sys.argv[1:] if argv is None else argv))
+    program = f"fedge {chosen}" if chosen else "fedge"
+    return guarded(program, lambda: _dispatch(before, chosen, after))
 
 
 def commands() -> dict[str, EntryPoint]:
@@ -91,7 +61,7 @@ def load(entry: EntryPoint) -> Command:
         UsageError: 101, the module needs a package that is not installed.
         TypeError: the entry point names something else than a command.
     """
-    with _missing_extra(f"fedge {entry.name}", WIDEST_EXTRA):
+    with missing_extra(f"fedge {entry.name}", WIDEST_EXTRA):
         command = entry.load()
     if not isinstance(command, Command):
         raise TypeError(f"entry point {entry.name}: must be a Command, got {command!r}")
@@ -100,7 +70,7 @@ def load(entry: EntryPoint) -> Command:
 
 def parser_of(name: str, command: Command) -> ArgumentParser:
     """The argument parser of a sub-command, with the options that all of them have."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"fedge {name}",
         description=f"{command.summary[:1].upper()}{command.summary[1:]}.",
         epilog=command.epilog or None,
@@ -114,7 +84,7 @@ def parser_of(name: str, command: Command) -> ArgumentParser:
 
 def top_parser() -> ArgumentParser:
     """The parser of what stands before the command's name."""
-    parser = _Parser(
+    parser = Parser(
         prog="fedge",
         usage="fedge [-h] [--version] [-v] COMMAND ...",
         description="Federated training across sites, and the signed model on edge devices.",
@@ -156,7 +126,7 @@ def _dispatch(before: Sequence[str], chosen: str, after: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     with (
         _logging(options.verbose + namespace.verbose),
-        _missing_extra(f"fedge {chosen}", command.extra),
+        missing_extra(f"fedge {chosen}", command.extra),
     ):
         return command.run(_without_verbose(namespace))
 
@@ -194,26 +164,6 @@ def _without_verbose(namespace: Namespace) -> Namespace:
 
 
 @contextmanager
-def _missing_extra(where: str, extra: str) -> Iterator[None]:
-    """Turn the absence of a package that an extra brings into the command that installs it.
-
-    A module missing from fedge itself, or from a package that is there, is a defect and passes.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if not package or package == "fedge" or package in sys.stdlib_module_names:
-            raise
-        if find_spec(package) is not None:
-            raise
-        raise UsageError(
-            101,
-            f"{where} needs fedge[{extra}]: pip install 'fedge[{extra}]' ({package} is missing)",
-        ) from error
-
-
-@contextmanager
 def _logging(verbosity: int) -> Iterator[None]:
     """Send the log to stderr while a command runs: warnings, with -v information, with -vv all."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
@@ -236,27 +186,3 @@ def _logging(verbosity: int) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(before)
-
-
-def _report(error: FedgeError, status: int) -> int:
-    if os.environ.get("FEDGE_DEBUG") == "1":
-        traceback.print_exc()
-    print(one_line(error), file=sys.stderr)  # noqa: T201 - the one place that prints errors
-    return status
-
-
-def _nobody_reads() -> bool:
-    """Whether the other end of stdout's pipe is closed, as after `| head`."""
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), select.POLLOUT)
-    except (OSError, ValueError):  # stdout is no file, or is closed
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _drop_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush does not complain."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
-    os.close(nothing)

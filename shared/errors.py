@@ -36,7 +36,7 @@ class Entry:
 CATALOGUE: Final[dict[int, Entry]] = {
     101: Entry("a command's extra is not installed", "Run the pip command that the message names."),
     102: Entry("unknown command or option", "See `fedge --help` or `fedge COMMAND --help`."),
-    103: Entry("interrupted", "Run the same command with --resume to continue."),
+    103: Entry("interrupted", "Run the command again; a run continues with --resume."),
     104: Entry(
         "unexpected failure inside fedge", "Run again with FEDGE_DEBUG=1 and report the trace."
     ),

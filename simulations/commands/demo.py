@@ -78,5 +78,5 @@ COMMAND = Command(
     extra="simulation",
     arguments=_arguments,
     run=_run,
-    epilog="example: fedge demo --out runs/demo",
+    epilog="example:\n  fedge demo --out runs/demo",
 )

@@ -51,5 +51,5 @@ COMMAND = Command(
     extra="simulation",
     arguments=_arguments,
     run=_run,
-    epilog="example: fedge simulate examples/digits.toml --set run.rounds=5 --out runs/digits",
+    epilog="example:\n  fedge simulate examples/digits.toml --set run.rounds=5 --out runs/digits",
 )

@@ -319,7 +319,7 @@ def test_a_missing_package_names_the_pip_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     error = _error(capsys, 1, "bench", image_bundle, "--trust", trust)
-    assert error.startswith("FE-101 fedge-edge bench needs onnxruntime: pip install 'fedge[edge]'")
+    assert error.startswith("FE-101 fedge-edge bench needs fedge[edge]: pip install 'fedge[edge]'")
     assert main(["verify", str(image_bundle), "--trust", str(trust)]) == 0
 
 
@@ -339,7 +339,7 @@ def test_a_closed_pipe_is_quiet(table_bundle: Path, trust: Path, tmp_path: Path)
     assert (process.returncode, err) == (141, b"")
 
 
-def test_an_interrupt_is_quiet(table_bundle: Path, trust: Path) -> None:
+def test_an_interrupt_is_one_line(table_bundle: Path, trust: Path) -> None:
     argv = ["predict", table_bundle, "--trust", trust, "--input", "-"]
     process = _start(*argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
@@ -350,4 +350,6 @@ def test_an_interrupt_is_quiet(table_bundle: Path, trust: Path) -> None:
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, b"")
+    assert process.returncode == 130
+    assert err.startswith(b"FE-103 fedge-edge: interrupted.")
+    assert err.count(b"\n") == 1

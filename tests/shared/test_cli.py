@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.shared import cli
+from fedge.shared import cli, command_line
 from fedge.shared.command import Command
 
 FEDGE = Path(sys.executable).parent / "fedge"
@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(probe, unbuffered):
         assert process.stdout.readline() == b"0\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=20) == cli.STDOUT_CLOSED
+        assert process.wait(timeout=20) == command_line.STDOUT_CLOSED
 
 
 def test_a_broken_pipe_that_is_not_stdout_is_reported(probe):

@@ -1,0 +1,110 @@
+"""What both command lines do with arguments and failures: one line on stderr, and an exit status that says which.
+
+Standard library only, as a device and an installation without any extra use it too.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Final, NoReturn
+
+from fedge.shared.errors import FedgeError, UsageError, one_line
+
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
+STDOUT_CLOSED: Final = 141  # 128 + SIGPIPE
+
+
+class Parser(ArgumentParser):
+    """Raises instead of printing its usage: an error has one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments.
+
+        Raises:
+            UsageError: 102.
+        """
+        raise UsageError(102, f"{self.prog}: {message}")
+
+
+def guarded(program: str, work: Callable[[], int]) -> int:
+    """Do the work of a command line; every failure becomes one line on stderr and an exit status.
+
+    Args:
+        program: as failures name it.
+        work: returns the exit status where all is well.
+
+    Returns:
+        Its status, or 1 failure, 2 wrong usage, 130 interrupted, 141 where nobody reads the output
+        any more. FEDGE_DEBUG=1 prints the trace above the line.
+    """
+    try:
+        status = work()
+        sys.stdout.flush()
+    except FedgeError as error:
+        return _report(error, WRONG_USAGE if error.code == 102 else FAILED)
+    except KeyboardInterrupt:
+        return _report(UsageError(103, f"{program}: interrupted"), INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _drop_stdout()
+            return STDOUT_CLOSED
+        text = f": {error}" if str(error) else ""
+        what = f"{program}: unexpected {type(error).__name__}{text}"
+        return _report(UsageError(104, what), FAILED)
+    return status
+
+
+@contextmanager
+def missing_extra(where: str, extra: str) -> Iterator[None]:
+    """Turn the absence of a package that an extra brings into the command that installs it.
+
+    A module missing from fedge itself, or from a package that is there, is a defect and passes.
+
+    Raises:
+        UsageError: 101.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package == "fedge" or package in sys.stdlib_module_names:
+            raise
+        if find_spec(package) is not None:
+            raise
+        raise UsageError(
+            101,
+            f"{where} needs fedge[{extra}]: pip install 'fedge[{extra}]' ({package} is missing)",
+        ) from error
+
+
+def _report(error: FedgeError, status: int) -> int:
+    if os.environ.get("FEDGE_DEBUG") == "1":
+        traceback.print_exc()
+    print(one_line(error), file=sys.stderr)  # noqa: T201 - the one place that prints errors
+    return status
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of stdout's pipe is closed, as after `| head`."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # stdout is no file, or is closed
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
