@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +43,7 @@ def aggregate(
     dtypes = {name: str(a.dtype) for name, a in current.items()}
     try:
         # Overflow is found below, in words, and not as numpy's warning.
-        with np.errstate(all="ignore"), _heap_set_aside():
+        with np.errstate(all="ignore"):
             replies = as_replies(result, dtypes, with_loss=with_loss)
             count = len(replies)
             made, _ = strategy.aggregate_train(server_round, replies)
@@ -63,16 +61,6 @@ def aggregate(
         strategies.restore(strategy, before)
         raise
     return arrays
-
-
-@contextmanager
-def _heap_set_aside() -> Iterator[None]:
-    """Flower's QFedAvg and Bulyan collect garbage once a tensor and site; all that is old need not be searched."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _as_model(value: NDArray[Any], like: NDArray[Any]) -> NDArray[Any]:

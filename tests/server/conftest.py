@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+import gc
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,14 @@ from fedge.simulations import flower_private
 def flower_identity() -> None:
     """Messages of the tests are the server's, as within a ServerApp."""
     flower_private.identify(1, 0)
+
+
+@pytest.fixture(autouse=True)
+def heap_set_aside() -> Iterator[None]:
+    """As in a run: some of Flower's strategies collect garbage at every tensor, and torch's heap is large."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Nodes(Grid):

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from fedge.server import census
 from fedge.server.journal import Journal
 from fedge.shared import config_file, preprocess, protocol
-from fedge.shared.config import Config
+from fedge.shared.config import Config, DataSection
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import OneHot, Scale, Standardise
 from fedge.shared.tasks.registry import get_task
@@ -117,6 +117,27 @@ def test_a_task_that_learns_nothing_is_written_down_as_it_is(journal: Journal):
     members, _ = take(grid(3), config(3), journal, task)
     assert len(members) == 3
     assert journal.run().preprocessing == [{"op": "scale", "factor": 0.5}]  # type: ignore[union-attr]
+
+
+def test_sites_that_standardise_by_themselves_need_tell_no_sums(journal: Journal):
+    def silent(node: int, reply: Reply) -> None:
+        del reply["feature-total"], reply["feature-total-of-squares"]
+
+    own = config(3).model_copy(update={"data": DataSection(standardise="site")})
+    members, refused = take(grid(3, silent), own, journal)
+    assert len(members) == 3
+    assert refused == []
+    assert journal.run().preprocessing == [Standardise().to_json()]  # type: ignore[union-attr]
+
+
+def test_sums_are_asked_of_every_site_where_they_are_pooled(journal: Journal):
+    def silent(node: int, reply: Reply) -> None:
+        if node == 2:
+            del reply["feature-total"]
+
+    members, (rejection,) = take(grid(3, silent), config(3), journal)
+    assert list(members) == ["site-1", "site-3"]
+    assert rejection.code == 412
 
 
 def test_of_two_with_one_name_the_second_is_refused(journal: Journal):
@@ -301,5 +322,10 @@ def test_the_request_says_run_task_and_round_zero(journal: Journal):
     with pytest.raises(RunError):
         take(InProcessGrid({1: "site-1"}, app, 7), config(1, **{"min-sites": 1}), journal)
     assert seen == [
-        {protocol.RUN_ID: RUN, protocol.SERVER_ROUND: 0, protocol.TASK: "breast-cancer"}
+        {
+            protocol.RUN_ID: RUN,
+            protocol.SERVER_ROUND: 0,
+            protocol.TASK: "breast-cancer",
+            protocol.STANDARDISE: "federated",
+        }
     ]
