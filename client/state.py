@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedge.shared.arrays import NDArrays, Spec, encode, read, specs, write_atomically
+from fedge.shared.arrays import NDArrays, Spec, encode, read, specs
+from fedge.shared.durable import write_atomically
 from fedge.shared.errors import SiteError
 
 SUFFIX = ".safetensors"

@@ -27,8 +27,9 @@ from fedge.client.requests import Address, Terms, Training
 from fedge.client.state import ControlStore
 from fedge.client.train import Examples, optimizer, train
 from fedge.shared import preprocess, protocol
-from fedge.shared.arrays import NDArrays, Spec, specs, write_atomically
+from fedge.shared.arrays import NDArrays, Spec, specs
 from fedge.shared.config import TrainSection
+from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.preprocess import Standardise
 from fedge.shared.tasks.task import Task

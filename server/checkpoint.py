@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from fedge.server.journal import Commit
-from fedge.shared.arrays import NDArrays, encode, read, write_atomically
+from fedge.shared.arrays import NDArrays, encode, read
+from fedge.shared.durable import write_atomically
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
 from fedge.shared.tasks.task import Task

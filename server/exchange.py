@@ -15,6 +15,8 @@ from flwr.app import Array, Message
 from flwr.serverapp import Grid
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.5
+#: Replies out of turn that are told of in one exchange; a flood of them must not fill the memory.
+_REPORTED = 1000
 
 ConfigScalar: TypeAlias = bool | int | float | str | bytes
 
@@ -37,7 +39,7 @@ class Exchange:
         late: node ids whose reply came after it.
         absent: node ids without a reply.
         again: node ids that answered more than once; the first reply counts.
-        stray: replies to nothing that was asked here.
+        stray: node ids that replied to nothing that was asked here (as ``again``, the first thousand).
         sent, received: payload in bytes.
     """
 
@@ -45,7 +47,7 @@ class Exchange:
     late: tuple[int, ...]
     absent: tuple[int, ...]
     again: tuple[int, ...]
-    stray: tuple[Message, ...]
+    stray: tuple[int, ...]
     sent: int
     received: int
 
@@ -101,7 +103,7 @@ def exchange(
     replies: dict[int, Message] = {}
     late: list[int] = []
     again: list[int] = []
-    stray: list[Message] = []
+    stray: list[int] = []
     received = 0
     pause = _FIRST_PAUSE
     while pending:
@@ -111,10 +113,12 @@ def exchange(
             node = asked.get(reply.metadata.reply_to_message_id)
             # Flower itself answers for a site whose reply was lost: then the source is not the site.
             if node is None or (reply.metadata.src_node_id != node and not reply.has_error()):
-                stray.append(reply)
+                stray.append(reply.metadata.src_node_id)
+                del stray[_REPORTED:]
                 continue
             if pending.pop(reply.metadata.reply_to_message_id, None) is None:
                 again.append(node)
+                del again[_REPORTED:]
                 continue
             taken = (
                 grid.elapsed(reply) if isinstance(grid, TimedGrid) else time.monotonic() - started

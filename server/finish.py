@@ -13,8 +13,9 @@ import flwr
 from fedge.server import report
 from fedge.server.journal import Journal, RunRow
 from fedge.server.run_directory import RunDirectory
-from fedge.shared.arrays import NDArrays, encode, write_atomically
+from fedge.shared.arrays import NDArrays, encode
 from fedge.shared.config import Config
+from fedge.shared.durable import write_atomically
 from fedge.shared.errors import RunError
 
 

@@ -6,6 +6,7 @@ last commit. Everything random is a function of (seed, round, site), so a redone
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import time
@@ -36,13 +37,16 @@ from fedge.server.tally import Tally
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays, digest
 from fedge.shared.config import Config
-from fedge.shared.errors import RunError
+from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.failpoints import reach
 from fedge.shared.preprocess import Step, from_json
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)
+
+#: What a full, read-only or failing disk answers.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def run(grid: Grid, directory: RunDirectory, flower_run_id: int, listener: Listener) -> None:
@@ -75,6 +79,12 @@ def run(grid: Grid, directory: RunDirectory, flower_run_id: int, listener: Liste
                 loop.play(loop.done + 1)
             reach("before-export", config.run.rounds)
             finish.complete(directory, journal, config, loop.arrays)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise ConfigError(
+                210, f"{directory.path}: must be writable, got {error.strerror or error}"
+            ) from None
         finally:
             gc.unfreeze()
             journal.close()
@@ -204,7 +214,7 @@ class Loop:
         if self.skipped >= self.config.round.max_skipped:
             raise RunError(
                 503,
-                f"round {server_round}: the must make a model, got the {self.skipped}. in a row without one ({reason})",
+                f"round {server_round}: must make a model, got the {self.skipped}. in a row without one ({reason})",
             )
 
     def _exchange(

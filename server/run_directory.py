@@ -12,8 +12,8 @@ from typing import Any
 
 from fedge.server.journal import Journal
 from fedge.shared import config_file
-from fedge.shared.arrays import write_atomically
 from fedge.shared.config import Config
+from fedge.shared.durable import write_atomically
 from fedge.shared.errors import ConfigError, RunError
 
 # Locks that this process holds: flock would refuse a second descriptor of the same process too.
@@ -104,13 +104,21 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
 
     Raises:
         ConfigError: 206, not empty and not resumed; 207, begun with another configuration; 208, in use;
-            209, neither empty nor a run directory.
+            209, neither empty nor a run directory; 210, cannot be made or written.
         RunError: 504, the journal is damaged.
     """
     directory = RunDirectory(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(209, f"{path}: must be a directory, got a file")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(
+            210, f"{path}: must be a directory that can be made, got {error.strerror}"
+        ) from None
+    if not writable:
+        raise ConfigError(210, f"{path}: must be writable, got a directory that is not")
     foreign = sorted(p.name for p in path.iterdir() if p.name != "lock")
     if foreign and not resume:
         raise ConfigError(

@@ -52,12 +52,12 @@ class Tally:
             ),
             *(
                 Rejection(
-                    site.get(m.metadata.src_node_id, f"node {m.metadata.src_node_id}"),
+                    site.get(n, f"node {n}"),
                     406,
                     "stale",
                     "a reply to nothing that was asked in this exchange",
                 )
-                for m in result.stray
+                for n in result.stray
             ),
         ]
 

@@ -6,8 +6,7 @@ Files are safetensors without metadata, so the same weights give the same bytes;
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,30 +44,6 @@ def encode(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 (hex) of ``encode(arrays)``."""
     return hashlib.sha256(encode(arrays)).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes, halfway: Callable[[], None] = lambda: None) -> None:
-    """Write to a temporary file beside ``path``, flush it to the disk, then rename it over ``path``.
-
-    Args:
-        path: the file; afterwards it holds ``data`` or what it held before, never a part.
-        data: its new content.
-        halfway: called after half of the bytes (a test's fail point).
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data[: len(data) // 2])
-        file.flush()
-        halfway()
-        file.write(data[len(data) // 2 :])
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read(path: Path, sha256: str | None = None) -> NDArrays:

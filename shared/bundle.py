@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedge.shared import archive, signing
 from fedge.shared.archive import ArchiveReader
 from fedge.shared.bounded import open_regular, reason
+from fedge.shared.durable import flush_folder
 from fedge.shared.errors import BundleError, ReleaseError
 from fedge.shared.manifest import Manifest
 from fedge.shared.manifest_rules import PART as MANIFEST
@@ -145,7 +146,7 @@ def write_bundle(
         if os.path.lexists(path) and not replace:
             raise ReleaseError(605, f"{path}: must not exist yet")
         os.replace(temporary, path)  # noqa: PTH105 - the name by which the step is known
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         raise ReleaseError(606, f"{path}: cannot be written ({reason(error)})") from None
     finally:
@@ -175,14 +176,6 @@ def _chunks(content: bytes | Path) -> Iterator[bytes]:
     with content.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_bundle(path: Path, trusted: Ed25519PublicKey, *, limits: Limits | None = None) -> Bundle:

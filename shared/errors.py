@@ -67,6 +67,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     208: Entry("the run directory is in use", "Wait for the other process, or stop it."),
     209: Entry("not a run directory", "Name a directory that `fedge simulate --out` has written."),
+    210: Entry(
+        "the run directory cannot be written",
+        "Choose an --out that this user may write, with room on its disk.",
+    ),
     301: Entry("a data file is missing", "Point data.path at the folder that holds the files."),
     302: Entry("a data file does not follow its format", "Mend the row that the message names."),
     303: Entry(

@@ -205,6 +205,10 @@ def from_json(values: Any) -> tuple[Step, ...]:
     Raises:
         BundleError: 706, a step is not known here or does not parse.
     """
+    if not isinstance(values, list):
+        raise BundleError(
+            706, f"manifest: the preprocessing must be a list, got {type(values).__name__}"
+        )
     steps: list[Step] = []
     try:
         for value in values:

@@ -6,8 +6,6 @@ else. Every value is escaped, as sites choose their names and reasons come from 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,6 +21,7 @@ from fedge.server.report.participation import participation
 from fedge.server.report.release import hash_html, release
 from fedge.server.report.sites import site_results
 from fedge.server.report.summary import brief, headline, tiles
+from fedge.shared.durable import write_atomically
 
 #: Characters of the configuration that are shown.
 MAX_CONFIG = 100_000
@@ -131,13 +130,5 @@ def write(run_dir: Path) -> Path:
     """
     path = run_dir / "report.html"
     content = render(run_dir).encode()
-    handle, temporary = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)  # noqa: PTH105 - the one call that is atomic on every platform
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)
     return path

@@ -189,7 +189,7 @@ def test_a_reply_to_nothing_that_was_asked_is_stray():
         return [(0.0, reply(unasked, 66)), (0.0, reply(request))]
 
     got = exchange(Network({1: confused}), asked(1), 5.0)
-    assert [value(m) for m in got.stray] == [66]
+    assert got.stray == (1,)
     assert value(got.replies[1]) == 1
 
 
@@ -207,7 +207,7 @@ def test_a_node_cannot_answer_for_another():
 
     got = exchange(Network({1: victim, 2: forger}), asked(1, 2), 5.0)
     assert {node: value(m) for node, m in got.replies.items()} == {1: 1, 2: 2}
-    assert [value(m) for m in got.stray] == [66]
+    assert got.stray == (2,)
 
 
 def test_a_flood_of_strays_does_not_outlive_the_deadline():
@@ -224,7 +224,7 @@ def test_a_flood_of_strays_does_not_outlive_the_deadline():
     got = exchange(Flood({1: after()}), asked(1), 0.1)
     assert time.monotonic() - started < 2
     assert got.absent == (1,)
-    assert got.stray
+    assert 1 <= len(got.stray) <= 1000
 
 
 def test_an_error_that_flower_itself_answers_with_ends_the_waiting():

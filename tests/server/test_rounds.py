@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from flwr.clientapp import ClientApp
 from fedge.client import relay
 from fedge.server.journal import Journal
 from fedge.shared.config import Config
-from fedge.shared.errors import RunError
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import ConfigError, RunError
 from fedge.simulations.engine import simulate
 
 
@@ -143,3 +145,21 @@ def test_a_fedge_run_outlives_flowers(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
     assert len(set(journal.flower_runs())) == 2
     journal.close()
+
+
+def test_a_full_disk_is_a_numbered_error_and_loses_at_most_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        if path.name == "round-000002.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, *_, **__)
+
+    with monkeypatch.context() as disk, pytest.raises(ConfigError) as raised:
+        disk.setattr("fedge.server.checkpoint.write_atomically", full)
+        simulate(_config(), tmp_path)
+    assert raised.value.code == 210
+    assert "No space left" in raised.value.message
+    assert len(_lines(tmp_path)) == 1
+    simulate(_config(), tmp_path, resume=True)
+    assert len(_lines(tmp_path)) == 3

@@ -211,3 +211,10 @@ def test_json_and_lines_are_whole_and_without_nan(out: Path):
             directory.append_line({"a": bad})
     assert json.loads(directory.metrics.read_text()) == {"a": [1, 2]}
     assert directory.rounds.read_text() == '{"round": 1}\n'
+
+
+def test_a_place_where_nothing_can_be_written_is_a_numbered_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError) as refused:
+        prepare(tmp_path / "file" / "run", config(), resume=False)
+    assert refused.value.code == 210

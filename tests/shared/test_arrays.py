@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedge.shared.arrays import Spec, digest, encode, read, specs, write_atomically
+from fedge.shared.arrays import Spec, digest, encode, read, specs
 from fedge.shared.errors import RunError
 
 
@@ -87,28 +87,3 @@ def test_a_missing_file_is_damage(tmp_path: Path):
     with pytest.raises(RunError) as refused:
         read(tmp_path / "a.safetensors")
     assert refused.value.code == 504
-
-
-def test_write_replaces_the_whole_file_and_leaves_no_temporary(tmp_path: Path):
-    path = tmp_path / "f"
-    path.write_bytes(b"a much longer content than the new one")
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
-
-
-def test_a_stop_halfway_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "f"
-    path.write_bytes(b"old")
-    seen: list[bytes] = []
-
-    def stop() -> None:
-        seen.append((tmp_path / ".f.tmp").read_bytes())
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"newnew", halfway=stop)
-    assert seen == [b"new"], "half of the bytes must be there when the fail point is reached"
-    assert path.read_bytes() == b"old"
-    write_atomically(path, b"newnew")
-    assert path.read_bytes() == b"newnew"
