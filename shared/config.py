@@ -202,7 +202,7 @@ class FedTrimmedAvg(_Strategy):
 
 
 class Krum(_Strategy):
-    """The one update closest to the others (Blanchard et al., NeurIPS 2017)."""
+    """The one update closest to the others, so for like sites (Blanchard et al., NeurIPS 2017)."""
 
     name: Literal["Krum"]
     num_malicious_nodes: int = Field(0, ge=0, le=100_000, description="attackers to withstand")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +20,9 @@ from fedge.server import progress
 from fedge.server.app import app as server_app
 from fedge.server.progress import Listener, Silent
 from fedge.server.run_directory import RunDirectory, prepare
-from fedge.shared.config import Config, FedProx
+from fedge.shared.config import Config
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.grid import InProcessGrid
-
-_log = logging.getLogger(__name__)
 
 
 def simulate(
@@ -55,8 +52,6 @@ def simulate(
         DataError: 301 to 304, the data are missing or cannot be divided.
         RunError: 501 to 507, the run stopped; what was committed stays.
     """
-    if isinstance(config.strategy, FedProx) and config.strategy.proximal_mu == 0:
-        _log.warning("strategy.proximal-mu is 0: FedProx is FedAvg then")
     directory, finished = prepare(out, config, resume=resume)
     if finished:
         return directory
