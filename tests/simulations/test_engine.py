@@ -164,4 +164,4 @@ def test_fedprox_with_mu_zero_warns_in_words(tmp_path: Path, caplog: pytest.LogC
             config(strategy={"name": "FedProx"}, **{"require-sites": ["elsewhere"]}),
             tmp_path / "run",
         )
-    assert "proximal-mu is 0" in caplog.text
+    assert "equivalent to FedAvg" in caplog.text
