@@ -156,12 +156,3 @@ def test_data_that_cannot_be_divided_are_an_error_of_the_data(tmp_path: Path):
     with pytest.raises(DataError) as refused:
         simulate(many, tmp_path / "run")
     assert refused.value.code == 303
-
-
-def test_fedprox_with_mu_zero_warns_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    with pytest.raises(RunError):
-        simulate(
-            config(strategy={"name": "FedProx"}, **{"require-sites": ["elsewhere"]}),
-            tmp_path / "run",
-        )
-    assert "equivalent to FedAvg" in caplog.text
