@@ -66,6 +66,14 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
+    def says_finished(self) -> bool:
+        """Whether run.json says so; the journal alone knows."""
+        try:
+            state = json.loads(self.run.read_text(encoding="utf-8"))["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(state == "finished")
+
     def write_json(self, path: Path, value: Any) -> None:
         """Replace a JSON file; NaN is refused, as it is no JSON."""
         write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedge.client import relay
 from fedge.client.app import app as client_app
-from fedge.client.data import site_shares
+from fedge.client.data import SiteData, site_shares
 from fedge.client.relay import DirectLink
 from fedge.client.worker import SiteWorker
 from fedge.server import progress
@@ -52,12 +52,17 @@ def simulate(
         DataError: 301 to 304, the data are missing or cannot be divided.
         RunError: 501 to 507, the run stopped; what was committed stays.
     """
+    # The data come first: where they are missing, no directory is begun that a second try would find in use.
+    shares = (
+        {} if RunDirectory(out).says_finished() else site_shares(config, get_task(config.task.name))
+    )
     directory, finished = prepare(out, config, resume=resume)
     if finished:
         return directory
+    shares = shares or site_shares(config, get_task(config.task.name))
     with (
         directory.lock(),
-        _workers(config, directory) as sites,
+        _workers(config, directory, shares) as sites,
         progress.listening(listener or Silent()),
     ):
         flower_run_id = secrets.randbits(62)
@@ -68,10 +73,11 @@ def simulate(
 
 
 @contextmanager
-def _workers(config: Config, directory: RunDirectory) -> Iterator[list[str]]:
+def _workers(
+    config: Config, directory: RunDirectory, shares: Mapping[str, SiteData]
+) -> Iterator[list[str]]:
     """Every site's worker, linked directly; yields the sites' names."""
     task = get_task(config.task.name)
-    shares = site_shares(config, task)
     for site, data in shares.items():
         relay.connect(site, DirectLink(SiteWorker(site, task, data, directory.sites / site)))
     try:

@@ -156,3 +156,12 @@ def test_data_that_cannot_be_divided_are_an_error_of_the_data(tmp_path: Path):
     with pytest.raises(DataError) as refused:
         simulate(many, tmp_path / "run")
     assert refused.value.code == 303
+
+
+def test_missing_data_begin_no_directory(tmp_path: Path):
+    of = Config.model_validate(
+        {"task": {"name": "heart"}, "data": {"path": str(tmp_path / "no"), "partition": "natural"}}
+    )
+    with pytest.raises(DataError):
+        simulate(of, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
