@@ -10,13 +10,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedge.server.results import Update
+from fedge.server.verdicts import (
+    Drop,
+    Evaluation,
+    Expected,
+    Outcome,
+    Registration,
+    Rejection,
+    Verdict,
+    printable,
+)
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import SITE_NAME, AdmissionSection
@@ -24,101 +33,11 @@ from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.errors import CATALOGUE
 from fedge.shared.preprocess import Statistics
 
-Outcome: TypeAlias = Literal["rejected", "error", "stale", "duplicate", "late", "absent"]
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why a site's reply does not count in this round."""
-
-    site: str
-    code: int
-    outcome: Outcome
-    reason: str
-
-    def to_json(self) -> dict[str, str]:
-        """As it stands in rounds.jsonl."""
-        return {
-            "site": self.site,
-            "code": f"FE-{self.code}",
-            "outcome": self.outcome,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class Drop:
-    """A metric that was left out while the reply counts."""
-
-    site: str
-    metric: str
-    reason: str
-
-    def to_json(self) -> dict[str, str]:
-        """As it stands in rounds.jsonl."""
-        return {"site": self.site, "code": "FE-405", "metric": self.metric, "reason": self.reason}
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What a site says of itself before the first round."""
-
-    site: str
-    train_examples: int
-    test_examples: int
-    statistics: Statistics | None
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a reply of this round must look like.
-
-    Attributes:
-        run_id, server_round: whom and what it must answer.
-        reference: the arrays sent out; a site's tensors must have their names, shapes and types, and its update
-            is the difference to them. Control variates are compared with zero.
-        policy: bounds.
-        needs_loss: the strategy weighs by the training loss, so a bad one rejects the update.
-        counters: names that an evaluation may hold.
-    """
-
-    run_id: str
-    server_round: int
-    reference: NDArrays
-    policy: AdmissionSection
-    needs_loss: bool = False
-    counters: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Admitted counters of one site's test split."""
-
-    site: str
-    counters: dict[str, float]
-
-
-@dataclass
-class Verdict:
-    """What the gate made of one reply: at most one of ``update``, ``evaluation`` and ``rejection`` is set."""
-
-    update: Update | None = None
-    evaluation: Evaluation | None = None
-    rejection: Rejection | None = None
-    drops: list[Drop] = field(default_factory=list)
-
 
 class _RefusedError(Exception):
     def __init__(self, code: int, reason: str, outcome: Outcome = "rejected") -> None:
         super().__init__(reason)
         self.code, self.reason, self.outcome = code, reason, outcome
-
-
-def printable(value: object, limit: int = 64) -> str:
-    """A foreign value as short plain text: no control characters, no line breaks, bounded."""
-    text = value if isinstance(value, str) else repr(value)[: 4 * limit]
-    text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def admit_train(reply: Message, site: str, registered: int, expected: Expected) -> Verdict:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedge.server.admission import Registration, Rejection, admit_registration
+from fedge.server.admission import admit_registration
 from fedge.server.exchange import exchange
 from fedge.server.journal import Journal
+from fedge.server.verdicts import Registration, Rejection
 from fedge.shared import preprocess, protocol
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError

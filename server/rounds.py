@@ -18,13 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedge.server import census, checkpoint, finish, requests, strategies
-from fedge.server.admission import (
-    Evaluation,
-    Expected,
-    Rejection,
-    admit_evaluate,
-    admit_train,
-)
+from fedge.server.admission import admit_evaluate, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.census import Member
 from fedge.server.exchange import Exchange, exchange
@@ -34,6 +28,7 @@ from fedge.server.progress import Listener
 from fedge.server.results import Singles, Update
 from fedge.server.run_directory import RunDirectory
 from fedge.server.tally import Tally
+from fedge.server.verdicts import Evaluation, Expected, Rejection
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays, digest
 from fedge.shared.config import Config

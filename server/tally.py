@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedge.server.admission import Rejection, Verdict
 from fedge.server.census import Member
 from fedge.server.exchange import Exchange
 from fedge.server.journal import Line
 from fedge.server.results import Update
+from fedge.server.verdicts import Rejection, Verdict
 
 
 @dataclass

@@ -11,16 +11,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedge.server.admission import (
-    Expected,
-    Registration,
-    Rejection,
-    admit_evaluate,
-    admit_registration,
-    admit_train,
-    printable,
-)
+from fedge.server.admission import admit_evaluate, admit_registration, admit_train
 from fedge.server.results import record
+from fedge.server.verdicts import Expected, Registration, Rejection, printable
 from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import CATALOGUE
 from fedge.simulations import flower_private
