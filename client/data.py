@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from fedge.client import partition
 from fedge.client.draws import generator
 from fedge.shared.config import SITE_NAME, Config, DataSection
-from fedge.shared.errors import DataError
+from fedge.shared.errors import DataError, FedgeError, brief
 from fedge.shared.tasks.task import Table, Task
 
 MIN_TRAIN = 2
@@ -38,14 +39,55 @@ def site_shares(config: Config, task: Task) -> dict[str, SiteData]:
     """Read a task's examples and divide them among sites, in sorted order of their names.
 
     Raises:
-        DataError: 301 or 302, the task's files; 303, they cannot be divided so.
+        DataError: 301 or 302, the task's files or what it makes of them; 303, they cannot be
+            divided so.
     """
-    table = task.load(config.data.path)
+    table = _loaded(task, config.data.path)
     rows_of = _rows_of(config, table)
     return {
         site: _share(site, rows_of[site], table, config.data, config.run.seed)
         for site in sorted(rows_of)
     }
+
+
+def _loaded(task: Task, path: Path | None) -> Table:
+    """What the task reads, held against its own declaration.
+
+    Raises:
+        DataError: 301 or 302 of the task itself; 302, it failed otherwise, or its table is not as declared.
+    """
+    try:
+        table = task.load(path)
+    except FedgeError:
+        raise
+    except Exception as error:
+        raise DataError(302, f"task {task.name}: load failed: {brief(error)}") from error
+    if not isinstance(table, Table):
+        raise DataError(
+            302, f"task {task.name}: load must give a Table, got {type(table).__name__}"
+        )
+    rows, shape = len(np.atleast_1d(table.labels)), task.input.shape
+    for part, array, kind, wanted in (
+        ("features", table.features, "float32", (rows, *shape)),
+        ("labels", table.labels, "int64", (rows,)),
+    ):
+        if not isinstance(array, np.ndarray) or array.dtype != kind or array.shape != wanted:
+            got = (
+                f"{array.dtype} of shape {array.shape}"
+                if isinstance(array, np.ndarray)
+                else type(array).__name__
+            )
+            raise DataError(
+                302, f"task {task.name}: {part} must be {kind} of shape {wanted}, got {got}"
+            )
+    wrong = np.flatnonzero((table.labels < 0) | (table.labels >= len(task.output.labels)))
+    if len(wrong):
+        raise DataError(
+            302,
+            f"task {task.name}: row {wrong[0]}: the label must be 0 to"
+            f" {len(task.output.labels) - 1}, got {table.labels[wrong[0]]}",
+        )
+    return table
 
 
 def _rows_of(config: Config, table: Table) -> dict[str, NDArray[Any]]:

@@ -6,6 +6,7 @@ site's own log.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -100,6 +101,7 @@ class SiteWorker:
     def _register(self, request: Message) -> RecordDict:
         config = requests.config_of(request, self.task.name)
         address = requests.address(config)
+        self._hold_data_still(address.run_id)
         sizes: dict[str, int | float | list[int] | list[float]] = {
             protocol.NUM_TRAIN_EXAMPLES: len(self.data.train_labels),
             protocol.NUM_TEST_EXAMPLES: len(self.data.test_labels),
@@ -109,6 +111,30 @@ class SiteWorker:
             sizes[protocol.FEATURE_TOTAL] = list(self._statistics.total)
             sizes[protocol.FEATURE_TOTAL_OF_SQUARES] = list(self._statistics.total_of_squares)
         return self._reply(address, MetricRecord(sizes))
+
+    def _hold_data_still(self, run_id: str) -> None:
+        """Note the data's digest when a run begins; later it must be the same, as redone rounds rely on it.
+
+        The digest never leaves the site.
+
+        Raises:
+            SiteError: 415, the data have changed since this run began.
+        """
+        found = hashlib.sha256()
+        for array in (
+            self.data.train_features,
+            self.data.train_labels,
+            self.data.test_features,
+            self.data.test_labels,
+        ):
+            found.update(repr((array.shape, array.dtype.str)).encode())
+            found.update(np.ascontiguousarray(array).tobytes())
+        path = self.home / "data" / f"{run_id}.sha256"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, found.hexdigest().encode())
+        elif path.read_bytes() != found.hexdigest().encode():
+            raise SiteError(415, f"data: must be as when run {run_id} began, got other examples")
 
     def _train(self, request: Message) -> RecordDict:
         config = requests.config_of(request, self.task.name)

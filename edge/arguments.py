@@ -69,5 +69,5 @@ def add_statistics(parser: ArgumentParser) -> None:
         "--statistics",
         type=Path,
         metavar="FILE.json",
-        help="this site's own mean and std",
+        help="the site's own mean and std, where verify says so",
     )

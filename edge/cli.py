@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see ``fedge.shared.command_line.guarded``.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     return guarded("fedge-edge", lambda: _dispatch(argv))
 
 

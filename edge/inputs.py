@@ -84,6 +84,25 @@ class RowRules:
                 )
         return converted.reshape(len(flat), *self.schema.shape)
 
+    def outside(self, examples: Array) -> list[tuple[str, ...]]:
+        """Names of the columns, row by row, whose value lies outside its feature's low to high.
+
+        Args:
+            examples: as ``checked`` gives them, ``(n, *shape)``.
+        """
+        features = self.schema.features
+        if not features:
+            return [()] * len(examples)
+        # As float32, as the values are: a value that equals its bound in the file is within it.
+        with np.errstate(over="ignore"):
+            low = np.asarray([f.low for f in features]).astype(np.float32)
+            high = np.asarray([f.high for f in features]).astype(np.float32)
+        beyond = (examples < low) | (examples > high)
+        names: list[tuple[str, ...]] = [()] * len(examples)
+        for row in np.flatnonzero(beyond.any(axis=1)).tolist():
+            names[row] = tuple(features[i].name for i in np.flatnonzero(beyond[row]).tolist())
+        return names
+
     def _float32(self, flat: Array, first_row: int) -> Array:
         if flat.dtype.kind == "f":
             self._refuse(~np.isfinite(flat), flat, first_row, 804, "must be finite")

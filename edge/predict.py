@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedge.edge.arguments import add_bundle, add_statistics, add_threads, open_trusted
@@ -38,29 +39,45 @@ def _run(arguments: Namespace) -> int:
     row = 0
     for examples in read_examples(arguments.input, rules):
         prediction = model.predict(examples, row)
-        for line in rows(prediction, model.manifest.output.labels, row):
+        labels = model.manifest.output.labels
+        for line in rows(prediction, labels, row, rules.outside(examples)):
             sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
         sys.stdout.flush()
         row += len(examples)
     return 0
 
 
-def rows(prediction: Prediction, labels: tuple[str, ...], first_row: int) -> list[dict[str, Any]]:
-    """One JSON object a row; probabilities to seven digits, as many as float32 holds."""
+def rows(
+    prediction: Prediction,
+    labels: tuple[str, ...],
+    first_row: int,
+    outside: Sequence[tuple[str, ...]],
+) -> list[dict[str, Any]]:
+    """One JSON object a row; probabilities to seven digits, as many as float32 holds.
+
+    Args:
+        prediction: of n examples.
+        labels: names of the model's labels.
+        first_row: number of the first.
+        outside: names of the columns outside their features' ranges, one tuple an example; an
+            empty one leaves the key away.
+    """
     lines = []
-    for offset, (index, values) in enumerate(
-        zip(prediction.indices.tolist(), prediction.probabilities.tolist(), strict=True)
+    indices, probabilities = prediction.indices.tolist(), prediction.probabilities.tolist()
+    for offset, (index, values, names) in enumerate(
+        zip(indices, probabilities, outside, strict=True)
     ):
         rounded = [float(f"{value:.7g}") for value in values]
-        lines.append(
-            {
-                "row": first_row + offset,
-                "label": labels[index],
-                "index": index,
-                "probability": rounded[index],
-                "probabilities": dict(zip(labels, rounded, strict=True)),
-            }
-        )
+        line = {
+            "row": first_row + offset,
+            "label": labels[index],
+            "index": index,
+            "probability": rounded[index],
+            "probabilities": dict(zip(labels, rounded, strict=True)),
+        }
+        if names:
+            line["outside"] = list(names)
+        lines.append(line)
     return lines
 
 
@@ -69,5 +86,8 @@ COMMAND = Command(
     extra="edge",
     arguments=_arguments,
     run=_run,
-    epilog="example:\n  fedge-edge predict model.fedge --trust release.key.pub --input rows.csv",
+    epilog=(
+        "A row's \"outside\" names columns beyond the low and high of the bundle's schema\n\n"
+        "example:\n  fedge-edge predict model.fedge --trust release.key.pub --input rows.csv"
+    ),
 )

@@ -15,6 +15,7 @@ from fedge.shared.bundle import Bundle
 from fedge.shared.errors import BundleError, InputError
 from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT, ONNX_FP32, Manifest
 from fedge.shared.manifest_rules import network_shape
+from fedge.shared.onnx_session import load_onnxruntime
 from fedge.shared.preprocess import Standardise, Step
 from fedge.shared.schema import OutputSchema
 
@@ -61,11 +62,11 @@ class EdgeModel:
         Args:
             bundle: as verified; its bytes are used, no file is opened.
             threads: CPU threads of one inference.
-            statistics: a site's own mean and deviation, in the place of the manifest's.
+            statistics: a site's own mean and deviation, where the manifest leaves them to each site.
 
         Raises:
             BundleError: 706 or 708, the artefact does not load, or is not what the manifest says.
-            InputError: 807, statistics are missing or do not fit.
+            InputError: 807, statistics are missing, do not fit, or the manifest holds its own.
         """
         manifest = bundle.manifest
         steps = with_statistics(manifest, statistics)
@@ -123,10 +124,11 @@ class EdgeModel:
 
 
 def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple[Step, ...]:
-    """The manifest's steps, with a site's own statistics where they are given.
+    """The manifest's steps, with a site's own statistics where the manifest leaves them to it.
 
     Raises:
-        InputError: 807, the model needs statistics and there are none, or they do not fit.
+        InputError: 807, the model needs statistics and there are none, they do not fit, or the
+            signed manifest holds its own.
     """
     steps = manifest.preprocessing
     if statistics is None:
@@ -138,7 +140,15 @@ def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple
         return steps
     if not preprocess.learns(steps):
         raise InputError(807, "this model does not standardise: leave --statistics out")
-    replaced = preprocess.fitted(steps, statistics)
+    if not manifest.site_statistics:
+        raise InputError(
+            807,
+            "this model was trained with one mean and deviation for all sites, which the manifest"
+            " holds: leave --statistics out",
+        )
+    replaced = tuple(
+        statistics if isinstance(step, Standardise) and not step.mean else step for step in steps
+    )
     try:
         network_shape(manifest.input, replaced)
     except BundleError:
@@ -171,8 +181,7 @@ def _logits(output: OutputSchema) -> int:
 
 
 def _session(onnx: bytes, name: str, threads: int) -> Any:
-    import onnxruntime  # `verify` works without it
-
+    onnxruntime = load_onnxruntime()
     onnxruntime.set_default_logger_severity(_ONLY_FATAL)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

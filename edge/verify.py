@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from fedge.shared.bundle import Bundle
 
 _SHOWN = 8
+_STATISTICS = {
+    False: [],
+    True: [("statistics", "each site's own: pass --statistics to predict and bench")],
+}
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -36,6 +40,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     return {
         "verified": True,
         "key_id": bundle.key_id,
+        "site_statistics": bundle.manifest.site_statistics,
         "parts": [dict(vars(part)) for part in bundle.parts],
         "manifest": bundle.manifest.to_json(),
         "statement": bundle.statement,
@@ -64,6 +69,7 @@ def summary(bundle: Bundle, name: str) -> str:
     batches = ", ".join(map(str, m.parity.batch_sizes))
     lines += [
         ("input", f"{' x '.join(map(str, m.input.shape))} {m.input.dtype}"),
+        *_STATISTICS[m.site_statistics],
         ("output", f"{m.output.activation}, {len(m.output.labels)} labels: {labels}"),
         (
             "parity",

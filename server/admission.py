@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedge.server.results import Update
 from fedge.server.verdicts import (
+    Bound,
     Drop,
     Evaluation,
     Expected,
@@ -75,7 +76,7 @@ def admit_registration(
     node: str,
     run_id: str,
     policy: AdmissionSection,
-    bounds: tuple[tuple[float, float], ...],
+    bounds: tuple[Bound, ...],
 ) -> Registration | Rejection:
     """Admit a site to the run.
 
@@ -84,7 +85,7 @@ def admit_registration(
         node: how to call it until its name is known.
         run_id: fedge's run.
         policy: bounds.
-        bounds: (low, high) of each standardised column's mean; empty where the task learns no statistics.
+        bounds: of each standardised column's mean; empty where the task learns no statistics.
     """
     try:
         config = _config(_content(reply, {protocol.CONFIG, protocol.METRICS}))
@@ -95,6 +96,7 @@ def admit_registration(
                 412,
                 f"site: must be lower-case letters, digits and hyphens, got {printable(site)!r}",
             )
+        node = site
         metrics = _metrics(reply.content)
         sizes = []
         for key, least in ((protocol.NUM_TRAIN_EXAMPLES, 1), (protocol.NUM_TEST_EXAMPLES, 0)):
@@ -268,7 +270,7 @@ def _arrays(arrays: ArrayRecord, expected: Expected) -> NDArrays:
 
 
 def _statistics(
-    metrics: Mapping[str, Any], count: int, bounds: tuple[tuple[float, float], ...]
+    metrics: Mapping[str, Any], count: int, bounds: tuple[Bound, ...]
 ) -> Statistics | None:
     if not bounds:
         return None
@@ -285,13 +287,13 @@ def _statistics(
                 412, f"{key}: must be {len(bounds)} finite numbers, got {printable(values)}"
             )
         sums.append(tuple(n for n in numbers if n is not None))
-    for i, (low, high) in enumerate(bounds):
+    for i, (name, low, high) in enumerate(bounds):
         mean, square = sums[0][i] / count, sums[1][i] / count
         # A mean square below the squared mean belongs to no data, one far above the range's to no honest site.
         least, largest = mean * mean * (1 - 1e-6) - 1e-9, 100 * max(low * low, high * high)
         if not (low <= mean <= high and least <= square <= largest):
             raise _RefusedError(
                 412,
-                f"column {i}: mean must be {low:g} to {high:g}, got {mean:.4g} (mean square {square:.4g})",
+                f"{name}: mean must be {low:g} to {high:g}, got {mean:.4g} (mean square {square:.4g})",
             )
     return Statistics(count, sums[0], sums[1])

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedge.server.admission import admit_registration
 from fedge.server.exchange import exchange
 from fedge.server.journal import Journal
-from fedge.server.verdicts import Registration, Rejection
+from fedge.server.verdicts import Bound, Registration, Rejection
 from fedge.shared import preprocess, protocol
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
@@ -39,16 +39,20 @@ class Member:
     test_examples: int
 
 
-def column_bounds(task: Task) -> tuple[tuple[float, float], ...]:
-    """(low, high) of the mean of each column that reaches ``Standardise``; empty where there is none."""
+def column_bounds(task: Task) -> tuple[Bound, ...]:
+    """For each column that reaches ``Standardise``, within what its mean must lie; empty where there is none."""
     if not preprocess.learns(task.preprocessing):
         return ()
-    bounds = [(f.low, f.high) for f in task.input.features]
+    bounds = [Bound(f.name, f.low, f.high) for f in task.input.features]
     for step in task.preprocessing:
         match step:
             case OneHot(columns):
                 kept = [b for i, b in enumerate(bounds) if i not in {index for index, _ in columns}]
-                bounds = kept + [(0.0, 1.0) for _, categories in columns for _ in categories[1:]]
+                bounds = kept + [
+                    Bound(f"{bounds[index].name} {category:g}", 0.0, 1.0)
+                    for index, categories in columns
+                    for category in categories[1:]
+                ]
             case Standardise():
                 break
             case _:
@@ -166,11 +170,10 @@ def _known(
     site = registration.site
     if site in admitted:
         return Rejection(site, 412, "duplicate", f"site: must be unique, got a second {site}")
-    if site in before and (registration.train_examples, registration.test_examples) != before[site]:
+    now = (registration.train_examples, registration.test_examples)
+    if before.get(site, now) != now:
+        then = "{} to train and {} to test".format(*before[site])
         return Rejection(
-            site,
-            412,
-            "rejected",
-            f"{site}: must hold {before[site]} examples as before, got other data",
+            site, 412, "rejected", f"examples: must be {then} as before, got {now[0]} and {now[1]}"
         )
     return registration

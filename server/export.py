@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedge.shared.errors import ReleaseError
 from fedge.shared.manifest import GRAPH_BATCH, GRAPH_INPUT, GRAPH_OUTPUT, Parity
+from fedge.shared.onnx_session import load_onnxruntime
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -83,8 +84,7 @@ def parity(
     Raises:
         ReleaseError: 603, they differ by more than ``tolerance``, in shape, or one is not finite.
     """
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     onnxruntime.set_default_logger_severity(4)
     network = copy.deepcopy(network).cpu().eval()
     try:

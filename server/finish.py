@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
+from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import flwr
@@ -50,10 +54,20 @@ def write_run(
     directory: RunDirectory,
     journal: Journal,
     config: Config,
+    counted: Mapping[str, int],
     finished: str | None = None,
     model_sha256: str | None = None,
 ) -> None:
-    """Write run.json: what the run is, who takes part, how far it has come."""
+    """Write run.json: what the run is, who takes part, how far it has come.
+
+    Args:
+        directory: of the run.
+        journal: of the run.
+        config: of the run.
+        counted: by site, the rounds in which its update counted.
+        finished: when, in UTC; None while it runs.
+        model_sha256: of model.safetensors, once it is written.
+    """
     row, last = begun(journal), journal.last()
     directory.write_json(
         directory.run,
@@ -65,7 +79,11 @@ def write_run(
             "rounds": config.run.rounds,
             "rounds_done": 0 if last is None else last.number,
             "sites": {
-                s: {"train_examples": a, "test_examples": b}
+                s: {
+                    "train_examples": a,
+                    "test_examples": b,
+                    "rounds": counted.get(s, 0),
+                }
                 for s, (a, b) in journal.sites().items()
             },
             "preprocessing": row.preprocessing or [],
@@ -76,6 +94,13 @@ def write_run(
             "fedge": version("fedge"),
             "flower": flwr.__version__,
         },
+    )
+
+
+def rounds_counted(lines: list[dict[str, Any]]) -> Counter[str]:
+    """By site, the rounds in which its update counted."""
+    return Counter(
+        site for line in lines if line["outcome"] == "committed" for site in line["trained"]
     )
 
 
@@ -104,7 +129,15 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
     """Write the model, the metrics and the report, then declare the run finished.
 
     Every file is replaced as a whole, and the declaration comes last: a kill in between repeats this function.
+
+    Raises:
+        RunError: 503, no round has made a model, so there is none to hand out.
     """
+    counted = rounds_counted(journal.lines())
+    if not counted:
+        raise RunError(
+            503, "run: must make a model in one round at least, got none; see rounds.jsonl"
+        )
     data = encode(arrays)
     write_atomically(directory.model, data)
     row = begun(journal)
@@ -112,6 +145,42 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
     directory.write_lines(lines)
     directory.write_json(directory.metrics, results(row.id, config, lines))
     finished = now()
-    write_run(directory, journal, config, finished, hashlib.sha256(data).hexdigest())
+    write_run(directory, journal, config, counted, finished, hashlib.sha256(data).hexdigest())
     report.write(directory.path)
     journal.finish(finished)
+
+
+def report_so_far(directory: RunDirectory) -> None:
+    """Write the report of a run that stops early, if it has come as far as a run.json."""
+    if directory.run.is_file():
+        report.write(directory.path)
+
+
+def restore(directory: RunDirectory) -> None:
+    """Hold a finished run's files against its journal; write again those that can be made from it.
+
+    Raises:
+        RunError: 504, the model is missing or is not the one that the last round made.
+    """
+    journal = Journal(directory.journal)
+    try:
+        row, lines = begun(journal), journal.lines()
+    finally:
+        journal.close()
+    weights = directory.model.read_bytes() if directory.model.is_file() else b""
+    if hashlib.sha256(weights).hexdigest() != lines[-1]["model_sha256"]:
+        raise RunError(
+            504, f"{directory.model.name}: must be what the last round made, got another"
+        )
+    told = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    if not _holds(directory.rounds, told):
+        directory.write_lines(lines)
+    metrics = results(row.id, directory.load_config(), lines)
+    if not _holds(directory.metrics, json.dumps(metrics, indent=2, allow_nan=False) + "\n"):
+        directory.write_json(directory.metrics, metrics)
+    if not directory.report.is_file():
+        report.write(directory.path)
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()

@@ -93,7 +93,7 @@ def release(run_dir: Path, key: Path, out: Path, *, replace_out: bool = False) -
         done, rounds = run.get("rounds_done"), run.get("rounds")
         raise RunError(505, f"{run_dir}: must be finished, got {done} of {rounds} rounds")
     directory.load_config()
-    manifest, onnx = _prepare(directory, run)
+    manifest, onnx = _prepare(directory, run, _contributors(run))
     latency = _timed(manifest, onnx)
     manifest = replace(manifest, latency=latency)
     part = write_bundle(out, manifest, {MODEL: onnx}, private, replace=replace_out)
@@ -125,11 +125,28 @@ def load_network(path: Path, task: Task, sha256: str) -> nn.Module:
     return network.eval()
 
 
+def _contributors(run: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the sites whose update counted in a round at least.
+
+    Raises:
+        RunError: 504, run.json does not tell; 505, there is none.
+    """
+    try:
+        names = tuple(sorted(s for s, told in run["sites"].items() if int(told["rounds"]) > 0))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(504, f"{_PART}: sites cannot be read ({error!r})") from None
+    if not names:
+        raise RunError(505, f"{_PART}: must name a site whose update counted, got none")
+    return names
+
+
 def _tensor(described: tuple[tuple[int, ...], Any] | None) -> str:
     return "absent" if described is None else f"{described[1]} {list(described[0])}"
 
 
-def _prepare(directory: RunDirectory, run: dict[str, Any]) -> tuple[Manifest, bytes]:
+def _prepare(
+    directory: RunDirectory, run: dict[str, Any], contributors: tuple[str, ...]
+) -> tuple[Manifest, bytes]:
     """The manifest without latency, and the exported model."""
     task = get_task(str(run.get("task")))
     config = _read(directory.config)
@@ -145,7 +162,7 @@ def _prepare(directory: RunDirectory, run: dict[str, Any]) -> tuple[Manifest, by
             run=run["run"],
             strategy=run["strategy"],
             rounds=run["rounds_done"],
-            sites=tuple(sorted(run["sites"])),
+            sites=contributors,
             created=run["finished"],
             fedge=version("fedge"),
             config_sha256=hashlib.sha256(config).hexdigest(),

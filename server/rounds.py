@@ -10,6 +10,7 @@ import errno
 import gc
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,10 @@ def run(grid: Grid, directory: RunDirectory, flower_run_id: int, listener: Liste
                 loop.play(loop.done + 1)
             reach("before-export", config.run.rounds)
             finish.complete(directory, journal, config, loop.arrays)
+        except (RunError, KeyboardInterrupt):
+            # The report is wanted most when a run stops.
+            finish.report_so_far(directory)
+            raise
         except OSError as error:
             if error.errno not in _DISK:
                 raise
@@ -136,7 +141,7 @@ def _prepare(
         refused,
     )
     loop.remember(lines)
-    finish.write_run(directory, journal, config)
+    finish.write_run(directory, journal, config, loop.counted)
     return loop
 
 
@@ -158,6 +163,7 @@ class Loop:
     done: int
     refused: list[Rejection]
     accepted: dict[str, int] = field(default_factory=dict)
+    counted: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
 
     def remember(self, lines: list[Line]) -> None:
@@ -165,8 +171,18 @@ class Loop:
         for line in lines:
             self._note(line)
 
+    def _away(self) -> list[Rejection]:
+        """Sites of the run that did not register since the coordinator's last start."""
+        told = {r.site for r in self.refused}
+        return [
+            Rejection(site, 409, "absent", "has not registered since the run was resumed")
+            for site in self.journal.sites()
+            if site not in self.members and site not in told
+        ]
+
     def _note(self, line: Line) -> None:
         if line["outcome"] == "committed":
+            self.counted.update(line["trained"])
             self.accepted |= dict.fromkeys(line["trained"], line["round"])
             self.skipped = 0
         else:
@@ -186,7 +202,8 @@ class Loop:
             server_round,
             strategies.minimum_replies(self.config.strategy),
         )
-        tally = Tally(invited=names, rejections=self.refused if server_round == 1 else [])
+        tally = Tally(invited=names, rejections=self.refused + self._away())
+        self.refused = []
         updates = self._train(server_round, names, tally)
         reason = self._aggregate(server_round, updates)
         every = self.config.run.evaluate_every
@@ -204,7 +221,7 @@ class Loop:
         self._note(line)
         self.directory.append_line(line)
         checkpoint.prune(self.directory.checkpoints, server_round)
-        finish.write_run(self.directory, self.journal, self.config)
+        finish.write_run(self.directory, self.journal, self.config, self.counted)
         self.listener.round(line)
         if self.skipped >= self.config.round.max_skipped:
             raise RunError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,26 +140,51 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
             if strays:
                 raise ConfigError(209, f"{path}: must be a run directory or empty, got {strays[0]}")
             write_atomically(directory.config, config_file.dump(config).encode())
+        finished, rounds = _come_so_far(directory)
         begun = directory.load_config()
-        if begun != config:
+        if begun != config and rounds:
             raise ConfigError(
                 207,
                 f"{path}: must be the same configuration, got another {_difference(begun, config)}",
             )
-        if not directory.journal.is_file():
-            return directory, False
+        if begun != config:
+            # No round was committed, so nothing is lost: a mistake before the first round is simply mended.
+            _clear(directory)
+            write_atomically(directory.config, config_file.dump(config).encode())
+        return directory, finished
+
+
+def _come_so_far(directory: RunDirectory) -> tuple[bool, int]:
+    """Whether the run is finished, and its committed rounds.
+
+    Raises:
+        RunError: 504, the journal is damaged, or gone while run.json speaks of a run.
+    """
+    row, last = None, None
+    if directory.journal.is_file():
         journal = Journal(directory.journal)
         try:
-            row = journal.run()
+            row, last = journal.run(), journal.last()
         finally:
             journal.close()
-        if row is None or row.finished is None:
-            return directory, False
-        if not directory.model.is_file():
-            raise RunError(
-                504, f"{directory.model.name}: must exist as the run is finished, got nothing"
-            )
-        return directory, True
+    if row is None and directory.run.is_file():
+        raise RunError(504, "journal.db: must hold the run that run.json names, got none")
+    return row is not None and row.finished is not None, 0 if last is None else last.number
+
+
+def _clear(directory: RunDirectory) -> None:
+    """Remove what a run without a committed round has left; run.json first, as it vouches for the journal."""
+    for name in (
+        "run.json",
+        "report.html",
+        "rounds.jsonl",
+        "journal.db",
+        "journal.db-wal",
+        "journal.db-shm",
+    ):
+        (directory.path / name).unlink(missing_ok=True)
+    for folder in (directory.checkpoints, directory.sites):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _difference(begun: Config, now: Config) -> str:

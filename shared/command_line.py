@@ -5,6 +5,7 @@ Standard library only, as a device and an installation without any extra use it 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -21,6 +22,7 @@ FAILED: Final = 1
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
 STDOUT_CLOSED: Final = 141  # 128 + SIGPIPE
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(ArgumentParser):
@@ -46,6 +48,10 @@ def guarded(program: str, work: Callable[[], int]) -> int:
         Its status, or 1 failure, 2 wrong usage, 130 interrupted, 141 where nobody reads the output
         any more. FEDGE_DEBUG=1 prints the trace above the line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or file of another encoding must not end a command over one character.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = work()
         sys.stdout.flush()
@@ -57,6 +63,9 @@ def guarded(program: str, work: Callable[[], int]) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             _drop_stdout()
             return STDOUT_CLOSED
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            what = f"{program}: cannot write {error.filename or 'its output'} ({error.strerror})"
+            return _report(UsageError(107, what), FAILED)
         text = f": {error}" if str(error) else ""
         what = f"{program}: unexpected {type(error).__name__}{text}"
         return _report(UsageError(104, what), FAILED)
@@ -90,6 +99,11 @@ def _report(error: FedgeError, status: int) -> int:
     if os.environ.get("FEDGE_DEBUG") == "1":
         traceback.print_exc()
     print(one_line(error), file=sys.stderr)  # noqa: T201 - the one place that prints errors
+    try:
+        if sys.stdout is not None:  # closed before the start
+            sys.stdout.flush()
+    except OSError:  # the interpreter would try again, and complain on a line of its own
+        _drop_stdout()
     return status
 
 

@@ -6,6 +6,7 @@ and the errors' wording are in ``fedge.shared.config_file``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -289,3 +290,32 @@ class Config(Section):
     strategy: StrategySection = FedAvg(name="FedAvg")
     round: RoundSection = RoundSection()
     admission: AdmissionSection = AdmissionSection()
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Config:
+        found = [*self._momentum_without_use(), *self._numbers_beyond_the_sites()]
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+    def _momentum_without_use(self) -> Iterator[str]:
+        if self.train.optimizer == "adam" and self.train.momentum:
+            yield f"train.momentum: must be 0 with adam, got {self.train.momentum}"
+
+    def _numbers_beyond_the_sites(self) -> Iterator[str]:
+        """What no run could fulfil; natural sites are known only once the data is read."""
+        if self.data.partition == "natural":
+            return
+        count, chosen = self.sites.count, self.strategy
+        numbers = [("round.min-sites", self.round.min_sites, count)]
+        if isinstance(chosen, MultiKrum):
+            numbers.append(("strategy.num-nodes-to-select", chosen.num_nodes_to_select, count))
+        if isinstance(chosen, Krum | MultiKrum | Bulyan):
+            # Their guarantees ask for 2f + 3 or 4f + 3 sites against f attackers.
+            each = 4 if isinstance(chosen, Bulyan) else 2
+            most = max(count - 3, 0) // each
+            numbers.append(("strategy.num-malicious-nodes", chosen.num_malicious_nodes, most))
+        sites = "1 site" if count == 1 else f"{count} sites"
+        for key, value, most in numbers:
+            if value > most:
+                yield f"{key}: must be at most {most} with {sites}, got {value}"

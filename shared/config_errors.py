@@ -115,7 +115,8 @@ def _wrong_value(detail: ErrorDetails) -> str:
         path = f"{path}.{tag}"
         value = value.get(tag) if isinstance(value, Mapping) else value
     if kind == "value_error":  # worded where the check stands, see fedge.shared.config
-        return f"{path}: {context['error']}"
+        # A check across sections names its keys itself.
+        return f"{path}: {context['error']}" if path else str(context["error"])
     wanted = _WANTED.get(kind)
     if wanted is None:
         wanted = "be " + detail["msg"].removeprefix("Input should be ").lower()

@@ -23,6 +23,8 @@ from typing import Final
 
 #: Longest message that ``one_line`` prints, in characters.
 LONGEST_MESSAGE: Final = 1000
+#: Longest account of a foreign exception that ``brief`` gives, in characters.
+LONGEST_BRIEF: Final = 200
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Entry:
 
 CATALOGUE: Final[dict[int, Entry]] = {
     101: Entry("a command's extra is not installed", "Run the pip command that the message names."),
-    102: Entry("unknown command or option", "See `fedge --help` or `fedge COMMAND --help`."),
+    102: Entry("unknown command or option", "See --help of the command."),
     103: Entry("interrupted", "Run the command again; a run continues with --resume."),
     104: Entry(
         "unexpected failure inside fedge", "Run again with FEDGE_DEBUG=1 and report the trace."
@@ -44,9 +46,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "no edge environment", "Install fedge[edge] in an environment and pass its bin folder."
     ),
     106: Entry("a child process failed", "Run the command that the message names by hand."),
+    107: Entry("the output cannot be written", "Make room, or write elsewhere."),
     201: Entry(
         "a configuration value is not allowed",
-        "Set the key that the message names to what it asks for.",
+        "See the key's range in `fedge config schema`.",
     ),
     202: Entry(
         "unknown configuration key", "Use the nearest known key, or see `fedge config schema`."
@@ -77,6 +80,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the data cannot be divided as asked", "Ask for fewer sites, or for another partition."
     ),
     304: Entry("unknown task", "Use one of the tasks that the message lists."),
+    305: Entry(
+        "the task's parts do not fit together",
+        "Mend the task's declaration as the message says; see docs/how-to/add-a-task.md.",
+    ),
     401: Entry(
         "not finite or out of range", "The site should lower its learning rate or check its data."
     ),
@@ -104,6 +111,9 @@ CATALOGUE: Final[dict[int, Entry]] = {
     412: Entry("registration refused", "Check the site's name and its registered size."),
     413: Entry("the site's task failed", "Read the site's own log."),
     414: Entry("request refused by the site", "Send only what the site's worker serves."),
+    415: Entry(
+        "the site's data changed during a run", "Restore the site's data, or start a new run."
+    ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(
         "a required site is missing", "Bring the site back, or take it off round.require-sites."
@@ -151,7 +161,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "a part's hash differs from the signed one", "Fetch the bundle again; do not use it."
     ),
     705: Entry(
-        "a part is larger than allowed", "Do not use the bundle, or raise the limit knowingly."
+        "a part is larger than allowed", "Do not use the bundle; ask its maker for a smaller one."
     ),
     706: Entry(
         "the manifest asks for what this runtime does not know", "Update fedge[edge] on the device."
@@ -177,7 +187,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
     806: Entry("a category is not in the schema", "Use the categories that the message lists."),
     807: Entry(
         "the statistics file does not fit",
-        "Pass --statistics with the statistics.json that the site's worker wrote when it trained.",
+        "Pass the statistics.json that the site's worker wrote; none where verify asks for none.",
     ),
 }
 
@@ -246,14 +256,27 @@ def one_line(error: FedgeError) -> str:
     Line ends become spaces, other characters that do not print are escaped (a message may quote a
     file's name or content), and a message beyond ``LONGEST_MESSAGE`` characters is cut.
     """
-    text = " ".join(error.message.split())
-    text = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
-    if len(text) > LONGEST_MESSAGE:
-        text = text[: LONGEST_MESSAGE - 1] + "…"
+    text = _printable(error.message, LONGEST_MESSAGE)
     stop = "" if text.endswith((".", "…", "?", "!")) else "."
     return f"{error.label} {text}{stop} Remedy: {error.remedy}"
+
+
+def brief(error: BaseException) -> str:
+    """What foreign code raised, as a message quotes it: its type and the first line of its text.
+
+    Printable, and cut beyond ``LONGEST_BRIEF`` characters.
+    """
+    first = next(iter(str(error).strip().splitlines()), "")
+    name = type(error).__name__
+    return _printable(f"{name}: {first}" if first else name, LONGEST_BRIEF)
+
+
+def _printable(text: str, longest: int) -> str:
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in " ".join(text.split())
+    )
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 __all__ = [
@@ -268,5 +291,6 @@ __all__ = [
     "RunError",
     "SiteError",
     "UsageError",
+    "brief",
     "one_line",
 ]

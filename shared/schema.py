@@ -17,7 +17,9 @@ class Feature:
     Attributes:
         name: as in the CSV's header.
         unit: for example ``"mm Hg"``; empty where there is none.
-        low, high: the range within which a site's mean must lie to be believed.
+        low, high: plausible values. A site's mean must lie within them to be admitted, and the
+            device names the columns of a row that lie outside them; neither bound is a limit of
+            what the model takes.
         categories: the allowed values of a categorical column, empty for a number.
     """
 

@@ -16,12 +16,14 @@ from fedge.client.app import app as client_app
 from fedge.client.data import SiteData, site_shares
 from fedge.client.relay import DirectLink
 from fedge.client.worker import SiteWorker
-from fedge.server import progress
+from fedge.server import finish, progress
 from fedge.server.app import app as server_app
 from fedge.server.progress import Listener, Silent
 from fedge.server.run_directory import RunDirectory, prepare
 from fedge.shared.config import Config
+from fedge.shared.tasks.check import check
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.tasks.task import Task
 from fedge.simulations.grid import InProcessGrid
 
 
@@ -49,20 +51,23 @@ def simulate(
 
     Raises:
         ConfigError: 206 to 209, the directory cannot be used.
-        DataError: 301 to 304, the data are missing or cannot be divided.
+        DataError: 301 to 305, the data are missing or cannot be divided.
         RunError: 501 to 507, the run stopped; what was committed stays.
     """
-    # The data come first: where they are missing, no directory is begun that a second try would find in use.
-    shares = (
-        {} if RunDirectory(out).says_finished() else site_shares(config, get_task(config.task.name))
-    )
+    task = get_task(config.task.name)
+    shares: dict[str, SiteData] = {}
+    if not RunDirectory(out).says_finished():
+        # Task and data come first: where they fail, no directory is begun that a second try would find in use.
+        check(task)
+        shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:
+        finish.restore(directory)
         return directory
-    shares = shares or site_shares(config, get_task(config.task.name))
+    shares = shares or site_shares(config, task)
     with (
         directory.lock(),
-        _workers(config, directory, shares) as sites,
+        _workers(task, directory, shares) as sites,
         progress.listening(listener or Silent()),
     ):
         flower_run_id = secrets.randbits(62)
@@ -74,10 +79,9 @@ def simulate(
 
 @contextmanager
 def _workers(
-    config: Config, directory: RunDirectory, shares: Mapping[str, SiteData]
+    task: Task, directory: RunDirectory, shares: Mapping[str, SiteData]
 ) -> Iterator[list[str]]:
     """Every site's worker, linked directly; yields the sites' names."""
-    task = get_task(config.task.name)
     for site, data in shares.items():
         relay.connect(site, DirectLink(SiteWorker(site, task, data, directory.sites / site)))
     try:

@@ -224,8 +224,24 @@ def _examples(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return found
 
 
+def _missing(
+    rounds: Sequence[Mapping[str, Any]], evaluated: Mapping[str, Any], history: Mapping[str, Any]
+) -> list[str]:
+    """Sites of the run that are not in the last evaluation; those not connected are listed as absent only."""
+    found = dict.fromkeys(history)
+    for line in rounds:
+        for key in ("invited", "trained"):
+            found.update(dict.fromkeys(s for s in line.get(key) or () if isinstance(s, str)))
+        for item in line.get("rejected") or ():
+            if _get(item, "outcome") == "absent" and isinstance(site := _get(item, "site"), str):
+                found[site] = None
+    return [site for site in found if site not in evaluated]
+
+
 def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
     """The result by site as text, at most 80 wide; with more than 12 sites the weakest and the strongest.
+
+    Sites of the run that the last evaluation lacks come after those that it has.
 
     Args:
         metrics: as written to metrics.json.
@@ -249,16 +265,20 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
             key=lambda s: worst if (v := _finite(_get(per_site, s, lead))) is None else sign * v
         )
         names = [*names[:EXTREMES], *names[-EXTREMES:]]
-    width = max([len("site mean"), *(len(_printable(n)) for n in names)])
+    missing = _missing(rounds, per_site, history) if per_site else []
+    few = len(names) + len(missing) <= MAX_SITES_SINGLY
+    left_out = 0 if few else max(0, len(missing) - EXTREMES)
+    missing = missing[: len(missing) - left_out]
+    width = max([len("site mean"), *(len(_printable(n)) for n in (*names, *missing))])
 
     def row(name: str, count: str, values: Any, spark: str = "") -> str:
         shown, loss = metric_text(lead, _finite(_get(values, lead))), _finite(_get(values, "loss"))
-        cells = f"{name:<{width}}  {count:>9}  {shown:>9}"
+        cells = f"{name:<{width}}  {count:>10}  {shown:>9}"
         if lead != "loss":
             cells += f"  {metric_text('loss', loss):>8}"
         return f"{cells}  {spark}".rstrip()
 
-    head = f"{'site':<{width}}  {'examples':>9}  {_printable(lead, 9):>9}"
+    head = f"{'site':<{width}}  {'trained on':>10}  {_printable(lead, 9):>9}"
     lines = [head + ("" if lead == "loss" else f"  {'loss':>8}") + ("  by round" if every else "")]
     for index, name in enumerate(names):
         if cut and index == EXTREMES:
@@ -269,6 +289,11 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
                 _printable(name), count, per_site[name], sparkline(history.get(name, []), low, high)
             )
         )
+    for name in missing:
+        count = str(examples[name]) if name in examples else "–"
+        lines.append(f"{_printable(name):<{width}}  {count:>10}  not evaluated")
+    if left_out:
+        lines.append(f"… {left_out} more not evaluated")
     means = [v for r in rounds if (v := _finite(_get(r, "metrics", "site_mean", lead))) is not None]
     lines.append(row("site mean", "", mean, sparkline(means, low, high)))
     lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled))

@@ -1,6 +1,7 @@
 """What the pages say is what the product does: shell blocks run, links lead somewhere, generated pages are current."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -160,3 +161,5 @@ def test_the_task_of_the_page_can_be_added(shell):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "three cultivars of wine" in done.stdout
     assert (shell.work / "runs" / "wine" / "model.safetensors").is_file()
+    metrics = json.loads((shell.work / "runs" / "wine" / "metrics.json").read_text())
+    assert metrics["final"]["pooled"]["accuracy"] >= 0.9

@@ -23,10 +23,11 @@ MAX_FILE_BYTES: Final = 16 * 2**20
 
 @dataclass(frozen=True)
 class Site:
-    """A registered site; examples are None where it never told."""
+    """A registered site; None for what run.json does not tell. ``rounds``: in how many its update counted."""
 
     train_examples: int | None = None
     test_examples: int | None = None
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,9 @@ def read(run_dir: Path) -> Run:
             final = {"round": last.number, "per_site": last.per_site, "site_mean": last.site_mean}
             final["pooled"] = last.pooled
     sites = {
-        name: Site(whole(mapping(v).get("train_examples")), whole(mapping(v).get("test_examples")))
+        name: Site(
+            *(whole(mapping(v).get(k)) for k in ("train_examples", "test_examples", "rounds"))
+        )
         for name, v in mapping(head.get("sites")).items()
     }
     for r in rounds:

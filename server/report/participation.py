@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from fedge.server.report import format as fmt
-from fedge.server.report.data import Refusal, Round, Run
+from fedge.server.report.data import Refusal, Round, Run, mapping, number
 from fedge.server.report.format import esc
 from fedge.shared.errors import CATALOGUE
 
@@ -37,14 +39,17 @@ ABSENT: Final = State("absent", "○", "absent")
 ERROR: Final = State("error", "!", "error at the site")
 OTHER: Final = State("late", "S", "stale or duplicate")
 OPEN: Final = State("open", "?", "invited, no outcome recorded")
+AWAY: Final = State("absent", "–", "not connected")
 IDLE: Final = State("idle", "·", "not invited")
-STATES: Final = (TRAINED, NOTED, REJECTED, LATE, ABSENT, ERROR, OTHER, OPEN, IDLE)
+STATES: Final = (TRAINED, NOTED, REJECTED, LATE, ABSENT, ERROR, OTHER, OPEN, AWAY, IDLE)
 
 _BY_OUTCOME: Final = {
     "rejected": REJECTED, "late": LATE, "absent": ABSENT, "error": ERROR, "stale": OTHER, "duplicate": OTHER,
 }  # fmt: skip
 #: Which of several refusals of one site in one round the cell shows.
 _WEIGHT: Final = {"rejected": 0, "error": 1, "late": 2, "absent": 3, "stale": 4, "duplicate": 5}
+#: What the tally has besides, after those.
+_BESIDES: Final = ("not connected", "metric dropped")
 
 
 def by_site(r: Round) -> dict[str, list[Refusal]]:
@@ -67,18 +72,39 @@ def cell(r: Round, site: str, refusals: Sequence[Refusal]) -> State:
     return OPEN if site in r.invited else IDLE
 
 
+@lru_cache(maxsize=4)
+def samples(config: str) -> bool:
+    """Whether the run invites a share of the sites, so that one that was not invited may well be connected."""
+    try:
+        wanted = mapping(mapping(tomllib.loads(config)).get("round")).get("fraction-train")
+    except tomllib.TOMLDecodeError:
+        return False
+    share = number(wanted)
+    return share is not None and share < 1
+
+
+def unconnected(run: Run, r: Round) -> frozenset[str]:
+    """Registered sites that a round which invites everybody did not have, and that it says nothing else about."""
+    if samples(run.config):
+        return frozenset()
+    told = {x.site for x in (*r.rejected, *r.dropped)}
+    return frozenset(set(run.sites) - r.invited - r.trained - told)
+
+
 def describe(refusal: Refusal) -> str:
     """A refusal in words: outcome, number, reason."""
     return " ".join(x for x in (f"{refusal.outcome}:", refusal.code, refusal.reason) if x)
 
 
-def _cell_html(r: Round, site: str, refusals: Sequence[Refusal], tips: bool) -> tuple[State, str]:
-    state = cell(r, site, refusals)
+def _cell_html(
+    r: Round, site: str, refusals: Sequence[Refusal], away: bool, tips: bool
+) -> tuple[State, str]:
+    state = AWAY if away else cell(r, site, refusals)
     if refusals:
         tip = f"{site}, round {r.number}: {'; '.join(describe(x) for x in refusals[:5])}"
     elif tips and state is TRAINED and site in r.examples:
         tip = f"{site}, round {r.number}: trained on {fmt.plural(r.examples[site], 'example')}"
-    elif tips or state is OPEN:
+    elif tips or state in (OPEN, AWAY):
         tip = f"{site}, round {r.number}: {state.words}"
     else:
         tip = ""
@@ -94,9 +120,11 @@ def _short(name: str) -> str:
 def _matrix(run: Run) -> str:
     rounds = run.rounds[-MAX_MATRIX_ROUNDS:]
     grouped = [by_site(r) for r in rounds]
+    away = [unconnected(run, r) for r in rounds]
     trouble = Counter(
         site for group in grouped for site, refusals in group.items() for _ in refusals
     )
+    trouble.update(site for missing in away for site in missing)
     names = sorted(set(run.sites) | set(trouble), key=fmt.natural)
     words = []
     if len(names) > MAX_SITES_WITH_TIPS:
@@ -112,8 +140,8 @@ def _matrix(run: Run) -> str:
     rows = []
     for name in names:
         cells = []
-        for r, group in zip(rounds, grouped, strict=True):
-            state, html = _cell_html(r, name, group.get(name, []), tips)
+        for r, group, missing in zip(rounds, grouped, away, strict=True):
+            state, html = _cell_html(r, name, group.get(name, []), name in missing, tips)
             used.add(state)
             cells.append(html)
         tip = f' title="{esc(name, 64)}"' if len(name) > fmt.LONG_NAME else ""
@@ -158,6 +186,8 @@ def _refusal_table(run: Run) -> str:
     refusals = [x for r in run.rounds for x in (*r.rejected, *r.dropped)]
     if not refusals:
         words = "No rejections: every reply that arrived was in time and counted, and no metric was dropped."
+        if any(unconnected(run, r) for r in run.rounds):
+            words += " Not every site was connected in every round."
         return f'<div class="card"><h3>Rejections and drops</h3><p><b class="yes">✓</b> {words}</p></div>'
     css = {
         "rejected": "rejected",
@@ -186,19 +216,18 @@ def _refusal_table(run: Run) -> str:
 
 
 def tally(run: Run) -> Counter[str]:
-    """How often each outcome happened over the run: ``trained``, ``invited``, and those of the refusals."""
+    """How often each outcome happened: ``trained``, ``invited``, ``not connected``, and those of the refusals."""
     total = Counter(x.outcome for r in run.rounds for x in (*r.rejected, *r.dropped))
     total["trained"] = sum(len(r.trained) for r in run.rounds)
     total["invited"] = sum(len(r.invited) for r in run.rounds)
+    total["not connected"] = sum(len(unconnected(run, r)) for r in run.rounds)
     return total
 
 
 def in_words(outcomes: Counter[str]) -> str:
-    """``2 rejected, 1 late``; empty where every reply counted. The text is not escaped."""
-    known = [o for o in _WEIGHT if outcomes[o]] + (
-        ["metric dropped"] if outcomes["metric dropped"] else []
-    )
-    known += sorted(set(outcomes) - set(_WEIGHT) - {"trained", "invited", "metric dropped"})
+    """``2 rejected, 1 late``; empty where every site took part in every round. The text is not escaped."""
+    known = [o for o in (*_WEIGHT, *_BESIDES) if outcomes[o]]
+    known += sorted(set(outcomes) - set(_WEIGHT) - {"trained", "invited", *_BESIDES})
     words = {"error": "failed at the site", "metric dropped": "with a metric dropped"}
     return ", ".join(f"{fmt.count(outcomes[o])} {words.get(o, o)}" for o in known)
 

@@ -16,6 +16,30 @@ from fedge.server.report.scales import nice_ticks, tick_texts
 
 #: Rows of the weakest and of the strongest sites where there are more.
 EXTREMES = 8
+#: Sites that a sentence names: with the same result, and without one.
+MAX_TIED = 3
+MAX_NAMED = 12
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    """``site-1, site-2``, and how many more; text, not escaped."""
+    shown = [fmt.plain(name, 64) for name in names[:most]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {fmt.count(more)} more" if more else "")
+
+
+def with_value(measured: Mapping[str, float], value: float) -> str:
+    """The sites whose result is exactly ``value``, the first three by name (text, not escaped)."""
+    names = sorted((s for s, v in measured.items() if v == value), key=fmt.natural)
+    return _listed(names, MAX_TIED)
+
+
+def not_evaluated(run: Run) -> str:
+    """A sentence that names the registered sites without a part in the last evaluation; empty where there are none."""
+    missing = sorted(set(run.sites) - set(run.per_site), key=fmt.natural)
+    if not missing or not run.per_site:
+        return ""
+    return f"Not evaluated in round {run.final_round}: {_listed(missing, MAX_NAMED)}."
 
 
 def _site_rows(run: Run, names: Sequence[str], metrics: Sequence[str]) -> list[list[str]]:
@@ -118,13 +142,22 @@ def site_results(run: Run) -> str:
     ranked = sorted(measured, key=lambda s: (measured[s], fmt.natural(s)))
     if lead == "loss":
         ranked.reverse()
-    lead_text = (
-        f"Each site's own held-out examples after round {run.final_round}: from "
-        f"{metric_value(lead, measured[ranked[0]])} at {esc(ranked[0])} to "
-        f"{metric_value(lead, measured[ranked[-1]])} at {esc(ranked[-1])}. The line in the bars is the site mean."
-    )
+    worst, top = measured[ranked[0]], measured[ranked[-1]]
     if len(measured) == 1:
-        lead_text = f"The site's own held-out examples after round {run.final_round}."
+        lead_text = f"The held-out examples of {esc(ranked[0])} after round {run.final_round}."
+    elif worst == top:
+        lead_text = (
+            f"Each site's own held-out examples after round {run.final_round}: "
+            f"{metric_value(lead, top)} at each of the {len(measured)} sites."
+        )
+    else:
+        lead_text = (
+            f"Each site's own held-out examples after round {run.final_round}: from "
+            f"{metric_value(lead, worst)} at {esc(with_value(measured, worst))} to "
+            f"{metric_value(lead, top)} at {esc(with_value(measured, top))}. "
+            "The line in the bars is the site mean."
+        )
+    lead_text += f" {esc(missing, 1000)}" if (missing := not_evaluated(run)) else ""
     if len(names) <= MAX_SITES_SINGLY:
         grid = fmt.table("Metrics of each site", head, _site_rows(run, names, metrics), css="sites")
         body = f'<div class="card">{grid}</div>'

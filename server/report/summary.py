@@ -7,11 +7,24 @@ from fedge.server.report.data import Run, mapping, number
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.participation import in_words, tally
 from fedge.server.report.release import parity
+from fedge.server.report.sites import not_evaluated, with_value
+
+
+def contributors(run: Run) -> list[str]:
+    """The registered sites whose update counted in at least one round."""
+    trained = {site for r in run.rounds if r.committed for site in r.trained}
+    return [
+        name
+        for name, site in run.sites.items()
+        if (name in trained if site.rounds is None else site.rounds > 0)
+    ]
 
 
 def headline(run: Run) -> str:
     """The outcome in one sentence (text, not escaped)."""
     sites, done = fmt.plural(len(run.sites), "site"), len(run.rounds)
+    if done and (counted := len(contributors(run))) < len(run.sites):
+        sites = f"{fmt.count(counted)} of {sites}"
     lead = run.lead
     results = []
     for values, words in ((run.site_mean, "site mean"), (run.pooled, "pooled")):
@@ -47,11 +60,13 @@ def tiles(run: Run) -> str:
                 "main",
             )
         )
-    known = [s.train_examples for s in run.sites.values() if s.train_examples is not None]
+    names = contributors(run) if run.rounds else list(run.sites)
+    known = [e for name in names if (e := run.sites[name].train_examples) is not None]
+    every = fmt.count(len(run.sites))
     figures.append(
         tile(
             "Sites",
-            fmt.count(len(run.sites)),
+            every if len(names) == len(run.sites) else f"{fmt.count(len(names))} of {every}",
             f"{fmt.count(sum(known))} training examples" if known else "",
         )
     )
@@ -132,19 +147,26 @@ def _clinical(run: Run) -> list[str]:
     if not measured:
         return ["No site has been evaluated yet."]
     name = metric_name(lead)
-    order = sorted(
-        measured, key=lambda s: (-measured[s] if lead == "loss" else measured[s], fmt.natural(s))
-    )
-    low, high = order[0], order[-1]
+    worst, best = min(measured.values()), max(measured.values())
+    if lead == "loss":
+        worst, best = best, worst
     said = []
-    if len(order) > 1:
+    if worst != best:
         said.append(
-            f"Measured at the sites: {name} from {metric_value(lead, measured[low])} ({low}) "
-            f"to {metric_value(lead, measured[high])} ({high}) on each site's own examples."
+            f"Measured at the sites: {name} from {metric_value(lead, worst)} ({with_value(measured, worst)}) "
+            f"to {metric_value(lead, best)} ({with_value(measured, best)}) on each site's own examples."
         )
-    tests = [s.test_examples for s in run.sites.values() if s.test_examples is not None]
+    elif len(measured) > 1:
+        said.append(
+            f"Measured at the sites: {name} of {metric_value(lead, best)} at each of the "
+            f"{len(measured)} sites on its own examples."
+        )
+    evaluated = [run.sites[s] for s in run.per_site if s in run.sites]
+    tests = [s.test_examples for s in evaluated if s.test_examples is not None]
     if tests:
         said.append(f"Measured on {fmt.plural(sum(tests), 'held-out example')}.")
+    if missing := not_evaluated(run):
+        said.append(missing)
     agreement = number(run.edge.get("agreement"))
     if agreement is not None:
         same = (
@@ -163,6 +185,6 @@ def brief(run: Run) -> str:
         ("In use", _clinical(run)),
     ):
         if said:
-            items = "".join(f"<li>{esc(line)}</li>" for line in said)
+            items = "".join(f"<li>{esc(line, 1000)}</li>" for line in said)
             cards.append(f'<div class="card brief"><h3>{title}</h3><ul>{items}</ul></div>')
     return f'<div class="trio">{"".join(cards)}</div>'

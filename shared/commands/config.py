@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedge.shared.command import Command
+from fedge.shared.errors import DataError
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -40,8 +41,11 @@ def _run(arguments: Namespace) -> int:
             _write(json.dumps(schema(), indent=2, ensure_ascii=False) + "\n")
         case "check":
             from fedge.shared.config_file import dump, load
+            from fedge.shared.tasks.registry import require_task
 
-            _write(dump(load(arguments.file, arguments.overrides)))
+            config = load(arguments.file, arguments.overrides)
+            require_task(config.task.name)
+            _write(dump(config))
         case "tasks":
             _write(_listed(_tasks(), as_json=arguments.json))
         case "strategies":
@@ -54,7 +58,13 @@ def _run(arguments: Namespace) -> int:
 def _tasks() -> dict[str, str]:
     from fedge.shared.tasks.registry import get_task, task_names
 
-    return {name: get_task(name).summary for name in task_names()}
+    lines = {}
+    for name in task_names():
+        try:
+            lines[name] = get_task(name).summary
+        except DataError as error:  # one broken package must not hide the tasks of the others
+            lines[name] = error.message.removeprefix(f"task {name} ")
+    return lines
 
 
 def _listed(lines: Mapping[str, str], *, as_json: bool) -> str:

@@ -50,9 +50,9 @@ FEATURES: Final = (
     Feature("age", low=18, high=100, unit="years"),
     Feature("sex", low=0, high=1),
     Feature("cp", low=1, high=4, categories=(1.0, 2.0, 3.0, 4.0)),
-    Feature("trestbps", low=80, high=220, unit="mm Hg"),
-    # One hospital wrote 0 for every cholesterol that it did not measure.
-    Feature("chol", low=0, high=600, unit="mg/dl"),
+    # Two hospitals wrote 0 for what they did not measure: one blood pressure, many cholesterols.
+    Feature("trestbps", low=0, high=220, unit="mm Hg"),
+    Feature("chol", low=0, high=700, unit="mg/dl"),
     Feature("fbs", low=0, high=1),
     Feature("restecg", low=0, high=2, categories=(0.0, 1.0, 2.0)),
     Feature("thalach", low=60, high=220, unit="1/min"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-from fedge.shared.errors import DataError
-from fedge.shared.tasks.task import Task
+from fedge.shared.errors import DataError, brief
+
+if TYPE_CHECKING:
+    from fedge.shared.tasks.task import Task
 
 GROUP = "fedge.tasks"
 
@@ -16,19 +19,43 @@ def task_names() -> list[str]:
     return sorted({entry.name for entry in entry_points(group=GROUP)})
 
 
+def require_task(name: str) -> None:
+    """Make sure that a task of this name is installed; imports none, so not that it loads.
+
+    Raises:
+        DataError: 304, no installed package has such a task.
+    """
+    _entry(name)
+
+
 def get_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
-        DataError: 304, no installed package has such a task, or what it has is not a task.
+        DataError: 304, no installed package has such a task, or what it has does not load or is
+            not a task.
     """
+    entry = _entry(name)
+    # Needs torch, which names alone do not. Where it is missing, that is no fault of the task's.
+    from fedge.shared.tasks.task import Task
+
+    try:
+        task = entry.load()
+    except (Exception, SystemExit) as error:
+        raise DataError(304, f"task {name} does not load: {brief(error)}") from error
+    if not isinstance(task, Task):
+        raise DataError(
+            304,
+            f"task {name} does not load: {entry.value}: must be a Task, got {type(task).__name__}",
+        )
+    return task
+
+
+def _entry(name: str) -> EntryPoint:
     found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
     if not found:
         names = task_names()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise DataError(304, f"task.name: must be one of {', '.join(names)}, got {name!r}{hint}")
-    task = found[0].load()
-    if not isinstance(task, Task):
-        raise DataError(304, f"{found[0].value}: must be a Task, got {type(task).__name__}")
-    return task
+    return found[0]

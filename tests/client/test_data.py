@@ -90,3 +90,43 @@ def test_a_natural_name_must_be_a_site_name(task):
     with pytest.raises(DataError, match="site name: must match") as caught:
         site_shares(config(data={"partition": "natural"}), held_by(table, task))
     assert caught.value.code == 302
+
+
+def test_a_load_that_fails_is_told_as_the_tasks(task):
+    def load(path):
+        return len(None)
+
+    with pytest.raises(DataError, match="task blobs: load failed: TypeError: object of type") as e:
+        site_shares(config(), replace(task, load=load))
+    assert e.value.code == 302
+
+
+FEATURES, LABELS = np.zeros((40, 2), np.float32), np.arange(40) % 2
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (None, "load must give a Table, got NoneType"),
+        (
+            Table(FEATURES.astype(np.float64), LABELS),
+            r"features must be float32 of shape \(40, 2\), got float64 of shape \(40, 2\)",
+        ),
+        (Table(FEATURES[:, :1], LABELS), r"features must be .*, got float32 of shape \(40, 1\)"),
+        (Table(FEATURES[:9], LABELS), r"features must be .*, got float32 of shape \(9, 2\)"),
+        (Table(FEATURES.tolist(), LABELS), "features must be .*, got list"),
+        (Table(FEATURES, LABELS.astype(np.float64)), "labels must be int64 of shape .*float64"),
+        (Table(FEATURES, LABELS.reshape(40, 1)), r"labels must be .* of shape \(40,\), got"),
+        (Table(FEATURES, LABELS + 1), "row 1: the label must be 0 to 1, got 2"),
+        (Table(FEATURES, LABELS - 1), "row 0: the label must be 0 to 1, got -1"),
+    ],
+)
+def test_a_table_that_is_not_as_declared_is_refused(table, said, task):
+    with pytest.raises(DataError, match=f"task blobs: {said}") as caught:
+        site_shares(config(), held_by(table, task))
+    assert caught.value.code == 302
+
+
+def test_a_table_as_declared_passes(task):
+    asked = config(sites={"count": 2}, data={"partition": "iid"})
+    assert len(site_shares(asked, held_by(Table(FEATURES, LABELS), task))) == 2

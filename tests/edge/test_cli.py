@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedge.edge
 from fedge.edge import bench
 from fedge.edge.cli import COMMANDS, main
 from fedge.shared.errors import InputError
@@ -76,6 +78,19 @@ def test_verify_tells_what_the_bundle_holds(
     ]
     assert found["statement"]["subject"][1]["digest"]["sha256"] == found["parts"][2]["sha256"]
     assert found["key_id"] in out
+
+
+def test_verify_says_whether_a_site_must_bring_its_statistics(
+    capsys: Capture, table_bundle: Path, site_bundle: Path, trust: Path
+) -> None:
+    for bundle, wanted in ((table_bundle, False), (site_bundle, True)):
+        found = _json(capsys, "verify", bundle, "--trust", trust, "--json")
+        assert found["site_statistics"] is wanted
+        assert main(["verify", str(bundle), "--trust", str(trust)]) == 0
+        said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        line = ["statistics", "each site's own: pass --statistics to predict and bench"]
+        assert (line in said) is wanted
+        assert ("statistics" in {key for key, _ in said}) is wanted
 
 
 def test_verify_shows_the_schema_of_a_table(
@@ -146,6 +161,37 @@ def test_predict_with_a_sites_own_statistics(
     assert found[0] != found[1]
     (tmp_path / "s.json").write_text('{"mean": [1], "std": [1]}')
     assert "FE-807" in _error(capsys, 1, *argv, "--statistics", tmp_path / "s.json")
+
+
+def test_statistics_for_a_model_that_holds_its_own_are_refused(
+    capsys: Capture, table_bundle: Path, trust: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text("50,2,90\n")
+    text = json.dumps({"mean": [50, 40, 0.25, 0.25], "std": [10, 20, 0.5, 0.5]})
+    (tmp_path / "s.json").write_text(text)
+    own = ["--trust", trust, "--statistics", tmp_path / "s.json"]
+    for argv in (
+        ["predict", table_bundle, *own, "--input", tmp_path / "x.csv"],
+        ["bench", table_bundle, *own],
+    ):
+        error = _error(capsys, 1, *argv)
+        assert error.startswith("FE-807 this model was trained with one mean and deviation")
+        assert "leave --statistics out" in error
+
+
+def test_predict_names_the_columns_outside_the_schema(
+    capsys: Capture, table_bundle: Path, image_bundle: Path, trust: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text("20,1,220\n19.99,2,90\n50,3,221\n1e30,1,-1\n100,3,30\n")
+    argv = ["predict", table_bundle, "--trust", trust, "--input", tmp_path / "x.csv"]
+    assert main([str(word) for word in argv]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [row.get("outside") for row in rows]
+    assert found == [None, ["age"], ["pulse"], ["age", "pulse"], None]
+
+    np.save(tmp_path / "x.npy", np.full((1, 6), 1e6))
+    row = _json(capsys, "predict", image_bundle, "--trust", trust, "--input", tmp_path / "x.npy")
+    assert "outside" not in row  # there is no feature that could say
 
 
 def test_bench_measures(capsys: Capture, table_bundle: Path, trust: Path) -> None:
@@ -276,6 +322,59 @@ def test_as_a_process(image_bundle: Path, trust: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("FE-804 row 0, column 0: must be finite")
     assert done.stderr.count("\n") == 1
     assert _child("verify").returncode == 2
+
+
+def test_onnx_runtime_leaves_nothing_behind(
+    image_bundle: Path, trust: Path, tmp_path: Path
+) -> None:
+    """Its telemetry would write a device's number below the user's home."""
+    np.save(tmp_path / "x.npy", np.zeros((1, 6)))
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "ORT_"))}
+    for argv in (
+        ["predict", image_bundle, "--trust", trust, "--input", tmp_path / "x.npy"],
+        ["bench", image_bundle, "--trust", trust, "--runs", "5"],
+    ):
+        done = _child(*argv, env={**kept, "HOME": str(home)})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert list(home.rglob("*")) == []
+
+
+def test_onnx_runtime_is_loaded_in_one_place_only() -> None:
+    root = Path(fedge.edge.__file__).parents[1]
+    found = {
+        path.relative_to(root).as_posix()
+        for component in ("client", "edge", "server", "shared", "simulations")
+        for path in (root / component).rglob("*.py")
+        if re.search(r"^\s*(import|from) onnxruntime", path.read_text(), re.MULTILINE)
+    }
+    assert found == {"shared/onnx_session.py"}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_no_room_for_the_output_is_one_line(
+    image_bundle: Path, trust: Path, unbuffered: str
+) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "fedge.edge", "verify", image_bundle, "--trust", trust]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=env, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        "FE-107 fedge-edge: cannot write its output (No space left on device)."
+        " Remedy: Make room, or write elsewhere.\n"
+    )
+
+
+def test_an_output_that_holds_ascii_only(bundle_of: Callable[..., Path], trust: Path) -> None:
+    sites = tuple(f"site-{n}" for n in range(9))
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = _child("verify", bundle_of(sites=sites), "--trust", trust, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "site-7, \\u2026" in done.stdout
 
 
 def test_csv_from_a_pipe(table_bundle: Path, trust: Path) -> None:

@@ -14,7 +14,7 @@ from fedge.shared import preprocess
 from fedge.shared.bundle import open_bundle
 from fedge.shared.errors import BundleError, InputError
 from fedge.shared.preprocess import Standardise
-from fedge.shared.schema import OutputSchema
+from fedge.shared.schema import InputSchema, OutputSchema
 from fedge.shared.signing import load_public
 
 Load = Callable[..., EdgeModel]
@@ -86,6 +86,26 @@ def test_statistics_are_refused_where_the_model_takes_none(load: Load, image_bun
     with pytest.raises(InputError) as error:
         load(image_bundle, statistics=Standardise((1.0,), (1.0,)))
     assert error.value.code == 807
+
+
+def test_statistics_do_not_replace_those_that_are_signed(load: Load, table_bundle: Path) -> None:
+    own = Standardise((40.0, 80.0, 0.5, 0.5), (5.0, 10.0, 0.5, 0.5))
+    with pytest.raises(InputError) as error:
+        load(table_bundle, statistics=own)
+    assert error.value.code == 807
+    assert error.value.message == (
+        "this model was trained with one mean and deviation for all sites, which the manifest holds:"
+        " leave --statistics out"
+    )
+
+
+def test_statistics_fill_only_the_step_that_has_none(
+    load: Load, bundle_of: Callable[..., Path]
+) -> None:
+    signed = Standardise((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    own = Standardise((7.0, 8.0, 9.0), (1.0, 1.0, 1.0))
+    path = bundle_of(input=InputSchema(shape=(3,)), preprocessing=(signed, Standardise()))
+    assert load(path, statistics=own).steps == (signed, own)
 
 
 WEIGHTS = np.ones((6, 3))

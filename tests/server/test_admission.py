@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedge.server.admission import admit_evaluate, admit_registration, admit_train
 from fedge.server.results import record
-from fedge.server.verdicts import Expected, Registration, Rejection, printable
+from fedge.server.verdicts import Bound, Expected, Registration, Rejection, printable
 from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import CATALOGUE
 from fedge.simulations import flower_private
@@ -151,7 +151,7 @@ def _registration(**changes: Any) -> Message:
     return _reply(config=ConfigRecord({**config}), metrics=MetricRecord({**metrics}))
 
 
-BOUNDS = ((0.0, 10.0), (0.0, 1.0))
+BOUNDS = (Bound("age", 0.0, 10.0), Bound("sex", 0.0, 1.0))
 
 
 def test_a_registration_is_admitted() -> None:

@@ -301,11 +301,13 @@ def test_a_node_that_fails_is_refused_with_its_number_only(journal: Journal):
 
 
 def test_column_bounds_follow_the_columns_that_reach_standardise():
-    bounds = [(f.low, f.high) for f in TASK.input.features]
+    bounds = [(f.name, f.low, f.high) for f in TASK.input.features]
     assert census.column_bounds(TASK) == tuple(bounds)
     hot = (OneHot(((0, (0.0, 1.0, 2.0)), (2, (3.0, 4.0)))), Standardise())
     encoded = Task(**{**vars(TASK), "preprocessing": hot})
-    expected = [bounds[1], *bounds[3:], (0.0, 1.0), (0.0, 1.0), (0.0, 1.0)]
+    first, third = bounds[0][0], bounds[2][0]
+    indicators = [(f"{first} 1", 0.0, 1.0), (f"{first} 2", 0.0, 1.0), (f"{third} 4", 0.0, 1.0)]
+    expected = [bounds[1], *bounds[3:], *indicators]
     assert census.column_bounds(encoded) == tuple(expected)
     assert census.column_bounds(Task(**{**vars(TASK), "preprocessing": (Scale(2.0),)})) == ()
 

@@ -70,6 +70,28 @@ def test_networks_export_and_agree(kind: str, capfd: pytest.CaptureFixture[str])
     refuse_external_data(data, "model.onnx")
 
 
+def test_parity_leaves_nothing_behind(tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry would write a device's number below the user's home."""
+    (tmp_path / "model.onnx").write_bytes(export_onnx(nn.Linear(3, 2), (3,)))
+    home = tmp_path / "home"
+    home.mkdir()
+    program = """
+import sys
+from pathlib import Path
+from torch import nn
+from fedge.server.export import parity
+parity(nn.Linear(3, 2), Path(sys.argv[1]).read_bytes(), (3,), tolerance=1e9)
+"""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "ORT_"))}
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.onnx")],
+        env={**kept, "HOME": str(home)},
+        timeout=120,
+        check=True,
+    )
+    assert list(home.rglob("*")) == []
+
+
 def _last(network: nn.Module) -> str:
     return [name for name in network.state_dict() if name.endswith("bias")][-1]
 

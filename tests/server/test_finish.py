@@ -107,15 +107,15 @@ def test_504_a_journal_without_a_run(journal: Journal):
 
 
 def test_run_json_of_a_run_in_progress(directory: RunDirectory, played: Journal):
-    finish.write_run(directory, played, CONFIG)
+    finish.write_run(directory, played, CONFIG, {"site-1": 3})
     run = loaded(directory.run)
     assert run["state"] == "running"
     assert (run["rounds"], run["rounds_done"]) == (3, 3)
     assert (run["finished"], run["model_sha256"]) == (None, None)
     assert (run["task"], run["strategy"]) == ("breast-cancer", "FedAvg")
     assert run["sites"] == {
-        "site-1": {"train_examples": 20, "test_examples": 5},
-        "site-2": {"train_examples": 30, "test_examples": 7},
+        "site-1": {"train_examples": 20, "test_examples": 5, "rounds": 3},
+        "site-2": {"train_examples": 30, "test_examples": 7, "rounds": 0},
     }
     assert run["preprocessing"] == [{"op": "scale", "factor": 0.5}]
     assert run["flower_runs"] == ["77"]
@@ -124,7 +124,7 @@ def test_run_json_of_a_run_in_progress(directory: RunDirectory, played: Journal)
 
 def test_run_json_before_the_first_round(directory: RunDirectory, journal: Journal):
     finish.begin(journal, directory)
-    finish.write_run(directory, journal, CONFIG)
+    finish.write_run(directory, journal, CONFIG, {})
     run = loaded(directory.run)
     assert (run["rounds_done"], run["sites"], run["preprocessing"]) == (0, {}, [])
 

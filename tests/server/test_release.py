@@ -56,7 +56,9 @@ def _write_run(path: Path, name: str, standardise: Standardise | None = None) ->
         "strategy": "FedAvg",
         "rounds": 2,
         "rounds_done": 2,
-        "sites": {s: {"train_examples": 3, "test_examples": 1} for s in ("site-2", "site-1")},
+        "sites": {
+            s: {"train_examples": 3, "test_examples": 1, "rounds": 2} for s in ("site-2", "site-1")
+        },
         "preprocessing": [step.to_json() for step in steps],
         "started": "2026-11-21T20:00:00Z",
         "finished": "2026-11-21T20:01:00Z",

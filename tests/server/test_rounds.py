@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedge.client import relay
+from fedge.client.data import site_shares
 from fedge.server.journal import Journal
 from fedge.shared.config import Config
 from fedge.shared.durable import write_atomically
@@ -92,9 +93,9 @@ def test_a_required_site_that_fails_stops_the_run_loudly(tmp_path: Path) -> None
 
 def test_a_strategy_that_needs_more_sites_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(RunError) as raised:
-        simulate(_config(strategy={"name": "Bulyan", "num-malicious-nodes": 1}), tmp_path)
+        simulate(_config(strategy={"name": "Bulyan"}, sites={"count": 2}), tmp_path)
     assert raised.value.code == 506
-    assert "7 sites" in raised.value.message
+    assert "3 sites" in raised.value.message
 
 
 def test_a_cohort_is_a_share_of_the_sites_and_all_are_evaluated(tmp_path: Path) -> None:
@@ -163,3 +164,53 @@ def test_a_full_disk_is_a_numbered_error_and_loses_at_most_the_round(
     assert len(_lines(tmp_path)) == 1
     simulate(_config(), tmp_path, resume=True)
     assert len(_lines(tmp_path)) == 3
+
+
+def test_a_run_without_any_model_is_no_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as raised:
+        simulate(_config(run={"rounds": 2}), tmp_path, app=_failing(lambda site, r: True))
+    assert raised.value.code == 503
+    assert not (tmp_path / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "running"
+    assert "FE-410" in (tmp_path / "report.html").read_text(), "the report says why"
+
+
+def test_a_site_whose_data_changed_is_named_in_every_round_after_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = _failing(lambda site, r: r == 2)
+    with pytest.raises(RunError):
+        simulate(_config(round={"max-skipped": 1}), tmp_path, app=stops)
+
+    def altered(config: Config, task: Any) -> Any:
+        shares = site_shares(config, task)
+        shares["site-2"].train_features[0, 0] += 1
+        return shares
+
+    monkeypatch.setattr("fedge.simulations.engine.site_shares", altered)
+    simulate(_config(round={"max-skipped": 1}), tmp_path, resume=True)
+    third = _lines(tmp_path)[2]
+    assert "site-2" not in third["invited"]
+    assert ("site-2", "FE-409", "absent") in [
+        (r["site"], r["code"], r["outcome"]) for r in third["rejected"]
+    ]
+    refused = [r for r in third["rejected"] if r["code"] == "FE-410"]
+    assert "FE-415" in refused[0]["reason"]
+    assert json.loads((tmp_path / "run.json").read_text())["sites"]["site-2"]["rounds"] == 1
+
+
+def test_a_finished_run_gets_its_lost_files_back_and_a_damaged_model_is_noticed(
+    tmp_path: Path,
+) -> None:
+    simulate(_config(), tmp_path)
+    before = {n: (tmp_path / n).read_bytes() for n in ("rounds.jsonl", "metrics.json")}
+    (tmp_path / "rounds.jsonl").unlink()
+    (tmp_path / "metrics.json").write_text("{")
+    (tmp_path / "report.html").unlink()
+    simulate(_config(), tmp_path, resume=True)
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+    assert (tmp_path / "report.html").exists()
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(RunError) as raised:
+        simulate(_config(), tmp_path, resume=True)
+    assert raised.value.code == 504

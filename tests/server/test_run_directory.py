@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fedge.server.journal import Journal
+from fedge.server.journal import Commit, Journal
 from fedge.server.run_directory import RunDirectory, prepare
 from fedge.shared import config_file
 from fedge.shared.config import Config
-from fedge.shared.errors import ConfigError, FedgeError, RunError
+from fedge.shared.errors import ConfigError, FedgeError
 
 _HOLDER = """
 import sys
@@ -97,11 +97,45 @@ def test_resume_continues_with_the_same_configuration(out: Path):
     ],
 )
 def test_207_another_configuration_is_named(out: Path, key: str, change: dict[str, Any]):
-    prepare(out, config(), resume=False)
+    begin(out)
     other = config_file.from_tree({"task": {"name": "breast-cancer"}, **change})
     error = refusal(out, other, resume=True)
     assert error.code == 207
     assert key in error.message
+
+
+def begin(out: Path) -> None:
+    """A run with one committed round."""
+    directory, _ = prepare(out, config(), resume=False)
+    journal = Journal(directory.journal)
+    journal.begin_run("r-1", "", "then")
+    journal.commit(Commit(1, "round-000001.safetensors", "0"), {"round": 1})
+    journal.close()
+
+
+def test_a_mistake_before_the_first_round_is_mended_by_resuming_with_another_configuration(
+    out: Path,
+):
+    directory, _ = prepare(out, config(), resume=False)
+    journal = Journal(directory.journal)
+    journal.begin_run("r-1", "", "then")
+    journal.commit(Commit(0, "round-000000.safetensors", "0"), {})
+    journal.close()
+    (out / "run.json").write_text("{}")
+    directory, finished = prepare(out, config(rounds=3), resume=True)
+    assert not finished
+    assert directory.load_config() == config(rounds=3)
+    assert not directory.journal.exists()
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied"])
+def test_504_a_journal_that_is_gone_is_noticed(out: Path, how: str):
+    begin(out)
+    (out / "run.json").write_text("{}")
+    (out / "journal.db").unlink()
+    if how == "emptied":
+        (out / "journal.db").write_bytes(b"")
+    assert refusal(out, config(), resume=True).code == 504
 
 
 def test_208_another_process_holds_it(held: Path):
@@ -175,16 +209,11 @@ def test_a_kill_before_the_run_was_begun_starts(out: Path):
     assert prepare(out, config(), resume=True)[1] is False
 
 
-def test_a_finished_run_is_told_and_must_hold_its_model(out: Path):
-    directory, _ = prepare(out, config(), resume=False)
-    journal = Journal(directory.journal)
-    journal.begin_run("r-1", "", "then")
+def test_a_finished_run_is_told(out: Path):
+    begin(out)
+    journal = Journal(out / "journal.db")
     journal.finish("later")
     journal.close()
-    error = refusal(out, config(), resume=True)
-    assert isinstance(error, RunError)
-    assert error.code == 504
-    directory.model.write_bytes(b"model")
     assert prepare(out, config(), resume=True)[1] is True
 
 

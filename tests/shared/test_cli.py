@@ -71,12 +71,26 @@ def waits(arguments):
     time.sleep(60)
     return 0
 
+def blocks(arguments):
+    print("\u2588\u2591 4 %")
+    return 0
+
+def full_elsewhere(arguments):
+    with open("/dev/full", "w") as file:
+        file.write("x")
+    return 0
+
 def broken_pipe_elsewhere(arguments):
     read, write = os.pipe()
     os.close(read)
     os.write(write, b"x")
     return 0
 
+def says_and_fails(arguments):
+    print("so far")
+    raise RunError(505, "runs/a: must be finished")
+
+SAYS_AND_FAILS = Command("fails", "edge", nothing, says_and_fails)
 FE = raises(RunError(505, "runs/a: must be finished,\\ngot round 3"))
 CRASH = raises(ValueError("left\\nright"))
 INTERRUPT = raises(KeyboardInterrupt())
@@ -90,6 +104,8 @@ STATUS = Command("returns", "edge", nothing, lambda arguments: 7)
 OPTION = Command("takes", "edge", option, lambda arguments: arguments.times)
 MUCH = Command("prints", "edge", nothing, much)
 WAITS = Command("waits", "edge", nothing, waits)
+BLOCKS = Command("draws", "edge", nothing, blocks)
+FULL = Command("fills", "edge", nothing, full_elsewhere)
 BROKEN_PIPE = Command("breaks", "edge", nothing, broken_pipe_elsewhere)
 NO_COMMAND = 3
 '''  # fmt: skip
@@ -251,6 +267,49 @@ def test_a_broken_pipe_that_is_not_stdout_is_reported(probe):
     done = subprocess.run([FEDGE, "probe-broken-pipe"], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "unexpected BrokenPipeError" in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("name", ["probe-much", "probe-blocks"])
+def test_no_room_for_the_output_is_one_line(probe, name, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [FEDGE, name], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=20
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        f"FE-107 fedge {name}: cannot write its output (No space left on device)."
+        " Remedy: Make room, or write elsewhere.\n"
+    )
+
+
+def test_no_room_elsewhere_keeps_what_was_said(probe, capsys):
+    status, out, err = run(capsys, "probe-full")
+    assert (status, out) == (1, "")
+    assert err.startswith("FE-107 fedge probe-full: cannot write its output (No space left")
+
+
+def test_a_failure_with_output_that_has_no_room_is_one_line(probe):
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [FEDGE, "probe-says-and-fails"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=20,
+        )
+    assert (done.returncode, done.stderr.decode().count("\n")) == (1, 1)
+    assert done.stderr.startswith(b"FE-505 ")
+
+
+def test_characters_that_the_output_does_not_have_are_escaped(probe):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [FEDGE, "probe-blocks"], capture_output=True, text=True, env=environment, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2588\\u2591 4 %\n", "")
 
 
 def test_flower_s_telemetry_and_update_check_are_off_unless_asked_for(probe, capsys, monkeypatch):

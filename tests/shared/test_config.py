@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fedge.shared.config import Config
-from fedge.shared.config_file import load
+from fedge.shared.config_file import from_tree, load, strategies
 from fedge.shared.errors import ConfigError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -56,3 +56,81 @@ def test_every_number_has_a_lower_bound():
 def test_an_override_that_contradicts_the_file_is_refused():
     with pytest.raises(ConfigError, match="got both"):
         load(EXAMPLES / "heart.toml", ["train.local-epochs=2"])
+
+
+def refusal(**sections):
+    with pytest.raises(ConfigError) as caught:
+        from_tree({"task": {"name": "digits"}, **sections})
+    assert caught.value.code == 201
+    return caught.value.message
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_every_strategy_is_valid_with_nothing_else_set(name):
+    assert from_tree({"task": {"name": "digits"}, "strategy": {"name": name}}).sites.count == 8
+
+
+def test_a_quorum_needs_as_many_sites():
+    assert refusal(sites={"count": 3}, round={"min-sites": 4}) == (
+        "round.min-sites: must be at most 3 with 3 sites, got 4"
+    )
+    assert refusal(sites={"count": 1}) == "round.min-sites: must be at most 1 with 1 site, got 2"
+    from_tree({"task": {"name": "digits"}, "sites": {"count": 3}, "round": {"min-sites": 3}})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "most"),
+    [
+        ("MultiKrum", "num-nodes-to-select", 8),
+        ("Krum", "num-malicious-nodes", 2),
+        ("MultiKrum", "num-malicious-nodes", 2),
+        ("Bulyan", "num-malicious-nodes", 1),
+    ],
+)
+def test_a_robust_strategy_needs_enough_sites(name, key, most):
+    def asked(value):
+        return {"strategy": {"name": name, key: value}}
+
+    held = from_tree({"task": {"name": "digits"}, **asked(most)})
+    assert getattr(held.strategy, key.replace("-", "_")) == most
+    assert refusal(**asked(most + 1)) == (
+        f"strategy.{key}: must be at most {most} with 8 sites, got {most + 1}"
+    )
+
+
+def test_two_sites_withstand_no_attacker():
+    for name in ("Krum", "MultiKrum", "Bulyan"):
+        tree = {"task": {"name": "digits"}, "sites": {"count": 2}}
+        from_tree({**tree, "strategy": {"name": name}})
+        said = refusal(sites={"count": 2}, strategy={"name": name, "num-malicious-nodes": 1})
+        assert said == "strategy.num-malicious-nodes: must be at most 0 with 2 sites, got 1"
+
+
+def test_natural_sites_are_counted_when_the_data_is_read():
+    config = from_tree(
+        {
+            "task": {"name": "heart"},
+            "data": {"partition": "natural"},
+            "sites": {"count": 1},
+            "round": {"min-sites": 4},
+            "strategy": {"name": "Krum", "num-malicious-nodes": 3},
+        }
+    )
+    assert config.round.min_sites == 4
+
+
+def test_adam_takes_no_momentum():
+    said = "train.momentum: must be 0 with adam, got 0.9"
+    assert refusal(train={"optimizer": "adam", "momentum": 0.9}) == said
+    example = EXAMPLES / "digits.toml"
+    assert load(example, ["train.optimizer=adam", "train.momentum=0.0"]).train.momentum == 0
+    with pytest.raises(ConfigError, match=said):
+        load(example, ["train.optimizer=adam"])
+
+
+def test_all_keys_that_disagree_are_named():
+    said = refusal(sites={"count": 1}, train={"optimizer": "adam", "momentum": 0.5})
+    assert said == (
+        "train.momentum: must be 0 with adam, got 0.5;"
+        " round.min-sites: must be at most 1 with 1 site, got 2"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import fedge.shared.errors as errors
-from fedge.shared.errors import CATALOGUE, BundleError, ConfigError, FedgeError, one_line
+from fedge.shared.errors import CATALOGUE, BundleError, ConfigError, FedgeError, brief, one_line
 
 ROOT = Path(errors.__file__).parent.parent
 HUNDREDS = {
@@ -87,3 +87,10 @@ def test_label_and_text():
     error = ConfigError(201, "run.rounds: must be at least 1, got 0")
     assert error.label == "FE-201"
     assert re.match(r"FE-201 run\.rounds", str(error))
+
+
+def test_brief_is_one_short_printable_line():
+    assert brief(ValueError("a\tb\nc")) == "ValueError: a b"
+    assert brief(KeyError()) == "KeyError"
+    assert brief(ValueError("\x1b[0m")) == "ValueError: \\x1b[0m"
+    assert len(brief(ValueError("x" * 5000))) == 200

@@ -127,6 +127,34 @@ def test_summary_of_many_sites_shows_both_ends() -> None:
     assert not re.search(r"^site-20 ", text, re.M)
 
 
+def without(lines: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The last evaluation lacks these sites."""
+    for name in names:
+        del lines[-1]["metrics"]["per_site"][name]
+    return lines
+
+
+def test_summary_names_the_sites_that_were_not_evaluated() -> None:
+    lines = without([line(1), line(2)], "site-5", "site-8")
+    lines[-1]["rejected"] = [{"site": "site-9", "code": "FE-409", "outcome": "absent"}]
+    text = summary_table(totals(lines), lines)
+    assert text.splitlines()[0].split()[:4] == ["site", "trained", "on", "accuracy"]
+    assert re.findall(r"^(\S+) +(\S+)  not evaluated$", text, re.M) == [
+        ("site-5", "100"),
+        ("site-8", "100"),
+        ("site-9", "–"),
+    ]
+    assert "not evaluated" not in summary_table(totals([line(1)]), [line(1)])
+
+
+def test_summary_of_many_sites_counts_those_not_evaluated() -> None:
+    lines = without([line(5, 40)], *(f"site-{i}" for i in range(20, 30)))
+    text = summary_table(totals(lines), lines)
+    assert "… 22 sites in between" in text
+    assert len(re.findall(r"–|not evaluated$", text, re.M)) == 5
+    assert "… 6 more not evaluated" in text
+
+
 def test_summary_of_hostile_names() -> None:
     lines = [line(1)]
     per_site = {

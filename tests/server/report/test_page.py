@@ -250,18 +250,128 @@ def test_rejections_with_their_reasons(tmp_path: Path) -> None:
     third["dropped"] = [
         {"site": "site-1", "code": "FE-405", "metric": "auc", "reason": "must be finite"}
     ]
-    files["rounds.jsonl"][3]["invited"].remove("site-8")  # the lists are one object
-    files["rounds.jsonl"][3]["trained"] = [f"site-{i}" for i in range(1, 8)]
+    for key in ("invited", "trained"):
+        files["rounds.jsonl"][3][key] = [f"site-{i}" for i in range(1, 8)]
     found = page(tmp_path, files)
     assert "No rejections" not in found.text
     assert "3site-4rejected FE-401fc.weight holds infinity" in found.text
-    assert "1 rejected, 1 late, 1 with a metric dropped" in found.text
+    assert "1 rejected, 1 late, 1 not connected, 1 with a metric dropped" in found.text
     (rejected,) = cells(found, "rejected")
     assert rejected["title"] == "site-4, round 3: rejected: FE-401 fc.weight holds infinity"
     (late,) = cells(found, "late")
     assert "2.4 s after the deadline" in (late["title"] or "")
     (noted,) = cells(found, "noted")
     assert "auc: must be finite" in (noted["title"] or "")
+
+
+def away(files: Run, *names: str, rounds: bool = True) -> Run:
+    """The files of a run that these sites registered for, and then had no part in."""
+    for line in files["rounds.jsonl"]:
+        for key in ("invited", "trained"):
+            line[key] = [s for s in line[key] if s not in names]
+        line["metrics"]["per_site"] = {
+            s: v for s, v in line["metrics"]["per_site"].items() if s not in names
+        }
+    final = files["metrics.json"]["final"]
+    final["per_site"] = {s: v for s, v in final["per_site"].items() if s not in names}
+    if rounds:
+        for name, site in files["run.json"]["sites"].items():
+            site["rounds"] = 0 if name in names else len(files["rounds.jsonl"])
+    return files
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_sites_without_a_part_are_named_and_not_counted(tmp_path: Path, rounds: bool) -> None:
+    found = page(tmp_path, away(run_files(rounds=6), "site-5", "site-8", rounds=rounds))
+    assert "trained digits across 6 of 8 sites in 6 rounds" in found.text
+    assert found.text.count("Not evaluated in round 6: site-5, site-8.") == 2
+    assert "Measured on 240 held-out examples." in found.text
+    assert "Sites6 of 8720 training examples" in found.text
+    assert "36 updates counted; 12 not connected." in found.text
+    assert "Replies that did not count fully: 12 not connected." in found.text
+    assert "none rejected, late or missing" not in found.text
+    assert len(cells(found, "absent")) == 12
+    assert len(cells(found, "idle")) == 0
+
+
+def test_all_sites_with_a_part_need_no_word(tmp_path: Path) -> None:
+    text = page(tmp_path, run_files()).text
+    assert "across 8 sites" in text
+    assert "Not evaluated" not in text
+    assert "not connected" not in text
+    assert "Measured on 320 held-out examples." in text
+    assert "96 updates counted; none rejected, late or missing." in text
+
+
+def test_a_count_of_rounds_in_run_json_comes_first(tmp_path: Path) -> None:
+    files = run_files()
+    for name, site in files["run.json"]["sites"].items():
+        site["rounds"] = 0 if name == "site-3" else 12
+    assert "across 7 of 8 sites" in page(tmp_path, files).text
+
+
+def test_updates_of_skipped_rounds_do_not_count(tmp_path: Path) -> None:
+    files = run_files(rounds=2)
+    files["rounds.jsonl"][1]["trained"] = files["rounds.jsonl"][1]["trained"][:7]
+    files["rounds.jsonl"][0]["outcome"] = "skipped"
+    assert "across 7 of 8 sites" in page(tmp_path, files).text
+
+
+def test_sites_that_were_not_drawn_are_not_missing(tmp_path: Path) -> None:
+    files = away(run_files(), "site-8")
+    files["config.toml"] = "[round]\nfraction-train = 0.9\n"
+    found = page(tmp_path, files)
+    assert "none rejected, late or missing" in found.text
+    assert len(cells(found, "idle")) == 12
+    files["config.toml"] = "[round]\nfraction-train = 1.0\n"
+    found = page(tmp_path, files)
+    assert "12 not connected" in found.text
+    assert len(cells(found, "absent")) == 12
+
+
+def test_refused_registrations_and_absent_sites(tmp_path: Path) -> None:
+    files = away(run_files(rounds=6), "site-8")
+    for line in files["rounds.jsonl"]:
+        line["rejected"] = [
+            {"site": "site-8", "code": "FE-409", "outcome": "absent", "reason": "not registered"}
+        ]
+    refused = {"code": "FE-412", "outcome": "rejected", "reason": "other data"}
+    files["rounds.jsonl"][0]["rejected"] = [{"site": s, **refused} for s in ("site-8", "stranger")]
+    found = page(tmp_path, files)
+    assert "2 rejected, 5 absent" in found.text
+    assert "not connected" not in found.text
+    assert "1strangerrejected FE-412other data" in found.text
+    assert len([c for c in cells(found, "absent") if "FE-409" in (c["title"] or "")]) == 5
+    assert [(c["title"] or "")[:17] for c in cells(found, "rejected")] == [
+        "site-8, round 1: ",
+        "stranger, round 1",
+    ]
+    assert "across 7 of 8 sites" in found.text  # a stranger is no site of the run
+
+
+@pytest.mark.parametrize(
+    ("equal", "words"),
+    [
+        (["site-4", "site-7"], "to 100.0 % (site-4, site-7)"),
+        (["site-2", "site-4", "site-7"], "to 100.0 % (site-2, site-4, site-7)"),
+        ([f"site-{i}" for i in range(2, 8)], "to 100.0 % (site-2, site-3, site-4 and 3 more)"),
+        ([f"site-{i}" for i in range(1, 9)], "accuracy of 100.0 % at each of the 8 sites"),
+    ],
+)
+def test_sites_with_the_same_result_are_named_together(
+    tmp_path: Path, equal: list[str], words: str
+) -> None:
+    files = run_files()
+    for name in equal:
+        files["metrics.json"]["final"]["per_site"][name] = {"accuracy": 1.0, "loss": 0.1}
+    assert words in page(tmp_path, files).text
+
+
+def test_many_sites_without_evaluation_are_cut(tmp_path: Path) -> None:
+    names = [f"site-{i}" for i in range(11, 41)]
+    text = page(tmp_path, away(run_files(40), *names)).text
+    assert "site-11, site-12" in text
+    assert "site-22 and 18 more." in text
 
 
 def test_a_skipped_round_and_its_reason(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedge.edge.inputs import RowRules
 from fedge.shared import preprocess
 from fedge.shared.schema import InputSchema, OutputSchema
 from fedge.shared.tasks.registry import get_task
@@ -49,6 +50,13 @@ def test_means_lie_in_the_declared_ranges(task, table):
     for group in groups:
         for feature, mean in zip(task.input.features, group.mean(0), strict=True):
             assert feature.low <= mean <= feature.high, feature.name
+
+
+def test_every_row_lies_in_the_declared_ranges(task, table):
+    rules = RowRules.of(task.input, task.preprocessing)
+    assert set(rules.outside(rules.checked(table.features.reshape(len(table.labels), -1), 0))) == {
+        ()
+    }
 
 
 def test_network_takes_what_preprocessing_gives(task, table):
