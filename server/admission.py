@@ -34,6 +34,9 @@ from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.errors import CATALOGUE
 from fedge.shared.preprocess import Statistics
 
+#: More values than any task reports; and the farthest that an integer tensor may move in a round.
+_MOST_METRICS, _COUNTER_STEP = 64, 1e9
+
 
 class _RefusedError(Exception):
     def __init__(self, code: int, reason: str, outcome: Outcome = "rejected") -> None:
@@ -147,6 +150,11 @@ def _metrics(content: RecordDict) -> MetricRecord:
         raise _RefusedError(
             411, f"{protocol.METRICS}: must be a MetricRecord, got {type(metrics).__name__}"
         )
+    if len(metrics) > _MOST_METRICS:
+        # Each unknown metric is told of by name; without a bound a site could fill the journal.
+        raise _RefusedError(
+            411, f"{protocol.METRICS}: must hold at most {_MOST_METRICS} values, got {len(metrics)}"
+        )
     return metrics
 
 
@@ -254,6 +262,16 @@ def _arrays(arrays: ArrayRecord, expected: Expected) -> NDArrays:
         except UndecodableError as error:
             raise _RefusedError(404, f"{name}: {printable(str(error), 160)}") from None
         decoded[name] = value
+        if value.dtype.kind in "iu":
+            # Counters, as of batches: they may step far, but not so far that a mean overflows.
+            if (
+                np.abs(value.astype(np.float64) - reference.astype(np.float64)).max(initial=0)
+                > _COUNTER_STEP
+            ):
+                raise _RefusedError(
+                    402, f"{name}: must step by at most {_COUNTER_STEP:g}, got more"
+                )
+            continue
         if value.dtype.kind not in "fc":
             continue
         if not np.isfinite(value).all():

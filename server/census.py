@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -88,6 +88,11 @@ def take(
             # Everybody who was expected has spoken; those refused will not improve by waiting.
             break
         time.sleep(min(_PAUSE, max(left, 0.0)))
+    for site, rejection in dominant(admitted, journal.sites(), config.admission.max_share).items():
+        refused[admitted.pop(site)[0]] = rejection
+        _log.warning("%s refused: FE-%d %s", site, rejection.code, rejection.reason)
+    for site, (_, r) in sorted(admitted.items()):
+        journal.add_site(site, r.train_examples, r.test_examples)
     members = {
         site: Member(site, node, r.train_examples, r.test_examples)
         for site, (node, r) in sorted(admitted.items())
@@ -159,7 +164,31 @@ def _register(
             _log.warning("%s refused: FE-%d %s", result.site, result.code, result.reason)
             continue
         admitted[result.site] = (node, result)
-        journal.add_site(result.site, result.train_examples, result.test_examples)
+
+
+def dominant(
+    admitted: Mapping[str, tuple[int, Registration]], before: Mapping[str, object], share: float
+) -> dict[str, Rejection]:
+    """New sites that would outweigh the others by what they say of themselves, largest first.
+
+    A site's weight is bounded by what it registers, so that word must be bounded too: by the others'.
+    Fewer than three sites, and sites that the run already knows, are left alone.
+    """
+    sizes = {site: r.train_examples for site, (_, r) in admitted.items()}
+    found: dict[str, Rejection] = {}
+    while len(sizes) >= 3:
+        largest = max(sorted(sizes), key=lambda site: sizes[site])
+        part = sizes[largest] / sum(sizes.values())
+        if part <= share or largest in before:
+            break
+        found[largest] = Rejection(
+            largest,
+            412,
+            "rejected",
+            f"examples: must be at most {share:.0%} of all sites' (admission.max-share), got {part:.1%}",
+        )
+        del sizes[largest]
+    return found
 
 
 def _known(

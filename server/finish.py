@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from fedge.server.run_directory import RunDirectory
 from fedge.shared.arrays import NDArrays, encode
 from fedge.shared.config import Config
 from fedge.shared.durable import write_atomically
-from fedge.shared.errors import RunError
+from fedge.shared.errors import FedgeError, RunError
+
+_log = logging.getLogger(__name__)
 
 
 def now() -> str:
@@ -151,9 +154,16 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
 
 
 def report_so_far(directory: RunDirectory) -> None:
-    """Write the report of a run that stops early, if it has come as far as a run.json."""
-    if directory.run.is_file():
+    """Write the report of a run that stops early, if it has come as far as a run.json.
+
+    It comes on top of an error that is being told, so its own failure is only logged.
+    """
+    if not directory.run.is_file():
+        return
+    try:
         report.write(directory.path)
+    except (FedgeError, OSError):
+        _log.exception("the report of the stopped run cannot be written")
 
 
 def restore(directory: RunDirectory) -> None:

@@ -117,9 +117,9 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
         RunError: 504, the journal is damaged.
     """
     directory = RunDirectory(path)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(209, f"{path}: must be a directory, got a file")
     try:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(209, f"{path}: must be a directory, got a file")
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK | os.X_OK)
     except OSError as error:

@@ -70,8 +70,8 @@ class Scaffold(flower.FedAvg):
     """SCAFFOLD: Stochastic Controlled Averaging, ICML 2020, https://arxiv.org/abs/1910.06378.
 
     The server's control variate travels beside the weights under ``control/``; a site answers with its new weights
-    and the change of its own control variate. Means are weighted by examples, as in FedAvg, for both: so the
-    server's variate stays the weighted mean of the sites'.
+    and the change of its own control variate. Means are weighted by examples, as in FedAvg, for both: so
+    the server's variate stays the weighted mean of the sites' where all of them take part.
 
     Args:
         server_learning_rate: eta_g of the paper's line 16.

@@ -48,8 +48,10 @@ def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArra
         raise UndecodableError(
             f"shape must be {tuple(shape)}, got {tuple(found_shape)} (labelled {tuple(array.shape)})"
         )
-    if found_dtype != dtype:
-        raise UndecodableError(f"type must be {dtype}, got {found_dtype}")
+    if found_dtype != dtype or array.dtype != str(dtype):
+        raise UndecodableError(
+            f"type must be {dtype}, got {found_dtype} (labelled {array.dtype[:32]})"
+        )
     data = array.data[file.tell() :]
     if len(data) != size:
         raise UndecodableError(f"must hold {size} bytes of data, got {len(data)}")

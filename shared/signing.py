@@ -147,7 +147,10 @@ def load_public(path: Path) -> Ed25519PublicKey:
         BundleError: 707, the file cannot be read or holds something else.
     """
     try:
-        key = load_pem_public_key(read_bounded(path, KEY_LIMIT))
+        data = read_bounded(path, KEY_LIMIT)
+        if data.count(b"-----BEGIN") > 1:
+            raise BundleError(707, f"{path}: must hold one key, got several")
+        key = load_pem_public_key(data)
     except OSError as error:
         raise BundleError(707, f"{path}: cannot be read ({reason(error)})") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,6 @@ from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 from fedge.simulations.device import Device
 from fedge.simulations.engine import simulate
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """What the chain has shown.
-
-    Attributes:
-        directory: the run's.
-        released: parity and hashes of the bundle.
-        device: what edge.json holds: environment, rows, accuracy, agreement with the trained model.
-    """
-
-    directory: RunDirectory
-    released: ReleaseSummary
-    device: dict[str, Any]
 
 
 def configuration() -> Config:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedge.shared.bounded import open_regular, reason
 from fedge.shared.errors import DataError
 from fedge.shared.models.logistic import LogisticRegression
 from fedge.shared.preprocess import OneHot, Standardise
@@ -121,10 +122,11 @@ def _rows(file: Path) -> Iterator[list[float]]:
 
 def _text(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
+        stream, _ = open_regular(file)
+        with stream:
             data = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise DataError(301, f"{file}: must be a readable file, got {error.strerror}") from None
+        raise DataError(301, f"{file}: must be a readable file, got {reason(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise DataError(302, f"{file.name}: must be at most {MAX_FILE_BYTES} bytes, got more")
     try:

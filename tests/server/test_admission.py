@@ -109,6 +109,13 @@ def test_a_site_may_claim_what_it_registered_and_no_more(examples: Any, admitted
     assert (admit_train(reply, SITE, REGISTERED, EXPECTED).update is not None) is admitted
 
 
+@pytest.mark.parametrize(("steps", "admitted"), [(4000, True), (2**62, False), (-(2**63), False)])
+def test_an_integer_tensor_may_step_but_not_leap(steps: int, admitted: bool) -> None:
+    reply = _honest()
+    reply.content.array_records["arrays"]["steps"] = Array(np.asarray(steps, np.int64))
+    assert (admit_train(reply, SITE, REGISTERED, EXPECTED).update is not None) is admitted
+
+
 def test_an_empty_reply_and_an_error_are_typed() -> None:
     error = Message(Error(code=413, reason="FE-413"), reply_to=_request())
     rejection = admit_train(error, SITE, REGISTERED, EXPECTED).rejection

@@ -26,8 +26,13 @@ def npy(a: np.ndarray[Any, Any], *, version: tuple[int, int] | None = None) -> b
     return file.getvalue()
 
 
-def labelled(data: bytes, shape: tuple[int, ...] = SHAPE, stype: str = "numpy.ndarray") -> Array:
-    return Array(dtype="float32", shape=shape, stype=stype, data=data)
+def labelled(
+    data: bytes,
+    shape: tuple[int, ...] = SHAPE,
+    stype: str = "numpy.ndarray",
+    dtype: str = "float32",
+) -> Array:
+    return Array(dtype=dtype, shape=shape, stype=stype, data=data)
 
 
 def header(text: str) -> bytes:
@@ -48,7 +53,9 @@ def header(text: str) -> bytes:
     ],
 )
 def test_an_honest_tensor_comes_back_writable_and_in_c_order(a: np.ndarray[Any, Any]):
-    for array in (Array(a), labelled(npy(a), a.shape), labelled(npy(a, version=(2, 0)), a.shape)):
+    plain, second = npy(a), npy(a, version=(2, 0))
+    for data in (Array(a).data, plain, second):
+        array = labelled(data, a.shape, dtype=str(a.dtype))
         made = decode(array, a.shape, a.dtype)
         assert made.dtype == a.dtype
         assert made.shape == a.shape

@@ -95,6 +95,19 @@ def _other_site(content: RecordDict) -> None:
     content.config_records["config"]["site"] = "site-1"
 
 
+def _lying_type(content: RecordDict) -> None:
+    arrays = content.array_records["arrays"]
+    name = next(iter(arrays))
+    honest = arrays[name]
+    arrays[name] = Array(dtype="float64", shape=honest.shape, stype=honest.stype, data=honest.data)
+
+
+def _flood_of_metrics(content: RecordDict) -> None:
+    metrics = content.metric_records["metrics"]
+    for i in range(1000):
+        metrics[f"patient {i}"] = 1.0
+
+
 def _lying_shape(content: RecordDict) -> None:
     arrays = content.array_records["arrays"]
     name = next(iter(arrays))
@@ -124,6 +137,8 @@ REJECTED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "shape (1,)": (lambda c: _map_first(c, lambda a: np.ones(1, a.dtype)), "FE-404"),
     "other shape": (lambda c: _map_first(c, lambda a: np.ones((3, 3), a.dtype)), "FE-404"),
     "lying shape": (_lying_shape, "FE-404"),
+    "lying dtype": (_lying_type, "FE-404"),
+    "flood of metrics": (_flood_of_metrics, "FE-411"),
     "other dtype": (lambda c: _map_first(c, lambda a: a.astype(np.float64)), "FE-404"),
     "missing tensor": (_drop_tensor, "FE-404"),
     "extra tensor": (_extra_tensor, "FE-404"),
@@ -339,3 +354,47 @@ def test_error_numbers_of_a_site_are_shown_only_when_known(tmp_path: Path) -> No
     assert line["rejected"][0]["code"] == "FE-410"
     assert "script" not in line["rejected"][0]["reason"]
     assert "<script>alert" not in directory.report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("claim", "shown"),
+    [
+        ({"num-train-examples": 10_000_000}, "admission.max-share"),
+        ({"num-train-examples": 2**40}, "num-train-examples"),
+    ],
+)
+def test_a_site_cannot_take_over_by_what_it_registers(
+    claim: dict[str, int], shown: str, tmp_path: Path
+) -> None:
+    app = ClientApp()
+    app.train()(relay.forward)
+    app.evaluate()(relay.forward)
+
+    @app.query("register")
+    def register(message: Message, context: Context) -> Message:
+        reply = relay.forward(message, context)
+        if context.node_config["site"] != BAD:
+            return reply
+        content = RecordDict({k: v.copy() for k, v in reply.content.items()})
+        content.metric_records["metrics"].update(claim)
+        return Message(content, reply_to=message)
+
+    directory = simulate(_config("FedAvg", 1), tmp_path / "run", app=app)
+    (line,) = _lines(directory.path)
+    assert BAD not in line["invited"]
+    assert [(r["site"], r["code"]) for r in line["rejected"]] == [(BAD, "FE-412")]
+    assert shown in line["rejected"][0]["reason"]
+
+
+def test_a_loss_far_above_the_others_does_not_take_over_where_it_is_the_weight(
+    tmp_path: Path,
+) -> None:
+    def poison(content: RecordDict) -> None:
+        content.metric_records["metrics"]["train-loss"] = 9999.0
+
+    poisoned, honest = _play(tmp_path, "QFedAvg", [poison])
+    (line,) = _lines(poisoned)
+    assert [(r["site"], r["code"]) for r in line["rejected"]] == [(BAD, "FE-401")]
+    assert (poisoned / "model.safetensors").read_bytes() == (
+        honest / "model.safetensors"
+    ).read_bytes()
