@@ -56,3 +56,15 @@ def test_pooled_row_is_reached(published, data_folder):
     row = published.FED_HEART[published.POOLED]
     found = published.central(published.configuration(row, 42, data_folder / "heart"))
     assert sum(found) / 4 == pytest.approx(row.published_mean, abs=published.TOLERANCE)
+
+
+@pytest.mark.parametrize(("shift", "status"), [(0.0, 0), (0.03, 1)])
+def test_the_exit_status_tells_whether_a_pass_mark_is_missed(
+    published, shift, status, monkeypatch, tmp_path, capsys
+):
+    result = published.judge(measured(published, FedAvg=shift))
+    monkeypatch.setattr(published, "fed_heart", lambda data, report: result)
+    monkeypatch.setattr(published, "RESULTS", tmp_path)
+    assert published.main(["fed-heart", "--data", str(tmp_path)]) == status
+    assert ("MISSED" in capsys.readouterr().out) is bool(status)
+    assert (tmp_path / "published-fed-heart.json").is_file()
