@@ -25,6 +25,7 @@ def _arguments(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="replace a value, for example run.rounds=3; may be repeated",
     )
+    check.add_argument("--json", action="store_true", help="print JSON instead of TOML")
     for name, text in (
         ("tasks", "list what task.name may be"),
         ("strategies", "list what strategy.name may be"),
@@ -45,7 +46,11 @@ def _run(arguments: Namespace) -> int:
 
             config = load(arguments.file, arguments.overrides)
             require_task(config.task.name)
-            _write(dump(config))
+            if arguments.json:
+                values = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+                _write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            else:
+                _write(dump(config))
         case "tasks":
             _write(_listed(_tasks(), as_json=arguments.json))
         case "strategies":

@@ -19,6 +19,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--edge", metavar="BIN", type=Path, help="bin folder of the device's environment"
     )
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
 
 
 def _free(folder: Path) -> Path:
@@ -45,7 +46,11 @@ def _run(arguments: Namespace) -> int:
     from fedge.simulations.progress import Progress, summary_table
 
     started = time.monotonic()
-    say = sys.stdout.write
+
+    def say(text: str) -> None:
+        if not arguments.json:
+            sys.stdout.write(text)
+
     edge = device.find(arguments.edge)
     out = arguments.out or _free(Path("runs/demo"))
     config = demo.configuration()
@@ -56,7 +61,8 @@ def _run(arguments: Namespace) -> int:
     with Progress() as progress:
         directory = demo.federate(out, progress)
     lines = [json.loads(line) for line in directory.rounds.read_text(encoding="utf-8").splitlines()]
-    say(summary_table(json.loads(directory.metrics.read_text(encoding="utf-8")), lines) + "\n")
+    metrics = json.loads(directory.metrics.read_text(encoding="utf-8"))
+    say(summary_table(metrics, lines) + "\n")
     summary = demo.sign(directory)
     parity = summary.manifest.parity
     say(
@@ -69,6 +75,9 @@ def _run(arguments: Namespace) -> int:
         f"Device verified the bundle and predicted {told['rows']} test images: "
         f"accuracy {told['metrics']['accuracy']:.4f}, {told['agreement']:.2%} as trained\n"
     )
+    if arguments.json:
+        found = {"metrics": metrics, "release": summary.to_json(), "device": told}
+        sys.stdout.write(json.dumps({**found, "report": str(directory.report)}) + "\n")
     say(f"Done in {time.monotonic() - started:.0f} s; the report:\n{directory.report}\n")
     return 0
 

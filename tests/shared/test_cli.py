@@ -450,6 +450,13 @@ def test_config_check_prints_the_resolved_file(capsys, tmp_path):
     assert run(capsys, "config", "check", str(resolved)) == (0, out, "")
 
 
+def test_config_check_prints_json(capsys):
+    file = Path(__file__).resolve().parents[2] / "examples" / "digits.toml"
+    assert cli.main(["config", "check", str(file), "--set", "run.rounds=3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"]["rounds"], found["train"]["batch-size"]) == (3, 32)
+
+
 def test_config_check_refuses_in_one_line(capsys):
     status, out, err = run(
         capsys, "config", "check", str(ROOT / "examples" / "heart.toml"), "--set", "rounds=3"
