@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def take(
             # Everybody who was expected has spoken; those refused will not improve by waiting.
             break
         time.sleep(min(_PAUSE, max(left, 0.0)))
-    for site, rejection in dominant(admitted, journal.sites(), config.admission.max_share).items():
+    for site, rejection in dominant(
+        admitted, journal.sites(), config.admission.max_size_ratio
+    ).items():
         refused[admitted.pop(site)[0]] = rejection
         _log.warning("%s refused: FE-%d %s", site, rejection.code, rejection.reason)
     for site, (_, r) in sorted(admitted.items()):
@@ -167,27 +170,28 @@ def _register(
 
 
 def dominant(
-    admitted: Mapping[str, tuple[int, Registration]], before: Mapping[str, object], share: float
+    admitted: Mapping[str, tuple[int, Registration]], before: Mapping[str, object], ratio: float
 ) -> dict[str, Rejection]:
-    """New sites that would outweigh the others by what they say of themselves, largest first.
+    """New sites that would outweigh the others by what they say of themselves.
 
     A site's weight is bounded by what it registers, so that word must be bounded too: by the others'.
     Fewer than three sites, and sites that the run already knows, are left alone.
     """
     sizes = {site: r.train_examples for site, (_, r) in admitted.items()}
     found: dict[str, Rejection] = {}
-    while len(sizes) >= 3:
-        largest = max(sorted(sizes), key=lambda site: sizes[site])
-        part = sizes[largest] / sum(sizes.values())
-        if part <= share or largest in before:
-            break
-        found[largest] = Rejection(
-            largest,
-            412,
-            "rejected",
-            f"examples: must be at most {share:.0%} of all sites' (admission.max-share), got {part:.1%}",
-        )
-        del sizes[largest]
+    for site in sorted(sizes, key=lambda s: (-sizes[s], s)):
+        others = [n for other, n in sizes.items() if other != site and other not in found]
+        if len(others) < 2 or site in before:
+            continue
+        bound = int(ratio * statistics.median(others))
+        if sizes[site] > bound:
+            found[site] = Rejection(
+                site,
+                412,
+                "rejected",
+                f"examples: must be at most {bound} ({ratio:g} medians of the other sites, "
+                f"admission.max-size-ratio), got {sizes[site]}",
+            )
     return found
 
 

@@ -273,11 +273,11 @@ class AdmissionSection(Section):
         le=1e30,
         description="L2 norm of the change of a site's control variate (Scaffold)",
     )
-    max_share: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="largest share of all training examples that one of three or more sites may register",
+    max_size_ratio: float = Field(
+        20.0,
+        ge=1,
+        le=1e9,
+        description="training examples that one of three or more sites may register, in medians of the other sites",
     )
     max_examples: int = Field(
         10_000_000, ge=1, le=2**53, description="examples that a site may register"

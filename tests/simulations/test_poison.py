@@ -359,7 +359,7 @@ def test_error_numbers_of_a_site_are_shown_only_when_known(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("claim", "shown"),
     [
-        ({"num-train-examples": 10_000_000}, "admission.max-share"),
+        ({"num-train-examples": 10_000_000}, "admission.max-size-ratio"),
         ({"num-train-examples": 2**40}, "num-train-examples"),
     ],
 )
