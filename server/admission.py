@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,10 @@ from fedge.shared.preprocess import Statistics
 _MOST_METRICS, _COUNTER_STEP = 64, 1e9
 
 
+#: How far above the median of a round a loss may lie that decides a weight; and the least median taken for that.
+_LOSS_RATIO, _LOSS_FLOOR = 100.0, 0.1
+
+
 class _RefusedError(Exception):
     def __init__(self, code: int, reason: str, outcome: Outcome = "rejected") -> None:
         super().__init__(reason)
@@ -61,6 +66,25 @@ def admit_train(reply: Message, site: str, registered: int, expected: Expected) 
         return Verdict(update=Update(site, decoded, num_examples, loss), drops=drops)
     except _RefusedError as refused:
         return Verdict(rejection=Rejection(site, refused.code, refused.outcome, refused.reason))
+
+
+def admit_losses(updates: list[Update]) -> tuple[list[Update], list[Rejection]]:
+    """Where the loss is the weight, one far above the others' would be a takeover: refuse it.
+
+    Args:
+        updates: admitted one by one; fewer than three cannot be compared and are kept.
+    """
+    losses = [u.train_loss or 0.0 for u in updates]
+    if len(losses) < 3:
+        return updates, []
+    bound = _LOSS_RATIO * max(statistics.median(losses), _LOSS_FLOOR)
+    kept = [u for u, loss in zip(updates, losses, strict=True) if loss <= bound]
+    reason = f"train-loss: must be at most {bound:g} beside the others, got "
+    return kept, [
+        Rejection(u.site, 401, "rejected", f"{reason}{loss:g}")
+        for u, loss in zip(updates, losses, strict=True)
+        if loss > bound
+    ]
 
 
 def admit_evaluate(reply: Message, site: str, registered: int, expected: Expected) -> Verdict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedge.server import census, checkpoint, finish, requests, strategies
-from fedge.server.admission import admit_evaluate, admit_train
+from fedge.server.admission import admit_evaluate, admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.census import Member
 from fedge.server.exchange import Exchange, exchange
@@ -41,9 +40,6 @@ from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)
-
-#: How far above the median of a round a loss may lie that decides a weight; and the least median taken for that.
-_LOSS_RATIO, _LOSS_FLOOR = 100.0, 0.1
 
 #: What a full, read-only or failing disk answers.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
@@ -281,7 +277,8 @@ class Loop:
                 if verdict.update is not None:
                     updates.append(verdict.update)
         if needs_loss:
-            updates = _without_outliers(updates, tally)
+            updates, outliers = admit_losses(updates)
+            tally.rejections += outliers
         if missing := sorted(set(self.config.round.require_sites) - {u.site for u in updates}):
             why = "; ".join(
                 f"{r.site}: FE-{r.code} {r.reason}" for r in tally.rejections if r.site in missing
@@ -332,26 +329,6 @@ class Loop:
                 if isinstance(verdict.evaluation, Evaluation):
                     admitted[member.site] = verdict.evaluation.counters
         tally.metrics |= summary(self.task.metrics, admitted)
-
-
-def _without_outliers(updates: list[Update], tally: Tally) -> list[Update]:
-    """Where the loss is the weight, one that is far above the others' would be a takeover: refuse it."""
-    losses = [u.train_loss or 0.0 for u in updates]
-    if len(losses) < 3:
-        return updates
-    bound = _LOSS_RATIO * max(statistics.median(losses), _LOSS_FLOOR)
-    kept = [u for u, loss in zip(updates, losses, strict=True) if loss <= bound]
-    tally.rejections += [
-        Rejection(
-            u.site,
-            401,
-            "rejected",
-            f"train-loss: must be at most {bound:g} beside the others, got {loss:g}",
-        )
-        for u, loss in zip(updates, losses, strict=True)
-        if loss > bound
-    ]
-    return kept
 
 
 def _numpy(sent: ArrayRecord) -> NDArrays:
