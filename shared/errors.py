@@ -9,8 +9,9 @@ The tree is split by who is at fault, so that a caller can catch what it can men
     ├── SiteError       4xx  a site's reply, or a site that did not answer
     ├── RunError        5xx  the run as a whole: quorum, journal, resume
     ├── ReleaseError    6xx  export, parity, keys, signing
-    └── BundleError     7xx  a bundle that the edge refuses
-    └── InputError      8xx  an input that the edge refuses
+    ├── BundleError     7xx  a bundle that the edge refuses
+    ├── InputError      8xx  an input that the edge refuses
+    └── DeployError     9xx  a server or site daemon, its home, keys and processes
 
 A code names one situation for ever; ``CATALOGUE`` holds its title and remedy, and
 docs/reference/errors.md is generated from it.
@@ -114,6 +115,26 @@ CATALOGUE: Final[dict[int, Entry]] = {
     415: Entry(
         "the site's data changed during a run", "Restore the site's data, or start a new run."
     ),
+    416: Entry(
+        "out of memory at the site",
+        "Lower train.batch-size, or raise the policy's memory bound at the site.",
+    ),
+    417: Entry(
+        "the site's device is gone",
+        "Check the site's GPU and its driver; the worker starts anew by itself.",
+    ),
+    418: Entry(
+        "the site's policy does not allow this",
+        "Ask the site to allow it in its policy.toml, or leave the site out.",
+    ),
+    419: Entry(
+        "the Flower bundle is not one that the site approved",
+        "Compare `fedge server bundle` with the site's policy.toml, key bundles.",
+    ),
+    420: Entry(
+        "the site's worker does not answer",
+        "See `fedge site status` and the worker's log at the site.",
+    ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(
         "a required site is missing", "Bring the site back, or take it off round.require-sites."
@@ -134,6 +155,11 @@ CATALOGUE: Final[dict[int, Entry]] = {
     507: Entry(
         "the aggregate is not finite",
         "Lower the server's learning rate; the round was not committed.",
+    ),
+    508: Entry("the run was stopped by its operator", "Submit it again with --resume to go on."),
+    509: Entry(
+        "the coordinator keeps dying",
+        "Read coordinator.log in the server's home; submit again with --resume.",
     ),
     601: Entry("the key file exists", "Choose another path; keys are never overwritten."),
     602: Entry(
@@ -189,6 +215,34 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the statistics file does not fit",
         "Pass the statistics.json that the site's worker wrote; none where verify asks for none.",
     ),
+    901: Entry(
+        "not a home of a server or site", "Make one with `fedge server init` or `site init`."
+    ),
+    902: Entry("the home is in use", "Stop the other process, see `status`."),
+    903: Entry("the home exists already", "Choose another --home; keys are never overwritten."),
+    904: Entry("the address cannot be used", "Choose a free port and an address of this machine."),
+    905: Entry("a process did not become ready", "Read the log that the message names."),
+    906: Entry("a process keeps dying", "Read the log that the message names."),
+    907: Entry(
+        "a certificate is not usable",
+        "Renew it with `fedge server renew` and give sites the new ca.crt where it changed.",
+    ),
+    908: Entry(
+        "a site's key is not usable", "Give the site.pub that `fedge site init` wrote (EC P-384)."
+    ),
+    909: Entry("the TLS front is missing", "Install nginx, or serve loopback addresses only."),
+    910: Entry("the TLS front refuses its configuration", "Read the line that the message quotes."),
+    911: Entry("the server is not running", "Start it with `fedge server start`."),
+    912: Entry("the server cannot be reached", "Check the address, the link and the firewall."),
+    913: Entry(
+        "the server does not know this site", "Give site.pub to the server: `fedge server admit`."
+    ),
+    914: Entry("no such run", "See `fedge server runs`."),
+    915: Entry("a command of Flower failed", "Read what it said; it is quoted in the message."),
+    916: Entry(
+        "the site is known already", "Choose another name, or `fedge server expel` it first."
+    ),
+    917: Entry("the sites did not connect", "See `fedge site status` at each of them."),
 }
 
 
@@ -250,6 +304,10 @@ class InputError(FedgeError):
     """The input is refused."""
 
 
+class DeployError(FedgeError):
+    """A server or site cannot run as a daemon."""
+
+
 def one_line(error: FedgeError) -> str:
     """The error as both command lines print it: number, message and remedy on exactly one line.
 
@@ -284,6 +342,7 @@ __all__ = [
     "BundleError",
     "ConfigError",
     "DataError",
+    "DeployError",
     "Entry",
     "FedgeError",
     "InputError",

@@ -13,6 +13,7 @@ from typing import Final
 REGISTER: Final = "query.register"
 TRAIN: Final = "train"
 EVALUATE: Final = "evaluate"
+PROBE: Final = "query.probe"  # is the site there, while a reply of it is missing
 
 # Records of a message.
 ARRAYS: Final = "arrays"
@@ -25,6 +26,8 @@ SERVER_ROUND: Final = "server-round"  # int, 0 to register
 SITE: Final = "site"  # str, replies only
 TASK: Final = "task"  # str
 STANDARDISE: Final = "standardise"  # "federated" | "site", requests only
+VERSION: Final = "fedge-version"  # str, of the server's fedge; requests only
+COHORT: Final = "cohort"  # int, sites invited to this exchange; requests only
 
 # Keys of CONFIG, requests to train and evaluate.
 SEED: Final = "seed"  # int
