@@ -26,3 +26,9 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Ask the site to evaluate."""
     return relay.forward(message, context)
+
+
+@app.query("probe")
+def probe(message: Message, context: Context) -> Message:
+    """Ask the site whether it is there, and whether it is at work."""
+    return relay.forward(message, context)

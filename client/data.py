@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fedge.client import partition
 from fedge.client.draws import generator
-from fedge.shared.config import SITE_NAME, Config, DataSection
+from fedge.client.site_file import OwnData
+from fedge.shared.config import SITE_NAME, Config
 from fedge.shared.errors import DataError, FedgeError, brief
 from fedge.shared.tasks.task import Table, Task
 
@@ -45,9 +46,50 @@ def site_shares(config: Config, task: Task) -> dict[str, SiteData]:
     table = _loaded(task, config.data.path)
     rows_of = _rows_of(config, table)
     return {
-        site: _share(site, rows_of[site], table, config.data, config.run.seed)
+        site: _share(site, rows_of[site], table, config.data.test_fraction, config.run.seed)
         for site in sorted(rows_of)
     }
+
+
+def own_examples(task: Task, site: str, section: OwnData) -> SiteData:
+    """Read the examples that one site holds by itself.
+
+    Where the task's data name their sites and this one is among them, those rows are its own; else
+    all rows are. They are held out as ``site_shares`` does.
+
+    Args:
+        task: reads them.
+        site: its name.
+        section: of ``site.toml``; its ``share`` is read elsewhere, see ``fedge.client.share``.
+
+    Raises:
+        DataError: 301 or 302, the task's files or what it makes of them; 303, there are too few rows.
+    """
+    table = _loaded(task, section.path)
+    rows = np.arange(len(table.labels))
+    if table.sites is not None:
+        named = np.flatnonzero(np.asarray(table.sites) == site)
+        rows = named if len(named) else rows
+    return _share(site, rows, table, section.test_fraction, section.seed)
+
+
+def require_fit(task: Task, data: SiteData) -> None:
+    """Hold examples that came as arrays against the task.
+
+    Raises:
+        DataError: 302, their shape or their labels are not the task's; 303, they are too few.
+    """
+    shape, labels = task.input.shape, len(task.output.labels)
+    for split, features, found, least in (
+        ("train", data.train_features, data.train_labels, MIN_TRAIN),
+        ("test", data.test_features, data.test_labels, MIN_TEST),
+    ):
+        if features.shape[1:] != shape:
+            raise DataError(302, f"{split}: rows must have shape {shape}, got {features.shape[1:]}")
+        if len(found) < least:
+            raise DataError(303, f"{split}: must hold {least} rows or more, got {len(found)}")
+        if found.min() < 0 or found.max() >= labels:
+            raise DataError(302, f"{split}: labels must be 0 to {labels - 1}, got others")
 
 
 def _loaded(task: Task, path: Path | None) -> Table:
@@ -106,11 +148,13 @@ def _rows_of(config: Config, table: Table) -> dict[str, NDArray[Any]]:
             return named
 
 
-def _share(site: str, rows: NDArray[Any], table: Table, data: DataSection, seed: int) -> SiteData:
+def _share(
+    site: str, rows: NDArray[Any], table: Table, test_fraction: float, seed: int
+) -> SiteData:
     if table.test is not None:
         held_out = table.test[rows]
     else:
-        count = min(max(round(len(rows) * data.test_fraction), MIN_TEST), len(rows) - MIN_TRAIN)
+        count = min(max(round(len(rows) * test_fraction), MIN_TEST), len(rows) - MIN_TRAIN)
         held_out = np.zeros(len(rows), dtype=np.bool_)
         held_out[generator(seed, site, "test").permutation(len(rows))[: max(count, 0)]] = True
     train, test = rows[~held_out], rows[held_out]

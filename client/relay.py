@@ -1,36 +1,55 @@
-"""The way from Flower's ClientApp to the site's worker: pass the message on, return its answer.
+"""The way from Flower's ClientApp to the site's worker: pass the request on, return its answer.
 
 Neither torch nor data is imported here, so a message costs no start of a framework, and code that a
 server ships stands nowhere near the examples. A link may be a direct call (one process) or a socket
-to a resident worker.
+to a resident worker (``fedge.client.socket_link``).
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Protocol
 
-from flwr.app import Context, Error, Message
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+
+from fedge.client.socket_link import SOCKET_VARIABLE, SocketLink, deadline_of_environment
+from fedge.shared import packed, protocol
+from fedge.shared.errors import FedgeError
+from fedge.shared.packed import UnpackableError
 
 log = logging.getLogger(__name__)
 
 #: Key of a node's configuration that names the site.
 NODE_SITE = "site"
-UNREACHABLE = 413
+UNREACHABLE, REFUSED = 413, 414
 
 
 class Link(Protocol):
     """A way to one site's worker."""
 
-    def exchange(self, message: Message) -> Message:
-        """Deliver a request and return the reply, within the link's own deadline."""
+    def exchange(self, kind: str, content: RecordDict) -> RecordDict:
+        """Deliver a request and return the reply, within the link's own deadline.
+
+        Args:
+            kind: the message type, see ``fedge.shared.protocol``.
+            content: of the request.
+
+        Raises:
+            SiteError: the worker's own refusal, or 420 where it does not answer.
+        """
 
 
 class Worker(Protocol):
     """What answers requests at a site."""
 
-    def handle(self, request: Message) -> Message:
-        """Answer a request; raises nothing."""
+    def answer(self, kind: str, content: RecordDict) -> RecordDict:
+        """Answer a request.
+
+        Raises:
+            FedgeError: what cannot be done, by number.
+        """
 
 
 class DirectLink:
@@ -39,9 +58,9 @@ class DirectLink:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def exchange(self, message: Message) -> Message:
+    def exchange(self, kind: str, content: RecordDict) -> RecordDict:
         """Call the worker."""
-        return self._worker.handle(message)
+        return self._worker.answer(kind, content)
 
 
 _links: dict[str, Link] = {}
@@ -60,21 +79,47 @@ def disconnect(site: str) -> None:
 def forward(message: Message, context: Context) -> Message:
     """Pass a message to the worker of the site that the node's configuration names.
 
+    The worker is the one connected in this process, else the one whose socket the environment names.
+
     Returns:
-        The worker's reply, or Flower's ``Error`` with the number alone where there is no worker or
-        the link fails: the text stays in this site's log.
+        The worker's reply, or Flower's ``Error`` with fedge's number alone where the worker refuses,
+        there is none, or the link fails: the text stays in this site's log.
     """
     site = str(context.node_config.get(NODE_SITE, ""))
-    link = _links.get(site)
+    link = _links.get(site) or _resident()
     if link is None:
         log.error("site %s: no worker is connected", site)
-        return _refused(message)
+        return _failed(message, UNREACHABLE)
     try:
-        return link.exchange(message)
+        content, was_packed = _unpacked(message)
+        reply = link.exchange(message.metadata.message_type, content)
+        if was_packed and isinstance(arrays := reply.get(protocol.ARRAYS), ArrayRecord):
+            reply[protocol.ARRAYS] = packed.pack(arrays)
+        return Message(reply, reply_to=message)
+    except UnpackableError as error:
+        log.error("site %s: FE-%d arrays: %s", site, REFUSED, error)
+        return _failed(message, REFUSED)
+    except FedgeError as error:
+        log.error("site %s: %s", site, error)
+        return _failed(message, error.code)
     except Exception:
         log.exception("site %s: the link to the worker failed", site)
-        return _refused(message)
+        return _failed(message, UNREACHABLE)
 
 
-def _refused(message: Message) -> Message:
-    return Message(Error(code=UNREACHABLE, reason=f"FE-{UNREACHABLE}"), reply_to=message)
+def _unpacked(message: Message) -> tuple[RecordDict, bool]:
+    """The request's content with its tensors one by one, and whether they came packed."""
+    content = message.content if message.has_content() else RecordDict()
+    arrays = content.get(protocol.ARRAYS)
+    if not isinstance(arrays, ArrayRecord) or not packed.is_packed(arrays):
+        return content, False
+    return RecordDict({**content, protocol.ARRAYS: packed.unpack(arrays)}), True
+
+
+def _resident() -> Link | None:
+    path = os.environ.get(SOCKET_VARIABLE)
+    return SocketLink(Path(path), deadline_of_environment()) if path else None
+
+
+def _failed(message: Message, code: int) -> Message:
+    return Message(Error(code=code, reason=f"FE-{code}"), reply_to=message)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -78,13 +78,13 @@ def refuse(where: str, wanted: str, got: object) -> SiteError:
     return SiteError(414, f"{where}: must be {wanted}, got {str(got)[:80]}")
 
 
-def config_of(request: Message, task: str) -> ConfigRecord:
+def config_of(request: RecordDict, task: str) -> ConfigRecord:
     """The request's configuration.
 
     Raises:
         SiteError: 414, it has none, or it is of another task.
     """
-    found = request.content.get(protocol.CONFIG) if request.has_content() else None
+    found = request.get(protocol.CONFIG)
     if not isinstance(found, ConfigRecord):
         raise refuse("request", f"a message with {protocol.CONFIG}", "none")
     if found.get(protocol.TASK) != task:
@@ -170,14 +170,14 @@ def training(config: ConfigRecord) -> Training:
     return Training(settings, mu, control, accepted, str(loss_at))
 
 
-def arrays(request: Message, expected: Mapping[str, Spec]) -> NDArrays:
+def arrays(request: RecordDict, expected: Mapping[str, Spec]) -> NDArrays:
     """The request's arrays, in the order of ``expected``.
 
     Raises:
         SiteError: 414, a name, shape or type differs from what is expected, or a value is not
             finite.
     """
-    found = request.content.get(protocol.ARRAYS)
+    found = request.get(protocol.ARRAYS)
     if not isinstance(found, ArrayRecord):
         raise refuse("request", f"a message with {protocol.ARRAYS}", "none")
     for name in expected:

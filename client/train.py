@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from fedge.client import device
 from fedge.shared.config import TrainSection
 from fedge.shared.tasks.task import Task
 
@@ -24,8 +25,8 @@ class Examples:
     """Preprocessed examples.
 
     Attributes:
-        x: ``(n, *in)``.
-        y: ``(n,)``, int64.
+        x: ``(n, *in)``, on the device of the network.
+        y: ``(n,)``, int64, there too.
     """
 
     x: Tensor
@@ -89,28 +90,54 @@ def train(
         settings: optimiser and its numbers.
         proximal_mu: mu of FedProx, 0 for none.
         correction: c - c_i by parameter name, or None without SCAFFOLD.
+
+    Raises:
+        SiteError: 414, float16 without CUDA.
     """
+    place = examples.x.device
+    device.require(settings, place)
     network.train()
     steps = optimizer(settings, network)
     parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     received = {name: p.detach().clone() for name, p in parameters} if proximal_mu else {}
     gradients = {name: torch.zeros_like(p) for name, p in parameters} if correction else {}
-    total, count = 0.0, 0
+    scaler = device.scaler(settings, place)
+    # Summed where the steps are: reading each loss would wait for the device at every step.
+    total, count = torch.zeros((), dtype=torch.float64, device=place), 0
     for rows in order:
-        index = torch.from_numpy(rows)
-        loss = task.loss(network(examples.x[index]), examples.y[index])
+        index = torch.from_numpy(rows).to(place)
+        with device.autocast(settings, place):
+            logits = network(examples.x[index])
+        loss = task.loss(_full(logits, settings), examples.y[index])
         steps.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        if scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(steps)
         with torch.no_grad():
+            # A step of float16 that overflowed is left out, and counts as one that did not move.
+            moves = scaler is None or all(
+                bool(p.grad.isfinite().all()) for _, p in parameters if p.grad is not None
+            )
             for name, p in parameters:
                 if p.grad is None:
                     continue
                 if proximal_mu:
                     p.grad.add_(p - received[name], alpha=proximal_mu)
-                if correction:
+                if correction and moves:
                     gradients[name].add_(p.grad).add_(p, alpha=settings.weight_decay)
                     p.grad.add_(correction[name])
-        steps.step()
-        total += float(loss.detach())
+        if scaler is None:
+            steps.step()
+        else:
+            scaler.step(steps)
+            scaler.update()
+        total += loss.detach()
         count += 1
-    return Outcome(total / count, {name: g / count for name, g in gradients.items()})
+    return Outcome(float(total) / count, {name: g / count for name, g in gradients.items()})
+
+
+def _full(logits: Tensor, settings: TrainSection) -> Tensor:
+    """Logits in full precision, as a loss needs it."""
+    return logits if settings.mixed_precision == "off" else logits.float()

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedge.client import device as devices
 from fedge.client import requests
 from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData
@@ -38,67 +39,107 @@ from fedge.shared.tasks.task import Task
 log = logging.getLogger(__name__)
 
 TASK_FAILED = 413
+#: Metric of a reply to a probe: 1 while the site trains or evaluates, else 0.
+BUSY = "busy"
 
 
 class SiteWorker:
-    """Answers register, train and evaluate for one site and one task.
+    """Answers register, train, evaluate and probe for one site and one task.
 
     Args:
         site: its name, part of every draw.
         task: what is learnt.
         data: the site's raw examples.
         home: folder of this site alone, for what outlives the process.
+        device: where network and examples lie; replies are always of the CPU.
     """
 
-    def __init__(self, site: str, task: Task, data: SiteData, home: Path) -> None:
+    def __init__(
+        self,
+        site: str,
+        task: Task,
+        data: SiteData,
+        home: Path,
+        device: torch.device = devices.CPU,
+    ) -> None:
         self.site = site
         self.task = task
         self.data = data
         self.home = home
+        self.device = device
         self._lock = threading.Lock()
         with torch.random.fork_rng(devices=[]):
             self._network = task.network()
         initial = {name: t.numpy() for name, t in self._network.state_dict().items()}
         self._specs = specs(initial)
+        self._network.to(device)
         self._statistics = (
             preprocess.statistics(task.preprocessing, data.train_features)
             if preprocess.learns(task.preprocessing)
             else None
         )
         self._prepared: tuple[Standardise | None, Examples, Examples] | None = None
-        # Torch imports its compiler with the first optimiser; no request should pay for that.
-        optimizer(TrainSection(), self._network)
 
-    def handle(self, request: Message) -> Message:
-        """Answer a request.
+    def warm_up(self) -> None:
+        """Let torch import its compiler, as it does with the first optimiser; no request should pay for that."""
+        # Nothing is drawn here: the generator is one for the process, and a request may be training beside this.
+        optimizer(TrainSection(), torch.nn.ParameterList([torch.zeros(1)]))
 
-        Returns:
-            The reply of ``fedge.shared.protocol``, or Flower's ``Error`` with fedge's number: 414
-            for a request that is refused, 413 for any failure without a number of its own.
+    def answer(self, kind: str, content: RecordDict) -> RecordDict:
+        """Answer a request; one at a time, except that a probe is answered at once.
+
+        Args:
+            kind: the message type, see ``fedge.shared.protocol``.
+            content: of the request.
+
+        Raises:
+            SiteError: 414, the request is refused; 401 or 415, the site's own; 416, memory ran out; 417, the
+                device failed; 413, any failure without a number of its own.
+            RunError: 504, SCAFFOLD's state is damaged.
         """
         try:
+            if kind == protocol.PROBE:
+                return self._probe(content)
             with self._lock:
-                return Message(self._answer(request), reply_to=request)
+                return self._answer(kind, content)
         except FedgeError as error:
             log.error("site %s: %s", self.site, error)
-            code = error.code
-        except Exception:
-            log.exception("site %s: FE-%d the task failed", self.site, TASK_FAILED)
-            code = TASK_FAILED
-        return Message(Error(code=code, reason=f"FE-{code}"), reply_to=request)
+            raise
+        except Exception as error:
+            code = devices.number_of(error) or TASK_FAILED
+            log.exception("site %s: FE-%d the task failed", self.site, code)
+        # Only here, as the exception's frames hold on to the tensors that were too many.
+        if code == devices.OUT_OF_MEMORY:
+            self._drop()
+        raise SiteError(code, "the task failed; its text is above")
 
-    def _answer(self, request: Message) -> RecordDict:
-        answers: dict[str, Callable[[Message], RecordDict]] = {
+    @property
+    def busy(self) -> bool:
+        """Whether a request other than a probe is being answered."""
+        return self._lock.locked()
+
+    def _drop(self) -> None:
+        """Let go of all that the next request can make anew."""
+        with self._lock:
+            self._prepared = None
+            self._network.zero_grad(set_to_none=True)
+        devices.free()
+
+    def _answer(self, kind: str, content: RecordDict) -> RecordDict:
+        answers: dict[str, Callable[[RecordDict], RecordDict]] = {
             protocol.REGISTER: self._register,
             protocol.TRAIN: self._train,
             protocol.EVALUATE: self._evaluate,
         }
-        kind = request.metadata.message_type
         if kind not in answers:
             raise requests.refuse("message type", f"one of {', '.join(answers)}", kind)
-        return answers[kind](request)
+        return answers[kind](content)
 
-    def _register(self, request: Message) -> RecordDict:
+    def _probe(self, request: RecordDict) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        return self._reply(address, MetricRecord({BUSY: int(self.busy)}))
+
+    def _register(self, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
         address = requests.address(config)
         self._hold_data_still(address.run_id)
@@ -136,7 +177,7 @@ class SiteWorker:
         elif path.read_bytes() != found.hexdigest().encode():
             raise SiteError(415, f"data: must be as when run {run_id} began, got other examples")
 
-    def _train(self, request: Message) -> RecordDict:
+    def _train(self, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
         terms = requests.terms(config, self._columns)
         what = requests.training(config)
@@ -183,13 +224,12 @@ class SiteWorker:
         store = ControlStore(self.home / "control" / terms.address.run_id)
         if what.control:
             server = {
-                n: _tensor(received[protocol.CONTROL_PREFIX + n]) for n in self._control_specs
+                n: self._tensor(received[protocol.CONTROL_PREFIX + n]) for n in self._control_specs
             }
             held = store.load(what.accepted_round, self._control_specs)
-            own = {name: _tensor(a) for name, a in held.items()}
-        with torch.random.fork_rng(devices=[]):
-            # Whatever a network draws of its own (dropout) is a function of seed, site and round.
-            torch.manual_seed(seed_of(terms.seed, self.site, "network", server_round))
+            own = {name: self._tensor(a) for name, a in held.items()}
+        # Whatever a network draws of its own (dropout) is a function of seed, site and round.
+        with devices.seeded(seed_of(terms.seed, self.site, "network", server_round), self.device):
             outcome = train(
                 self.task,
                 self._network,
@@ -199,7 +239,9 @@ class SiteWorker:
                 proximal_mu=what.proximal_mu,
                 correction={name: server[name] - own[name] for name in own},
             )
-        trained = {n: t.detach().clone().numpy() for n, t in self._network.state_dict().items()}
+        trained = {
+            n: t.detach().cpu().clone().numpy() for n, t in self._network.state_dict().items()
+        }
         if not all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
             raise SiteError(
                 401, f"round {server_round}: the trained weights must be finite, got others"
@@ -208,11 +250,13 @@ class SiteWorker:
         if what.control:
             # Tensors that no step changes (buffers) keep their variate.
             new = {name: outcome.mean_gradient.get(name, c) for name, c in own.items()}
-            store.save(server_round, what.accepted_round, {n: t.numpy() for n, t in new.items()})
-            change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).numpy() for n in new}
+            store.save(
+                server_round, what.accepted_round, {n: t.cpu().numpy() for n, t in new.items()}
+            )
+            change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).cpu().numpy() for n in new}
         return trained | change, outcome.loss
 
-    def _evaluate(self, request: Message) -> RecordDict:
+    def _evaluate(self, request: RecordDict) -> RecordDict:
         terms = requests.terms(requests.config_of(request, self.task.name), self._columns)
         received = requests.arrays(request, self._specs)
         _, held_out = self._prepare(terms)
@@ -243,7 +287,7 @@ class SiteWorker:
             if standardise is not None:
                 steps = preprocess.fitted(steps, standardise)
             both = [
-                Examples(_tensor(preprocess.apply(steps, features)), _tensor(labels))
+                Examples(self._tensor(preprocess.apply(steps, features)), self._tensor(labels))
                 for features, labels in (
                     (self.data.train_features, self.data.train_labels),
                     (self.data.test_features, self.data.test_labels),
@@ -259,7 +303,7 @@ class SiteWorker:
         write_atomically(self.home / "statistics.json", (json.dumps(values) + "\n").encode())
 
     def _load(self, received: NDArrays) -> None:
-        self._network.load_state_dict({name: _tensor(received[name]) for name in self._specs})
+        self._network.load_state_dict({n: self._tensor(received[n]) for n in self._specs})
 
     def _reply(
         self, address: Address, metrics: MetricRecord, arrays: Mapping[str, Any] | None = None
@@ -279,7 +323,6 @@ class SiteWorker:
             )
         return content
 
-
-def _tensor(a: Any) -> Tensor:
-    # Copied: the request's arrays are read-only, and shared with other sites where all run in one process.
-    return torch.from_numpy(np.array(a))
+    def _tensor(self, a: Any) -> Tensor:
+        # Copied: the request's arrays are read-only, and shared with other sites where all run in one process.
+        return torch.from_numpy(np.array(a)).to(self.device)

@@ -27,12 +27,12 @@ from fedge.server.verdicts import (
     Rejection,
     Verdict,
     printable,
+    reported_words,
 )
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import SITE_NAME, AdmissionSection
 from fedge.shared.decode import UndecodableError, decode
-from fedge.shared.errors import CATALOGUE
 from fedge.shared.preprocess import Statistics
 
 #: More values than any task reports; and the farthest that an integer tensor may move in a round.
@@ -140,15 +140,7 @@ def admit_registration(
 
 def _content(reply: Message, records: set[str]) -> RecordDict:
     if reply.has_error():
-        code = reply.error.code
-        shown = (
-            f"FE-{code}"
-            if type(code) is int and code in CATALOGUE
-            else "an error without a known number"
-        )
-        raise _RefusedError(
-            410, f"the site reported {shown}; its text is in the site's log", "error"
-        )
+        raise _RefusedError(410, reported_words(reply.error), "error")
     if not reply.has_content():
         raise _RefusedError(411, "the reply is empty")
     names = set(reply.content.keys())

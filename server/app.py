@@ -1,21 +1,98 @@
-"""The ServerApp that Flower runs: it opens the run's directory and plays the rounds over Flower's Grid."""
+"""The ServerApp that Flower runs: it opens the run's directory and plays the rounds over Flower's Grid.
+
+Where nobody listens in this process, the progress goes to RUN/events.jsonl and the log to standard error. A run that
+an error of fedge ends leaves RUN/stopped.json, and the error goes out: Flower must not take it for a success.
+"""
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedge.server import progress
+from fedge.server import events, finish, progress
+from fedge.server.packed_grid import PackedGrid
 from fedge.server.rounds import run
 from fedge.server.run_directory import RunDirectory
+from fedge.shared.errors import ConfigError, FedgeError
+
+_log = logging.getLogger(__name__)
 
 app = ServerApp()
+
+#: Errors that say that another process has the run: then nothing has stopped.
+_NOT_OURS = 208
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run, or continue, the federation of ``run-dir`` in Flower's run configuration."""
+    """Run, or continue, the federation of ``run-dir`` in Flower's run configuration.
+
+    Raises:
+        FedgeError: the run stopped; RUN/stopped.json says why.
+    """
     directory = RunDirectory(Path(str(context.run_config["run-dir"])))
-    run(grid, directory, context.run_id, progress.current())
+    listener = progress.current()
+    try:
+        if not directory.path.is_dir():
+            raise ConfigError(209, f"{directory.path}: must be a run directory, got none")
+        with directory.lock(), _logged(directory, quiet=listener is not None), _terminable():
+            if listener is None:
+                log = events.EventLog(directory.path / events.NAME)
+                run(PackedGrid(grid), directory, context.run_id, log)
+            else:
+                run(grid, directory, context.run_id, listener)
+    except FedgeError as error:
+        if error.code != _NOT_OURS:
+            _log.error("the run stopped: %s", error)
+            finish.stop(directory, error)
+        raise
+
+
+@contextmanager
+def _logged(directory: RunDirectory, *, quiet: bool) -> Iterator[None]:
+    """Send fedge's log to standard error, with the run in each line; ``quiet`` where a command has its own."""
+    if quiet:
+        yield
+        return
+    logger, handler = logging.getLogger("fedge"), logging.StreamHandler(sys.stderr)
+    name = directory.path.name.replace("%", "%%")
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s %(levelname)s run {name} %(name)s: %(message)s")
+    )
+    level, spread = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = spread
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the run as an interrupt does, unless somebody (Flower) has a handler of his own."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

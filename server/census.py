@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
-
+from fedge.server import requests
 from fedge.server.admission import admit_registration
+from fedge.server.conversation import Watch
 from fedge.server.exchange import exchange
 from fedge.server.journal import Journal
+from fedge.server.liveness import Liveness
+from fedge.server.members import Member, dominant, known
+from fedge.server.progress import Listener
 from fedge.server.verdicts import Bound, Registration, Rejection
-from fedge.shared import preprocess, protocol
+from fedge.shared import preprocess
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import OneHot, Standardise
@@ -23,21 +24,8 @@ from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.5
-
-
-@dataclass(frozen=True)
-class Member:
-    """A registered site.
-
-    Attributes:
-        node_id: Flower's, in this Flower run.
-        train_examples, test_examples: the most that it may report, in any round.
-    """
-
-    site: str
-    node_id: int
-    train_examples: int
-    test_examples: int
+#: How often the pause until a silent node is asked again doubles, at most.
+_MOST_DOUBLED = 4
 
 
 def column_bounds(task: Task) -> tuple[Bound, ...]:
@@ -61,152 +49,223 @@ def column_bounds(task: Task) -> tuple[Bound, ...]:
     return tuple(bounds)
 
 
-def take(
-    grid: Grid, config: Config, task: Task, run_id: str, journal: Journal, flower_run_id: int
-) -> tuple[dict[str, Member], list[Rejection]]:
-    """Register every node that the grid knows, and wait for as many as the configuration names.
+@dataclass
+class Census:
+    """The registry of one Flower run.
 
-    Returns:
-        Members by site, in name order, and refused registrations.
-
-    Raises:
-        RunError: 501, fewer than ``round.min-sites`` before the deadline; 502, a required site is missing.
+    Attributes:
+        admitted: by site, its node and what it said of itself.
+        refused: by node, why it may not take part.
     """
-    wanted = config.sites.count if config.data.partition != "natural" else config.round.min_sites
-    needed = max(wanted, config.round.min_sites)
-    deadline = time.monotonic() + config.round.deadline
-    admitted: dict[str, tuple[int, Registration]] = {}
-    refused: dict[int, Rejection] = {}
-    while True:
-        known = {node for node, _ in admitted.values()} | set(refused)
-        new = sorted(set(grid.get_node_ids()) - known)
-        left = deadline - time.monotonic()
-        if new and left > 0:
-            _register(grid, new, left, config, task, run_id, journal, admitted, refused)
-        if len(admitted) >= needed or left <= 0:
-            break
-        if len(admitted) + len(refused) >= needed:
-            # Everybody who was expected has spoken; those refused will not improve by waiting.
-            break
-        time.sleep(min(_PAUSE, max(left, 0.0)))
-    for site, rejection in dominant(
-        admitted, journal.sites(), config.admission.max_size_ratio
-    ).items():
-        refused[admitted.pop(site)[0]] = rejection
-        _log.warning("%s refused: FE-%d %s", site, rejection.code, rejection.reason)
-    for site, (_, r) in sorted(admitted.items()):
-        journal.add_site(site, r.train_examples, r.test_examples)
-    members = {
-        site: Member(site, node, r.train_examples, r.test_examples)
-        for site, (node, r) in sorted(admitted.items())
-    }
-    _log.info(
-        "Flower run %s: %d sites registered, %d refused", flower_run_id, len(members), len(refused)
-    )
-    if missing := sorted(set(config.round.require_sites) - set(members)):
-        raise RunError(502, f"round.require-sites: must be registered, got no {', '.join(missing)}")
-    if len(members) < config.round.min_sites:
-        why = "; ".join(f"{r.site}: {r.reason}" for r in refused.values())[:300]
-        raise RunError(
-            501,
-            f"sites: must be at least {config.round.min_sites}, got {len(members)} {why}".rstrip(),
+
+    live: Liveness
+    config: Config
+    task: Task
+    run_id: str
+    journal: Journal
+    listener: Listener
+    admitted: dict[str, tuple[int, Registration]] = field(default_factory=dict)
+    refused: dict[int, Rejection] = field(default_factory=dict)
+    _asked: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _told: float = 0.0
+
+    def take(self, flower_run_id: int) -> tuple[dict[str, Member], list[Rejection]]:
+        """Register every node that the grid lists, and wait for as many as the configuration names.
+
+        Returns:
+            Members by site, in name order, and refused registrations.
+
+        Raises:
+            RunError: 501, fewer than ``round.min-sites`` before the deadline, or the SuperLink does not answer;
+                502, a required site is missing.
+        """
+        config, clock = self.config, self.live.link.clock
+        wanted = (
+            config.sites.count if config.data.partition != "natural" else config.round.min_sites
         )
-    if journal.run_preprocessing_missing():
-        parts = [r.statistics for _, (_, r) in sorted(admitted.items()) if r.statistics is not None]
-        steps = (
-            preprocess.fitted(task.preprocessing, preprocess.pooled(parts).standardise())
-            if parts
-            else task.preprocessing
+        needed = max(wanted, config.round.min_sites)
+        started = self._told = clock.now()
+        deadline = started + config.round.deadline
+        bound = min(config.round.deadline, self.live.link.patience.registration)
+        while True:
+            new = self._new(deadline, "connect", started)
+            left = deadline - clock.now()
+            if new and left > 0:
+                self._register(0, new, min(left, bound))
+            left = deadline - clock.now()
+            if len(self.admitted) >= needed or left <= 0:
+                break
+            if len(self.admitted) + len(self.refused) >= needed:
+                # Everybody who was expected has spoken; those refused will not improve by waiting.
+                break
+            enough = len(self.admitted) >= config.round.min_sites
+            if enough and len(self._members() | set(self._asked)) >= needed:
+                # Who is connected and does not answer may join later.
+                break
+            self._tell(0, "connect", started)
+            clock.sleep(min(_PAUSE, left))
+        self._weigh(self.admitted)
+        members = self._write_down(self.admitted)
+        _log.info(
+            "Flower run %s: %d sites registered, %d refused",
+            flower_run_id,
+            len(members),
+            len(self.refused),
         )
-        journal.fix_preprocessing([step.to_json() for step in steps])
-    return members, list(refused.values())
+        self._require(members)
+        self._fix_preprocessing()
+        return members, [*self.refused.values(), *self._silent()]
 
+    def join(self, server_round: int) -> tuple[dict[str, Member], list[Rejection]]:
+        """Register nodes that have connected since, at most once a minute; those in the last look count.
 
-def _register(
-    grid: Grid,
-    nodes: Sequence[int],
-    deadline: float,
-    config: Config,
-    task: Task,
-    run_id: str,
-    journal: Journal,
-    admitted: dict[str, tuple[int, Registration]],
-    refused: dict[int, Rejection],
-) -> None:
-    requests = [
-        Message(
-            RecordDict(
-                {
-                    protocol.CONFIG: ConfigRecord(
-                        {
-                            protocol.RUN_ID: run_id,
-                            protocol.SERVER_ROUND: 0,
-                            protocol.TASK: task.name,
-                            protocol.STANDARDISE: config.data.standardise,
-                        }
-                    )
-                }
-            ),
-            dst_node_id=node,
-            message_type=protocol.REGISTER,
-            ttl=deadline + 60,
-        )
-        for node in nodes
-    ]
-    replies = exchange(grid, requests, deadline).replies
-    before = journal.sites()
-    bounds = column_bounds(task) if config.data.standardise == "federated" else ()
-    for node in nodes:
-        if node not in replies:
-            continue
-        result = admit_registration(replies[node], f"node {node}", run_id, config.admission, bounds)
-        if isinstance(result, Registration):
-            result = _known(result, before, admitted)
-        if isinstance(result, Rejection):
-            refused[node] = result
-            _log.warning("%s refused: FE-%d %s", result.site, result.code, result.reason)
-            continue
-        admitted[result.site] = (node, result)
+        Nodes that did not answer, or whose worker failed, are asked again after pauses that double.
+        """
+        patience, now = self.live.link.patience, self.live.link.clock.now()
+        last = max((at for _, at in self._asked.values()), default=-math.inf)
+        new = [
+            node
+            for node in sorted(self.live.listed - self._members())
+            if not self._is_final(node)
+            and now - self._asked.get(node, (0, -math.inf))[1] >= self._pause(node)
+        ]
+        if not new or now - last < patience.joining_again:
+            return {}, []
+        before, refused = set(self.admitted), dict(self.refused)
+        for node in new:
+            self.refused.pop(node, None)
+        self._register(server_round, new, min(patience.joining, self.config.round.deadline))
+        joined = {site: self.admitted[site] for site in set(self.admitted) - before}
+        self._weigh(joined)
+        members = self._write_down({s: v for s, v in joined.items() if s in self.admitted})
+        fresh = [r for node, r in self.refused.items() if refused.get(node) != r]
+        _log.info("round %d: %d sites joined", server_round, len(members))
+        return members, fresh
 
+    def known_of(self, site: str) -> str:
+        """What is known of a site that is not among the members."""
+        for rejection in self.refused.values():
+            if rejection.site == site:
+                return f"refused, FE-{rejection.code} {rejection.reason}"
+        if site in self.journal.sites():
+            return "not registered since the run was resumed"
+        return "never registered"
 
-def dominant(
-    admitted: Mapping[str, tuple[int, Registration]], before: Mapping[str, object], ratio: float
-) -> dict[str, Rejection]:
-    """New sites that would outweigh the others by what they say of themselves.
+    def _members(self) -> set[int]:
+        return {node for node, _ in self.admitted.values()}
 
-    A site's weight is bounded by what it registers, so that word must be bounded too: by the others'.
-    Fewer than three sites, and sites that the run already knows, are left alone.
-    """
-    sizes = {site: r.train_examples for site, (_, r) in admitted.items()}
-    found: dict[str, Rejection] = {}
-    for site in sorted(sizes, key=lambda s: (-sizes[s], s)):
-        others = [n for other, n in sizes.items() if other != site and other not in found]
-        if len(others) < 2 or site in before:
-            continue
-        bound = int(ratio * statistics.median(others))
-        if sizes[site] > bound:
-            found[site] = Rejection(
-                site,
-                412,
-                "rejected",
-                f"examples: must be at most {bound} ({ratio:g} medians of the other sites, "
-                f"admission.max-size-ratio), got {sizes[site]}",
+    def _is_final(self, node: int) -> bool:
+        """A site that failed may recover; one that was refused will not."""
+        return node in self.refused and self.refused[node].outcome != "error"
+
+    def _pause(self, node: int) -> float:
+        times = self._asked.get(node, (0, 0.0))[0]
+        return self.live.link.patience.joining_again * 2.0 ** min(max(times - 1, 0), _MOST_DOUBLED)
+
+    def _new(self, until: float, phase: str, started: float) -> list[int]:
+        self.live.look((), until, lambda: self._tell(0, phase, started))
+        return sorted(self.live.listed - self._members() - set(self.refused))
+
+    def _tell(self, server_round: int, phase: str, started: float) -> None:
+        now = self.live.link.clock.now()
+        if now - self._told >= self.live.link.patience.telling:
+            self._told = now
+            awaited = set(self.config.round.require_sites) | set(self.journal.sites())
+            self.listener.waiting(
+                server_round, phase, sorted(awaited - set(self.admitted)), now - started
             )
-    return found
 
+    def _silent(self) -> list[Rejection]:
+        return [
+            Rejection(f"node {node}", 409, "absent", "connected, but no answer to the registration")
+            for node in sorted(set(self._asked) - self._members() - set(self.refused))
+        ]
 
-def _known(
-    registration: Registration,
-    before: dict[str, tuple[int, int]],
-    admitted: dict[str, tuple[int, Registration]],
-) -> Registration | Rejection:
-    site = registration.site
-    if site in admitted:
-        return Rejection(site, 412, "duplicate", f"site: must be unique, got a second {site}")
-    now = (registration.train_examples, registration.test_examples)
-    if before.get(site, now) != now:
-        then = "{} to train and {} to test".format(*before[site])
-        return Rejection(
-            site, 412, "rejected", f"examples: must be {then} as before, got {now[0]} and {now[1]}"
+    def _register(self, server_round: int, nodes: Sequence[int], deadline: float) -> None:
+        for node in nodes:
+            times, _ = self._asked.get(node, (0, 0.0))
+            self._asked[node] = (times + 1, self.live.link.clock.now())
+        watch = Watch(
+            waiting=lambda of, seconds: self.listener.waiting(
+                server_round, "register", [f"node {n}" for n in of], seconds
+            )
         )
-    return registration
+        probe = requests.probe(self.run_id, 0, self.task.name, len(nodes))
+        replies = exchange(
+            self.live,
+            requests.register(self.run_id, self.config, nodes, deadline),
+            deadline,
+            watch,
+            None if self.live.link.direct else probe,
+        ).replies
+        before = self.journal.sites()
+        federated = self.config.data.standardise == "federated"
+        bounds = column_bounds(self.task) if federated else ()
+        for node in nodes:
+            if node not in replies:
+                continue
+            result = admit_registration(
+                replies[node], f"node {node}", self.run_id, self.config.admission, bounds
+            )
+            if isinstance(result, Registration):
+                result = known(result, before, self.admitted)
+            if isinstance(result, Rejection):
+                self._refuse(node, result)
+                continue
+            self.admitted[result.site] = (node, result)
+
+    def _refuse(self, node: int, rejection: Rejection) -> None:
+        self.refused[node] = rejection
+        _log.warning("%s refused: FE-%d %s", rejection.site, rejection.code, rejection.reason)
+
+    def _weigh(self, new: Mapping[str, object]) -> None:
+        """Refuse those of the new sites that would outweigh the others."""
+        before = {**self.journal.sites(), **{s: 0 for s in self.admitted if s not in new}}
+        found = dominant(self.admitted, before, self.config.admission.max_size_ratio)
+        for site, rejection in found.items():
+            self._refuse(self.admitted.pop(site)[0], rejection)
+
+    def _write_down(self, of: Mapping[str, tuple[int, Registration]]) -> dict[str, Member]:
+        for site, (_, r) in sorted(of.items()):
+            self.journal.add_site(site, r.train_examples, r.test_examples)
+        return {
+            site: Member(site, node, r.train_examples, r.test_examples)
+            for site, (node, r) in sorted(of.items())
+        }
+
+    def _require(self, members: Mapping[str, Member]) -> None:
+        config = self.config.round
+        nameless = "; ".join(f"{r.site}: {r.reason}" for r in self._nameless())
+        if missing := sorted(set(config.require_sites) - set(members)):
+            known = "; ".join(f"no {site} ({self.known_of(site)})" for site in missing)
+            raise RunError(
+                502,
+                f"round.require-sites: must be registered, got {known}; {nameless}"[:800].rstrip(
+                    "; "
+                ),
+            )
+        if len(members) < config.min_sites:
+            why = "; ".join(
+                f"{r.site}: {r.reason}" for r in (*self.refused.values(), *self._silent())
+            )
+            raise RunError(
+                501,
+                f"sites: must be at least {config.min_sites}, got {len(members)} {why[:300]}".rstrip(),
+            )
+
+    def _nameless(self) -> list[Rejection]:
+        """Nodes of which no site's name is known; a missing site may be one of them."""
+        return [r for r in (*self.refused.values(), *self._silent()) if r.site.startswith("node ")]
+
+    def _fix_preprocessing(self) -> None:
+        if not self.journal.run_preprocessing_missing():
+            return
+        parts = [
+            r.statistics for _, (_, r) in sorted(self.admitted.items()) if r.statistics is not None
+        ]
+        steps = (
+            preprocess.fitted(self.task.preprocessing, preprocess.pooled(parts).standardise())
+            if parts
+            else self.task.preprocessing
+        )
+        self.journal.fix_preprocessing([step.to_json() for step in steps])

@@ -6,28 +6,17 @@ and ``pull_messages`` are used directly.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from flwr.app import Array, Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedge.server.conversation import Conversation, Watch
+from fedge.server.link import Link
+from fedge.server.liveness import Liveness
+
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.5
-#: Replies out of turn that are told of in one exchange; a flood of them must not fill the memory.
-_REPORTED = 1000
-
-ConfigScalar: TypeAlias = bool | int | float | str | bytes
-
-
-@runtime_checkable
-class TimedGrid(Protocol):
-    """A grid that knows how long a site took (a simulation, where sites wait for each other)."""
-
-    def elapsed(self, reply: Message) -> float:
-        """Seconds from the request to this reply."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +27,12 @@ class Exchange:
         replies: one a node, within the deadline.
         late: node ids whose reply came after it.
         absent: node ids without a reply.
-        again: node ids that answered more than once; the first reply counts.
+        again: node ids that answered one request more than once; the first reply counts.
         stray: node ids that replied to nothing that was asked here (as ``again``, the first thousand).
         sent, received: payload in bytes.
+        away: by absent node, for how many seconds it has not been connected.
+        unsent: absent nodes for which the SuperLink took no request.
+        pushed_again: requests that were sent once more.
     """
 
     replies: dict[int, Message]
@@ -50,93 +42,63 @@ class Exchange:
     stray: tuple[int, ...]
     sent: int
     received: int
-
-
-def payload_bytes(message: Message) -> int:
-    """Bytes of arrays, metrics and settings in a message."""
-    if not message.has_content():
-        return 0
-    return sum(
-        len(key) + sum(_bytes_of(v) for v in (value if isinstance(value, list) else [value]))
-        for record in message.content.values()
-        for key, value in record.items()
-    )
-
-
-def _bytes_of(value: Array | ConfigScalar) -> int:
-    # Flower's own count_bytes does the same, but raises at an empty text or list, which a site may well send.
-    if isinstance(value, Array):
-        return len(value.data)
-    if isinstance(value, str | bytes):
-        return len(value)
-    return 1 if isinstance(value, bool) else 8
+    away: dict[int, float] = field(default_factory=dict)
+    unsent: tuple[int, ...] = ()
+    pushed_again: int = 0
 
 
 def exchange(
-    grid: Grid,
+    live: Liveness | Grid,
     requests: Sequence[Message],
     deadline: float,
-    on_reply: Callable[[int, int], None] | None = None,
-    on_pushed: Callable[[], None] | None = None,
+    watch: Watch | None = None,
+    probe: RecordDict | None = None,
 ) -> Exchange:
     """Send every request and collect what comes back.
 
     Args:
-        grid: Flower's.
+        live: Flower's grid, with what is known of its nodes.
         requests: one a node.
         deadline: seconds from now.
-        on_reply: called with (node id, replies so far) when a reply was pulled.
-        on_pushed: called when all requests are out.
-    """
-    started = time.monotonic()
-    sent = sum(payload_bytes(m) for m in requests)
-    destinations = [m.metadata.dst_node_id for m in requests]
-    ids: list[str | None] = list(grid.push_messages(requests))
-    # Flower gives no id for a message that could not be sent, and no ids at all where none could.
-    ids += [None] * (len(destinations) - len(ids))
-    asked = {i: node for i, node in zip(ids, destinations, strict=True) if i}
-    unsent = [node for i, node in zip(ids, destinations, strict=True) if not i]
-    pending = dict(asked)
-    if on_pushed is not None:
-        on_pushed()
+        watch: who is told.
+        probe: the content of a probe; None for a grid that loses nothing.
 
-    replies: dict[int, Message] = {}
-    late: list[int] = []
-    again: list[int] = []
-    stray: list[int] = []
-    received = 0
+    Raises:
+        RunError: 501, the SuperLink does not answer.
+    """
+    live = Liveness(Link(live)) if isinstance(live, Grid) else live
+    clock, direct = live.link.clock, live.link.direct
+    of = Conversation(live, requests, deadline, probe, watch or Watch())
+    of.push_all()
+    if not direct:
+        live.wait_for_next()
     pause = _FIRST_PAUSE
-    while pending:
-        waited_for = len(pending)
-        for reply in grid.pull_messages(list(pending)):
-            received += payload_bytes(reply)
-            node = asked.get(reply.metadata.reply_to_message_id)
-            # Flower itself answers for a site whose reply was lost: then the source is not the site.
-            if node is None or (reply.metadata.src_node_id != node and not reply.has_error()):
-                stray.append(reply.metadata.src_node_id)
-                del stray[_REPORTED:]
-                continue
-            if pending.pop(reply.metadata.reply_to_message_id, None) is None:
-                again.append(node)
-                del again[_REPORTED:]
-                continue
-            taken = (
-                grid.elapsed(reply) if isinstance(grid, TimedGrid) else time.monotonic() - started
-            )
-            if taken > deadline:
-                late.append(node)
-            else:
-                replies[node] = reply
-            if on_reply is not None:
-                on_reply(node, len(replies) + len(late))
-        if len(pending) == waited_for:
-            # Whatever came, nothing of it was waited for: a flood of strays must not outlive the deadline.
-            left = started + deadline - time.monotonic()
-            if left <= 0:
-                break
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.5, _LAST_PAUSE)
-        else:
+    while pending := of.pending():
+        of.pull(pending)
+        left = of.until - clock.now()
+        if len(of.pending()) < len(pending):
             pause = _FIRST_PAUSE
-    absent = (*unsent, *pending.values())
-    return Exchange(replies, tuple(late), absent, tuple(again), tuple(stray), sent, received)
+            if direct or left > 0:
+                continue
+        # Whatever came, nothing of it was waited for: a flood of strays must not outlive the deadline.
+        if left <= 0:
+            break
+        if not direct:
+            of.look()
+            of.mend()
+        of.tick()
+        clock.sleep(min(pause, max(left, 0.0)))
+        pause = min(pause * 1.5, _LAST_PAUSE)
+    absent = (*of.unsent, *of.pending())
+    return Exchange(
+        of.replies,
+        tuple(of.late),
+        absent,
+        tuple(of.again),
+        tuple(of.stray),
+        of.sent,
+        of.received,
+        {n: s for n in absent if (s := live.away(n)) is not None},
+        tuple(of.unsent),
+        of.pushed_again,
+    )

@@ -153,6 +153,22 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
     journal.finish(finished)
 
 
+def stop(directory: RunDirectory, error: FedgeError) -> None:
+    """Write stopped.json, which tells a run that must not be continued by itself from one that was killed.
+
+    It comes on top of an error that is being told, so its own failure is only logged.
+    """
+    if not directory.config.is_file():
+        return
+    try:
+        directory.write_json(
+            directory.stopped, {"code": error.label, "message": error.message, "when": now()}
+        )
+    except OSError:
+        _log.exception("stopped.json cannot be written")
+    report_so_far(directory)
+
+
 def report_so_far(directory: RunDirectory) -> None:
     """Write the report of a run that stops early, if it has come as far as a run.json.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -20,9 +20,28 @@ class Listener(Protocol):
     def round(self, line: dict[str, Any]) -> None:
         """A round is committed; ``line`` is what rounds.jsonl holds."""
 
+    def sent(self, server_round: int, done: int, total: int, nbytes: int) -> None:
+        """Requests are out, ``done`` of ``total`` in this exchange, ``nbytes`` in all so far."""
+
+    def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
+        """Nothing has come for a while; told every 15 s or more often.
+
+        Args:
+            server_round: 0 before the first.
+            phase: ``connect``, ``register``, ``train``, ``evaluate``, or ``superlink`` while that does not answer.
+            sites: that are waited for; none where it is not known who will come.
+            seconds: since this phase began.
+        """
+
+    def lost(self, server_round: int, site: str, seconds: float) -> None:
+        """A site is no longer connected, ``seconds`` after it was asked; told once."""
+
+    def back(self, server_round: int, site: str, seconds: float) -> None:
+        """A lost site is connected again after ``seconds``."""
+
 
 class Silent:
-    """The listener of a run that nobody watches."""
+    """The listener of a run that nobody watches; the base of one that wants to hear of a few things only."""
 
     def start(self, total_rounds: int, done: int = 0) -> None:
         """Say nothing."""
@@ -33,13 +52,25 @@ class Silent:
     def round(self, line: dict[str, Any]) -> None:
         """Say nothing."""
 
+    def sent(self, server_round: int, done: int, total: int, nbytes: int) -> None:
+        """Say nothing."""
+
+    def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
+        """Say nothing."""
+
+    def lost(self, server_round: int, site: str, seconds: float) -> None:
+        """Say nothing."""
+
+    def back(self, server_round: int, site: str, seconds: float) -> None:
+        """Say nothing."""
+
 
 _listener: ContextVar[Listener | None] = ContextVar("fedge_progress", default=None)
 
 
-def current() -> Listener:
-    """The listener of this context."""
-    return _listener.get() or Silent()
+def current() -> Listener | None:
+    """The listener of this context, None where none was set."""
+    return _listener.get()
 
 
 @contextmanager

@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
-from fedge.server.census import Member
+from fedge.server.conversation import GRACE
+from fedge.server.members import Member
 from fedge.server.results import record
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
 from fedge.shared.preprocess import Standardise, Step
 
-#: Seconds that Flower keeps a message beyond the round's deadline, so that a late reply is told from none.
-GRACE = 60.0
+
+@cache
+def own_version() -> str:
+    """This fedge's version, which every request carries."""
+    return version("fedge")
 
 
 class CohortView(Grid):
@@ -85,14 +91,45 @@ def cohort(
     return sorted(set(drawn) | (set(config.round.require_sites) & set(names)))
 
 
-def settings(
-    config: Config, run_id: str, server_round: int, steps: Sequence[Step]
-) -> dict[str, ConfigRecordValues]:
-    """What every request of a round holds in ``config``."""
-    values: dict[str, ConfigRecordValues] = {
+def address(run_id: str, server_round: int, task: str, asked: int) -> dict[str, ConfigRecordValues]:
+    """What every request holds in ``config``, a probe included; ``asked`` nodes are in the exchange."""
+    return {
         protocol.RUN_ID: run_id,
         protocol.SERVER_ROUND: server_round,
-        protocol.TASK: config.task.name,
+        protocol.TASK: task,
+        protocol.VERSION: own_version(),
+        protocol.COHORT: asked,
+    }
+
+
+def probe(run_id: str, server_round: int, task: str, asked: int) -> RecordDict:
+    """The content of a probe."""
+    return RecordDict({protocol.CONFIG: ConfigRecord(address(run_id, server_round, task, asked))})
+
+
+def register(run_id: str, config: Config, nodes: Sequence[int], deadline: float) -> list[Message]:
+    """Requests to register, a node each."""
+    content = {
+        **address(run_id, 0, config.task.name, len(nodes)),
+        protocol.STANDARDISE: config.data.standardise,
+    }
+    return [
+        Message(
+            RecordDict({protocol.CONFIG: ConfigRecord({**content})}),
+            dst_node_id=node,
+            message_type=protocol.REGISTER,
+            ttl=deadline + GRACE,
+        )
+        for node in nodes
+    ]
+
+
+def settings(
+    config: Config, run_id: str, server_round: int, steps: Sequence[Step], asked: int
+) -> dict[str, ConfigRecordValues]:
+    """What every request to train or evaluate holds in ``config``; ``asked`` sites are invited."""
+    values: dict[str, ConfigRecordValues] = {
+        **address(run_id, server_round, config.task.name, asked),
         protocol.SEED: config.run.seed,
         protocol.THREADS: config.run.threads,
         protocol.STANDARDISE: config.data.standardise,

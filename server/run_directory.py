@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from fedge.server.journal import Journal
 from fedge.shared import config_file
@@ -37,6 +38,7 @@ class RunDirectory:
         self.metrics = path / "metrics.json"
         self.run = path / "run.json"
         self.report = path / "report.html"
+        self.stopped = path / "stopped.json"
         self.checkpoints = path / "checkpoints"
         self.sites = path / "sites"
 
@@ -71,7 +73,7 @@ class RunDirectory:
         """Whether run.json says so; the journal alone knows."""
         try:
             state = json.loads(self.run.read_text(encoding="utf-8"))["state"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
         return bool(state == "finished")
 
@@ -100,13 +102,44 @@ class RunDirectory:
         return config_file.load_resolved(self.config)
 
 
+State: TypeAlias = Literal["none", "unfinished", "stopped", "finished"]
+
+
+def state_of(path: Path) -> State:
+    """How far the run in a directory is, without opening it for writing; damaged files never raise.
+
+    Returns:
+        ``none``: there is no run. ``finished``: its results are complete. ``stopped``: an error of fedge ended it,
+        and somebody must mend the cause. ``unfinished``: it goes on, or was killed, and can simply be continued.
+    """
+    directory = RunDirectory(path)
+    try:
+        if not directory.config.is_file():
+            return "none"
+        if directory.says_finished() and _journal_says_finished(directory.journal):
+            return "finished"
+        return "stopped" if directory.stopped.is_file() else "unfinished"
+    except OSError:
+        return "none"
+
+
+def _journal_says_finished(journal: Path) -> bool:
+    """A kill may have come between run.json and the journal's last word; an unreadable one will be told of later."""
+    try:
+        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+            row = opened.execute("SELECT finished FROM run").fetchone()
+    except sqlite3.Error:
+        return False
+    return row is not None and row[0] is not None
+
+
 def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, bool]:
     """Make a directory ready for a run.
 
     Args:
         path: the directory; made, with its parents, where missing.
         config: what is to run.
-        resume: continue what the directory holds, or start where it holds nothing.
+        resume: continue what the directory holds, also where it was stopped, or start where it holds nothing.
 
     Returns:
         The directory, and whether its run is finished already.
@@ -151,6 +184,7 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
             # No round was committed, so nothing is lost: a mistake before the first round is simply mended.
             _clear(directory)
             write_atomically(directory.config, config_file.dump(config).encode())
+        directory.stopped.unlink(missing_ok=True)
         return directory, finished
 
 
@@ -178,6 +212,8 @@ def _clear(directory: RunDirectory) -> None:
         "run.json",
         "report.html",
         "rounds.jsonl",
+        "events.jsonl",
+        "stopped.json",
         "journal.db",
         "journal.db-wal",
         "journal.db-shm",

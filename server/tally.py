@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedge.server.census import Member
 from fedge.server.exchange import Exchange
 from fedge.server.journal import Line
+from fedge.server.members import Member
 from fedge.server.results import Update
 from fedge.server.verdicts import Rejection, Verdict
+
+
+def absence(result: Exchange, node: int, deadline: float) -> str:
+    """Why there is no reply of a node that was asked."""
+    if node in result.away:
+        return f"not connected for {result.away[node]:.0f} s"
+    if node in result.unsent:
+        return "the SuperLink takes no requests for it"
+    return f"connected, but no reply within {deadline:g} s"
 
 
 @dataclass
@@ -43,7 +52,7 @@ class Tally:
                 for n in result.late
             ),
             *(
-                Rejection(site[n], 409, "absent", f"no reply within {deadline:g} s")
+                Rejection(site[n], 409, "absent", absence(result, n, deadline))
                 for n in result.absent
             ),
             *(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
+
+from flwr.app import Error
 
 from fedge.server.results import Update
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import AdmissionSection
+from fedge.shared.errors import CATALOGUE
 from fedge.shared.preprocess import Statistics
 
 Outcome: TypeAlias = Literal["rejected", "error", "stale", "duplicate", "late", "absent"]
@@ -107,3 +111,33 @@ def printable(value: object, limit: int = 64) -> str:
     text = value if isinstance(value, str) else repr(value)[: 4 * limit]
     text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+#: Flower's number for an exception in a ClientApp; and what of its text is looked at.
+_CLIENT_APP_RAISED, _LONGEST_REASON = 2, 2000
+
+
+def reported(error: Error) -> int | None:
+    """The number of the catalogue that a site's error stands for; None where it names none.
+
+    A ClientApp that cannot even start has no other way than to raise: then the number is in the text.
+    """
+    code = error.code
+    if type(code) is int and code in CATALOGUE:
+        return code
+    if code == _CLIENT_APP_RAISED and isinstance(error.reason, str):
+        found = re.search(r"\bFE-([34]\d\d)\b", error.reason[:_LONGEST_REASON])
+        if found and int(found[1]) in CATALOGUE:
+            return int(found[1])
+    return None
+
+
+def reported_words(error: Error) -> str:
+    """A site's error as the round's line tells it: its number and the number's title, nothing of its text."""
+    code = reported(error)
+    shown = (
+        "an error without a known number"
+        if code is None
+        else f"FE-{code} ({CATALOGUE[code].title})"
+    )
+    return f"the site reported {shown}; its text is in the site's log"

@@ -112,6 +112,10 @@ class TrainSection(Section):
     local_steps: int | None = Field(
         None, ge=1, le=10_000_000, description="steps a round, instead of epochs"
     )
+    mixed_precision: Literal["off", "bfloat16", "float16"] = Field(
+        "off",
+        description="type of the forward and backward pass; the weights stay as they are; float16 needs a GPU",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> TrainSection:

@@ -1,13 +1,16 @@
-"""Named places at which a test may kill the process, so that recovery is shown and not assumed.
+"""Named places at which a test may kill a process, so that recovery is shown and not assumed.
 
-Set ``FEDGE_FAIL_POINT=after-dispatch:3`` and the process receives SIGKILL when round 3 reaches that point. Unset,
-a point costs one dictionary look-up. The idea is aktualizr's: a named fail point at every write.
+Set ``FEDGE_FAIL_POINT=after-dispatch:3`` and the process receives SIGKILL when round 3 reaches that point; with
+``after-dispatch:3@/srv/fedge/status.json#superlink`` the daemon's service of that name receives it instead. Unset, a
+point costs one dictionary look-up. The idea is aktualizr's: a named fail point at every write.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
 from typing import Final
 
 VARIABLE: Final = "FEDGE_FAIL_POINT"
@@ -26,6 +29,15 @@ COORDINATOR: Final = (
 
 
 def reach(point: str, server_round: int) -> None:
-    """Die here if the environment asks for it; otherwise do nothing."""
-    if os.environ.get(VARIABLE) == f"{point}:{server_round}":
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Kill here if the environment asks for it; otherwise do nothing."""
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return
+    place, _, victim = wanted.partition("@")
+    if place == f"{point}:{server_round}":
+        os.kill(_process(victim) if victim else os.getpid(), signal.SIGKILL)
+
+
+def _process(victim: str) -> int:
+    status, _, service = victim.rpartition("#")
+    return int(json.loads(Path(status).read_text(encoding="utf-8"))["services"][service]["pid"])

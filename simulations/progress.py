@@ -28,6 +28,9 @@ SPARK_WIDTH: Final = 20
 #: Sites up to which the table has a row for each; with more, this many of the weakest and the strongest.
 MAX_SITES_SINGLY: Final = 12
 EXTREMES: Final = 4
+#: Lines about rounds in which a site is missing, and the width of a reason there.
+MAX_ABSENCES: Final = 12
+REASON_WIDTH: Final = 52
 
 
 def _printable(name: str, width: int = NAME_WIDTH) -> str:
@@ -87,6 +90,18 @@ def round_facts(line: Mapping[str, Any]) -> str:
     if line.get("outcome") != "committed":
         parts.append("skipped")
     return "  ".join(parts)
+
+
+def waiting_text(phase: str, sites: Sequence[str], seconds: float) -> str:
+    """``waiting for site-3 and 2 more (0:30)``."""
+    if phase == "superlink":
+        what = "the SuperLink"
+    elif not sites:
+        what = "sites to connect" if phase == "connect" else "sites"
+    else:
+        what = _printable(sites[0]) + (f" and {len(sites) - 1} more" if len(sites) > 1 else "")
+        what += " to connect" if phase == "connect" else ""
+    return f"waiting for {what} ({clock(seconds)})"
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = SPARK_WIDTH) -> str:
@@ -194,6 +209,31 @@ class Progress:
         elif not self._quiet:
             self._plain(number, spent)
 
+    def sent(self, server_round: int, done: int, total: int, nbytes: int) -> None:
+        """Show how many requests are out, where they go one by one."""
+        if done < total:
+            self._note(server_round, f"sent {done}/{total}, {nbytes / 1e6:.0f} MB", plain=False)
+
+    def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
+        """Show for whom, or what, the run waits."""
+        self._note(server_round, waiting_text(phase, sites, seconds))
+
+    def lost(self, server_round: int, site: str, seconds: float) -> None:  # noqa: ARG002
+        """Name a site that is no longer connected."""
+        self._note(server_round, f"{_printable(site)} is not connected")
+
+    def back(self, server_round: int, site: str, seconds: float) -> None:
+        """Name a site that is connected again."""
+        self._note(server_round, f"{_printable(site)} is back after {clock(seconds)}")
+
+    def _note(self, server_round: int, text: str, *, plain: bool = True) -> None:
+        where = f"round {server_round}/{self._total}" if self._total else "start"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=where, facts=text)
+        elif plain and not self._quiet:
+            self._file.write(f"{where}  {text}\n")
+            self._file.flush()
+
     def _plain(self, number: int, spent: str) -> None:
         """One line for each fifth of the run, at its end."""
         part = number * PLAIN_LINES // self._total
@@ -238,10 +278,37 @@ def _missing(
     return [site for site in found if site not in evaluated]
 
 
+def absences(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the rounds in which not everybody counted, the first few: who was expected, who was missing, and why."""
+    told = []
+    for line in rounds:
+        invited = {s for s in line.get("invited") or () if isinstance(s, str)}
+        trained = {s for s in line.get("trained") or () if isinstance(s, str)}
+        why: dict[str, str] = {}
+        for item in line.get("rejected") or ():
+            site, outcome = _get(item, "site"), _get(item, "outcome")
+            if isinstance(site, str) and isinstance(outcome, str) and site not in trained:
+                reason = str(_get(item, "reason") or "")
+                shown = f"{outcome}, {reason}" if outcome == "absent" else outcome
+                why.setdefault(site, f"{_printable(site)} {_printable(shown, REASON_WIDTH)}")
+        if not why:
+            continue
+        named = list(why.values())[:EXTREMES]
+        if len(why) > len(named):
+            named.append(f"{len(why) - len(named)} more")
+        expected = len(invited | set(why))
+        told.append(f"round {line.get('round')}: {len(trained)} of {expected} counted")
+        told += [f"  {name}" for name in named]
+    if len(told) <= MAX_ABSENCES:
+        return told
+    return [*told[:MAX_ABSENCES], "… see the report for all rounds"]
+
+
 def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
     """The result by site as text, at most 80 wide; with more than 12 sites the weakest and the strongest.
 
-    Sites of the run that the last evaluation lacks come after those that it has.
+    Sites of the run that the last evaluation lacks come after those that it has; rounds that lacked a site, with the
+    reason, come last.
 
     Args:
         metrics: as written to metrics.json.
@@ -297,4 +364,5 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
     means = [v for r in rounds if (v := _finite(_get(r, "metrics", "site_mean", lead))) is not None]
     lines.append(row("site mean", "", mean, sparkline(means, low, high)))
     lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled))
+    lines += absences(rounds)
     return "\n".join(lines)

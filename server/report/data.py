@@ -89,6 +89,14 @@ class Run:
     release: Mapping[str, Any]
     edge: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
+    stopped: str = ""
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``stopped`` by an error, or ``running``."""
+        if self.finished:
+            return "finished"
+        return "stopped" if self.stopped else "running"
 
     @property
     def lead(self) -> str:
@@ -249,6 +257,7 @@ def read(run_dir: Path) -> Run:
         raise ConfigError(209, f"{run_dir}: must hold a run.json, as `fedge simulate` writes it")
     rounds = _read_rounds(run_dir / "rounds.jsonl", notes)
     totals = _read_json(run_dir / "metrics.json", notes)
+    stopped = _read_json(run_dir / "stopped.json", notes)
     final = mapping(totals.get("final"))
     if not final:  # a run that goes on: what was measured last
         last = next((r for r in reversed(rounds) if r.site_mean or r.pooled or r.per_site), None)
@@ -294,4 +303,5 @@ def read(run_dir: Path) -> Run:
         release=_read_json(run_dir / "release.json", notes),
         edge=_read_json(run_dir / "edge.json", notes),
         notes=tuple(plain(n) for n in notes),
+        stopped=" ".join(x for x in (text(stopped.get(k)) for k in ("code", "message")) if x),
     )

@@ -60,7 +60,7 @@ def _moment(stamp: str) -> str:
 def _provenance(run: Run) -> str:
     rows = [
         ("run", f"<code>{esc(run.name)}</code>"),
-        ("state", "finished" if run.finished else "running"),
+        ("state", run.state),
         ("started", esc(_moment(run.started))),
         ("finished", esc(_moment(run.ended))),
         ("task", esc(run.task)),
@@ -88,6 +88,14 @@ def _notes(run: Run) -> str:
     return f'<div class="card warn"><h3>What could not be read</h3><ul>{items}</ul></div>'
 
 
+def _stopped(run: Run) -> str:
+    if run.state != "stopped":
+        return ""
+    return (
+        f'<div class="card warn"><h3>The run was stopped</h3><p>{esc(run.stopped, 1000)}</p></div>'
+    )
+
+
 def render(run_dir: Path) -> str:
     """The report of a run directory, finished or not, as one HTML document.
 
@@ -107,17 +115,18 @@ def render(run_dir: Path) -> str:
     titles = ("Learning", "Sites", "Participation", "Cost", "Bundle", "Device")
     links = [(n, t) for n, t, body in zip(names, titles, sections, strict=True) if body]
     links.append(("origin", "Origin"))
-    state = "finished" if run.finished else "running"
     when = run.ended if run.finished and run.ended else run.started
     return Template(_data("page.html")).substitute(
         title=esc(f"{run.task}, {run.strategy}, {run.name}"),
         style=_data("page.css"),
         headline=esc(headline(run)),
         run=esc(run.name),
-        state=state,
+        state=run.state,
         when=f"<time>{esc(_moment(when))}</time>" if when else "",
         nav="".join(f'<a href="#{n}">{t}</a>' for n, t in links),
-        body="".join([_notes(run), tiles(run), brief(run), *sections, _provenance(run)]),
+        body="".join(
+            [_stopped(run), _notes(run), tiles(run), brief(run), *sections, _provenance(run)]
+        ),
     )
 
 

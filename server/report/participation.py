@@ -17,6 +17,8 @@ from fedge.shared.errors import CATALOGUE
 MAX_MATRIX_ROUNDS: Final = 150
 MAX_MATRIX_SITES: Final = 300
 MAX_REFUSAL_ROWS: Final = 500
+#: Sites that one cell of the table of rounds names.
+MAX_NAMED: Final = 8
 #: Sites up to which every cell has a tooltip; with more, only those that need a word.
 MAX_SITES_WITH_TIPS: Final = 40
 #: Rounds up to which the matrix is narrow enough to stand beside the table.
@@ -215,6 +217,45 @@ def _refusal_table(run: Run) -> str:
     return fmt.card("Rejections and drops", grid, note)
 
 
+#: Columns of the table of rounds: what stands in it, by the cell that a site has.
+_MISSING: Final = (("absent", ABSENT), ("late", LATE), ("rejected or failed", REJECTED))
+
+
+def _round_row(r: Round) -> list[str] | None:
+    """A round's row where a site is missing, else None."""
+    grouped = by_site(r)
+    found: dict[str, list[str]] = {words: [] for words, _ in _MISSING}
+    names = sorted((r.invited | set(grouped)) - r.trained, key=fmt.natural)
+    for name in names:
+        refusals = grouped.get(name, [])
+        state = cell(r, name, refusals)
+        for words, wanted in _MISSING:
+            if state is wanted or (wanted is REJECTED and state in (ERROR, OTHER)):
+                told = next((x for x in refusals if _BY_OUTCOME.get(x.outcome) is state), None)
+                why = f": {esc(told.reason)}" if told and state is not LATE else ""
+                found[words].append(f"{fmt.site_name(name)}{why}")
+    if not any(found.values()):
+        return None
+    cells = []
+    for named in found.values():
+        more = f"<br>and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+        cells.append(("<br>".join(named[:MAX_NAMED]) + more) or fmt.MISSING)
+    return [str(r.number), str(len(r.trained | set(names))), str(len(r.trained)), *cells]
+
+
+def _round_table(run: Run) -> str:
+    """Who was expected in each round, and who was missing and why; empty where nobody was."""
+    rows = [row for r in run.rounds if (row := _round_row(r)) is not None]
+    if not rows:
+        return ""
+    shown = rows[-MAX_MATRIX_ROUNDS:]
+    note = f"The last {len(shown)} of {fmt.count(len(rows))}." if len(shown) < len(rows) else ""
+    head = [("round", "n"), ("expected", "n"), ("counted", "n")]
+    head += [(words, "words") for words, _ in _MISSING]
+    grid = fmt.table("Rounds in which a site was missing", head, shown, tall=len(shown) > 12)
+    return fmt.card("Rounds in which a site was missing", grid, note)
+
+
 def tally(run: Run) -> Counter[str]:
     """How often each outcome happened: ``trained``, ``invited``, ``not connected``, and those of the refusals."""
     total = Counter(x.outcome for r in run.rounds for x in (*r.rejected, *r.dropped))
@@ -246,6 +287,5 @@ def participation(run: Run) -> str:
         and len(run.sites) <= MAX_SITES_WITH_TIPS
     )
     body = _matrix(run) + _refusal_table(run)
-    return fmt.section(
-        "participation", "Who took part", lead, f'<div class="pair">{body}</div>' if small else body
-    )
+    body = f'<div class="pair">{body}</div>' if small else body
+    return fmt.section("participation", "Who took part", lead, body + _round_table(run))

@@ -34,6 +34,8 @@ def headline(run: Run) -> str:
     if run.finished:
         return f"{run.strategy} trained {run.task} across {sites} in {fmt.plural(done, 'round')}: {reached}."
     progress = f"{done} of {fmt.plural(run.planned, 'round')} done"
+    if run.state == "stopped":
+        return f"{run.strategy} on {run.task} was stopped across {sites}, {progress}: {reached}."
     return f"{run.strategy} is training {run.task} across {sites}, {progress}: {reached}."
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedge.shared.command import Command
+
+if TYPE_CHECKING:
+    from fedge.server.run_directory import RunDirectory
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -23,19 +27,15 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def _run(arguments: Namespace) -> int:
+def show(directory: RunDirectory, *, as_json: bool) -> None:
+    """Print what a finished run came to."""
     import json
     import sys
 
-    from fedge.shared.config_file import load
-    from fedge.simulations.engine import simulate
-    from fedge.simulations.progress import Progress, summary_table
+    from fedge.simulations.progress import summary_table
 
-    config = load(arguments.config, arguments.set)
-    with Progress(quiet=arguments.quiet) as progress:
-        directory = simulate(config, arguments.out, resume=arguments.resume, listener=progress)
     metrics = directory.metrics.read_text(encoding="utf-8")
-    if arguments.json:
+    if as_json:
         sys.stdout.write(metrics)
     else:
         lines = [
@@ -43,6 +43,17 @@ def _run(arguments: Namespace) -> int:
         ]
         sys.stdout.write(summary_table(json.loads(metrics), lines) + "\n")
         sys.stdout.write(f"{directory.report}\n")
+
+
+def _run(arguments: Namespace) -> int:
+    from fedge.shared.config_file import load
+    from fedge.simulations.engine import simulate
+    from fedge.simulations.progress import Progress
+
+    config = load(arguments.config, arguments.set)
+    with Progress(quiet=arguments.quiet) as progress:
+        directory = simulate(config, arguments.out, resume=arguments.resume, listener=progress)
+    show(directory, as_json=arguments.json)
     return 0
 
 

@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, Record
 from fedge.client.data import SiteData
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
+from fedge.shared.errors import SiteError
 from fedge.shared.models.fnn import FNN
 from fedge.shared.preprocess import Standardise
 from fedge.shared.schema import Feature, InputSchema, OutputSchema
@@ -20,6 +21,7 @@ from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, 
 from fedge.shared.tasks.task import Table, Task
 
 Ask = Callable[..., Message]
+Tell = Callable[[SiteWorker, Message], RecordDict | SiteError]
 
 
 def _no_files(path: Path | None) -> Table:
@@ -54,6 +56,19 @@ def data() -> SiteData:
 @pytest.fixture
 def worker(task: Task, data: SiteData, tmp_path: Path) -> SiteWorker:
     return SiteWorker("site-1", task, data, tmp_path / "site-1")
+
+
+@pytest.fixture
+def tell() -> Tell:
+    """Pass a message's kind and content to a worker; its error is returned, as it would travel."""
+
+    def deliver(worker: SiteWorker, message: Message) -> RecordDict | SiteError:
+        try:
+            return worker.answer(message.metadata.message_type, message.content)
+        except SiteError as error:
+            return error
+
+    return deliver
 
 
 @pytest.fixture

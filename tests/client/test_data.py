@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedge.client.data import site_shares
+from fedge.client.data import own_examples, site_shares
+from fedge.client.site_file import OwnData
 from fedge.shared.config import Config
 from fedge.shared.errors import DataError
 from fedge.shared.tasks.registry import get_task
@@ -130,3 +131,59 @@ def test_a_table_that_is_not_as_declared_is_refused(table, said, task):
 def test_a_table_as_declared_passes(task):
     asked = config(sites={"count": 2}, data={"partition": "iid"})
     assert len(site_shares(asked, held_by(Table(FEATURES, LABELS), task))) == 2
+
+
+# A site by itself
+
+
+def section(**values):
+    return OwnData.model_validate({"test-fraction": 0.25, "seed": 42, **values})
+
+
+@pytest.fixture
+def named(task):
+    features = np.arange(80, dtype=np.float32).reshape(40, 2)
+    sites = np.array(["north", "south"])[np.arange(40) % 2]
+    return Table(features, np.arange(40) // 2 % 2, sites=sites)
+
+
+def test_a_site_that_the_data_name_holds_its_rows(task, named):
+    found = own_examples(held_by(named, task), "south", section())
+    rows = np.concatenate([found.train_features, found.test_features])
+    assert sorted(rows[:, 0].tolist()) == named.features[1::2, 0].tolist()
+    assert len(found.test_labels) == 5
+
+
+def test_a_named_site_is_the_one_of_a_simulation(task, named):
+    own = own_examples(held_by(named, task), "south", section(seed=7))
+    conf = config(data={"partition": "natural"}, run={"seed": 7})
+    share = site_shares(conf, held_by(named, task))["south"]
+    assert np.array_equal(own.train_features, share.train_features)
+    assert np.array_equal(own.test_labels, share.test_labels)
+
+
+@pytest.mark.parametrize("sites", [True, False])
+def test_any_other_site_holds_all_rows(task, named, sites):
+    table = named if sites else replace(named, sites=None)
+    found = own_examples(held_by(table, task), "east", section())
+    assert len(found.train_labels) + len(found.test_labels) == 40
+
+
+def test_the_datas_own_split_holds(task, named):
+    table = replace(named, test=np.arange(40) < 10)
+    found = own_examples(held_by(table, task), "east", section())
+    assert np.array_equal(found.test_features, named.features[:10])
+
+
+def test_too_few_rows_of_its_own_are_refused(task, named):
+    table = replace(named, sites=np.array(["a"] * 2 + ["b"] * 38))
+    with pytest.raises(DataError) as caught:
+        own_examples(held_by(table, task), "a", section())
+    assert caught.value.code == 303
+
+
+def test_the_task_is_given_the_sites_path(task, named, tmp_path):
+    seen = []
+    reading = replace(task, load=lambda path: seen.append(path) or named)
+    own_examples(reading, "east", section(path=tmp_path))
+    assert seen == [tmp_path]

@@ -10,7 +10,7 @@ from fedge.client.app import app
 from fedge.client.relay import DirectLink
 from fedge.shared import protocol
 
-REQUESTS = [protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE]
+REQUESTS = [protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE, protocol.PROBE]
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def connected(worker):
 
 
 class BrokenLink:
-    def exchange(self, message):
+    def exchange(self, kind, content):
         raise OSError("/secret/path is gone")
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_flowers_client_app_reaches_the_worker(kind, connected, ask, weights, context):
-    reply = app(ask(kind, None if kind == protocol.REGISTER else weights), context)
+    reply = app(ask(kind, None if kind.startswith("query") else weights), context)
     assert reply.has_content()
     assert reply.content[protocol.CONFIG][protocol.SITE] == "site-1"
     assert reply.metadata.reply_to_message_id == "m"
@@ -63,6 +63,11 @@ def test_a_broken_link_tells_its_number_and_no_text(ask, context, caplog):
     relay.disconnect("site-1")
     assert (reply.error.code, reply.error.reason) == (413, "FE-413")
     assert "/secret/path" in caplog.text
+
+
+def test_a_refusal_travels_as_its_number(connected, ask, weights, context):
+    reply = app(ask(protocol.TRAIN, weights, task="digits"), context)
+    assert (reply.error.code, reply.error.reason) == (414, "FE-414")
 
 
 def test_the_relay_imports_neither_torch_nor_data():

@@ -21,14 +21,14 @@ def refused(call, *args):
 
 
 def test_arrays_come_in_the_models_order(ask):
-    found = requests.arrays(ask("train", dict(reversed(GOOD.items()))), SPECS)
+    found = requests.arrays(ask("train", dict(reversed(GOOD.items()))).content, SPECS)
     assert list(found) == ["w", "n"]
     assert np.array_equal(found["w"], GOOD["w"])
     assert found["n"] == 4
 
 
 def test_fortran_order_is_read_right(ask):
-    found = requests.arrays(ask("train", GOOD | {"w": np.asfortranarray(GOOD["w"])}), SPECS)
+    found = requests.arrays(ask("train", GOOD | {"w": np.asfortranarray(GOOD["w"])}).content, SPECS)
     assert np.array_equal(found["w"], GOOD["w"])
 
 
@@ -48,19 +48,23 @@ def test_fortran_order_is_read_right(ask):
     ],
 )
 def test_other_arrays_are_refused_by_name(ask, change, named):
-    assert named in refused(requests.arrays, ask("train", GOOD | change), SPECS)
+    assert named in refused(requests.arrays, ask("train", GOOD | change).content, SPECS)
 
 
 def test_a_missing_array_is_named(ask):
-    assert "w: must be among" in refused(requests.arrays, ask("train", {"n": GOOD["n"]}), SPECS)
-    assert "arrays" in refused(requests.arrays, ask("train"), SPECS)
+    assert "w: must be among" in refused(
+        requests.arrays, ask("train", {"n": GOOD["n"]}).content, SPECS
+    )
+    assert "arrays" in refused(requests.arrays, ask("train").content, SPECS)
 
 
 def test_a_header_cannot_make_us_allocate(ask):
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }"
     data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     lie = Array("float32", (2, 3), "numpy.ndarray", data)
-    assert "w: shape must be" in refused(requests.arrays, ask("train", GOOD | {"w": lie}), SPECS)
+    assert "w: shape must be" in refused(
+        requests.arrays, ask("train", GOOD | {"w": lie}).content, SPECS
+    )
 
 
 @given(st.binary(max_size=1200))
@@ -171,7 +175,7 @@ def test_other_training_is_refused(ask, change):
 
 
 def test_another_task_is_refused(ask):
-    assert "task: must be digits" in refused(requests.config_of, ask("train"), "digits")
+    assert "task: must be digits" in refused(requests.config_of, ask("train").content, "digits")
 
 
 @given(

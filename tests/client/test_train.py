@@ -6,6 +6,7 @@ from fedge.client.batches import batches
 from fedge.client.evaluate import CHUNK, counters, mean_loss
 from fedge.client.train import Examples, train
 from fedge.shared.config import TrainSection
+from fedge.shared.errors import SiteError
 
 
 @pytest.fixture
@@ -125,3 +126,66 @@ def test_counters_do_not_depend_on_chunks(task):
         assert found["correct"] == float((net(x).argmax(1) == y).sum())
         assert found["loss-sum"] == pytest.approx(float(task.loss(net(x), y)) * len(y), rel=1e-5)
     assert not net.training
+
+
+# Mixed precision
+
+
+class Seen(torch.nn.Module):
+    """A linear layer that notes the type of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.types = torch.nn.Linear(2, 2), set()
+
+    def forward(self, x):
+        found = self.layer(x)
+        self.types.add(found.dtype)
+        return found
+
+
+def test_bfloat16_computes_so_and_keeps_full_weights(task, examples):
+    found = {}
+    for kind in ("off", "bfloat16"):
+        torch.manual_seed(3)
+        net = Seen()
+        before = mean_loss(task, net, examples.x, examples.y)
+        net.types.clear()
+        outcome = train(
+            task, net, examples, order(examples, 60), section(**{"mixed-precision": kind})
+        )
+        assert net.types == {torch.bfloat16 if kind == "bfloat16" else torch.float32}
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+        assert mean_loss(task, net, examples.x, examples.y) < before / 2
+        found[kind] = (outcome.loss, weights(net))
+    assert found["off"][0] == pytest.approx(found["bfloat16"][0], rel=0.05)
+    for name, p in found["off"][1].items():
+        assert not torch.equal(p, found["bfloat16"][1][name])
+        torch.testing.assert_close(p, found["bfloat16"][1][name], rtol=0.1, atol=0.05)
+
+
+def test_bfloat16_goes_with_a_correction_and_a_proximal_term(task, examples):
+    net = network(task)
+    push = {n: torch.zeros_like(p) for n, p in weights(net).items()}
+    outcome = train(
+        task,
+        net,
+        examples,
+        order(examples, 5),
+        section(**{"mixed-precision": "bfloat16"}),
+        proximal_mu=0.1,
+        correction=push,
+    )
+    assert {g.dtype for g in outcome.mean_gradient.values()} == {torch.float32}
+
+
+def test_float16_is_refused_on_the_cpu(task, examples):
+    with pytest.raises(SiteError) as caught:
+        train(
+            task,
+            network(task),
+            examples,
+            order(examples, 1),
+            section(**{"mixed-precision": "float16"}),
+        )
+    assert caught.value.code == 414

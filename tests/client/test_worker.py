@@ -11,17 +11,18 @@ from torch import nn
 from fedge.client.worker import SiteWorker
 from fedge.shared import preprocess, protocol
 from fedge.shared.arrays import read
+from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Scale, Standardise
 
 TRAIN, EVALUATE, REGISTER = protocol.TRAIN, protocol.EVALUATE, protocol.REGISTER
 
 
 def arrays(reply):
-    return {k: a.numpy() for k, a in reply.content[protocol.ARRAYS].items()}
+    return {k: a.numpy() for k, a in reply[protocol.ARRAYS].items()}
 
 
 def metrics(reply):
-    return dict(reply.content[protocol.METRICS])
+    return dict(reply[protocol.METRICS])
 
 
 def same(one, other):
@@ -31,8 +32,8 @@ def same(one, other):
 
 
 def refused(reply, code=414):
-    assert reply.has_error()
-    assert (reply.error.code, reply.error.reason) == (code, f"FE-{code}")
+    assert isinstance(reply, SiteError)
+    assert reply.code == code
 
 
 def with_control(weights, value=0.0):
@@ -48,8 +49,8 @@ def change_of(reply):
 # Registering
 
 
-def test_register_tells_sizes_and_sums(worker, ask, data):
-    found = metrics(worker.handle(ask(REGISTER)))
+def test_register_tells_sizes_and_sums(tell, worker, ask, data):
+    found = metrics(tell(worker, ask(REGISTER)))
     sums = preprocess.statistics((Standardise(),), data.train_features)
     assert found == {
         "num-train-examples": 37,
@@ -59,23 +60,23 @@ def test_register_tells_sizes_and_sums(worker, ask, data):
     }
 
 
-def test_register_tells_no_sums_where_each_site_keeps_its_own(worker, ask):
-    found = metrics(worker.handle(ask(REGISTER, standardise="site")))
+def test_register_tells_no_sums_where_each_site_keeps_its_own(tell, worker, ask):
+    found = metrics(tell(worker, ask(REGISTER, standardise="site")))
     assert set(found) == {"num-train-examples", "num-test-examples"}
 
 
-def test_register_tells_no_sums_where_nothing_is_learnt(task, data, ask, tmp_path):
+def test_register_tells_no_sums_where_nothing_is_learnt(tell, task, data, ask, tmp_path):
     plain = SiteWorker("a", replace(task, preprocessing=(Scale(0.5),)), data, tmp_path)
-    assert set(metrics(plain.handle(ask(REGISTER)))) == {"num-train-examples", "num-test-examples"}
+    assert set(metrics(tell(plain, ask(REGISTER)))) == {"num-train-examples", "num-test-examples"}
 
 
 # Training
 
 
-def test_train_replies_exactly_what_the_protocol_says(worker, ask, weights):
-    reply = worker.handle(ask(TRAIN, weights, server_round=3))
-    assert set(reply.content) == {"arrays", "metrics", "config"}
-    assert dict(reply.content["config"]) == {
+def test_train_replies_exactly_what_the_protocol_says(tell, worker, ask, weights):
+    reply = tell(worker, ask(TRAIN, weights, server_round=3))
+    assert set(reply) == {"arrays", "metrics", "config"}
+    assert dict(reply["config"]) == {
         "site": "site-1",
         "run-id": "r-1",
         "server-round": 3,
@@ -90,68 +91,69 @@ def test_train_replies_exactly_what_the_protocol_says(worker, ask, weights):
     assert metrics(reply)["num-examples"] == 37
 
 
-def test_training_learns(worker, ask, weights):
+def test_training_learns(tell, worker, ask, weights):
     for server_round in range(1, 16):
-        weights = arrays(worker.handle(ask(TRAIN, weights, server_round=server_round)))
-    found = metrics(worker.handle(ask(EVALUATE, weights)))
+        weights = arrays(tell(worker, ask(TRAIN, weights, server_round=server_round)))
+    found = metrics(tell(worker, ask(EVALUATE, weights)))
     assert found["correct"] / found["examples"] > 0.9
 
 
-def test_the_request_is_left_as_it_was(worker, ask, weights):
+def test_the_request_is_left_as_it_was(tell, worker, ask, weights):
     before = {k: a.copy() for k, a in weights.items()}
     request = ask(TRAIN, weights)
-    worker.handle(request)
-    assert same(arrays(request), before)
+    tell(worker, request)
+    assert same(arrays(request.content), before)
 
 
-def test_same_request_same_bits_whatever_came_before(worker, task, data, ask, weights, tmp_path):
+def test_same_request_same_bits_whatever_came_before(
+    tell, worker, task, data, ask, weights, tmp_path
+):
     request = ask(TRAIN, weights, server_round=4)
-    first = arrays(worker.handle(request))
-    worker.handle(ask(TRAIN, weights, server_round=1, train='{"local-steps": 3}'))
-    worker.handle(ask(EVALUATE, weights, feature_mean=[0.0, 9.0]))
-    worker.handle(ask(TRAIN, {"wrong": np.zeros(1)}))
+    first = arrays(tell(worker, request))
+    tell(worker, ask(TRAIN, weights, server_round=1, train='{"local-steps": 3}'))
+    tell(worker, ask(EVALUATE, weights, feature_mean=[0.0, 9.0]))
+    tell(worker, ask(TRAIN, {"wrong": np.zeros(1)}))
     torch.rand(7)
-    assert same(arrays(worker.handle(request)), first)
+    assert same(arrays(tell(worker, request)), first)
     fresh = SiteWorker("site-1", task, data, tmp_path / "elsewhere")
-    assert same(arrays(fresh.handle(request)), first)
+    assert same(arrays(tell(fresh, request)), first)
 
 
-def test_seed_round_and_site_change_the_draw(worker, task, data, ask, weights, tmp_path):
-    first = arrays(worker.handle(ask(TRAIN, weights)))
-    assert not same(arrays(worker.handle(ask(TRAIN, weights, seed=43))), first)
-    assert not same(arrays(worker.handle(ask(TRAIN, weights, server_round=2))), first)
+def test_seed_round_and_site_change_the_draw(tell, worker, task, data, ask, weights, tmp_path):
+    first = arrays(tell(worker, ask(TRAIN, weights)))
+    assert not same(arrays(tell(worker, ask(TRAIN, weights, seed=43))), first)
+    assert not same(arrays(tell(worker, ask(TRAIN, weights, server_round=2))), first)
     other = SiteWorker("site-2", task, data, tmp_path / "site-2")
-    assert not same(arrays(other.handle(ask(TRAIN, weights))), first)
+    assert not same(arrays(tell(other, ask(TRAIN, weights))), first)
 
 
-def test_dropout_is_drawn_by_seed_site_and_round(task, data, ask, tmp_path):
+def test_dropout_is_drawn_by_seed_site_and_round(tell, task, data, ask, tmp_path):
     dropping = replace(
         task, network=lambda: nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     )
     start = {k: t.numpy() for k, t in dropping.network().state_dict().items()}
     state = torch.random.get_rng_state()
     first, second = (
-        arrays(SiteWorker("a", dropping, data, tmp_path).handle(ask(TRAIN, start)))
-        for _ in range(2)
+        arrays(tell(SiteWorker("a", dropping, data, tmp_path), ask(TRAIN, start))) for _ in range(2)
     )
     assert same(first, second)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_local_epochs_are_their_steps(worker, ask, weights):
+def test_local_epochs_are_their_steps(tell, worker, ask, weights):
     # 37 rows in batches of 8: five steps an epoch.
     epochs = ask(TRAIN, weights, server_round=3, train='{"batch-size": 8, "local-epochs": 2}')
     steps = ask(TRAIN, weights, server_round=3, train='{"batch-size": 8, "local-steps": 10}')
-    assert same(arrays(worker.handle(epochs)), arrays(worker.handle(steps)))
+    assert same(arrays(tell(worker, epochs)), arrays(tell(worker, steps)))
 
 
-def test_proximal_mu_changes_the_result(worker, ask, weights):
+def test_proximal_mu_changes_the_result(tell, worker, ask, weights):
     settings = '{"learning-rate": 0.1, "local-steps": 20}'
     moved = [
         sum(
             float(np.linalg.norm(a - weights[k]))
             for k, a in arrays(
-                worker.handle(ask(TRAIN, weights, train=settings, proximal_mu=mu))
+                tell(worker, ask(TRAIN, weights, train=settings, proximal_mu=mu))
             ).items()
         )
         for mu in (0.0, 5.0)
@@ -159,32 +161,32 @@ def test_proximal_mu_changes_the_result(worker, ask, weights):
     assert moved[1] < moved[0] / 2
 
 
-def test_loss_at_received_is_of_the_weights_as_sent(worker, task, data, ask, weights):
-    reply = worker.handle(ask(TRAIN, weights, loss_at="received"))
+def test_loss_at_received_is_of_the_weights_as_sent(tell, worker, task, data, ask, weights):
+    reply = tell(worker, ask(TRAIN, weights, loss_at="received"))
     net = task.network()
     net.load_state_dict({k: torch.from_numpy(a.copy()) for k, a in weights.items()})
     x = Standardise((1.5, 1.5), (1.5, 2.0)).apply(data.train_features)
     with torch.no_grad():
         expected = task.loss(net(torch.from_numpy(x)), torch.from_numpy(data.train_labels))
     assert metrics(reply)["train-loss"] == pytest.approx(expected.item(), rel=1e-6)
-    running = worker.handle(ask(TRAIN, weights))
+    running = tell(worker, ask(TRAIN, weights))
     assert metrics(running)["train-loss"] != metrics(reply)["train-loss"]
     assert same(arrays(running), arrays(reply))
 
 
-def test_diverging_training_is_the_sites_own_error(worker, ask, weights):
+def test_diverging_training_is_the_sites_own_error(tell, worker, ask, weights):
     wild = '{"learning-rate": 1000, "momentum": 0.99, "weight-decay": 1000, "local-steps": 200}'
-    refused(worker.handle(ask(TRAIN, weights, train=wild)), 401)
+    refused(tell(worker, ask(TRAIN, weights, train=wild)), 401)
 
 
-def test_batch_norm_buffers_pass_through(task, data, ask, tmp_path):
+def test_batch_norm_buffers_pass_through(tell, task, data, ask, tmp_path):
     normed = replace(
         task, network=lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     )
     start = {k: t.numpy() for k, t in normed.network().state_dict().items()}
     site = SiteWorker("a", normed, data, tmp_path)
     control = {f"control/{k}": np.zeros_like(a) for k, a in start.items() if a.dtype.kind == "f"}
-    reply = site.handle(ask(TRAIN, start | control, control=True, accepted_round=0))
+    reply = tell(site, ask(TRAIN, start | control, control=True, accepted_round=0))
     found = arrays(reply)
     assert list(found) == [*start, *control]
     assert found["1.num_batches_tracked"].dtype == np.int64
@@ -196,11 +198,11 @@ def test_batch_norm_buffers_pass_through(task, data, ask, tmp_path):
 # SCAFFOLD
 
 
-def test_scaffold_replies_the_change_of_its_variate(worker, ask, weights):
+def test_scaffold_replies_the_change_of_its_variate(tell, worker, ask, weights):
     settings = '{"learning-rate": 0.05, "batch-size": 8, "local-steps": 6}'
-    plain = arrays(worker.handle(ask(TRAIN, weights, train=settings)))
-    reply = worker.handle(
-        ask(TRAIN, with_control(weights), train=settings, control=True, accepted_round=0)
+    plain = arrays(tell(worker, ask(TRAIN, weights, train=settings)))
+    reply = tell(
+        worker, ask(TRAIN, with_control(weights), train=settings, control=True, accepted_round=0)
     )
     for name, change in change_of(reply).items():
         # All variates are zero, so the steps are plain and c_i+ = (x - y) / (K lr).
@@ -210,16 +212,17 @@ def test_scaffold_replies_the_change_of_its_variate(worker, ask, weights):
         )
 
 
-def test_scaffold_uses_the_state_of_the_accepted_round(worker, ask, weights):
+def test_scaffold_uses_the_state_of_the_accepted_round(tell, worker, ask, weights):
     def round_of(server_round, accepted):
-        return worker.handle(
+        return tell(
+            worker,
             ask(
                 TRAIN,
                 with_control(weights, 0.01),
                 control=True,
                 server_round=server_round,
                 accepted_round=accepted,
-            )
+            ),
         )
 
     first = change_of(round_of(1, 0))
@@ -234,30 +237,30 @@ def test_scaffold_uses_the_state_of_the_accepted_round(worker, ask, weights):
         np.testing.assert_allclose(a, held[name], atol=1e-6)
 
 
-def test_scaffold_goes_on_after_a_restart(worker, task, data, ask, weights):
+def test_scaffold_goes_on_after_a_restart(tell, worker, task, data, ask, weights):
     one = ask(TRAIN, with_control(weights), control=True, accepted_round=0)
     two = ask(TRAIN, with_control(weights), control=True, server_round=2, accepted_round=1)
-    worker.handle(one)
+    tell(worker, one)
     restarted = SiteWorker("site-1", task, data, worker.home)
-    assert same(arrays(restarted.handle(two)), arrays(worker.handle(two)))
+    assert same(arrays(tell(restarted, two)), arrays(tell(worker, two)))
 
 
-def test_scaffold_without_its_state_fails(worker, ask, weights):
+def test_scaffold_without_its_state_fails(tell, worker, ask, weights):
     lost = ask(TRAIN, with_control(weights), control=True, server_round=5, accepted_round=4)
-    refused(worker.handle(lost), 413)
+    refused(tell(worker, lost), 413)
 
 
-def test_control_variates_must_be_there_when_asked_for_and_only_then(worker, ask, weights):
-    refused(worker.handle(ask(TRAIN, weights, control=True, accepted_round=0)))
-    refused(worker.handle(ask(TRAIN, with_control(weights))))
+def test_control_variates_must_be_there_when_asked_for_and_only_then(tell, worker, ask, weights):
+    refused(tell(worker, ask(TRAIN, weights, control=True, accepted_round=0)))
+    refused(tell(worker, ask(TRAIN, with_control(weights))))
 
 
 # Evaluating
 
 
-def test_evaluate_counts_over_the_test_split(worker, task, data, ask, weights):
-    reply = worker.handle(ask(EVALUATE, weights))
-    assert protocol.ARRAYS not in reply.content
+def test_evaluate_counts_over_the_test_split(tell, worker, task, data, ask, weights):
+    reply = tell(worker, ask(EVALUATE, weights))
+    assert protocol.ARRAYS not in reply
     found = metrics(reply)
     assert set(found) == {"num-examples", *task.counter_names}
     assert found["num-examples"] == found["examples"] == 13
@@ -268,21 +271,23 @@ def test_evaluate_counts_over_the_test_split(worker, task, data, ask, weights):
 # Standardising
 
 
-def test_federated_statistics_are_the_servers(worker, ask, weights):
-    one = metrics(worker.handle(ask(EVALUATE, weights)))
-    other = metrics(worker.handle(ask(EVALUATE, weights, feature_mean=[5.0, 5.0])))
+def test_federated_statistics_are_the_servers(tell, worker, ask, weights):
+    one = metrics(tell(worker, ask(EVALUATE, weights)))
+    other = metrics(tell(worker, ask(EVALUATE, weights, feature_mean=[5.0, 5.0])))
     assert one["loss-sum"] != other["loss-sum"]
     assert not (worker.home / "statistics.json").exists()
 
 
-def test_the_sites_own_statistics_are_used_and_left_for_its_devices(worker, data, ask, weights):
+def test_the_sites_own_statistics_are_used_and_left_for_its_devices(
+    tell, worker, data, ask, weights
+):
     own = {"standardise": "site", "feature_mean": None, "feature_std": None}
-    found = metrics(worker.handle(ask(EVALUATE, weights, **own)))
+    found = metrics(tell(worker, ask(EVALUATE, weights, **own)))
     written = json.loads((worker.home / "statistics.json").read_text())
     np.testing.assert_allclose(written["mean"], data.train_features.mean(0), rtol=1e-5)
     np.testing.assert_allclose(written["std"], data.train_features.std(0, ddof=1), rtol=1e-5)
     told = ask(EVALUATE, weights, feature_mean=written["mean"], feature_std=written["std"])
-    assert metrics(worker.handle(told)) == found
+    assert metrics(tell(worker, told)) == found
 
 
 # Refusing
@@ -298,44 +303,81 @@ def test_the_sites_own_statistics_are_used_and_left_for_its_devices(worker, data
         {"more": np.zeros(2, np.float32)},
     ],
 )
-def test_other_weights_are_refused(worker, ask, weights, kind, bad):
-    refused(worker.handle(ask(kind, weights | bad)))
+def test_other_weights_are_refused(tell, worker, ask, weights, kind, bad):
+    refused(tell(worker, ask(kind, weights | bad)))
 
 
 @pytest.mark.parametrize("kind", ["query", "query.secrets", "train.other", "evaluate.x", "system"])
-def test_other_requests_are_refused(worker, ask, weights, kind):
-    refused(worker.handle(ask(kind, weights)))
+def test_other_requests_are_refused(tell, worker, ask, weights, kind):
+    refused(tell(worker, ask(kind, weights)))
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE, REGISTER])
-def test_incomplete_requests_are_refused(worker, ask, weights, kind):
-    refused(worker.handle(ask(kind, weights, drop="config")))
-    refused(worker.handle(ask(kind, weights, task="digits")))
+def test_incomplete_requests_are_refused(tell, worker, ask, weights, kind):
+    refused(tell(worker, ask(kind, weights, drop="config")))
+    refused(tell(worker, ask(kind, weights, task="digits")))
     if kind != REGISTER:
-        refused(worker.handle(ask(kind)))
+        refused(tell(worker, ask(kind)))
 
 
 def test_a_failure_travels_as_its_number_and_its_text_stays(
-    task, data, ask, weights, tmp_path, caplog
+    tell, task, data, ask, weights, tmp_path, caplog
 ):
     def broken(logits, labels):
         raise RuntimeError("patient 4711 in /srv/data")
 
     site = SiteWorker("a", replace(task, loss=broken), data, tmp_path)
     with caplog.at_level(logging.ERROR, "fedge.client.worker"):
-        reply = site.handle(ask(TRAIN, weights))
+        reply = tell(site, ask(TRAIN, weights))
     refused(reply, 413)
     assert "4711" in caplog.text
-    assert "4711" not in str(reply.error)
-    assert site.handle(ask(EVALUATE, weights)).has_content()
+    assert "4711" not in str(reply)
+    assert protocol.METRICS in tell(site, ask(EVALUATE, weights))
 
 
-def test_threads_are_set(worker, ask, weights):
+def test_threads_are_set(tell, worker, ask, weights):
     before = torch.get_num_threads()
     try:
-        worker.handle(ask(EVALUATE, weights, threads=2))
+        tell(worker, ask(EVALUATE, weights, threads=2))
         assert torch.get_num_threads() == 2
-        worker.handle(ask(EVALUATE, weights, threads=1))
+        tell(worker, ask(EVALUATE, weights, threads=1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# Probing
+
+
+def test_a_probe_is_answered_at_once_and_tells_whether_the_site_works(
+    tell, worker, task, data, ask, weights, tmp_path
+):
+    assert dict(tell(worker, ask(protocol.PROBE))[protocol.METRICS]) == {"busy": 0}
+    found = []
+
+    def loss(logits, labels):
+        if not found:
+            found.append(tell(site, ask(protocol.PROBE, server_round=2)))
+        return task.loss(logits, labels)
+
+    site = SiteWorker("a", replace(task, loss=loss), data, tmp_path)
+    assert protocol.ARRAYS in tell(site, ask(TRAIN, weights, server_round=2))
+    assert dict(found[0][protocol.METRICS]) == {"busy": 1}
+    assert dict(found[0][protocol.CONFIG]) == {
+        "site": "a",
+        "run-id": "r-1",
+        "server-round": 2,
+        "task": "blobs",
+    }
+
+
+def test_a_probe_of_another_task_is_refused(tell, worker, ask):
+    refused(tell(worker, ask(protocol.PROBE, task="digits")))
+    refused(tell(worker, ask(protocol.PROBE, drop="config")))
+
+
+def test_float16_without_a_gpu_is_refused(tell, worker, ask, weights):
+    refused(tell(worker, ask(TRAIN, weights, train='{"mixed-precision": "float16"}')))
+    refused(tell(worker, ask(TRAIN, weights, train='{"mixed-precision": "int4"}')))
+    half = tell(worker, ask(TRAIN, weights, train='{"mixed-precision": "bfloat16"}'))
+    assert {a.dtype for a in arrays(half).values()} == {np.dtype(np.float32)}

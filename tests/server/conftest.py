@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedge.server.results import Update
@@ -118,3 +118,143 @@ def sites() -> Sites:
         return tuple(updates)
 
     return bring
+
+
+class FakeTime:
+    """A clock that takes no time: sleeping moves it."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += max(seconds, 0.001)
+
+
+class SuperLink(Grid):
+    """A SuperLink and its SuperNodes as Flower 1.41 has them, in a time of its own.
+
+    A site handles one message after the other. While it is down it handles none, what it held is lost, and 60 s after
+    it went down it is not listed: then Flower answers for it, and forgets the request.
+
+    Args:
+        time: the clock.
+        answer: what a site replies to a message.
+        nodes: ids; ``work`` seconds a training, one second anything else.
+    """
+
+    def __init__(
+        self,
+        time: FakeTime,
+        answer: Callable[[Message], Message | None],
+        nodes: Iterable[int],
+        work: float = 3.0,
+    ) -> None:
+        self.time, self.answer, self.work = time, answer, work
+        self.queues: dict[int, list[tuple[float, Message]]] = {n: [] for n in nodes}
+        self.free = dict.fromkeys(self.queues, 0.0)
+        self.down: dict[int, list[tuple[float, float]]] = {n: [] for n in self.queues}
+        self.since = dict.fromkeys(self.queues, 0.0)
+        self.failing: list[tuple[float, float, BaseException]] = []
+        self.ready: dict[str, tuple[float, Message]] = {}
+        self.where: dict[str, int] = {}
+        self.pushed: list[Message] = []
+        self.lose: Callable[[Message], bool] = lambda message: False
+        self.lose_reply: Callable[[Message], bool] = lambda message: False
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def _fails(self) -> None:
+        for begin, end, error in self.failing:
+            if begin <= self.time.time < end:
+                raise error
+
+    def listed(self, node: int) -> bool:
+        now = self.time.time
+        up = self.since[node] <= now
+        return up and not any(a + 60 <= now < b for a, b in self.down[node])
+
+    def get_node_ids(self) -> Iterable[int]:
+        self._fails()
+        return [n for n in self.queues if self.listed(n)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self._fails()
+        ids = []
+        for message in messages:
+            ids.append(f"m{len(self.pushed)}")
+            flower_private.number(message, ids[-1])
+            self.pushed.append(message)
+            self.where[ids[-1]] = message.metadata.dst_node_id
+            self.queues[message.metadata.dst_node_id].append((self.time.time, message))
+        return ids
+
+    def _work(self, node: int) -> None:
+        queue = self.queues[node]
+        while queue:
+            pushed, message = queue[0]
+            begin = max(pushed, self.free[node])
+            begin = next((b for a, b in self.down[node] if a <= begin < b), begin)
+            if begin > self.time.time:
+                return
+            queue.pop(0)
+            expires = message.metadata.ttl + pushed
+            if begin > expires:
+                continue
+            end = begin + (self.work if message.metadata.message_type == "train" else 1.0)
+            stop = next(((a, b) for a, b in self.down[node] if begin < a < end), None)
+            self.free[node] = stop[1] if stop else end
+            if stop is None and not self.lose(message):
+                reply = self.answer(message)
+                if reply is not None and not self.lose_reply(message):
+                    self.ready[message.metadata.message_id] = (end, reply)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self._fails()
+        for node in self.queues:
+            self._work(node)
+        found = []
+        for number in message_ids:
+            node = self.where.get(number)
+            if node is not None and not self.listed(node):
+                found.append(self._flower_says(number, 5))
+                self.queues[node] = [
+                    q for q in self.queues[node] if q[1].metadata.message_id != number
+                ]
+                self.where.pop(number)
+                self.ready.pop(number, None)
+            elif node is None:
+                found.append(self._flower_says(number, 3))
+            elif number in self.ready and self.ready[number][0] <= self.time.time:
+                found.append(self.ready.pop(number)[1])
+                self.where.pop(number)
+        return found
+
+    def _flower_says(self, number: str, code: int) -> Message:
+        request = next(m for m in self.pushed if m.metadata.message_id == number)
+        error = Message(Error(code=code, reason="unavailable"), reply_to=request)
+        error.metadata.__dict__["_src_node_id"] = 1 << 60
+        return error
+
+
+@pytest.fixture
+def fake_time() -> FakeTime:
+    return FakeTime()
+
+
+@pytest.fixture
+def superlink() -> type[SuperLink]:
+    return SuperLink

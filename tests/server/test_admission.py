@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from fedge.server.admission import admit_evaluate, admit_registration, admit_train
 from fedge.server.results import record
-from fedge.server.verdicts import Bound, Expected, Registration, Rejection, printable
+from fedge.server.verdicts import (
+    Bound,
+    Expected,
+    Registration,
+    Rejection,
+    printable,
+    reported_words,
+)
 from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import CATALOGUE
 from fedge.simulations import flower_private
@@ -329,3 +336,27 @@ def test_generated_replies(reply: Message) -> None:
 @given(_replies())
 def test_ten_thousand_generated_replies(reply: Message) -> None:
     _through_the_gate(reply)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "number"),
+    [
+        (418, "FE-418", 418),
+        (420, "secret text", 420),
+        (2, "ValueError: ('FE-419 the bundle is not approved', '/secret/path')", 419),
+        (2, "FE-999 or FE-4190 or XFE-4", None),
+        (2, "x" * 5000 + " FE-419", None),
+        (2, None, None),
+        (8, "FE-419", None),
+        (7, "", None),
+    ],
+)
+def test_a_sites_error_is_told_with_its_title_and_without_its_text(
+    code: int, reason: Any, number: int | None
+):
+    words = reported_words(Error(code=code, reason=reason))
+    assert "secret" not in words
+    if number is None:
+        assert "without a known number" in words
+    else:
+        assert f"FE-{number} ({CATALOGUE[number].title})" in words

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from fedge.client.worker import SiteWorker
 from fedge.server import progress
 from fedge.server.app import app
 from fedge.server.journal import Journal
-from fedge.server.run_directory import RunDirectory, prepare
+from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import config_file
-from fedge.shared.errors import ConfigError
+from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.grid import InProcessGrid
 
@@ -33,7 +35,7 @@ CONFIG = config_file.from_tree(
 )
 
 
-class Heard:
+class Heard(progress.Silent):
     def __init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
         self.sites: list[tuple[int, str]] = []
@@ -100,4 +102,57 @@ def test_nobody_listens_outside_the_block():
         with progress.listening(progress.Silent()):
             assert progress.current() is not heard
         assert progress.current() is heard
-    assert isinstance(progress.current(), progress.Silent)
+    assert progress.current() is None
+
+
+def _serve_alone(directory: RunDirectory) -> None:
+    grid = InProcessGrid({}, client_app, 501)
+    app(grid, Context(501, 0, {}, RecordDict(), {"run-dir": str(directory.path)}))
+
+
+def test_without_a_listener_the_events_go_to_a_file(tmp_path: Path):
+    directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
+    serve(directory, 501)
+    events = [json.loads(x) for x in (directory.path / "events.jsonl").read_text().splitlines()]
+    assert events[0]["event"] == "start"
+    assert [e["line"]["round"] for e in events if e["event"] == "round"] == [1, 2]
+    assert not directory.stopped.exists()
+    assert state_of(directory.path) == "finished"
+
+
+def test_a_run_that_stops_says_why_and_the_error_goes_out(tmp_path: Path):
+    quick = CONFIG.model_copy(update={"round": CONFIG.round.model_copy(update={"deadline": 0.1})})
+    directory, _ = prepare(tmp_path / "run", quick, resume=False)
+    with pytest.raises(RunError) as stopped:
+        _serve_alone(directory)
+    assert stopped.value.code == 501
+    told = json.loads(directory.stopped.read_text())
+    assert told["code"] == "FE-501"
+    assert told["message"] == stopped.value.message
+    assert state_of(directory.path) == "stopped"
+    prepare(directory.path, quick, resume=True)
+    assert state_of(directory.path) == "unfinished"
+
+
+def test_a_directory_that_is_missing_is_refused_and_not_made(tmp_path: Path):
+    with pytest.raises(ConfigError) as refused:
+        _serve_alone(RunDirectory(tmp_path / "run"))
+    assert refused.value.code == 209
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path: Path):
+    class Ended(progress.Silent):
+        def round(self, line: dict[str, Any]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), progress.listening(Ended()):
+            serve(directory, 501)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not directory.stopped.exists()
+    assert state_of(directory.path) == "unfinished"

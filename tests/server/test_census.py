@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from flwr.clientapp import ClientApp
 
 from fedge.server import census
 from fedge.server.journal import Journal
+from fedge.server.link import Link
+from fedge.server.liveness import Liveness
+from fedge.server.members import Member
+from fedge.server.progress import Silent
 from fedge.shared import config_file, preprocess, protocol
 from fedge.shared.config import Config, DataSection
 from fedge.shared.errors import RunError
@@ -89,14 +94,15 @@ def journal(tmp_path: Path):
 
 
 def take(of: InProcessGrid, given: Config, journal: Journal, task: Task = TASK):
-    return census.take(of, given, task, RUN, journal, 7)
+    registry = census.Census(Liveness(Link(of)), given, task, RUN, journal, Silent())
+    return registry.take(7)
 
 
 def test_all_register_in_name_order_and_are_written_down(journal: Journal):
     members, refused = take(grid(3), config(3), journal)
     assert refused == []
     assert list(members) == ["site-1", "site-2", "site-3"]
-    assert members["site-2"] == census.Member("site-2", 2, 20, 5)
+    assert members["site-2"] == Member("site-2", 2, 20, 5)
     assert journal.sites() == {f"site-{n}": (20, 5) for n in (1, 2, 3)}
 
 
@@ -329,5 +335,7 @@ def test_the_request_says_run_task_and_round_zero(journal: Journal):
             protocol.SERVER_ROUND: 0,
             protocol.TASK: "breast-cancer",
             protocol.STANDARDISE: "federated",
+            protocol.VERSION: version("fedge"),
+            protocol.COHORT: 1,
         }
     ]

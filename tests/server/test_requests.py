@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from flwr.serverapp import strategy as flower
 
 from fedge.server import requests, strategies
-from fedge.server.census import Member
+from fedge.server.conversation import GRACE
+from fedge.server.members import Member
 from fedge.shared import config_file, protocol
 from fedge.shared.config import Config, TrainSection
 from fedge.shared.preprocess import Reshape, Standardise
@@ -132,11 +134,13 @@ def test_the_view_passes_everything_else_on(nodes):
 
 def test_settings_hold_the_fitted_statistics_only_where_there_are_any():
     fitted = (Standardise((1.0, 2.0), (3.0, 4.0)), Reshape((2,)))
-    values = requests.settings(config(), "r-1", 5, fitted)
+    values = requests.settings(config(), "r-1", 5, fitted, 3)
     assert values == {
         "run-id": "r-1",
         "server-round": 5,
         "task": "breast-cancer",
+        "fedge-version": version("fedge"),
+        "cohort": 3,
         "seed": 42,
         "threads": 1,
         "standardise": "federated",
@@ -144,7 +148,7 @@ def test_settings_hold_the_fitted_statistics_only_where_there_are_any():
         "feature-std": [3.0, 4.0],
     }
     for steps in ((Standardise(),), (Reshape((2,)),), ()):
-        assert "feature-mean" not in requests.settings(config(), "r-1", 5, steps)
+        assert "feature-mean" not in requests.settings(config(), "r-1", 5, steps, 3)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_training_requests(strategy: dict[str, Any], nodes, model: Arrays):
     of = config(strategy, deadline=30.0)
     asked = [MEMBERS[s] for s in ("site-2", "site-5")]
     built = strategies.build(of.strategy, client_learning_rate=0.1, num_sites=9)
-    common = requests.settings(of, "r-1", 4, ())
+    common = requests.settings(of, "r-1", 4, (), 3)
     sent = requests.train(
         nodes(1000), built, model, common, asked, {"site-5": 3}, of, needs_loss=False
     )
@@ -168,7 +172,7 @@ def test_training_requests(strategy: dict[str, Any], nodes, model: Arrays):
     for message, accepted in zip(sent, (0, 3), strict=True):
         assert message.metadata.message_type == "train"
         assert message.metadata.group_id == "4"
-        assert message.metadata.ttl == 30.0 + requests.GRACE
+        assert message.metadata.ttl == 30.0 + GRACE
         own = message.content.config_records["config"]
         assert own["accepted-round"] == accepted
         assert own["server-round"] == 4
@@ -196,7 +200,7 @@ def test_a_strategy_that_weighs_by_loss_asks_for_the_loss_as_received(nodes, mod
         nodes(9),
         built,
         model,
-        requests.settings(of, "r-1", 1, ()),
+        requests.settings(of, "r-1", 1, (), 3),
         [MEMBERS["site-1"]],
         {},
         of,
@@ -208,10 +212,10 @@ def test_a_strategy_that_weighs_by_loss_asks_for_the_loss_as_received(nodes, mod
 def test_evaluation_requests(model: Arrays):
     of = config(deadline=30.0)
     asked = [MEMBERS["site-1"], MEMBERS["site-2"]]
-    sent = requests.evaluate(model, requests.settings(of, "r-1", 2, ()), asked, of)
+    sent = requests.evaluate(model, requests.settings(of, "r-1", 2, (), 3), asked, of)
     assert [m.metadata.dst_node_id for m in sent] == [101, 102]
     for message in sent:
         assert message.metadata.message_type == "evaluate"
-        assert message.metadata.ttl == 30.0 + requests.GRACE
+        assert message.metadata.ttl == 30.0 + GRACE
         assert set(message.content) == {"arrays", "config"}
         assert set(message.content.array_records["arrays"]) == set(model)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedge.server.journal import Commit, Journal
-from fedge.server.run_directory import RunDirectory, prepare
+from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import config_file
 from fedge.shared.config import Config
 from fedge.shared.errors import ConfigError, FedgeError
@@ -247,3 +247,34 @@ def test_a_place_where_nothing_can_be_written_is_a_numbered_error(tmp_path: Path
     with pytest.raises(ConfigError) as refused:
         prepare(tmp_path / "file" / "run", config(), resume=False)
     assert refused.value.code == 210
+
+
+def test_states_follow_the_run(out: Path):
+    assert state_of(out) == "none"
+    directory, _ = prepare(out, config(), resume=False)
+    assert state_of(out) == "unfinished"
+    directory.write_json(directory.stopped, {"code": "FE-502", "message": "x", "when": "now"})
+    assert state_of(out) == "stopped"
+    prepare(out, config(), resume=True)
+    assert state_of(out) == "unfinished"
+    journal = Journal(directory.journal)
+    journal.begin_run("r-1", "", "then")
+    directory.write_json(directory.run, {"state": "finished"})
+    assert state_of(out) == "unfinished", "the journal has the last word"
+    journal.finish("now")
+    assert state_of(out) == "finished"
+    journal.close()
+    assert state_of(out) == "finished"
+
+
+@pytest.mark.parametrize("name", ["run.json", "journal.db", "stopped.json", "config.toml"])
+def test_states_of_damaged_files_do_not_raise(name: str, out: Path):
+    directory, _ = prepare(out, config(), resume=False)
+    directory.write_json(directory.run, {"state": "finished"})
+    for content in (b"", b"\xff" * 5000, b"SQLite format 3\0" + b"\1" * 5000, b"[" * 50_000):
+        (out / name).write_bytes(content)
+        assert state_of(out) in ("unfinished", "stopped")
+    (out / name).unlink()
+    (out / name).mkdir()
+    assert state_of(out) in ("none", "unfinished")
+    assert state_of(out / name / "below") == "none"

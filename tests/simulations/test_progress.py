@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from fedge.simulations.progress import Progress, clock, round_facts, sparkline, summary_table
+from fedge.simulations.progress import (
+    Progress,
+    absences,
+    clock,
+    round_facts,
+    sparkline,
+    summary_table,
+)
 
 
 def line(number: int, sites: int = 8, **changes: Any) -> dict[str, Any]:
@@ -181,3 +188,54 @@ def test_sparkline() -> None:
 
 def test_clock() -> None:
     assert [clock(s) for s in (-1, 7, 750, 3723)] == ["0:00", "0:07", "12:30", "1:02:03"]
+
+
+def test_waiting_and_lost_sites_are_told_in_plain_lines() -> None:
+    out = io.StringIO()
+    with Progress(file=out, terminal=False) as progress:
+        progress.waiting(0, "connect", [], 12.0)
+        progress.start(4)
+        progress.sent(2, 1, 3, 10**7)
+        progress.waiting(2, "train", ["site-3", "site-4"], 30.0)
+        progress.waiting(2, "superlink", ["site-3"], 40.0)
+        progress.lost(2, "si\x1bte-3", 65.0)
+        progress.back(2, "site-3", 90.0)
+    assert out.getvalue().splitlines() == [
+        "start  waiting for sites to connect (0:12)",
+        "round 2/4  waiting for site-3 and 1 more (0:30)",
+        "round 2/4  waiting for the SuperLink (0:40)",
+        "round 2/4  si?te-3 is not connected",
+        "round 2/4  site-3 is back after 1:30",
+    ]
+
+
+def test_the_table_names_who_was_missing_and_why() -> None:
+    missing = line(
+        2,
+        3,
+        invited=["site-1", "site-2", "site-3"],
+        trained=["site-1"],
+        rejected=[
+            {"site": "site-2", "outcome": "absent", "reason": "not connected for 90 s"},
+            {"site": "site-3", "outcome": "late", "reason": "reply after the deadline"},
+            {"site": "site-4", "outcome": "absent", "reason": "not invited: not connected for 9 s"},
+        ],
+    )
+    lines = [line(1, 3), missing]
+    told = summary_table(totals(lines), lines).splitlines()
+    assert told[-4:] == [
+        "round 2: 1 of 4 counted",
+        "  site-2 absent, not connected for 90 s",
+        "  site-3 late",
+        "  site-4 absent, not invited: not connected for 9 s",
+    ]
+    assert all(len(row) <= 80 for row in told)
+    many = [line(i, 3, trained=["site-0"], rejected=missing["rejected"]) for i in range(1, 50)]
+    assert len(absences(many)) == 13
+
+
+@pytest.mark.parametrize(
+    "rejected", [[3], [{"site": 4, "outcome": "absent"}], [{"site": "a", "outcome": None}], None]
+)
+def test_hostile_rejections_are_left_out_of_the_table(rejected: Any) -> None:
+    assert absences([line(1, 3, rejected=rejected)]) == []

@@ -572,3 +572,37 @@ def test_not_a_run_directory(tmp_path: Path, content: str | None) -> None:
     with pytest.raises(ConfigError) as caught:
         render(tmp_path)
     assert caught.value.code == 209
+
+
+def test_rounds_that_lacked_a_site_are_listed_with_the_reason(tmp_path: Path) -> None:
+    files = run_files(4, 3)
+    lacking = files["rounds.jsonl"][1]
+    lacking["trained"] = ["site-1"]
+    lacking["rejected"] = [
+        {
+            "site": "site-2",
+            "code": "FE-409",
+            "outcome": "absent",
+            "reason": "not connected for 9 s",
+        },
+        {"site": "site-3", "code": "FE-408", "outcome": "late", "reason": "reply after 60 s"},
+        {"site": "<b>4", "code": "FE-401", "outcome": "rejected", "reason": "<script>"},
+    ]
+    page = render(put(tmp_path, files))
+    table = page[page.index("Rounds in which a site was missing") :]
+    row = table[table.index("<tbody>") : table.index("</tbody>")]
+    assert row.count("<tr>") == 1, "only the round that lacked one"
+    assert "not connected for 9 s" in row
+    assert "<script>" not in row
+    whole = render(put(tmp_path / "whole", run_files(4, 3)))
+    assert "Rounds in which a site was missing" not in whole
+
+
+def test_a_stopped_run_says_so_first(tmp_path: Path) -> None:
+    files = run_files(finished=False) | {
+        "stopped.json": {"code": "FE-502", "message": "round 3: <i>", "when": "now"}
+    }
+    page = render(put(tmp_path, files))
+    assert "FE-502 round 3: &lt;i&gt;" in page
+    assert "was stopped" in page
+    assert "The run was stopped" not in render(put(tmp_path / "goes-on", run_files(finished=False)))

@@ -1,0 +1,119 @@
+"""``fedge site``: the daemon of a site that takes part in a federation."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+from fedge.shared.command import Command
+
+_EXAMPLE = (
+    "example:\n  fedge site init clinic-a --home site --task digits \\\n"
+    "    --server fed.example.org:8443 --ca ca.crt\n"
+    "  fedge site start --home site\n"
+    "  fedge site status --home site"
+)
+
+_ACTIONS = {
+    "init": "make a home: the site's key, its configuration, its policy",
+    "start": "run the site's daemon in the foreground",
+    "status": "show whether the site is connected, and what its worker does",
+    "stop": "end the site's daemon",
+    "units": "write the systemd units",
+}
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = {}
+    for name, text in _ACTIONS.items():
+        made[name] = actions.add_parser(
+            name,
+            help=text,
+            description=f"{text[:1].upper()}{text[1:]}.",
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name != "units":
+            made[name].add_argument(
+                "--home", metavar="DIR", type=Path, default=Path("fedge-site"),
+                help="the site's folder (default: fedge-site)",
+            )  # fmt: skip
+    new = made["init"]
+    new.add_argument("name", metavar="NAME", help="the site's name, as the server admits it")
+    new.add_argument("--task", required=True, help="the task that its worker serves")
+    new.add_argument("--server", metavar="HOST:PORT", required=True, help="the server's address")
+    new.add_argument(
+        "--ca", metavar="CA.crt", type=Path, required=True, help="the server's authority"
+    )
+    new.add_argument("--data", metavar="PATH", type=Path, help="where the task finds its examples")
+    made["start"].add_argument(
+        "--only",
+        choices=("relay", "worker"),
+        help="one half only, where two users divide the site",
+    )
+    made["status"].add_argument("--json", action="store_true", help="print JSON")
+    made["units"].add_argument("--out", metavar="DIR", type=Path, required=True, help="folder")
+    made["units"].add_argument(
+        "--bin", metavar="DIR", type=Path, default=Path("/opt/fedge/bin"), help="where fedge lies"
+    )
+    made["units"].add_argument(
+        "--data", metavar="DIR", type=Path, default=Path("/srv/fedge-data"),
+        help="that only the worker may read (default: /srv/fedge-data)",
+    )  # fmt: skip
+
+
+def _run(arguments: Namespace) -> int:
+    import json
+    import sys
+
+    def say(value: Any, text: str) -> None:
+        as_json = getattr(arguments, "json", False)
+        sys.stdout.write((json.dumps(value) if as_json else text) + "\n")
+
+    match arguments.action:
+        case "start":
+            from fedge.client import daemon
+
+            return daemon.run(arguments.home, arguments.only or "both")
+        case "init":
+            from fedge.client import operate
+
+            made = operate.init(
+                arguments.home,
+                arguments.name,
+                task=arguments.task,
+                server=arguments.server,
+                ca=arguments.ca,
+                data=arguments.data,
+            )
+            say(None, made)
+        case "status":
+            from fedge.client import operate
+
+            found = operate.status(arguments.home)
+            say(found, operate.status_text(found))
+            return 0 if found["healthy"] else 1
+        case "stop":
+            from fedge.shared.daemon import home
+            from fedge.shared.errors import DeployError
+
+            if not home.held(arguments.home):
+                raise DeployError(902, f"{arguments.home}: must be run by a daemon, got none")
+            home.end(arguments.home)
+        case "units":
+            from fedge.client.units import units
+
+            for path in units.write(arguments.out, bin=arguments.bin, data=arguments.data):
+                say(None, str(path))
+    return 0
+
+
+COMMAND = Command(
+    summary="run a site's daemon: Flower's node and the resident worker",
+    extra="train",
+    arguments=_arguments,
+    run=_run,
+    epilog=_EXAMPLE,
+)

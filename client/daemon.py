@@ -1,0 +1,289 @@
+"""The site's daemon: keeps Flower's SuperNode, its SuperExec and the resident worker, and knows when one is stuck.
+
+Flower's node waits for ever on a reply that nobody will write: it is started again when the process that owed the
+reply was killed, or ended without one. When its line fails in the TLS handshake it gives up, and its process stays
+without ever calling again: that too is noticed, from its log. A SIGTERM lets the node say good-bye, so that it may
+return at once; after a SIGKILL Flower refuses it until its last heartbeat is a minute old, and we keep trying.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from fedge.client import flower_private, link_check
+from fedge.client.site_file import SiteFile, load
+from fedge.shared.daemon import home as homes
+from fedge.shared.daemon import launcher, sockets
+from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.supervisor import Service, Supervisor
+from fedge.shared.errors import SiteError
+
+_log = logging.getLogger(__name__)
+
+Part = Literal["both", "relay", "worker"]
+
+#: Seconds between two looks at the server and its certificate.
+LINK_EVERY = 30.0
+#: Seconds in which the node must have taken a reply from a process that ended with an error.
+TAKEN_WITHIN = 5.0
+#: What Flower's node writes to its log.
+_CONNECTED, _SENDING = "SuperNode ID:", "Sending:"
+_DEAF = ("Giving up reconnection", "SSL/TLS handshake error detected")
+#: Seconds between two looks at the node's log, and those that it has for its good-bye over a dead line.
+DEAF_EVERY, GOOD_BYE = 1.0, 5.0
+
+
+def run(home: Path, part: Part = "both") -> int:
+    """Run the daemon until SIGTERM.
+
+    Args:
+        home: as ``fedge site init`` made it.
+        part: which half runs here; with two users each half has a home of its own.
+
+    Returns:
+        The exit status: 0 after SIGTERM.
+
+    Raises:
+        DeployError: 901, not a home; 902, in use.
+        ConfigError: 201 to 204, site.toml is not as it must be.
+    """
+    home = home.absolute()
+    site = load(home)
+    homes.log_to_stderr()
+    with homes.lock(home):
+        daemon = SiteDaemon(home, site, part)
+        daemon.supervisor.run()
+    return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
+
+
+class SiteDaemon:
+    """One site's processes.
+
+    Args:
+        home: absolute.
+        site: its site.toml.
+        part: "both", or one half.
+    """
+
+    def __init__(self, home: Path, site: SiteFile, part: Part) -> None:
+        self._home, self._site = home, site
+        self._socket = home / site.worker.socket
+        self._port = 0
+        self._logged_from = 0
+        self._owed: list[tuple[float, int]] = []
+        self._next_link = self._next_deaf = 0.0
+        self._deaf_since: float | None = None
+        self.supervisor = Supervisor(home)
+        self.supervisor.facts |= {"site": site.site.name, "server": site.server.address}
+        if part != "relay":
+            self._keep_worker()
+        if part != "worker":
+            self._keep_relay()
+
+    def _keep_worker(self) -> None:
+        command = (sys.executable, "-m", "fedge.client.serve", str(self._home), "--with-parent")
+        log = self.supervisor.log_of("worker")
+        self.supervisor.add(
+            Service(
+                "worker",
+                lambda: Program("fedge worker", log, command=command),
+                ready=self._worker_answers,
+            )
+        )
+
+    def _keep_relay(self) -> None:
+        # Only the relay's side knows Flower; imported before the first fork, as every fork then has it.
+        import flwr.supernode.cli  # noqa: F401
+
+        from fedge.client import app  # noqa: F401
+
+        self._secret = self._home / "superexec.secret"
+        _write_secret(self._secret)
+        self._environment = {
+            "FLWR_HOME": str(self._home / "flower"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+            "FEDGE_WORKER_SOCKET": str(self._socket),
+            "FEDGE_WORKER_DEADLINE": str(self._site.worker.deadline),
+        }
+        folder = launcher.install(self.supervisor, ["flwr-clientapp"], self._launch)
+        self._environment["PATH"] = launcher.path_with(folder)
+        self.supervisor.add(
+            Service("supernode", self._supernode, ready=self._connected, on_exit=self._node_ended)
+        )
+        self.supervisor.add(
+            Service("superexec", self._superexec, after=("supernode",), on_exit=self._exec_ended)
+        )
+        self.supervisor.ticks += [self._watch_debts, self._watch_deaf, self._watch_link]
+
+    def _supernode(self) -> Program:
+        self._port = homes.free_port()
+        log = self.supervisor.log_of("supernode")
+        self._logged_from = log.stat().st_size if log.is_file() else 0
+        server = self._site.server
+        arguments = [
+            "--root-certificates", str(self._home / server.root_certificates),
+            "--superlink", server.address,
+            "--auth-supernode-private-key", str(self._home / "site.key"),
+            "--node-config", f'site="{self._site.site.name}"',
+            "--isolation", "process",
+            "--superexec-auth-secret-file", str(self._secret),
+            "--host", "127.0.0.1",
+            "--port", str(self._port),
+        ]  # fmt: skip
+        return self._flower("flower-supernode", arguments, log)
+
+    def _superexec(self) -> Program:
+        arguments = [
+            "--runtime-api-address", f"127.0.0.1:{self._port}",
+            "--insecure",
+            "--superexec-auth-secret-file", str(self._secret),
+            "--parent-pid", str(self.supervisor.services["supernode"].pid),
+        ]  # fmt: skip
+        return self._flower("flower-superexec", arguments, self.supervisor.log_of("superexec"))
+
+    def _flower(self, name: str, arguments: list[str], log: Path) -> Program:
+        return Program(
+            " ".join([name, *arguments]),
+            log,
+            function=script(name, arguments),
+            environment=self._environment,
+        )
+
+    def _launch(self, name: str, arguments: list[str]) -> None:
+        log = self.supervisor.log_of("supernode")
+        size = log.stat().st_size if log.is_file() else 0
+        program = Program(
+            name,
+            self.supervisor.log_of("clientapp"),
+            function=partial(_client_app, name, arguments, self._socket),
+            environment=self._environment,
+        )
+        self.supervisor.task(name, program, on_exit=lambda status: self._app_ended(status, size))
+
+    def _worker_answers(self) -> bool:
+        try:
+            sockets.connect(self._socket, 0.1).close()
+        except OSError:
+            return False
+        return True
+
+    def _connected(self) -> bool:
+        ready = _CONNECTED in _tail(self.supervisor.log_of("supernode"), self._logged_from)
+        if ready:
+            self.supervisor.facts["connected_since"] = round(time.time())
+        return ready
+
+    def _node_ended(self, _status: int) -> None:
+        self.supervisor.facts["connected_since"] = None
+        self._deaf_since = None
+        self._owed.clear()
+        self._stop("superexec")
+        for pid in self.supervisor.alive("flwr-clientapp"):
+            self.supervisor.kill(pid)
+
+    def _exec_ended(self, _status: int) -> None:
+        if self.supervisor.services["supernode"].pid:
+            # A task that it had taken and not started would be waited for for ever.
+            self._stop("supernode")
+
+    def _app_ended(self, status: int, log_size: int) -> None:
+        if os.WIFSIGNALED(status):
+            _log.error("flwr-clientapp was killed; its node waits in vain and is started again")
+            self._stop("supernode")
+        elif os.WEXITSTATUS(status):
+            self._owed.append((time.monotonic() + TAKEN_WITHIN, log_size))
+
+    def _watch_debts(self) -> None:
+        """A process that ended with an error has usually answered; where the node saw no answer, it is stuck."""
+        now = time.monotonic()
+        due = [size for deadline, size in self._owed if now > deadline]
+        self._owed = [debt for debt in self._owed if now <= debt[0]]
+        log = self.supervisor.log_of("supernode")
+        if any(_SENDING not in _tail(log, size) for size in due):
+            _log.error("flwr-clientapp ended without an answer; its node is started again")
+            self._stop("supernode")
+
+    def _watch_deaf(self) -> None:
+        """A node that has given up its line is ended; where even its good-bye hangs, by SIGKILL."""
+        now = time.monotonic()
+        if now < self._next_deaf:
+            return
+        self._next_deaf = now + DEAF_EVERY
+        if self._deaf_since is None:
+            said = _tail(self.supervisor.log_of("supernode"), self._logged_from)
+            if any(words in said for words in _DEAF):
+                _log.error("the node has given up the line to the server and is started again")
+                self._deaf_since = now
+                self._stop("supernode")
+        elif now - self._deaf_since > GOOD_BYE:
+            self.supervisor.kill(self.supervisor.services["supernode"].pid, signal.SIGKILL)
+
+    def _stop(self, name: str) -> None:
+        service = self.supervisor.services[name]
+        if service.pid:
+            self.supervisor.kill(service.pid, signal.SIGTERM)
+
+    def _watch_link(self) -> None:
+        path = self._home / "link.json"
+        if time.monotonic() < self._next_link:
+            return
+        self._next_link = time.monotonic() + LINK_EVERY
+        server = self._site.server
+        check = partial(
+            link_check.write, server.address, self._home / server.root_certificates, path
+        )
+
+        def take(_status: int) -> None:
+            try:
+                self.supervisor.facts["link"] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                self.supervisor.facts["link"] = {"reachable": False, "problem": "not checked"}
+
+        program = Program("fedge link check", self.supervisor.log_of("link"), function=check)
+        self.supervisor.task("link", program, on_exit=take, deadline=30.0)
+
+
+def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
+    """What a fork runs for ``flwr-clientapp``: Flower's own command, with our look at the bundle before it."""
+    from fedge.client.socket_link import SocketLink
+
+    def approve(sha256: str) -> None:
+        os.environ["FEDGE_BUNDLE"] = sha256
+        try:
+            SocketLink(socket, deadline=60.0).permit(sha256)
+        except SiteError as error:
+            _log.error("bundle %s: %s", sha256, error)
+            # The text of an exception goes to the server; ours stays here.
+            raise SiteError(error.code, "refused by the site") from None
+
+    flower_private.before_bundle(approve)
+    return script(name, arguments)()
+
+
+def _write_secret(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(32))
+
+
+def _tail(path: Path, start: int) -> str:
+    """A log from a byte on; from its beginning where it was moved aside since."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(start if start <= size else 0)
+            return file.read(1 << 20).decode("utf-8", errors="replace")
+    except OSError:
+        return ""

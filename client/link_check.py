@@ -1,0 +1,45 @@
+"""Can the site reach its server, and for how long is the server's certificate good? Asked with TLS, not guessed."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import time
+from pathlib import Path
+from typing import Any
+
+from fedge.shared.daemon.home import split_address
+
+TIMEOUT = 10.0
+
+
+def check(address: str, ca: Path) -> dict[str, Any]:
+    """Shake hands with the server.
+
+    Returns:
+        ``reachable``, ``at`` (seconds since 1970), ``days_left`` of the certificate, and ``problem`` in words.
+    """
+    host, port = split_address(address)
+    found: dict[str, Any] = {"at": round(time.time()), "reachable": False, "days_left": None}
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        with (
+            socket.create_connection((host, port), timeout=TIMEOUT) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            certificate = secured.getpeercert() or {}
+    except ssl.SSLCertVerificationError as error:
+        return found | {"problem": f"certificate: {error.verify_message}"}
+    except OSError as error:
+        return found | {"problem": error.strerror or str(error) or type(error).__name__}
+    expires = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+    days = int((expires - time.time()) // 86_400)
+    return found | {"reachable": True, "days_left": days, "problem": ""}
+
+
+def write(address: str, ca: Path, path: Path) -> None:
+    """Check, and leave the result in a JSON file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(check(address, ca)), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,128 @@
+"""What a site's administrator does with its home: make it, and look whether the site is well."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedge.client import node_key, policy, site_file
+from fedge.client.socket_link import SocketLink
+from fedge.shared import flower_app
+from fedge.shared.daemon import home as homes
+from fedge.shared.errors import DeployError, FedgeError
+
+#: Days before its end from which a certificate is worth a warning.
+WARN_DAYS = 30
+
+
+def init(
+    home: Path,
+    name: str,
+    *,
+    task: str,
+    server: str,
+    ca: Path,
+    data: Path | None = None,
+    share: Path | None = None,
+    bundle: str | None = None,
+) -> str:
+    """Make a site's home: key, site.toml, and a policy that allows this task, this release and its bundle only.
+
+    Args:
+        home: new, or empty.
+        name: of the site.
+        task: that its worker serves.
+        server: host:port.
+        ca: certificate of the server's authority, copied.
+        data: for the task's reader.
+        share: folder of arrays instead, as ``fedge up`` divides them.
+        bundle: SHA-256 of the Flower bundle to approve; that of this release where None. With one given the task
+            is not looked up, which would import torch.
+
+    Returns:
+        What was made, for people.
+
+    Raises:
+        DeployError: 901, 903, 904, 907.
+        ConfigError: 201, the name or the task is not one.
+    """
+    home = home.absolute()
+    if (home / "site.toml").exists():
+        raise DeployError(903, f"{home}: must be new, got a site's home")
+    homes.split_address(server)
+    if bundle is None:
+        from fedge.shared.tasks.registry import get_task
+
+        get_task(task)
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copyfile(ca, home / "ca.crt")
+    except OSError as error:
+        raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
+    bundle = bundle or flower_app.sha256()
+    node_key.create(home)
+    policy.write(home, tasks=[task], bundles=[bundle], versions=[version("fedge")])
+    examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
+    site_file.write(home, name=name, task=task, address=server, data=examples)
+    return (
+        f"home      {home}\n"
+        f"key       {home / node_key.PUBLIC_NAME}  (give it to the server: fedge server admit)\n"
+        f"policy    {home / 'policy.toml'}\n"
+        f"bundle    {bundle}  (compare with: fedge server bundle)"
+    )
+
+
+def status(home: Path) -> dict[str, Any]:
+    """Whether the site is well: connected to its server, certificate good, worker there."""
+    site = site_file.load(home)
+    running = homes.held(home)
+    told = (homes.status(home) or {}) if running else {}
+    services: dict[str, Any] = told.get("services", {})
+    link: dict[str, Any] = told.get("link") or {}
+    worker: dict[str, Any] | None
+    try:
+        worker = SocketLink(home.absolute() / site.worker.socket, deadline=5.0).status()
+    except FedgeError as error:
+        worker, problem = None, str(error)
+    else:
+        problem = ""
+    connected = bool(services.get("supernode", {}).get("state") == "ready")
+    return {
+        "site": site.site.name,
+        "server": site.server.address,
+        "running": running,
+        "connected": connected,
+        "connected_since": told.get("connected_since"),
+        "link": link,
+        "services": services,
+        "worker": worker,
+        "worker_problem": problem,
+        "healthy": running and connected and worker is not None and bool(link.get("reachable")),
+    }
+
+
+def status_text(found: Mapping[str, Any]) -> str:
+    """A status as people read it."""
+    link, worker = found["link"], found["worker"]
+    days = link.get("days_left")
+    reach = link.get("problem") or f"certificate good for {days} days"
+    if isinstance(days, int) and days < WARN_DAYS:
+        reach = f"certificate ends in {days} days"
+    lines = [
+        f"site       {found['site']}, {'running' if found['running'] else 'not running'}",
+        f"server     {found['server']}, "
+        f"{'connected' if found['connected'] else 'not connected'}, {reach if link else 'not checked yet'}",
+    ]
+    if worker is None:
+        lines.append(f"worker     {found['worker_problem']}")
+    else:
+        lines.append(
+            f"worker     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
+        )
+    for name, service in found["services"].items():
+        restarts = f", {service['restarts']} restarts" if service["restarts"] else ""
+        lines.append(f"{name:10} {service['state']}, pid {service['pid']}{restarts}")
+    return "\n".join(lines)

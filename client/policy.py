@@ -1,0 +1,227 @@
+"""``policy.toml``: what a site's worker serves, by its owner's word alone.
+
+The worker holds every request against it before it looks at anything else. There is no default: a
+worker without this file does not start, and one whose file breaks while it runs refuses everything
+until the file is mended. A change takes effect at the next request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+from flwr.app import ConfigRecord, RecordDict
+from pydantic import Field
+
+from fedge.client import toml_file
+from fedge.shared import protocol
+from fedge.shared.config import Section
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import FedgeError, SiteError
+
+FILE: Final = "policy.toml"
+
+_REFUSED: Final = 418
+_NOT_APPROVED: Final = 419
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_COHORTS: Final = (protocol.TRAIN, protocol.EVALUATE)
+
+
+class Policy(Section):
+    """What the worker serves and what it may take of the machine."""
+
+    tasks: tuple[Name, ...] = Field(description="tasks that may be trained and evaluated")
+    bundles: tuple[Digest, ...] = Field(
+        description="SHA-256 of the Flower bundles (FAB) that the site approved"
+    )
+    versions: tuple[Name, ...] = Field(description="versions of the server's fedge")
+    max_rounds: int = Field(
+        1_000, ge=1, le=1_000_000, description="highest round of a run that is served"
+    )
+    min_cohort: int = Field(
+        2, ge=0, le=100_000, description="fewest sites invited to a round that is served"
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(cpu|auto|cuda(:[0-9]{1,2})?)$",
+        description="cpu, cuda, cuda:N, or auto: a GPU where there is one",
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, le=1e6, description="most data of the worker's process on the CPU, in GiB"
+    )
+    gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="most of a GPU's memory, as a share"
+    )
+    max_request_mib: int = Field(
+        1024, ge=1, le=1_048_576, description="largest request that is read, in MiB"
+    )
+
+
+def approve(policy: Policy, bundle: str) -> None:
+    """Hold a Flower bundle against the policy.
+
+    Raises:
+        SiteError: 419, it is not one that the site approved.
+    """
+    if bundle not in policy.bundles:
+        raise SiteError(
+            _NOT_APPROVED,
+            f"bundle: must be one of {len(policy.bundles)} in {FILE}, got {bundle or 'none'}",
+        )
+
+
+def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
+    """Hold a request against the policy; what it does not name is not allowed.
+
+    Args:
+        policy: the site's.
+        kind: the message type.
+        content: of the request.
+        bundle: SHA-256 of the Flower bundle that it came through.
+
+    Raises:
+        SiteError: 419, the bundle is not approved; 418, anything else is not allowed.
+    """
+    approve(policy, bundle)
+    found = content.get(protocol.CONFIG)
+    config = found if isinstance(found, ConfigRecord) else ConfigRecord()
+    for key, known in ((protocol.TASK, policy.tasks), (protocol.VERSION, policy.versions)):
+        value = config.get(key)
+        if not isinstance(value, str) or value not in known:
+            raise _refusal(key, f"one of {', '.join(known) or 'none'}", value)
+    number = config.get(protocol.SERVER_ROUND)
+    if type(number) is not int or number > policy.max_rounds:
+        raise _refusal(protocol.SERVER_ROUND, f"at most {policy.max_rounds}", number)
+    if kind in _COHORTS:
+        cohort = config.get(protocol.COHORT, 0)
+        if type(cohort) is not int or cohort < policy.min_cohort:
+            raise _refusal(protocol.COHORT, f"at least {policy.min_cohort}", cohort)
+
+
+def _refusal(key: str, wanted: str, got: object) -> SiteError:
+    return SiteError(_REFUSED, f"{key}: must be {wanted} by {FILE}, got {str(got)[:80]!r}")
+
+
+def read(home: Path) -> Policy:
+    """Read a home's policy.
+
+    Raises:
+        DeployError: 901, there is none.
+        ConfigError: 201 to 204, its content is not allowed.
+    """
+    return toml_file.read(home / FILE, Policy)
+
+
+class PolicyFile:
+    """A home's policy, read again when its file changes.
+
+    Raises:
+        DeployError: 901, there is none.
+        ConfigError: 201 to 204, its content is not allowed.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._lock = threading.Lock()
+        # Looked at before it is read: a change in between is then seen as one.
+        self._seen = self._mark()
+        self._policy: Policy | None = read(home)
+        self._problem = ""
+
+    def current(self) -> Policy:
+        """The policy as the file says now.
+
+        Raises:
+            SiteError: 418, the file is gone or broken, so nothing is allowed.
+        """
+        with self._lock:
+            mark = self._mark()
+            if mark != self._seen or mark is None:
+                self._seen = mark
+                try:
+                    self._policy, self._problem = read(self._home), ""
+                except FedgeError as error:
+                    self._policy, self._problem = None, str(error)
+            if self._policy is None:
+                raise SiteError(_REFUSED, f"{FILE}: must be readable, got {self._problem}")
+            return self._policy
+
+    def _mark(self) -> tuple[int, int, int, int] | None:
+        try:
+            found = (self._home / FILE).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+
+
+_TEXT: Final = """\
+# What this site's worker serves. Only the site's owner changes this file; a change takes effect at the next request.
+
+# Tasks that may be trained and evaluated here.
+tasks = {tasks}
+# SHA-256 of the Flower bundles that this site approved; `fedge server bundle` prints the server's.
+bundles = {bundles}
+# Versions of the server's fedge.
+versions = {versions}
+
+# Highest round of a run that is served.
+max-rounds = {max_rounds}
+# Fewest sites invited to a round. With few others, a model tells more about this site.
+min-cohort = {min_cohort}
+
+# Device: cpu, cuda, cuda:N, or auto, which takes a GPU where there is one.
+device = "{device}"
+# Most of the GPU's memory, as a share.
+gpu-memory-fraction = 0.9
+# Most data of the worker's process on the CPU, in GiB; unbounded while this line is a comment.
+# memory-gib = 8.0
+# Largest request that is read, in MiB.
+max-request-mib = 1024
+"""
+
+
+def write(
+    home: Path,
+    *,
+    tasks: Sequence[str],
+    bundles: Sequence[str],
+    versions: Sequence[str],
+    max_rounds: int = 1_000,
+    min_cohort: int = 2,
+    device: str = "auto",
+) -> Policy:
+    """Write a home's policy with comments, replacing what was there.
+
+    Args:
+        home: made where missing, for its owner alone.
+        tasks: that are served.
+        bundles: SHA-256 (hex) of approved Flower bundles.
+        versions: of the server's fedge.
+        max_rounds: highest round served.
+        min_cohort: fewest sites invited.
+        device: where to compute.
+
+    Raises:
+        ConfigError: 201, a value is not allowed; the file is then not written.
+    """
+    given = {"tasks": tuple(tasks), "bundles": tuple(bundles), "versions": tuple(versions)}
+    numbers = {"max-rounds": max_rounds, "min-cohort": min_cohort, "device": device}
+    toml_file.check({**given, **numbers}, Policy, FILE)
+    text = _TEXT.format(
+        **{key: _list(values) for key, values in given.items()},
+        max_rounds=max_rounds,
+        min_cohort=min_cohort,
+        device=device,
+    )
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(home / FILE, text.encode())
+    return read(home)
+
+
+def _list(values: Sequence[str]) -> str:
+    import tomli_w
+
+    return tomli_w.dumps({"v": list(values)}, multiline_strings=False).partition("=")[2].strip()

@@ -1,0 +1,137 @@
+"""The relay's end of the socket to the site's resident worker.
+
+Requests are idempotent, so a worker that is not there, or that dies while it works, is simply asked
+again: its supervisor starts it anew, and it answers the same request with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedge.client import wire
+from fedge.shared.daemon import sockets
+from fedge.shared.errors import CATALOGUE, SiteError
+
+#: Environment of the relay's process: where the worker listens, seconds to wait for a reply, and the
+#: SHA-256 of the Flower bundle that the launcher found before any of its code ran.
+SOCKET_VARIABLE: Final = "FEDGE_WORKER_SOCKET"
+DEADLINE_VARIABLE: Final = "FEDGE_WORKER_DEADLINE"
+BUNDLE_VARIABLE: Final = "FEDGE_BUNDLE"
+
+DEFAULT_DEADLINE: Final = 3600.0
+#: Kinds of requests that never leave the site.
+PERMIT: Final = "worker.permit"
+STATUS: Final = "worker.status"
+
+_PAUSE: Final = 0.2
+_SHORT: Final = 5.0
+_FAILED: Final = 413
+_SILENT: Final = 420
+#: What a worker that is being started anew looks like.
+_AWAY: Final = (ConnectionError, FileNotFoundError, BlockingIOError, EOFError)
+
+
+class SocketLink:
+    """A worker behind a Unix stream socket.
+
+    Args:
+        path: of the socket, of any length.
+        deadline: seconds from the request to the reply, the worker's restarts included.
+        bundle: SHA-256 of the Flower bundle that this process runs; by default what the environment says.
+    """
+
+    def __init__(self, path: Path, deadline: float, bundle: str | None = None) -> None:
+        self.path = path
+        self.deadline = deadline
+        self._bundle = os.environ.get(BUNDLE_VARIABLE, "") if bundle is None else bundle
+
+    def exchange(self, kind: str, content: RecordDict) -> RecordDict:
+        """Ask the worker, again and again while it is not there.
+
+        Raises:
+            SiteError: the worker's refusal, by its number; 420, it does not answer in time.
+        """
+        return self._ask(wire.Request(kind, content, self._bundle), self.deadline)
+
+    def permit(self, bundle: str) -> None:
+        """Ask whether the site approved a Flower bundle; to be called before any of its code runs.
+
+        Args:
+            bundle: its SHA-256 in hexadecimal.
+
+        Raises:
+            SiteError: 419, it did not; 420, the worker does not answer.
+        """
+        self._ask(wire.Request(PERMIT, RecordDict(), bundle), self.deadline)
+
+    def status(self) -> dict[str, Any]:
+        """What the worker is and does, asked once with a short deadline.
+
+        Returns:
+            ``pid``, ``site``, ``task``, ``device``, ``examples`` (training rows), ``busy``, ``uptime``
+            (seconds), and after the first request ``last-kind``, ``last-run``, ``last-round`` and
+            ``last-seconds`` (since then).
+
+        Raises:
+            SiteError: 420, it does not answer.
+        """
+        reply = self._ask(wire.Request(STATUS, RecordDict()), min(self.deadline, _SHORT), once=True)
+        found = reply.get("status")
+        if not isinstance(found, ConfigRecord):
+            raise SiteError(_SILENT, f"{self.path}: must answer with a status, got another record")
+        return dict(found)
+
+    def _ask(self, request: wire.Request, deadline: float, *, once: bool = False) -> RecordDict:
+        until = time.monotonic() + deadline
+        try:
+            parts = wire.encode_request(request)
+        except wire.WireError as error:
+            raise SiteError(414, f"{request.kind}: {error}") from None
+        while True:
+            try:
+                body = self._once(parts, until)
+                break
+            except TimeoutError:
+                raise self._silent(f"none within {deadline:g} s") from None
+            except _AWAY as error:
+                if once or time.monotonic() + _PAUSE >= until:
+                    why = str(error) or type(error).__name__
+                    raise self._silent(f"none within {deadline:g} s ({why})") from None
+                time.sleep(_PAUSE)
+            except (OSError, wire.WireError) as error:
+                raise self._silent(str(error)) from None
+        try:
+            reply = wire.decode_reply(body)
+        except wire.WireError as error:
+            raise self._silent(str(error)) from None
+        if isinstance(reply, int):
+            code = reply if reply in CATALOGUE else _FAILED
+            raise SiteError(code, f"{request.kind}: must be served by the worker, got FE-{reply}")
+        return reply
+
+    def _once(self, parts: list[bytes], until: float) -> bytearray:
+        with sockets.connect(self.path, max(until - time.monotonic(), 1e-3)) as connection:
+            try:
+                wire.send(connection, parts, until)
+            except ConnectionError:
+                # A worker may refuse a request before it has read all of it.
+                return wire.receive(connection, wire.MAX_FRAME, until)
+            return wire.receive(connection, wire.MAX_FRAME, until)
+
+    def _silent(self, got: str) -> SiteError:
+        return SiteError(_SILENT, f"{self.path}: must answer, got {got}")
+
+
+def deadline_of_environment() -> float:
+    """Seconds to wait for a reply, as the launcher says, else an hour."""
+    try:
+        found = float(os.environ.get(DEADLINE_VARIABLE, ""))
+    except ValueError:
+        return DEFAULT_DEADLINE
+    return found if math.isfinite(found) and found > 0 else DEFAULT_DEADLINE

@@ -1,0 +1,85 @@
+"""A site's systemd units and users, as files for the site's operator to install.
+
+Two users, so that the kernel keeps the relay, which talks to the server, from the data, which the worker alone reads.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from fedge.shared.bounded import reason
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import ConfigError, UsageError
+
+RELAY: Final = "fedge-site-relay.service"
+WORKER: Final = "fedge-site-worker.service"
+USERS: Final = "fedge-site.conf"
+#: Where the data lies unless told otherwise.
+DATA: Final = Path("/srv/fedge-data")
+
+_USERS_TEXT: Final = """\
+# Written by fedge: put it into /etc/sysusers.d, then run systemd-sysusers.
+g fedge-site - -
+u fedge-worker - "fedge site worker" /var/lib/fedge-worker -
+u fedge-relay - "fedge site relay" /var/lib/fedge-relay -
+m fedge-worker fedge-site
+m fedge-relay fedge-site
+"""
+# Nothing that systemd would expand or split at.
+_PLAIN_PATH: Final = re.compile(r"(/[A-Za-z0-9_.+@-]+)+/?")
+_HOMES: Final = tuple(Path(text) for text in ("/home", "/root", "/run/user"))
+
+
+def texts(*, bin: Path, data: Path = DATA) -> dict[str, str]:
+    """The files by name.
+
+    Args:
+        bin: the folder of the ``fedge`` command, absolute.
+        data: the site's data, which the worker reads and the relay cannot see; absolute.
+
+    Raises:
+        ConfigError: 201, a path is not absolute, or has characters that a unit cannot hold.
+    """
+    for key, path in (("bin", bin), ("data", data)):
+        if _PLAIN_PATH.fullmatch(str(path)) is None or ".." in path.parts:
+            raise ConfigError(
+                201,
+                f"{key}: must be an absolute path of letters, digits and '_.+@-', got {str(path)!r}",
+            )
+    # Data in somebody's home folder stays readable; all other homes do not become writable by it.
+    protect_home = "read-only" if any(data.is_relative_to(home) for home in _HOMES) else "yes"
+    found = {USERS: _USERS_TEXT}
+    for name in (RELAY, WORKER):
+        text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+        for word, value in (
+            ("@BIN@", str(bin)),
+            ("@DATA@", str(data)),
+            ("@PROTECT_HOME@", protect_home),
+        ):
+            text = text.replace(word, value)
+        found[name] = text
+    return found
+
+
+def write(folder: Path, *, bin: Path, data: Path = DATA) -> list[Path]:
+    """Write the files of ``texts`` into a folder, over those of an earlier release.
+
+    Raises:
+        ConfigError: 201, as ``texts``.
+        UsageError: 107, the folder cannot be written.
+    """
+    found = texts(bin=bin, data=data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in found.items():
+            write_atomically(folder / name, text.encode())
+            (folder / name).chmod(0o644)
+    except OSError as error:
+        raise UsageError(107, f"{folder}: cannot be written ({reason(error)})") from None
+    return [folder / name for name in found]
+
+
+__all__ = ["DATA", "RELAY", "USERS", "WORKER", "texts", "write"]

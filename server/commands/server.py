@@ -1,0 +1,144 @@
+"""``fedge server``: the coordinating side of a federation, and its operator's commands."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+from fedge.shared.command import Command
+
+_EXAMPLE = (
+    "example:\n  fedge server init --home fed --address fed.example.org:8443\n"
+    "  fedge server start --home fed\n"
+    "  fedge server admit clinic-a site.pub --home fed\n"
+    "  fedge server submit examples/digits.toml --home fed"
+)
+
+#: Action, and one line of help.
+_ACTIONS = {
+    "init": "make a home: certificate authority, certificate, addresses",
+    "start": "run the server in the foreground; it continues every unfinished run",
+    "submit": "queue a run of a configuration",
+    "status": "show processes, sites and runs",
+    "runs": "list the runs",
+    "resume": "let a stopped run go on",
+    "stop": "end a run, or the server where none is named",
+    "admit": "let a site in, by the public key that it made",
+    "expel": "take a site off the roster",
+    "bundle": "print the SHA-256 of the Flower bundle that sites approve",
+    "renew": "make a new server certificate from the same authority",
+    "units": "write the systemd unit",
+}
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = {}
+    for name, text in _ACTIONS.items():
+        made[name] = actions.add_parser(
+            name,
+            help=text,
+            description=f"{text[:1].upper()}{text[1:]}.",
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name not in ("bundle", "units"):
+            made[name].add_argument(
+                "--home", metavar="DIR", type=Path, default=Path("fedge-server"),
+                help="the server's folder (default: fedge-server)",
+            )  # fmt: skip
+    new = made["init"]
+    new.add_argument("--address", metavar="HOST:PORT", required=True, help="that the sites dial")
+    new.add_argument(
+        "--listen", metavar="IP:PORT", help="where this machine accepts sites, if not there"
+    )
+    new.add_argument(
+        "--front", choices=("none", "nginx"), help="none is for loopback addresses only"
+    )
+    submit = made["submit"]
+    submit.add_argument("config", metavar="CONFIG.toml", type=Path, help="what to run")
+    submit.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key; repeatable"
+    )
+    submit.add_argument("--name", help="of the run (default: date, time and a number)")
+    for name in ("stop", "resume"):
+        made[name].add_argument(
+            "run", metavar="RUN", nargs="?" if name == "stop" else None, help="name of a run"
+        )
+    made["admit"].add_argument("site", metavar="NAME", help="the site's name")
+    made["admit"].add_argument("key", metavar="SITE.pub", type=Path, help="as `site init` wrote it")
+    made["expel"].add_argument("site", metavar="NAME", help="the site's name")
+    made["units"].add_argument("--out", metavar="DIR", type=Path, required=True, help="folder")
+    made["units"].add_argument(
+        "--bin", metavar="DIR", type=Path, default=Path("/opt/fedge/bin"), help="where fedge lies"
+    )
+    for name in ("status", "runs", "submit", "bundle"):
+        made[name].add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(arguments: Namespace) -> int:
+    import json
+    import sys
+
+    from fedge.server import operate
+
+    def say(value: Any, text: str) -> None:
+        as_json = getattr(arguments, "json", False)
+        sys.stdout.write((json.dumps(value) if as_json else text) + "\n")
+
+    match arguments.action:
+        case "start":
+            from fedge.server import daemon
+
+            return daemon.run(arguments.home)
+        case "init":
+            found = operate.init(
+                arguments.home, arguments.address, arguments.listen, arguments.front
+            )
+            say(None, found)
+        case "submit":
+            name = operate.submit(arguments.home, arguments.config, arguments.set, arguments.name)
+            say({"run": name}, name)
+        case "status":
+            status = operate.status(arguments.home)
+            say(status, operate.status_text(status))
+        case "runs":
+            runs = operate.runs(arguments.home)
+            say(runs, operate.runs_text(runs))
+        case "resume":
+            operate.resume(arguments.home, arguments.run)
+        case "stop":
+            operate.stop(arguments.home, arguments.run)
+        case "admit" | "expel":
+            from fedge.server import register
+
+            if arguments.action == "admit":
+                register.admit(arguments.home, arguments.site, arguments.key)
+            else:
+                register.expel(arguments.home, arguments.site)
+        case "renew":
+            from fedge.server import certificates
+
+            certificates.renew(arguments.home)
+            say(None, "new certificate written; it counts from the server's next start")
+        case "bundle":
+            from fedge.shared import flower_app
+
+            digest = flower_app.sha256()
+            say({"sha256": digest}, digest)
+        case "units":
+            from fedge.server.units import units
+
+            for path in units.write(arguments.out, bin=arguments.bin):
+                say(None, str(path))
+    return 0
+
+
+COMMAND = Command(
+    summary="run the server, admit sites, submit and watch runs",
+    extra="train",
+    arguments=_arguments,
+    run=_run,
+    epilog=_EXAMPLE,
+)

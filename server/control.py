@@ -1,0 +1,117 @@
+"""The operator's calls to Flower's SuperLink, by Flower's own command ``flwr``: one after the other, each in a fork.
+
+Its Control API knows no login, so the SuperLink listens on a loopback address only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.supervisor import Supervisor
+
+_log = logging.getLogger(__name__)
+
+#: Seconds that a call may take.
+DEADLINE = 60.0
+#: Name of the connection in Flower's config.toml.
+CONNECTION = "local"
+#: Largest answer that is read, in bytes.
+LARGEST = 16 * 2**20
+
+#: Told what a call answered, None where it failed; and what it said otherwise, for people.
+Done: TypeAlias = Callable[[dict[str, Any] | None, str], None]
+
+
+def write_connection(flower_home: Path, port: int, ca: Path) -> None:
+    """Write Flower's config.toml, which names the SuperLink of this machine."""
+    flower_home.mkdir(parents=True, exist_ok=True)
+    text = (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(ca))}\n'
+    )
+    (flower_home / "config.toml").write_text(text, encoding="utf-8")
+
+
+class Control:
+    """A queue of calls.
+
+    Args:
+        supervisor: of the daemon.
+        environment: of Flower's commands.
+    """
+
+    def __init__(self, supervisor: Supervisor, environment: Mapping[str, str]) -> None:
+        self._supervisor, self._environment = supervisor, environment
+        self._queue: deque[tuple[list[str], Done]] = deque()
+        self._busy = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way or waiting."""
+        return not self._busy and not self._queue
+
+    def call(self, arguments: Sequence[str], done: Done) -> None:
+        """Queue a call, for example ``["supernode", "list", CONNECTION]``."""
+        self._queue.append(([*arguments, "--format", "json"], done))
+        self._next()
+
+    def _next(self) -> None:
+        if self._busy or not self._queue:
+            return
+        self._busy = True
+        arguments, done = self._queue.popleft()
+        output = self._supervisor.log_of("control")
+        output.unlink(missing_ok=True)
+
+        def on_exit(status: int) -> None:
+            self._busy = False
+            text = output.read_bytes()[:LARGEST].decode(errors="replace") if output.exists() else ""
+            answer = _answer(text)
+            if status or answer is None or answer.get("success") is False:
+                said = " ".join(text.split())[-300:]
+                _log.warning("flwr %s failed: %s", " ".join(arguments[:2]), said)
+                done(None, said)
+            else:
+                done(answer, "")
+            self._next()
+
+        program = Program(
+            "flwr " + " ".join(arguments),
+            output,
+            function=script("flwr", arguments),
+            environment={**self._environment, "NO_COLOR": "1", "COLUMNS": "200"},
+        )
+        self._supervisor.task("flwr", program, on_exit, DEADLINE)
+
+
+def _answer(text: str) -> dict[str, Any] | None:
+    """The JSON object that a call printed, between or after log lines."""
+    start = text.find("{")
+    while start >= 0:
+        try:
+            found, _ = json.JSONDecoder().raw_decode(text, start)
+        except ValueError:
+            start = text.find("{", start + 1)
+            continue
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """What Flower's processes of a server find in their environment."""
+    return {
+        "FLWR_HOME": str(home / "flower"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+        "FEDGE_RUNS": str(home / "runs"),
+        "PATH": os.environ.get("PATH", os.defpath),
+    }

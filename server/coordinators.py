@@ -1,0 +1,221 @@
+"""Plays every run that is not finished: submits it to Flower, watches its coordinator, continues it after a crash.
+
+A run is a directory below ``runs/``; its journal says how far it is. So nothing needs to be remembered here: after a
+crash of this daemon, or of the machine, the same look at the directories finds the same work. Flower loses a run with
+its ServerApp process, so each continuation is a new Flower run of the same fedge run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedge.server import finish
+from fedge.server.control import CONNECTION, Control
+from fedge.server.run_directory import RunDirectory, state_of
+from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.supervisor import Supervisor, words
+from fedge.shared.errors import RunError
+
+_log = logging.getLogger(__name__)
+
+#: Seconds from Flower's acceptance of a run to the start of its coordinator.
+STARTS_WITHIN = 60.0
+#: Crashes in a row, without a round between them, after which a run is stopped.
+MOST_CRASHES = 5
+FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
+#: Seconds between two looks at the directories.
+LOOK_EVERY = 0.5
+#: File by which an operator asks for a run's end.
+STOP_REQUEST = "stop"
+
+
+@dataclass
+class _Run:
+    path: Path
+    flower_run: int | None = None
+    submitted: float = 0.0
+    asked: bool = False
+    pid: int = 0
+    crashes: int = 0
+    rounds: int = -1
+    due: float = 0.0
+    stopping: bool = False
+
+
+class Coordinators:
+    """The runs of one server.
+
+    Args:
+        home: of the server.
+        supervisor: of its daemon.
+        control: of its SuperLink.
+        environment: of Flower's processes.
+        at_once: runs played at the same time.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        supervisor: Supervisor,
+        control: Control,
+        environment: Mapping[str, str],
+        at_once: int,
+    ) -> None:
+        self._folder, self._supervisor, self._control = home / "runs", supervisor, control
+        self._memory = home / "flower-runs.json"
+        self._environment, self._at_once = dict(environment), at_once
+        self._app = home / "app"
+        self._runs: dict[str, _Run] = {}
+        self._next_look = 0.0
+        # A test's fail point kills once, not at every continuation.
+        self._fail_point = os.environ.pop("FEDGE_FAIL_POINT", None)
+        self._forget_former()
+
+    def tick(self, *, open_for_runs: bool) -> None:
+        """Look after the runs; starts none unless ``open_for_runs``."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_EVERY
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+            self._look(path, now, open_for_runs=open_for_runs)
+        self._supervisor.facts["runs"] = {
+            name: {"coordinator": run.pid, "crashes": run.crashes}
+            for name, run in self._runs.items()
+        }
+
+    def launch(self, arguments: list[str]) -> None:
+        """Start the coordinator that Flower asks for: of the run that was submitted first and has none."""
+        waiting = [r for r in self._runs.values() if r.flower_run and not r.pid]
+        run = min(waiting, key=lambda r: r.submitted, default=None)
+        environment = dict(self._environment)
+        if run is not None and self._fail_point:
+            environment["FEDGE_FAIL_POINT"], self._fail_point = self._fail_point, None
+        name = run.path.name if run else "unknown"
+        program = Program(
+            f"flwr-serverapp {name}",
+            self._supervisor.log_of("coordinator"),
+            function=partial(_server_app, arguments),
+            environment=environment,
+        )
+        ended = partial(self._ended, run) if run else None
+        pid = self._supervisor.task(f"coordinator {name}", program, ended)
+        if run is not None:
+            run.pid = pid
+
+    def _look(self, path: Path, now: float, *, open_for_runs: bool) -> None:
+        state = state_of(path)
+        run = self._runs.get(path.name)
+        if (path / STOP_REQUEST).exists():
+            self._stop(path, run, state)
+            return
+        if state != "unfinished":
+            if run is not None and not run.pid:
+                del self._runs[path.name]
+            return
+        if run is None:
+            if not open_for_runs or len(self._runs) >= self._at_once:
+                return
+            run = self._runs[path.name] = _Run(path)
+        if run.pid or now < run.due or not open_for_runs:
+            return
+        if run.flower_run and now - run.submitted > STARTS_WITHIN:
+            _log.error("run %s: Flower did not start its coordinator; trying again", path.name)
+            self._release(run)
+        if not run.flower_run and not run.asked:
+            self._submit(run)
+
+    def _submit(self, run: _Run) -> None:
+        run.asked = True
+        value = json.dumps(str(run.path.resolve()))
+
+        def done(answer: dict[str, Any] | None, _said: str) -> None:
+            run.asked = False
+            number = (answer or {}).get("run-id")
+            if number is None:
+                run.due = time.monotonic() + 2.0
+                return
+            run.flower_run, run.submitted = int(number), time.monotonic()
+            _log.info("run %s is Flower's run %d", run.path.name, run.flower_run)
+            self._remember()
+
+        command = ["run", str(self._app), CONNECTION, "--run-config", f"run-dir={value}"]
+        self._control.call(command, done)
+
+    def _ended(self, run: _Run, status: int) -> None:
+        run.pid = 0
+        self._release(run)
+        state = state_of(run.path)
+        if state != "unfinished" or run.stopping:
+            return
+        rounds = _rounds_done(run.path)
+        run.crashes = run.crashes + 1 if rounds == run.rounds else 1
+        run.rounds = rounds
+        _log.error(
+            "run %s: its coordinator %s after round %d; it goes on from there",
+            run.path.name,
+            words(status),
+            max(rounds, 0),
+        )
+        if run.crashes >= MOST_CRASHES:
+            crashes = f"coordinator: must play round {rounds + 1}, got {run.crashes} crashes"
+            finish.stop(RunDirectory(run.path), RunError(509, crashes))
+        elif run.crashes > 1:
+            run.due = time.monotonic() + min(FIRST_PAUSE * 2**run.crashes, LAST_PAUSE)
+
+    def _release(self, run: _Run) -> None:
+        """Tell Flower that its run is over: what it still holds for the sites is of no use to anybody."""
+        if run.flower_run:
+            self._control.call(["stop", str(run.flower_run), CONNECTION], lambda *_: None)
+        run.flower_run = None
+        self._remember()
+
+    def _stop(self, path: Path, run: _Run | None, state: str) -> None:
+        if run is not None and run.pid:
+            if not run.stopping:
+                run.stopping = True
+                self._supervisor.kill(run.pid)
+            return
+        if run is not None:
+            self._release(run)
+            del self._runs[path.name]
+        if state == "unfinished":
+            finish.stop(
+                RunDirectory(path), RunError(508, f"run {path.name}: stopped by its operator")
+            )
+        (path / STOP_REQUEST).unlink(missing_ok=True)
+
+    def _remember(self) -> None:
+        running = {name: run.flower_run for name, run in self._runs.items() if run.flower_run}
+        self._memory.write_text(json.dumps(running), encoding="utf-8")
+
+    def _forget_former(self) -> None:
+        """Stop the Flower runs of a daemon that died: their coordinators died with it."""
+        try:
+            former = json.loads(self._memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        for number in former.values() if isinstance(former, dict) else ():
+            self._control.call(["stop", str(number), CONNECTION], lambda *_: None)
+
+
+def _server_app(arguments: list[str]) -> int | None:
+    import logging as python_logging
+
+    python_logging.getLogger("fedge").setLevel(python_logging.INFO)
+    return script("flwr-serverapp", arguments)()
+
+
+def _rounds_done(path: Path) -> int:
+    try:
+        return int(json.loads((path / "run.json").read_text(encoding="utf-8"))["rounds_done"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1

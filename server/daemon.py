@@ -1,0 +1,238 @@
+"""The server's daemon: keeps Flower's SuperLink, its SuperExec and the TLS front running, and plays the runs.
+
+The SuperLink holds its state in a SQLite file and runs in process isolation, so it may die and come back while a run
+goes on. What Flower loses, the coordinators' look at the journals brings back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedge.server import certificates, front, register, server_file
+from fedge.server.control import CONNECTION, Control, flower_environment, write_connection
+from fedge.server.coordinators import Coordinators
+from fedge.shared import flower_app
+from fedge.shared.daemon import home as homes
+from fedge.shared.daemon import launcher
+from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.supervisor import Service, Supervisor
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import DeployError, FedgeError
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the roster, and at who is online.
+ROSTER_EVERY, NODES_EVERY = 1.0, 20.0
+
+
+def run(home: Path) -> int:
+    """Run the daemon until SIGTERM.
+
+    Args:
+        home: as ``fedge server init`` made it.
+
+    Returns:
+        The exit status: 0 after SIGTERM.
+
+    Raises:
+        DeployError: 901, not a home; 902, in use; 904, an address is taken; 907, the certificate is not usable;
+            909 or 910, the front is missing or refuses its configuration.
+    """
+    home = home.absolute()
+    settings = server_file.load(home)
+    homes.log_to_stderr()
+    with homes.lock(home):
+        daemon = ServerDaemon(home, settings)
+        daemon.supervisor.run()
+    return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
+
+
+class ServerDaemon:
+    """A server's processes and runs.
+
+    Args:
+        home: absolute.
+        settings: its server.toml.
+
+    Raises:
+        DeployError: as ``run``.
+    """
+
+    def __init__(self, home: Path, settings: server_file.ServerFile) -> None:
+        # Imported before the first fork, as every fork then has it.
+        import flwr.cli.app
+        import flwr.supercore.cli
+        import flwr.superlink.cli  # noqa: F401
+
+        self._home, self._server = home, settings.server
+        self._days = certificates.check(
+            home, datetime.now(UTC), host=homes.split_address(settings.server.address)[0]
+        )
+        if warning := certificates.warning(self._days):
+            _log.warning("%s", warning)
+        for where in {settings.server.listen, f"127.0.0.1:{settings.server.port}"}:
+            host, port = homes.split_address(where)
+            if homes.answers("127.0.0.1" if host == "0.0.0.0" else host, port):  # noqa: S104
+                raise DeployError(904, f"{where}: must be free, got somebody who answers there")
+        self.supervisor = Supervisor(home)
+        self.supervisor.facts |= {"address": self._server.address, "certificate_days": self._days}
+        self._secret = home / "superexec.secret"
+        _write_secret(self._secret)
+        self._environment = flower_environment(home)
+        folder = launcher.install(self.supervisor, ["flwr-serverapp"], self._launch)
+        self._environment["PATH"] = launcher.path_with(folder)
+        write_connection(home / "flower", self._server.port, certificates.authority_path(home))
+        flower_app.write(home / "app")
+        (home / "runs").mkdir(exist_ok=True)
+        self._control = Control(self.supervisor, self._environment)
+        # Flower's number of each site's node, which Flower tells only once, when the key is registered.
+        self._nodes: dict[str, str] = _read_nodes(home / "nodes.json")
+        self.supervisor.facts["registered"] = sorted(self._nodes)
+        self._asked: set[str] = set()
+        self._next_roster = self._next_nodes = 0.0
+        self._runs = Coordinators(
+            home, self.supervisor, self._control, self._environment, settings.runs.at_once
+        )
+        self._keep()
+
+    def _keep(self) -> None:
+        self.supervisor.add(
+            Service(
+                "superlink",
+                self._superlink,
+                ready=lambda: homes.answers("127.0.0.1", self._server.port),
+            )
+        )
+        self.supervisor.add(Service("superexec", self._superexec, after=("superlink",)))
+        if self._server.front == "nginx":
+            listen = homes.split_address(self._server.listen)
+            front.write(self._home, listen, f"127.0.0.1:{self._server.port}")
+            front.check(self._home)
+            command = tuple(front.command(self._home))
+            log = self.supervisor.log_of("front")
+            self.supervisor.add(
+                Service(
+                    "front",
+                    lambda: Program("fedge front", log, command=command),
+                    after=("superlink",),
+                )
+            )
+        self.supervisor.ticks += [self._tick]
+
+    def _superlink(self) -> Program:
+        # Without a front the SuperLink itself takes the sites; server_file allows that on a loopback address only.
+        host = "127.0.0.1"
+        if self._server.front == "none":
+            host = homes.split_address(self._server.listen)[0]
+        arguments = [
+            "--ssl-certfile", str(certificates.certificate_path(self._home)),
+            "--ssl-keyfile", str(certificates.key_path(self._home)),
+            "--ssl-ca-certfile", str(certificates.authority_path(self._home)),
+            "--enable-supernode-auth",
+            "--database", str(self._home / "superlink.db"),
+            "--isolation", "process",
+            "--superexec-auth-secret-file", str(self._secret),
+            "--disable-runtime-dependency-installation",
+            "--host", host,
+            "--port", str(self._server.port),
+        ]  # fmt: skip
+        return self._flower("flower-superlink", arguments)
+
+    def _superexec(self) -> Program:
+        arguments = [
+            "--runtime-api-address", f"127.0.0.1:{self._server.port}",
+            "--root-certificates", str(certificates.authority_path(self._home)),
+            "--superexec-auth-secret-file", str(self._secret),
+            "--parent-pid", str(os.getpid()),
+        ]  # fmt: skip
+        return self._flower("flower-superexec", arguments)
+
+    def _flower(self, name: str, arguments: list[str]) -> Program:
+        return Program(
+            " ".join([name, *arguments]),
+            self.supervisor.log_of(name.removeprefix("flower-")),
+            function=script(name, arguments),
+            environment=self._environment,
+        )
+
+    def _launch(self, _name: str, arguments: list[str]) -> None:
+        self._runs.launch(arguments)
+
+    def _tick(self) -> None:
+        ready = all(self.supervisor.services[name].is_ready for name in ("superlink", "superexec"))
+        now = time.monotonic()
+        if ready and now >= self._next_roster:
+            self._next_roster = now + ROSTER_EVERY
+            self._follow_roster()
+        if ready and now >= self._next_nodes and self._control.idle:
+            self._next_nodes = now + NODES_EVERY
+            self._control.call(["supernode", "list", CONNECTION], self._take_nodes)
+        self._runs.tick(open_for_runs=ready)
+
+    def _follow_roster(self) -> None:
+        """Make Flower's list of keys what the roster says."""
+        try:
+            known = register.roster(self._home)
+        except FedgeError as error:
+            self.supervisor.facts["roster"] = str(error)
+            return
+        self.supervisor.facts.pop("roster", None)
+        for name, key in known.items():
+            if name not in self._asked:
+                self._asked.add(name)
+                command = ["supernode", "register", str(key), CONNECTION, "--name", name]
+                self._control.call(command, partial(self._registered, name))
+        for name in set(self._nodes) - set(known):
+            number = self._nodes.pop(name)
+            self._asked.discard(name)
+            self._write_nodes()
+            command = ["supernode", "unregister", number, CONNECTION]
+            self._control.call(command, lambda *_: None)
+
+    def _registered(self, name: str, answer: dict[str, Any] | None, said: str) -> None:
+        if answer is not None:
+            self._nodes[name] = str(answer.get("node-id"))
+            self._write_nodes()
+        elif "in use" not in said:
+            # "In use": Flower's database knows the key from before. Anything else is tried again.
+            self._asked.discard(name)
+        self._next_nodes = 0.0
+
+    def _write_nodes(self) -> None:
+        write_atomically(self._home / "nodes.json", json.dumps(self._nodes).encode())
+        self.supervisor.facts["registered"] = sorted(self._nodes)
+
+    def _take_nodes(self, answer: dict[str, Any] | None, _said: str) -> None:
+        if answer is None:
+            return
+        states = {str(node.get("node-id")): node for node in answer.get("nodes") or ()}
+        self.supervisor.facts["sites"] = {
+            name: {
+                "state": states.get(number, {}).get("status", "unknown"),
+                "since": states.get(number, {}).get("online-at"),
+            }
+            for name, number in sorted(self._nodes.items())
+        }
+
+
+def _read_nodes(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _write_secret(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(32))

@@ -1,0 +1,105 @@
+"""``server.toml``: where a server listens. Written by ``fedge server init``, changed by hand."""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from fedge.shared.config import Section
+from fedge.shared.config_errors import worded
+from fedge.shared.daemon.home import free_port, split_address
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import DeployError
+
+NAME = "server.toml"
+
+
+class ServerSection(Section):
+    """Addresses of the server."""
+
+    address: str = Field(description="host:port that the sites dial; in the certificate")
+    listen: str = Field(description="address:port on which this machine accepts sites")
+    front: Literal["none", "nginx"] = Field(
+        description="what accepts the sites; none: Flower's SuperLink itself, on a loopback address only"
+    )
+    port: int = Field(ge=1, le=65535, description="of Flower's SuperLink, on the loopback address")
+
+
+class RunsSection(Section):
+    """How runs are played."""
+
+    at_once: int = Field(1, ge=1, le=100, description="runs played at the same time")
+
+
+class ServerFile(Section):
+    """A server."""
+
+    server: ServerSection
+    runs: RunsSection = RunsSection()
+
+
+def check(address: str, listen: str | None, front: str | None) -> ServerFile:
+    """Where a new server listens.
+
+    Args:
+        address: that the sites dial.
+        listen: where to accept them; the address itself where it is a loopback one, else its port on all addresses.
+        front: "none", "nginx", or None to choose: none for loopback addresses.
+
+    Raises:
+        DeployError: 904, an address is not host:port, or would be open to others without a front.
+    """
+    host, port = split_address(address)
+    listen = listen or (address if is_loopback(host) else f"0.0.0.0:{port}")
+    where, inner = split_address(listen)
+    if not front:
+        front = "none" if is_loopback(where) else "nginx"
+    if front == "none" and not is_loopback(where):
+        raise DeployError(
+            904, f"listen: must be a loopback address without a front, got {listen}; use nginx"
+        )
+    section = {"address": address, "listen": listen, "front": front}
+    return ServerFile.model_validate(
+        {"server": section | {"port": inner if front == "none" else free_port()}}
+    )
+
+
+def write(home: Path, settings: ServerFile) -> None:
+    """Write server.toml."""
+    content = settings.model_dump(mode="json", by_alias=True)
+    write_atomically(home / NAME, tomli_w.dumps(content).encode())
+
+
+def load(home: Path) -> ServerFile:
+    """Read server.toml.
+
+    Raises:
+        DeployError: 901, there is none.
+        ConfigError: 201, 202, 204, it is not as it must be.
+    """
+    path = home / NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise DeployError(901, f"{home}: must hold {NAME}, got none") from None
+    try:
+        return ServerFile.model_validate(tomllib.loads(text), strict=True)
+    except tomllib.TOMLDecodeError as error:
+        raise DeployError(901, f"{path}: must be TOML, got {error}") from None
+    except ValidationError as error:
+        raise worded(error) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host names this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,195 @@
+"""Child processes of a daemon: started by exec or by fork, ended with their parent, logged to a file.
+
+A fork of a process that has imported Flower already costs some 20 ms where a new interpreter with the same imports
+costs two seconds of CPU, which is what makes a short exchange short. Forking is safe only from a process
+without threads; a daemon has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import NoReturn
+
+from fedge.shared.errors import FedgeError, one_line
+
+#: A log beyond this many bytes is moved aside when its process starts anew.
+LOG_LIMIT = 10 * 2**20
+_PR_SET_PDEATHSIG = 1
+#: sysexits: an internal error of the software.
+_EX_SOFTWARE = 70
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a child process runs.
+
+    Attributes:
+        title: as process listings show it; of an exec its command line.
+        log: file that takes standard output and standard error.
+        command: to execute; empty for a fork.
+        function: to call in a fork, giving the exit status; None for an exec.
+        environment: added to this process's own.
+        terminal: keep standard streams and process group, for what talks to a person.
+    """
+
+    title: str
+    log: Path
+    command: tuple[str, ...] = ()
+    function: Callable[[], int | None] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    terminal: bool = False
+
+
+def script(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:
+    """A console script of an installed distribution, to be called in a fork.
+
+    Raises:
+        LookupError: nobody installed it.
+    """
+    found = [entry for entry in entry_points(group="console_scripts") if entry.name == name]
+    if not found:
+        raise LookupError(f"console script {name}: must be installed, got none")
+
+    def run() -> int | None:
+        sys.argv = [name, *arguments]
+        # Its level was fixed at the import, by the environment of the command that became the daemon.
+        flower = logging.getLogger("flwr")
+        flower.setLevel(logging.INFO)
+        for handler in flower.handlers:
+            handler.setLevel(logging.INFO)
+        result = found[0].load()()
+        return result if isinstance(result, int) else None
+
+    return run
+
+
+def start(program: Program) -> int:
+    """Start the child.
+
+    Returns:
+        Its process id.
+    """
+    program.log.parent.mkdir(parents=True, exist_ok=True)
+    if program.log.is_file() and program.log.stat().st_size > LOG_LIMIT:
+        program.log.replace(program.log.with_suffix(".log.1"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if not pid:
+        _child(program, parent)
+    return pid
+
+
+def _child(program: Program, parent: int) -> NoReturn:
+    status = _EX_SOFTWARE
+    try:
+        _settle(program, parent)
+        if program.function is None:
+            os.execvpe(program.command[0], program.command, os.environ)  # noqa: S606
+        _name(program.title)
+        status = program.function() or 0
+    except SystemExit as stop:
+        status = _status_of(stop)
+    except FedgeError as error:
+        sys.stderr.write(one_line(error) + "\n")
+        status = 1
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # The parent's own exit handlers must not run a second time here.
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def _status_of(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    sys.stderr.write(f"{stop.code}\n")
+    return 1
+
+
+def _settle(program: Program, parent: int) -> None:
+    """Make the fork a process of its own: signals, streams, group, environment."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    die_with_parent()
+    if os.getppid() != parent:
+        # The parent died before the request above was in force.
+        os._exit(_EX_SOFTWARE)
+    os.environ.update(program.environment)
+    if not program.terminal:
+        os.setpgid(0, 0)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(program.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for source, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        # Whatever the parent had put there (a test's capture, a progress bar) is not ours.
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.closerange(3, 4096)
+    if program.function is not None:
+        root = logging.getLogger()
+        for handler in list(root.handlers):
+            root.removeHandler(handler)
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal at the parent's death, so that a killed daemon leaves nothing behind."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _name(title: str) -> None:
+    import setproctitle
+
+    setproctitle.setproctitle(title)
+
+
+def birth(pid: int) -> int | None:
+    """When a process started, in the kernel's clock ticks since boot; with the pid it names one process for ever.
+
+    None where there is no such process, or only its zombie.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may hold anything, so fields count from its end.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def end(pid: int, born: int | None, grace: float = 5.0) -> None:
+    """End a process that need not be a child: SIGTERM, then after ``grace`` seconds SIGKILL.
+
+    Nothing happens where the pid belongs to another process by now.
+    """
+    deadline = time.monotonic() + grace
+    sent = None
+    while born is not None and birth(pid) == born:
+        number = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
+        if number != sent:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                return
+            sent = number
+        if time.monotonic() > deadline + grace:
+            return
+        time.sleep(0.05)

@@ -1,0 +1,320 @@
+"""A daemon's only loop: starts its services, starts again what dies, serves its sockets, tells its state.
+
+One thread, as forks come from here. Every service that ends is started anew after a pause that doubles from
+``FIRST_PAUSE`` to ``LAST_PAUSE`` seconds and is forgotten once the service has run for ``STEADY`` seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedge.shared.daemon import process
+from fedge.shared.daemon.process import Program
+
+_log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LAST_PAUSE, STEADY = 0.2, 10.0, 30.0
+TICK = 0.1
+#: Seconds that a process has to end after SIGTERM.
+GRACE = 5.0
+
+
+@dataclass
+class Service:
+    """A process that is always there.
+
+    Attributes:
+        name: in the status and of its log.
+        program: makes what to run, anew at each start.
+        ready: whether it serves; asked until it says so.
+        after: services that must be ready first.
+        on_exit: told the wait status when it has ended, before the restart.
+        on_ready: told once a start, when it serves.
+    """
+
+    name: str
+    program: Callable[[], Program]
+    ready: Callable[[], bool] = lambda: True
+    after: tuple[str, ...] = ()
+    on_exit: Callable[[int], None] | None = None
+    on_ready: Callable[[], None] | None = None
+    pid: int = 0
+    born: int | None = None
+    is_ready: bool = False
+    restarts: int = 0
+    since: float = 0.0
+    due: float = 0.0
+    pause: float = FIRST_PAUSE
+    last_exit: str = ""
+
+
+@dataclass
+class _Task:
+    name: str
+    born: int | None
+    started: float
+    deadline: float | None
+    on_exit: Callable[[int], None] | None
+
+
+@dataclass
+class Supervisor:
+    """Services, tasks and sockets of one daemon.
+
+    Attributes:
+        home: folder of the daemon; takes status.json and log/.
+        ticks: called about every ``TICK`` seconds; must not block.
+        facts: what the daemon adds to its status.
+    """
+
+    home: Path
+    ticks: list[Callable[[], None]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.services: dict[str, Service] = {}
+        self._tasks: dict[int, _Task] = {}
+        self._selector = selectors.DefaultSelector()
+        self._stopping = False
+        self._told: str | None = None
+        self._signal = 0
+
+    @property
+    def ended_by(self) -> int:
+        """The signal that ended the loop, 0 for none."""
+        return self._signal
+
+    def log_of(self, name: str) -> Path:
+        """The log file of a process."""
+        return self.home / "log" / f"{name}.log"
+
+    def add(self, service: Service) -> Service:
+        """Keep a service running from now on."""
+        self.services[service.name] = service
+        return service
+
+    def serve(
+        self, listener: socket.socket, on_connection: Callable[[socket.socket], None]
+    ) -> None:
+        """Call back for every connection; the callee closes it."""
+        listener.setblocking(False)
+
+        def accept() -> None:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.settimeout(1.0)
+            try:
+                on_connection(connection)
+            except (OSError, ValueError) as error:
+                _log.warning("a request on a socket failed: %s", error)
+            finally:
+                connection.close()
+
+        self._selector.register(listener, selectors.EVENT_READ, accept)
+
+    def task(
+        self,
+        name: str,
+        program: Program,
+        on_exit: Callable[[int], None] | None = None,
+        deadline: float | None = None,
+    ) -> int:
+        """Start a process that is expected to end.
+
+        Args:
+            name: in the status.
+            program: what to run.
+            on_exit: told the wait status.
+            deadline: seconds after which it is killed.
+
+        Returns:
+            Its process id.
+        """
+        pid = process.start(program)
+        ends = None if deadline is None else time.monotonic() + deadline
+        self._tasks[pid] = _Task(name, process.birth(pid), time.monotonic(), ends, on_exit)
+        return pid
+
+    def alive(self, name: str) -> list[int]:
+        """Process ids of the tasks of a name."""
+        return [pid for pid, task in self._tasks.items() if task.name == name]
+
+    def kill(self, pid: int, number: int = signal.SIGTERM) -> None:
+        """Signal a child of ours."""
+        known = pid in self._tasks or any(s.pid == pid for s in self.services.values())
+        if known and pid:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                return
+
+    def stop(self) -> None:
+        """Leave the loop."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Supervise until ``stop`` or SIGTERM or SIGINT, then end every child, services in reverse order."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        try:
+            while not self._stopping:
+                self._step()
+                for key, _ in self._selector.select(TICK):
+                    key.data()
+                for tick in self.ticks:
+                    tick()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            self._end_all()
+            for key in list(self._selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+            self._selector.close()
+            writer.close()
+            self._tell(force=True)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signal = number
+        self._stopping = True
+
+    def _step(self) -> None:
+        self._reap()
+        now = time.monotonic()
+        for service in self.services.values():
+            if not service.pid:
+                waits = any(not self.services[name].is_ready for name in service.after)
+                if now >= service.due and not waits:
+                    self._start(service, now)
+            elif not service.is_ready:
+                service.is_ready = service.ready()
+                if service.is_ready and service.on_ready is not None:
+                    service.on_ready()
+            if service.pid and now - service.since > STEADY:
+                service.pause = FIRST_PAUSE
+        for pid, task in list(self._tasks.items()):
+            if task.deadline is not None and now > task.deadline:
+                _log.error("%s (pid %d) passed its deadline and is killed", task.name, pid)
+                self.kill(pid, signal.SIGKILL)
+        self._tell()
+
+    def _start(self, service: Service, now: float) -> None:
+        service.pid = process.start(service.program())
+        service.born = process.birth(service.pid)
+        service.since, service.is_ready = now, False
+        _log.info("%s started, pid %d", service.name, service.pid)
+
+    def _reap(self) -> None:
+        for service in self.services.values():
+            if service.pid and (status := _ended(service.pid)) is not None:
+                self._ended(service, status)
+        for pid in list(self._tasks):
+            if (status := _ended(pid)) is not None:
+                task = self._tasks.pop(pid)
+                if task.on_exit is not None:
+                    task.on_exit(status)
+
+    def _ended(self, service: Service, status: int) -> None:
+        pid, service.pid, service.is_ready = service.pid, 0, False
+        service.last_exit = words(status)
+        service.restarts += 1
+        service.due = time.monotonic() + service.pause
+        service.pause = min(service.pause * 2, LAST_PAUSE)
+        _log.warning("%s (pid %d) %s; starting it again", service.name, pid, service.last_exit)
+        if service.on_exit is not None:
+            service.on_exit(status)
+
+    def _end_all(self) -> None:
+        self._end(list(self._tasks))
+        while living := [s for s in self.services.values() if s.pid]:
+            # What others build on ends last: a site says good-bye to a server that still listens.
+            needed = {name for service in living for name in service.after}
+            leaves = [s for s in living if s.name not in needed] or living
+            self._end([s.pid for s in leaves])
+            for service in leaves:
+                service.pid, service.is_ready = 0, False
+
+    def _end(self, pids: list[int]) -> None:
+        deadline = time.monotonic() + GRACE
+        for pid in pids:
+            _signal(pid, signal.SIGTERM)
+        left = list(pids)
+        while left:
+            left = [pid for pid in left if _ended(pid) is None]
+            if left and time.monotonic() > deadline:
+                for pid in left:
+                    _signal(pid, signal.SIGKILL)
+                for pid in left:
+                    os.waitpid(pid, 0)
+                return
+            if left:
+                time.sleep(0.02)
+
+    def _tell(self, *, force: bool = False) -> None:
+        """Write status.json where anything in it has changed."""
+        processes = {
+            s.name: {
+                "pid": s.pid,
+                "born": s.born,
+                "state": "ready" if s.is_ready else "starting" if s.pid else "down",
+                "restarts": s.restarts,
+                "last_exit": s.last_exit,
+            }
+            for s in self.services.values()
+        }
+        tasks = [
+            {"name": t.name, "pid": pid, "born": t.born} for pid, t in sorted(self._tasks.items())
+        ]
+        content: dict[str, Any] = {
+            "pid": os.getpid(),
+            "born": process.birth(os.getpid()),
+            "services": processes,
+        }
+        content |= {"tasks": tasks, **self.facts}
+        text = json.dumps(content)
+        if text != self._told or force:
+            self._told = text
+            stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            # Replaced as a whole, but not flushed to the disk: after a crash of the machine it would be wrong anyway.
+            temporary = self.home / ".status.json.tmp"
+            temporary.write_text(json.dumps({"updated": stamp, **content}, indent=1) + "\n")
+            temporary.replace(self.home / "status.json")
+
+
+def words(status: int) -> str:
+    """A wait status as people read it."""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exited with {os.WEXITSTATUS(status)}"
+
+
+def _ended(pid: int) -> int | None:
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return 0
+    return status if found else None
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

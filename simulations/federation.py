@@ -1,0 +1,325 @@
+"""A whole federation on this machine: Flower's SuperLink over TLS, and a daemon with a worker for every site.
+
+The processes, keys and certificates are those of a deployment; only the addresses are loopback ones. The run directory
+is that of a simulation, with the server's home in ``server/`` and each site's in ``sites/NAME/``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from fedge.server.run_directory import RunDirectory, prepare, state_of
+from fedge.shared import flower_app
+from fedge.shared.config import Config
+from fedge.shared.daemon import home as homes
+from fedge.shared.daemon import process
+from fedge.shared.daemon.process import Program
+from fedge.shared.daemon.supervisor import Service, Supervisor
+from fedge.shared.errors import (
+    ConfigError,
+    DataError,
+    DeployError,
+    FedgeError,
+    RunError,
+    SiteError,
+)
+
+#: Name of the run in the server's home; it is the run directory itself.
+RUN: Final = "run"
+#: Times that a daemon may end at once before the federation is given up.
+MOST_FAILURES: Final = 4
+
+_BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
+
+
+def federate(
+    config: Config, out: Path, *, resume: bool = False, quiet: bool = False
+) -> RunDirectory:
+    """Run the federation of a configuration with real processes, in the foreground.
+
+    Args:
+        config: what to run; ``sites.count`` sites.
+        out: the run directory.
+        resume: continue the run in ``out``, or start where there is none.
+        quiet: show no progress.
+
+    Returns:
+        The run's directory, complete.
+
+    Raises:
+        ConfigError, DataError: as ``simulate``.
+        RunError: 501 to 509, the run stopped; what was committed stays.
+        DeployError: 902, a federation runs in ``out`` already; 906, a daemon does not start.
+        KeyboardInterrupt: SIGINT or SIGTERM; every process has ended.
+    """
+    out = out.absolute()
+    if homes.held(out / "federation"):
+        raise DeployError(902, f"{out}: must be free, got a running federation")
+    # Beside the division of the data, this process imports Flower.
+    work = _begin(partial(_divide, config, out, resume))
+    _import_flower()
+    finished = _result(work)
+    if not finished:
+        _make_homes(config, out)
+        with homes.lock(out / "federation"):
+            _supervise(RunDirectory(out), quiet=quiet)
+    directory = RunDirectory(out)
+    _raise_what_stopped(directory)
+    return directory
+
+
+def _import_flower() -> None:
+    """Import it before the first fork, as every fork then has it; torch is for workers and coordinator alone."""
+    import flwr.cli.app
+    import flwr.superlink.cli
+    import flwr.supernode.cli  # noqa: F401
+
+    from fedge.client import daemon as site_daemon  # noqa: F401
+    from fedge.server import daemon as server_daemon  # noqa: F401
+
+
+def _divide(config: Config, out: Path, resume: bool) -> bool:
+    """Make the run directory, and every site's share of the data; whether the run is finished already."""
+    from fedge.client import share
+    from fedge.client.data import site_shares
+    from fedge.server import finish
+    from fedge.shared.tasks.check import check
+    from fedge.shared.tasks.registry import get_task
+
+    task = get_task(config.task.name)
+    if not RunDirectory(out).says_finished():
+        check(task)
+    shares = site_shares(config, task)
+    directory, finished = prepare(out, config, resume=resume)
+    if finished:
+        finish.restore(directory)
+        return True
+    for name, data in shares.items():
+        place = out / "sites" / name
+        if not (place / "site.toml").exists():
+            place.mkdir(parents=True, exist_ok=True)
+            share.write(place / "share", data)
+    return False
+
+
+def _make_homes(config: Config, out: Path) -> None:
+    """Make the home of the server, and of every site that has none yet."""
+    from fedge.client import operate as site
+    from fedge.server import operate as server
+    from fedge.server import register
+    from fedge.server.server_file import load
+
+    (out / "federation").mkdir(exist_ok=True)
+    home = out / "server"
+    if not (home / "server.toml").exists():
+        shutil.rmtree(home, ignore_errors=True)
+        server.init(home, f"127.0.0.1:{homes.free_port()}")
+    link = home / "runs" / RUN
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / "..", target_is_directory=True)
+    address, bundle = load(home).server.address, flower_app.sha256(_build_in_a_fork)
+    for place in sorted((out / "sites").iterdir()):
+        if (place / "site.toml").exists() or not (place / "share").is_dir():
+            continue
+        site.init(
+            place,
+            place.name,
+            task=config.task.name,
+            server=address,
+            ca=home / "ca" / "ca.crt",
+            share=Path("share"),
+            bundle=bundle,
+        )
+        if place.name in register.roster(home):
+            register.expel(home, place.name)
+        register.admit(home, place.name, place / "site.pub")
+
+
+def _build_in_a_fork(folder: Path) -> str:
+    """``flwr build`` without a new interpreter."""
+
+    def build() -> int | None:
+        os.chdir(folder)
+        return process.script("flwr", ["build"])()
+
+    log = folder.parent / "log"
+    os.waitpid(process.start(Program("flwr build", log, function=build)), 0)
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+_Work: TypeAlias = tuple[BaseProcess, Connection]
+
+
+def _begin(work: partial[bool]) -> _Work:
+    """Begin work in a process of its own: it imports torch and reads the data, which no relay may inherit."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(work, there))
+    child.start()
+    there.close()
+    return child, here
+
+
+def _result(work: _Work) -> bool:
+    """What the work gave, or its error."""
+    child, here = work
+    try:
+        told = json.loads(here.recv_bytes(1 << 20))
+    except EOFError:
+        told = {"code": 104, "message": "the preparation ended without a word"}
+    finally:
+        child.join()
+    if "code" in told:
+        raise _BY_FAULT.get(told["code"] // 100, FedgeError)(told["code"], told["message"])
+    return bool(told["finished"])
+
+
+def _report(work: partial[bool], there: Connection) -> None:
+    told: dict[str, object]
+    try:
+        told = {"finished": work()}
+    except FedgeError as error:
+        told = {"code": error.code, "message": error.message}
+    except KeyboardInterrupt:
+        told = {"code": 103, "message": "interrupted"}
+    there.send_bytes(json.dumps(told).encode())
+
+
+def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
+    from fedge.client import daemon as site_daemon
+    from fedge.server import daemon as server_daemon
+
+    out = directory.path
+    supervisor = Supervisor(out / "federation")
+    names = sorted(path.parent.name for path in (out / "sites").glob("*/site.toml"))
+    daemons = {"server": (out / "server", server_daemon.run)}
+    daemons |= {name: (out / "sites" / name, site_daemon.run) for name in names}
+    for name, (home, run) in daemons.items():
+        supervisor.add(
+            Service(
+                name,
+                partial(
+                    Program, f"fedge {name} --home {home}", supervisor.log_of(name),
+                    function=partial(run, home),
+                ),
+                ready=partial(_is_ready, home, names if name == "server" else ()),
+                after=() if name == "server" else ("server",),
+            )
+        )  # fmt: skip
+    if not quiet:
+        watch = partial(_watch, directory, names)
+        program = Program("fedge up", supervisor.log_of("watch"), function=watch, terminal=True)
+        supervisor.task("watch", program)
+    next_look = 0.0
+
+    def tick() -> None:
+        nonlocal next_look
+        if time.monotonic() < next_look:
+            return
+        next_look = time.monotonic() + 0.25
+        if state_of(out) != "unfinished":
+            _let_watcher_finish(supervisor)
+            supervisor.stop()
+        for service in supervisor.services.values():
+            if service.restarts >= MOST_FAILURES and not service.is_ready:
+                supervisor.facts["failed"] = service.name
+                supervisor.stop()
+
+    supervisor.ticks.append(tick)
+    supervisor.run()
+    if failed := supervisor.facts.get("failed"):
+        log = supervisor.log_of(str(failed))
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        raise DeployError(906, f"{failed}: must start, got {lines[-1][:300]!r} in {log}")
+    if supervisor.ended_by:
+        raise KeyboardInterrupt
+
+
+def _is_ready(home: Path, registered: Sequence[str] = ()) -> bool:
+    """Whether a daemon's services are ready, and of the server's, whether Flower knows these sites' keys."""
+    told = homes.status(home)
+    if told is None or not homes.held(home):
+        return False
+    ready = all(service["state"] == "ready" for service in told.get("services", {}).values())
+    return ready and set(registered) <= set(told.get("registered") or ())
+
+
+def _let_watcher_finish(supervisor: Supervisor) -> None:
+    """Give the process that shows the progress a moment to show the last round."""
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        if not any(process.birth(pid) for pid in supervisor.alive("watch")):
+            return
+        time.sleep(0.05)
+
+
+def _watch(directory: RunDirectory, names: list[str]) -> None:
+    """Show how the federation starts, then its rounds; a process of its own, as it has threads."""
+    from fedge.server import events
+    from fedge.simulations.progress import Progress
+
+    started = time.monotonic()
+    out = directory.path
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"{text}, {time.monotonic() - started:.0f} s\n")
+        sys.stderr.flush()
+
+    homes_of = {"server": out / "server"} | {name: out / "sites" / name for name in names}
+    told: set[str] = set()
+    while state_of(out) == "unfinished" and not _began(directory):
+        ready = {name for name, home in homes_of.items() if _is_ready(home)}
+        if "server" in ready - told:
+            say("server ready")
+        if len(ready - {"server"}) > len(told - {"server"}):
+            say(f"{len(ready - {'server'})} of {len(names)} sites connected")
+        told |= ready
+        time.sleep(0.2)
+    with Progress() as progress:
+        events.follow(out / events.NAME, progress, lambda: state_of(out) != "unfinished")
+
+
+def _began(directory: RunDirectory) -> bool:
+    from fedge.server.events import NAME
+
+    path = directory.path / NAME
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _raise_what_stopped(directory: RunDirectory) -> None:
+    state = state_of(directory.path)
+    if state == "finished":
+        return
+    try:
+        told = json.loads((directory.path / "stopped.json").read_text(encoding="utf-8"))
+        code, message = int(str(told["code"]).removeprefix("FE-")), str(told["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        code, message = 509, f"{directory.path}: must be finished, got {state}"
+    raise _BY_FAULT.get(code // 100, RunError)(code, message)
+
+
+def down(out: Path) -> int:
+    """End a federation that was left, and every process of it.
+
+    Returns:
+        How many processes were ended.
+    """
+    out = out.absolute()
+    places = [out / "federation", out / "server", *sorted((out / "sites").glob("*"))]
+    ended = sum(homes.end(place) for place in places)
+    # Whoever was being started in between is named by now.
+    return ended + sum(homes.end(place, grace=2.0) for place in places)
+
+
+__all__ = ["down", "federate"]

@@ -1,0 +1,136 @@
+"""The relay's end alone; the worker's is in test_service.py and test_serve.py."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from fedge.client import wire
+from fedge.client.socket_link import SocketLink, deadline_of_environment
+from fedge.shared.daemon import sockets
+from fedge.shared.errors import SiteError
+
+EMPTY = RecordDict()
+
+
+def code_of(call, *args):
+    with pytest.raises(SiteError) as caught:
+        call(*args)
+    return caught.value.code
+
+
+def playing(path, *acts):
+    """A peer that does one act a connection."""
+    listener = sockets.listen(path)
+
+    def run():
+        with listener:
+            for act in acts:
+                connection = listener.accept()[0]
+                with connection:
+                    act(connection)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def hang_up(connection):
+    del connection
+
+
+def listen_and_hang_up(connection):
+    wire.receive(connection, 2**20, time.monotonic() + 5)
+
+
+def answer(reply):
+    def act(connection):
+        wire.receive(connection, 2**20, time.monotonic() + 5)
+        wire.send(connection, wire.encode_reply(reply), time.monotonic() + 5)
+
+    return act
+
+
+def test_a_worker_that_is_away_or_dies_is_asked_again(tmp_path):
+    path = tmp_path / "s"
+    threading.Timer(
+        0.4, lambda: playing(path, hang_up, listen_and_hang_up, answer(RecordDict()))
+    ).start()
+    assert SocketLink(path, 10.0).exchange("train", EMPTY) == RecordDict()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_worker_that_stays_away_is_a_numbered_error_at_the_deadline(tmp_path, there):
+    if there:
+        sockets.listen(tmp_path / "s").close()
+    started = time.monotonic()
+    assert code_of(SocketLink(tmp_path / "s", 0.7).exchange, "train", EMPTY) == 420
+    assert 0.3 < time.monotonic() - started < 2
+
+
+def test_a_worker_that_is_silent_is_one_too(tmp_path):
+    playing(tmp_path / "s", lambda connection: time.sleep(1))
+    started = time.monotonic()
+    assert code_of(SocketLink(tmp_path / "s", 0.3).exchange, "train", EMPTY) == 420
+    assert time.monotonic() - started < 0.8
+
+
+def test_status_is_asked_once(tmp_path):
+    started = time.monotonic()
+    assert code_of(SocketLink(tmp_path / "s", 60.0).status) == 420
+    assert time.monotonic() - started < 1
+    playing(tmp_path / "s", answer(RecordDict({"status": ConfigRecord({"pid": 1})})))
+    assert SocketLink(tmp_path / "s", 60.0).status() == {"pid": 1}
+
+
+@pytest.mark.parametrize(("sent", "code"), [(414, 414), (417, 417), (999, 413)])
+def test_the_workers_number_is_passed_on(tmp_path, sent, code):
+    playing(tmp_path / "s", answer(sent))
+    assert code_of(SocketLink(tmp_path / "s", 5.0).exchange, "train", EMPTY) == code
+
+
+def test_a_reply_that_is_none_is_not_believed(tmp_path):
+    playing(tmp_path / "s", lambda c: c.sendall(b"\0\0\0\0\0\0\0\4junk"))
+    assert code_of(SocketLink(tmp_path / "s", 5.0).exchange, "train", EMPTY) == 420
+    playing(tmp_path / "t", lambda c: c.sendall(b"\xff" * 8))
+    assert code_of(SocketLink(tmp_path / "t", 5.0).exchange, "train", EMPTY) == 420
+
+
+def test_the_bundle_is_the_environments(tmp_path, monkeypatch):
+    seen = []
+
+    def look(connection):
+        seen.append(wire.decode_request(wire.receive(connection, 2**20, time.monotonic() + 5)))
+        wire.send(connection, wire.encode_reply(RecordDict()), time.monotonic() + 5)
+
+    monkeypatch.setenv("FEDGE_BUNDLE", "ab" * 32)
+    playing(tmp_path / "s", look, look)
+    SocketLink(tmp_path / "s", 5.0).exchange("train", EMPTY)
+    SocketLink(tmp_path / "s", 5.0).permit("cd" * 32)
+    assert [request.bundle for request in seen] == ["ab" * 32, "cd" * 32]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [(None, 3600), ("12.5", 12.5), ("nan", 3600), ("-1", 3600), ("x", 3600)]
+)
+def test_the_deadline_is_the_environments(monkeypatch, text, found):
+    monkeypatch.delenv("FEDGE_WORKER_DEADLINE", raising=False)
+    if text is not None:
+        monkeypatch.setenv("FEDGE_WORKER_DEADLINE", text)
+    assert deadline_of_environment() == found
+
+
+def test_the_relays_side_imports_neither_torch_nor_pydantic_nor_data():
+    code = (
+        "import sys, fedge.client.app, fedge.client.relay, fedge.client.socket_link;"
+        "print([m for m in ('torch', 'pydantic', 'sklearn', 'scipy', 'safetensors', 'fedge.client.worker',"
+        " 'fedge.client.data', 'fedge.client.policy', 'fedge.shared.config',"
+        " 'fedge.shared.tasks.task') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,61 @@
+import pytest
+
+from fedge.client import toml_file
+from fedge.client.site_file import SiteFile
+from fedge.shared.errors import ConfigError, DeployError
+
+GOOD = '[site]\nname = "a"\ntask = "digits"\n[server]\naddress = "h:1"\n'
+
+
+def refused(path, text, code):
+    path.write_text(text) if isinstance(text, str) else path.write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        toml_file.read(path, SiteFile)
+    assert caught.value.code == code
+    return caught.value.message
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "site.toml"
+
+
+def test_a_good_file_is_read(path):
+    path.write_text(GOOD)
+    assert toml_file.read(path, SiteFile).site.name == "a"
+
+
+def test_no_file_is_no_home(path):
+    with pytest.raises(DeployError) as caught:
+        toml_file.read(path, SiteFile)
+    assert caught.value.code == 901
+    assert "must hold site.toml, got none" in caught.value.message
+
+
+def test_unreadable_files_are_told_apart(path):
+    refused(path, b"\xff\xfe", 203)
+    refused(path, "x" * (2**20 + 1), 203)
+    refused(path, "[site", 204)
+    refused(path, "a = " + "[" * 100_000, 204)
+    refused(path, "a = " + "9" * 5000, 204)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError) as caught:
+        toml_file.read(path, SiteFile)
+    assert caught.value.code == 203
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_of_its_table(path):
+    message = refused(path, GOOD + "[data]\ntest-fractoin = 0.5\n", 202)
+    assert message == (
+        "site.toml: data.'test-fractoin': must be a known key; the nearest is data.test-fraction"
+    )
+    assert "there is none like it" in refused(path, GOOD + "[zzz]\n", 202)
+
+
+def test_values_are_named_by_their_key(path):
+    assert refused(path, "", 201).startswith("site.toml: site.name: must be given, got nothing")
+    message = refused(path, GOOD + "[data]\nseed = -1\n", 201)
+    assert message == "site.toml: data.seed: must be at least 0, got -1"
+    refused(path, "site = 3\n", 201)
+    refused(path, GOOD + '[data]\nseed = "1"\n', 201)

@@ -1,0 +1,1 @@
+"""Tools that make a network bad, and the tests of what must survive it."""

@@ -1,0 +1,188 @@
+"""`fedge up`: the real processes, killed and not; the weights must be those of a simulation, byte for byte."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fedge.shared.daemon import home as homes
+from fedge.shared.daemon import process
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def chaos() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["chaos"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["chaos"]
+
+
+@pytest.fixture(scope="module")
+def config(chaos: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(chaos.CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def simulated(chaos: ModuleType, config: Path) -> str:
+    return chaos.reference(config, config.parent / "simulated")
+
+
+def _processes(out: Path) -> list[tuple[int, int]]:
+    places = [out / "federation", out / "server", *(out / "sites").glob("*")]
+    return [
+        (pid, born)
+        for place in places
+        for _, pid, born in homes.processes(homes.status(place) or {})
+    ]
+
+
+def _none_left(known: list[tuple[int, int]], out: Path, seconds: float = 15.0) -> None:
+    """No process that was seen, and none that names the directory, is alive."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        left = [pid for pid, born in known if process.birth(pid) == born]
+        left += [pid for pid in _naming(str(out)) if pid != os.getpid()]
+        if not left:
+            return
+        time.sleep(0.1)
+    listing = subprocess.run(
+        ["ps", "-o", "pid,args", *map(str, left)], capture_output=True, text=True
+    )
+    pytest.fail(f"left over:\n{listing.stdout}")
+
+
+def _naming(text: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_deployed_run_is_the_simulated_one(
+    chaos: ModuleType, config: Path, simulated: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with chaos.federation(config, out) as live:
+        live.wait(lambda: live.committed() >= 1, 120, "round 1")
+        known = _processes(out)
+        # Each site has a daemon, a node and a worker of its own; the relay's processes know no torch.
+        for site in ("site-1", "site-2", "site-3"):
+            worker, daemon = live.pid(site, "worker"), live.pid(site, "daemon")
+            assert "torch" in Path(f"/proc/{worker}/maps").read_text()
+            for relay in (daemon, live.pid(site, "supernode"), live.pid(site, "superexec")):
+                assert "libtorch" not in Path(f"/proc/{relay}/maps").read_text()
+            assert (out / "sites" / site / "site.key").stat().st_mode & 0o777 == 0o600
+        assert live.process.wait(200) == 0, live.tail()
+    _none_left(known, out)
+    assert chaos.hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() == simulated
+    told = json.loads((out / "run.json").read_text())
+    other = json.loads((config.parent / "simulated" / "run.json").read_text())
+    assert told["state"] == "finished"
+    assert told["sites"] == other["sites"]
+    assert told["model_sha256"] == other["model_sha256"]
+    assert (out / "report.html").is_file()
+    assert "site mean" in live.tail()
+    keys = {(out / "sites" / s / "site.key").read_bytes() for s in ("site-1", "site-2", "site-3")}
+    assert len(keys) == 3
+
+
+# Coordinator, SuperLink, worker, client process and a whole site; benchmarks/chaos.py has them all.
+PART = (
+    "coordinator at one-received",
+    "coordinator at mid-checkpoint",
+    "superlink at after-dispatch",
+    "worker, training",
+    "flwr-clientapp",
+    "site, trained",
+)
+
+
+@pytest.mark.parametrize("name", PART)
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(
+    chaos: ModuleType, config: Path, simulated: str, tmp_path: Path, name: str
+) -> None:
+    case = next(case for case in chaos.cases() if case.name == name)
+    found = chaos.play(case, config, tmp_path / "run")
+    assert not found["problem"], found["problem"]
+    assert found["status"] == 0
+    assert found["sha256"] == simulated
+    _none_left([], tmp_path / "run")
+
+
+def test_a_killed_parent_leaves_nothing_and_the_run_goes_on(
+    chaos: ModuleType, config: Path, simulated: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with chaos.federation(config, out) as live:
+        live.wait(lambda: live.committed() >= 1, 120, "round 1")
+        known = _processes(out)
+        live.process.send_signal(signal.SIGKILL)
+        live.process.wait(10)
+        _none_left(known, out)
+    down = subprocess.run([*FEDGE, "down", "--out", str(out)], capture_output=True, text=True)
+    assert down.returncode == 0, down.stderr
+    with chaos.federation(config, out, "", "--resume", "--quiet") as live:
+        assert live.process.wait(200) == 0, live.tail()
+    assert chaos.hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() == simulated
+
+
+def test_down_ends_a_running_federation(
+    chaos: ModuleType, config: Path, simulated: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with chaos.federation(config, out) as live:
+        live.wait(lambda: live.committed() >= 1, 120, "round 1")
+        known = _processes(out)
+        second = subprocess.run(
+            [*FEDGE, "up", "--config", str(config), "--out", str(out), "--resume"],
+            capture_output=True,
+            text=True,
+        )
+        assert "FE-902" in second.stderr
+        down = subprocess.run([*FEDGE, "down", "--out", str(out)], capture_output=True, text=True)
+        assert down.returncode == 0, down.stderr
+        assert live.process.wait(30) == 130
+        assert "FE-103" in live.tail()
+        _none_left(known, out)
+    # What was deployed may be finished by simulation: it is the same run.
+    done = subprocess.run(
+        [*FEDGE, "simulate", str(config), "--out", str(out), "--resume", "--quiet"], timeout=120
+    )
+    assert done.returncode == 0
+    assert chaos.hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() == simulated
+
+
+def test_a_required_site_that_is_not_there_fails_loudly(
+    chaos: ModuleType, config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = ("--set", 'round.require-sites=["clinic-z"]', "--set", "run.rounds=1")
+    with chaos.federation(config, out, "", *more) as live:
+        assert live.process.wait(120) == 1
+        assert "FE-502" in live.tail()
+        assert "clinic-z" in live.tail()
+    assert not (out / "model.safetensors").exists()
