@@ -15,6 +15,7 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -142,7 +143,7 @@ class SiteDaemon:
             "--host", "127.0.0.1",
             "--port", str(self._port),
         ]  # fmt: skip
-        return self._flower("flower-supernode", arguments, log)
+        return self._flower("flower-supernode", arguments, log, _node)
 
     def _superexec(self) -> Program:
         arguments = [
@@ -153,13 +154,16 @@ class SiteDaemon:
         ]  # fmt: skip
         return self._flower("flower-superexec", arguments, self.supervisor.log_of("superexec"))
 
-    def _flower(self, name: str, arguments: list[str], log: Path) -> Program:
-        return Program(
-            " ".join([name, *arguments]),
-            log,
-            function=script(name, arguments),
-            environment=self._environment,
-        )
+    def _flower(
+        self,
+        name: str,
+        arguments: list[str],
+        log: Path,
+        run: Callable[[str, list[str]], int | None] | None = None,
+    ) -> Program:
+        function = partial(run, name, arguments) if run else script(name, arguments)
+        title = " ".join([name, *arguments])
+        return Program(title, log, function=function, environment=self._environment)
 
     def _launch(self, name: str, arguments: list[str]) -> None:
         log = self.supervisor.log_of("supernode")
@@ -253,6 +257,13 @@ class SiteDaemon:
 
         program = Program("fedge link check", self.supervisor.log_of("link"), function=check)
         self.supervisor.task("link", program, on_exit=take, deadline=30.0)
+
+
+def _node(name: str, arguments: list[str]) -> int | None:
+    """What a fork runs for ``flower-supernode``: Flower's own command, more eager while a run is under way."""
+    if not flower_private.poll_while_busy():
+        _log.warning("this release of Flower polls every 3 s, whatever is to be done")
+    return script(name, arguments)()
 
 
 def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:

@@ -1,20 +1,31 @@
-"""The one private touch of Flower at a site: look at a bundle before a line of it runs.
+"""The private touches of Flower at a site, all here: look at a bundle before it runs, and poll while there is work.
 
-Flower offers a site no public way to approve bundles by hash (``--trusted-entities`` knows only those of its hub).
-In ``flwr-clientapp`` the bundle's bytes pass through ``install_from_fab``; we stand in front of it. A test names the
-Flower version for which that was read.
+Flower offers a site no public way to approve bundles by hash (``--trusted-entities`` knows only those of its hub). In
+``flwr-clientapp`` the bundle's bytes pass through ``install_from_fab``; we stand in front of it.
+
+Its node sleeps three seconds after each poll that finds nothing, and half a second between looks for a reply; both
+are fixed in ``start_client_internal``. Between the exchanges of a run that is most of the time a round takes, so
+there the pauses are shorter. Where a release of Flower has no such place, only speed is lost.
+
+A test names the Flower version for which both were read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-#: Flower's releases whose ``run_clientapp`` was read for this.
+#: Flower's releases whose ``run_clientapp`` and ``start_client_internal`` were read for this.
 READ: Final = ("1.41",)
+#: Seconds between polls for ``BUSY_FOR`` seconds after a message, and between looks for its reply.
+POLL, LOOK, BUSY_FOR = 0.5, 0.05, 60.0
+
 _PLACE: Final = "install_from_fab"
+#: Flower's own pauses: after a poll that found nothing, and while a reply is awaited.
+_IDLE, _AWAITING = 3, 0.5
 
 
 def before_bundle(approve: Callable[[str], None]) -> None:
@@ -37,3 +48,43 @@ def before_bundle(approve: Callable[[str], None]) -> None:
         return installed
 
     setattr(run_clientapp, _PLACE, checked)
+
+
+class NodeClock:
+    """The module ``time`` as Flower's node sees it: its pauses are short while a run is under way.
+
+    Args:
+        sleep: of the real module.
+        now: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        sleep: Callable[[float], None] = time.sleep,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sleep, self._now = sleep, now
+        self._busy_until = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, less than asked where nothing but Flower's patience asks for it."""
+        if seconds == _AWAITING:
+            # Only a node that holds a message waits for a reply.
+            self._busy_until = self._now() + BUSY_FOR
+            seconds = LOOK
+        elif seconds == _IDLE and self._now() < self._busy_until:
+            seconds = POLL
+        self._sleep(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def poll_while_busy() -> bool:
+    """Give Flower's node in this process the shorter pauses; False where there is no such place."""
+    from flwr.supernode import start_client_internal as node
+
+    if getattr(node, "time", None) is not time:
+        return False
+    vars(node)["time"] = NodeClock()
+    return True

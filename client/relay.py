@@ -12,12 +12,12 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from fedge.client.socket_link import SOCKET_VARIABLE, SocketLink, deadline_of_environment
-from fedge.shared import packed, protocol
+from fedge.shared import packed
 from fedge.shared.errors import FedgeError
-from fedge.shared.packed import UnpackableError
+from fedge.shared.wire import WireError
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +93,9 @@ def forward(message: Message, context: Context) -> Message:
     try:
         content, was_packed = _unpacked(message)
         reply = link.exchange(message.metadata.message_type, content)
-        if was_packed and isinstance(arrays := reply.get(protocol.ARRAYS), ArrayRecord):
-            reply[protocol.ARRAYS] = packed.pack(arrays)
-        return Message(reply, reply_to=message)
-    except UnpackableError as error:
-        log.error("site %s: FE-%d arrays: %s", site, REFUSED, error)
+        return Message(packed.pack(reply) if was_packed else reply, reply_to=message)
+    except WireError as error:
+        log.error("site %s: FE-%d %s", site, REFUSED, error)
         return _failed(message, REFUSED)
     except FedgeError as error:
         log.error("site %s: %s", site, error)
@@ -108,12 +106,11 @@ def forward(message: Message, context: Context) -> Message:
 
 
 def _unpacked(message: Message) -> tuple[RecordDict, bool]:
-    """The request's content with its tensors one by one, and whether they came packed."""
+    """The request's content record by record, and whether it came packed."""
     content = message.content if message.has_content() else RecordDict()
-    arrays = content.get(protocol.ARRAYS)
-    if not isinstance(arrays, ArrayRecord) or not packed.is_packed(arrays):
-        return content, False
-    return RecordDict({**content, protocol.ARRAYS: packed.unpack(arrays)}), True
+    if packed.is_packed(content):
+        return packed.unpack(content), True
+    return content, False
 
 
 def _resident() -> Link | None:

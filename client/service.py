@@ -23,11 +23,11 @@ from typing import Final
 from flwr.app import ConfigRecord, RecordDict
 
 from fedge.client import device as devices
-from fedge.client import policy, wire
+from fedge.client import policy
 from fedge.client.policy import Policy, PolicyFile
 from fedge.client.socket_link import PERMIT, STATUS
 from fedge.client.worker import TASK_FAILED, SiteWorker
-from fedge.shared import protocol
+from fedge.shared import protocol, wire
 from fedge.shared.errors import FedgeError, SiteError
 
 log = logging.getLogger(__name__)

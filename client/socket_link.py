@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedge.client import wire
+from fedge.shared import wire
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import CATALOGUE, SiteError
 

@@ -1,4 +1,4 @@
-"""Flower's Grid with packed tensors on the line: one Array a message, see ``fedge.shared.packed``."""
+"""Flower's Grid with packed contents on the line: one record a message, see ``fedge.shared.packed``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedge.shared import packed, protocol
-from fedge.shared.packed import UnpackableError
+from fedge.shared import packed
+from fedge.shared.wire import WireError
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +50,8 @@ class PackedGrid(Grid):
         return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages, each with its tensors packed; the messages given are left as they are."""
-        # Sites get the same model: it is packed once.
-        done: dict[int, ArrayRecord] = {}
-        return self._grid.push_messages([_packed(message, done) for message in messages])
+        """Push messages, each packed; the messages given are left as they are."""
+        return self._grid.push_messages([_packed(message) for message in messages])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull replies; one that cannot be unpacked stays as it came, and the gate refuses it."""
@@ -66,23 +64,19 @@ class PackedGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Push packed, and unpack what comes back."""
-        done: dict[int, ArrayRecord] = {}
-        packed_messages = [_packed(message, done) for message in messages]
-        replies = list(self._grid.send_and_receive(packed_messages, timeout=timeout))
+        sent = [_packed(message) for message in messages]
+        replies = list(self._grid.send_and_receive(sent, timeout=timeout))
         for reply in replies:
             _unpack(reply)
         return replies
 
 
-def _packed(message: Message, done: dict[int, ArrayRecord]) -> Message:
-    record = message.content.get(protocol.ARRAYS) if message.has_content() else None
-    if not isinstance(record, ArrayRecord):
+def _packed(message: Message) -> Message:
+    if not message.has_content():
         return message
-    if id(record) not in done:
-        done[id(record)] = packed.pack(record)
     metadata = message.metadata
     return Message(
-        RecordDict({**message.content, protocol.ARRAYS: done[id(record)]}),
+        packed.pack(message.content),
         dst_node_id=metadata.dst_node_id,
         message_type=metadata.message_type,
         ttl=metadata.ttl,
@@ -91,9 +85,8 @@ def _packed(message: Message, done: dict[int, ArrayRecord]) -> Message:
 
 
 def _unpack(reply: Message) -> None:
-    record = reply.content.get(protocol.ARRAYS) if reply.has_content() else None
-    if isinstance(record, ArrayRecord) and packed.is_packed(record):
+    if reply.has_content() and packed.is_packed(reply.content):
         try:
-            reply.content[protocol.ARRAYS] = packed.unpack(record)
-        except UnpackableError as error:
+            reply.content = packed.unpack(reply.content)
+        except WireError as error:
             _log.warning("node %d: %s", reply.metadata.src_node_id, error)

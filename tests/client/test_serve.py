@@ -12,12 +12,12 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.client import policy, share, site_file, wire
+from fedge.client import policy, share, site_file
 from fedge.client.data import own_examples
 from fedge.client.site_file import OwnData, WorkerPart
 from fedge.client.socket_link import SocketLink
 from fedge.client.worker import SiteWorker
-from fedge.shared import protocol
+from fedge.shared import protocol, wire
 from fedge.shared.errors import SiteError
 from fedge.shared.tasks.registry import get_task
 

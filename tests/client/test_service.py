@@ -12,13 +12,13 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from fedge.client import policy, relay, wire
+from fedge.client import policy, relay
 from fedge.client import service as services
 from fedge.client.policy import PolicyFile
 from fedge.client.service import Service
 from fedge.client.socket_link import SocketLink
 from fedge.client.worker import SiteWorker
-from fedge.shared import protocol
+from fedge.shared import protocol, wire
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import SiteError
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from fedge.client import wire
 from fedge.client.socket_link import SocketLink, deadline_of_environment
+from fedge.shared import wire
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import SiteError
 

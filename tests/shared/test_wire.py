@@ -12,8 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedge.client import wire
-from fedge.client.wire import Request, WireError
+from fedge.shared import wire
+from fedge.shared.wire import Request, WireError
 
 BUNDLE = "0f" * 32
 

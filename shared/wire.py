@@ -1,4 +1,4 @@
-"""Requests and replies as bytes, for the socket between a site's relay and its worker.
+"""Requests and replies as bytes: between a site's relay and its worker, and packed into one record for Flower.
 
 A frame is eight bytes of length (big-endian), then that many bytes: four of the header's length, the
 header in JSON, and the arrays' bytes one after the other as the header lists them. Both ends read with
