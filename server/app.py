@@ -7,6 +7,7 @@ an error of fedge ends leaves RUN/stopped.json, and the error goes out: Flower m
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -28,8 +29,10 @@ _log = logging.getLogger(__name__)
 
 app = ServerApp()
 
-#: Errors that say that another process has the run: then nothing has stopped.
-_NOT_OURS = 208
+#: Environment variable by which the server's daemon names the folder of its runs.
+RUNS = "FEDGE_RUNS"
+#: Errors that say that another process has the run, or that it is none: then nothing has stopped.
+_NOT_OURS = (208, 209)
 
 
 @app.main()
@@ -42,8 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     directory = RunDirectory(Path(str(context.run_config["run-dir"])))
     listener = progress.current()
     try:
-        if not directory.path.is_dir():
-            raise ConfigError(209, f"{directory.path}: must be a run directory, got none")
+        _require_ours(directory.path)
         with directory.lock(), _logged(directory, quiet=listener is not None), _terminable():
             if listener is None:
                 log = events.EventLog(directory.path / events.NAME)
@@ -51,10 +53,21 @@ def main(grid: Grid, context: Context) -> None:
             else:
                 run(grid, directory, context.run_id, listener)
     except FedgeError as error:
-        if error.code != _NOT_OURS:
+        if error.code not in _NOT_OURS:
             _log.error("the run stopped: %s", error)
             finish.stop(directory, error)
         raise
+
+
+def _require_ours(path: Path) -> None:
+    """Whoever reaches Flower's Control API can name any directory; a server plays its own runs only.
+
+    Raises:
+        ConfigError: 209.
+    """
+    runs = os.environ.get(RUNS)
+    if not path.is_dir() or (runs and path.parent != Path(runs)):
+        raise ConfigError(209, f"{path.name}: must be a run of this server, got another folder")
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class Coordinators:
 
     def _submit(self, run: _Run) -> None:
         run.asked = True
-        value = json.dumps(str(run.path.resolve()))
+        value = json.dumps(str(run.path))
 
         def done(answer: dict[str, Any] | None, _said: str) -> None:
             run.asked = False
@@ -152,8 +152,13 @@ class Coordinators:
 
     def _ended(self, run: _Run, status: int) -> None:
         run.pid = 0
-        self._release(run)
         state = state_of(run.path)
+        if state == "finished":
+            # Flower's run ends with its ServerApp.
+            run.flower_run = None
+            self._remember()
+            return
+        self._release(run)
         if state != "unfinished" or run.stopping:
             return
         rounds = _rounds_done(run.path)

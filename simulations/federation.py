@@ -39,6 +39,8 @@ from fedge.shared.errors import (
 RUN: Final = "run"
 #: Times that a daemon may end at once before the federation is given up.
 MOST_FAILURES: Final = 4
+#: Seconds until the server must be ready.
+READY_WITHIN: Final = 120.0
 
 _BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
 
@@ -60,7 +62,7 @@ def federate(
     Raises:
         ConfigError, DataError: as ``simulate``.
         RunError: 501 to 509, the run stopped; what was committed stays.
-        DeployError: 902, a federation runs in ``out`` already; 906, a daemon does not start.
+        DeployError: 902, a federation runs in ``out`` already; 905 or 906, a daemon does not start.
         KeyboardInterrupt: SIGINT or SIGTERM; every process has ended.
     """
     out = out.absolute()
@@ -221,7 +223,7 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
         watch = partial(_watch, directory, names)
         program = Program("fedge up", supervisor.log_of("watch"), function=watch, terminal=True)
         supervisor.task("watch", program)
-    next_look = 0.0
+    next_look, deadline = 0.0, time.monotonic() + READY_WITHIN
 
     def tick() -> None:
         nonlocal next_look
@@ -235,6 +237,10 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
             if service.restarts >= MOST_FAILURES and not service.is_ready:
                 supervisor.facts["failed"] = service.name
                 supervisor.stop()
+        server = supervisor.services["server"]
+        if time.monotonic() > deadline and not (server.is_ready or server.restarts):
+            supervisor.facts["late"] = True
+            supervisor.stop()
 
     supervisor.ticks.append(tick)
     supervisor.run()
@@ -242,6 +248,14 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
         log = supervisor.log_of(str(failed))
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         raise DeployError(906, f"{failed}: must start, got {lines[-1][:300]!r} in {log}")
+    if supervisor.facts.get("late"):
+        services = (homes.status(out / "server") or {}).get("services", {})
+        waiting = [name for name, service in services.items() if service["state"] != "ready"]
+        raise DeployError(
+            905,
+            f"server: must be ready within {READY_WITHIN:g} s, got none of {', '.join(waiting)};"
+            f" see {out / 'server' / 'log'}",
+        )
     if supervisor.ended_by:
         raise KeyboardInterrupt
 

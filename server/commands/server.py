@@ -10,7 +10,6 @@ from fedge.shared.command import Command
 
 _EXAMPLE = (
     "example:\n  fedge server init --home fed --address fed.example.org:8443\n"
-    "  fedge server start --home fed\n"
     "  fedge server admit clinic-a site.pub --home fed\n"
     "  fedge server submit examples/digits.toml --home fed"
 )

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LAST_PAUSE, STEADY = 0.2, 10.0, 30.0
 TICK = 0.1
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds that a process has to end after SIGTERM.
 GRACE = 5.0
 
@@ -171,7 +172,7 @@ class Supervisor:
         writer.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        before = {n: signal.signal(n, self._on_signal) for n in _ENDING}
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
             while not self._stopping:
