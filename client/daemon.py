@@ -39,6 +39,7 @@ TAKEN_WITHIN = 5.0
 #: What Flower's node writes to its log.
 _CONNECTED, _SENDING = "SuperNode ID:", "Sending:"
 _DEAF = ("Giving up reconnection", "SSL/TLS handshake error detected")
+_UNKNOWN = ("Failed to activate SuperNode", "[code: 2004]")
 #: Seconds between two looks at the node's log, and those that it has for its good-bye over a dead line.
 DEAF_EVERY, GOOD_BYE = 1.0, 5.0
 
@@ -187,10 +188,17 @@ class SiteDaemon:
         ready = _CONNECTED in _tail(self.supervisor.log_of("supernode"), self._logged_from)
         if ready:
             self.supervisor.facts["connected_since"] = round(time.time())
+            self.supervisor.facts["problem"] = ""
         return ready
 
     def _node_ended(self, _status: int) -> None:
         self.supervisor.facts["connected_since"] = None
+        said = _tail(self.supervisor.log_of("supernode"), self._logged_from)
+        if any(words in said for words in _UNKNOWN):
+            # Also for up to a minute after a SIGKILL, while Flower still counts the former process as online.
+            self.supervisor.facts["problem"] = (
+                "FE-913 the server does not admit this key, or not yet again"
+            )
         self._deaf_since = None
         self._owed.clear()
         self._stop("superexec")
@@ -222,7 +230,8 @@ class SiteDaemon:
     def _watch_deaf(self) -> None:
         """A node that has given up its line is ended; where even its good-bye hangs, by SIGKILL."""
         now = time.monotonic()
-        if now < self._next_deaf:
+        # Between two nodes the log still ends with the words of the former.
+        if now < self._next_deaf or not self.supervisor.services["supernode"].pid:
             return
         self._next_deaf = now + DEAF_EVERY
         if self._deaf_since is None:

@@ -30,9 +30,10 @@ def check(address: str, ca: Path) -> dict[str, Any]:
         ):
             certificate = secured.getpeercert() or {}
     except ssl.SSLCertVerificationError as error:
-        return found | {"problem": f"certificate: {error.verify_message}"}
+        return found | {"problem": f"FE-907 certificate: {error.verify_message}"}
     except OSError as error:
-        return found | {"problem": error.strerror or str(error) or type(error).__name__}
+        why = error.strerror or str(error) or type(error).__name__
+        return found | {"problem": f"FE-912 the server cannot be reached: {why}"}
     expires = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
     days = int((expires - time.time()) // 86_400)
     return found | {"reachable": True, "days_left": days, "problem": ""}

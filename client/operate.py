@@ -46,8 +46,9 @@ def init(
         What was made, for people.
 
     Raises:
-        DeployError: 901, 903, 904, 907.
-        ConfigError: 201, the name or the task is not one.
+        DeployError: 901, 903, 904, 908.
+        ConfigError: 201, the name is not one.
+        DataError: 304, there is no such task.
     """
     home = home.absolute()
     if (home / "site.toml").exists():
@@ -63,7 +64,11 @@ def init(
     except OSError as error:
         raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
     bundle = bundle or flower_app.sha256()
-    node_key.create(home)
+    if (home / node_key.PRIVATE_NAME).exists() and (home / node_key.PUBLIC_NAME).exists():
+        # Of an init that was killed, or refused a name: site.toml comes last. The server may know the key already.
+        node_key.check(home / node_key.PRIVATE_NAME)
+    else:
+        node_key.create(home)
     policy.write(home, tasks=[task], bundles=[bundle], versions=[version("fedge")])
     examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
     site_file.write(home, name=name, task=task, address=server, data=examples)
@@ -89,18 +94,24 @@ def status(home: Path) -> dict[str, Any]:
         worker, problem = None, str(error)
     else:
         problem = ""
-    connected = bool(services.get("supernode", {}).get("state") == "ready")
+    # What Flower's node last said of itself counts only while the line is there.
+    relay = "supernode" in services
+    node = services.get("supernode", {}).get("state") == "ready"
+    connected = node and bool(link.get("reachable", True))
+    wanted = (worker is not None, not relay or (connected and bool(link.get("reachable"))))
     return {
         "site": site.site.name,
         "server": site.server.address,
         "running": running,
+        "relay": relay,
         "connected": connected,
         "connected_since": told.get("connected_since"),
+        "problem": told.get("problem") or "",
         "link": link,
         "services": services,
         "worker": worker,
         "worker_problem": problem,
-        "healthy": running and connected and worker is not None and bool(link.get("reachable")),
+        "healthy": running and all(wanted) and not told.get("problem"),
     }
 
 
@@ -111,16 +122,19 @@ def status_text(found: Mapping[str, Any]) -> str:
     reach = link.get("problem") or f"certificate good for {days} days"
     if isinstance(days, int) and days < WARN_DAYS:
         reach = f"certificate ends in {days} days"
-    lines = [
-        f"site       {found['site']}, {'running' if found['running'] else 'not running'}",
-        f"server     {found['server']}, "
-        f"{'connected' if found['connected'] else 'not connected'}, {reach if link else 'not checked yet'}",
-    ]
+    lines = [f"site       {found['site']}, {'running' if found['running'] else 'not running'}"]
+    if found["relay"]:
+        state = "connected" if found["connected"] else "not connected"
+        lines.append(
+            f"server     {found['server']}, {state}, {reach if link else 'not checked yet'}"
+        )
+    if found["problem"]:
+        lines.append(f"problem    {found['problem']}")
     if worker is None:
         lines.append(f"worker     {found['worker_problem']}")
     else:
         lines.append(
-            f"worker     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
+            f"serves     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
         )
     for name, service in found["services"].items():
         restarts = f", {service['restarts']} restarts" if service["restarts"] else ""

@@ -15,8 +15,7 @@ from typing import Annotated, Final
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field
 
-from fedge.client import toml_file
-from fedge.shared import protocol
+from fedge.shared import protocol, toml_file
 from fedge.shared.config import Section
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError

@@ -11,7 +11,7 @@ from typing import Any, Final
 import tomli_w
 from pydantic import Field, model_validator
 
-from fedge.client import toml_file
+from fedge.shared import toml_file
 from fedge.shared.config import FilePath, Section, SiteName
 from fedge.shared.durable import write_atomically
 

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedge.client.policy import Policy
+from fedge.client.site_file import SiteFile
 from fedge.edge.cli import parser as edge_parser
+from fedge.server.server_file import ServerFile
 from fedge.shared import cli, command_line, errors
 from fedge.shared.config_file import LARGEST_FILE, schema
 
@@ -26,6 +29,7 @@ BLOCKS = {
     6: ("Release", "ReleaseError"),
     7: ("Bundles, on the device", "BundleError"),
     8: ("Inputs, on the device", "InputError"),
+    9: ("Server and site", "DeployError"),
 }
 KINDS = {
     "integer": "whole number",
@@ -103,11 +107,40 @@ def command_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def site_files_page() -> str:
+    """docs/reference/site-files.md."""
+    lines = [
+        NOTE,
+        "# policy.toml, site.toml, server.toml\n",
+        "The files by which a site and a server are set up; [homes](homes.md) says where they lie. They are read as",
+        "strictly as a configuration: a key that is not listed here is refused. Paths are relative to the home.",
+        "\n## policy.toml\n",
+        "What a site's worker serves. It is read again when it changes, and counts from the next request; while it is",
+        "missing or broken, nothing is served (FE-418).\n",
+        *_table(Policy.model_json_schema(by_alias=True)),
+        "\n## site.toml\n",
+        "Who a site is. Relay and worker read it when they start.",
+        *_tables(SiteFile.model_json_schema(by_alias=True)),
+        "\n## server.toml\n",
+        "Where a server listens, and how many runs it plays. Read when it starts.",
+        *_tables(ServerFile.model_json_schema(by_alias=True)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {
     "errors.md": error_page,
     "configuration.md": configuration_page,
     "command-line.md": command_page,
+    "site-files.md": site_files_page,
 }
+
+
+def _tables(found: dict[str, Any]) -> Iterator[str]:
+    """A file's sections, a table each."""
+    for name, value in found["properties"].items():
+        section = found["$defs"][value["$ref"].rpartition("/")[2]]
+        yield from (f"\n### [{name}]\n", section["description"] + "\n", *_table(section))
 
 
 def _with_actions(parser: ArgumentParser) -> Iterator[tuple[str, ArgumentParser]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fedge.server.census import Census
@@ -45,16 +46,22 @@ class Attendance:
         if not link.direct:
             started = told = link.clock.now()
             until = started + self.census.config.round.deadline
+
+            def tick() -> None:
+                nonlocal told
+                now = link.clock.now()
+                if now - told >= link.patience.telling:
+                    told = now
+                    phase = "connect" if link.failing_since is None else "superlink"
+                    away = sorted(self.away)
+                    self.census.listener.waiting(server_round, phase, away, now - started)
+
             while True:
-                self._look(server_round, until)
+                self._look(server_round, until, tick)
                 now = link.clock.now()
                 if len(self.members) - len(self.away) >= least or now >= until:
                     break
-                if now - told >= link.patience.telling:
-                    told = now
-                    self.census.listener.waiting(
-                        server_round, "connect", sorted(self.away), now - started
-                    )
+                tick()
                 link.clock.sleep(min(_PAUSE, until - now))
         present = {s: m for s, m in sorted(self.members.items()) if s not in self.away}
         rejections = [*self.news, *self._away(), *self._unregistered()]
@@ -71,10 +78,10 @@ class Attendance:
         """Sites that let a deadline pass and are not connected: to ask them once more would be in vain."""
         return {s for s in self.missed if self.members[s].node_id in self.census.live.gone}
 
-    def _look(self, server_round: int, until: float) -> None:
+    def _look(self, server_round: int, until: float, tick: Callable[[], None]) -> None:
         live, listener = self.census.live, self.census.listener
         sites = {m.node_id: m.site for m in self.members.values()}
-        lost, back = live.look(sites, until, lambda: None)
+        lost, back = live.look(sites, until, tick)
         for node in lost:
             listener.lost(server_round, sites[node], 0.0)
         for node, seconds in back:

@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _PAUSE = 0.5
 #: How often the pause until a silent node is asked again doubles, at most.
 _MOST_DOUBLED = 4
+#: How often the time for its answer doubles, at most; the round waits for it.
+_MOST_LONGER = 2
 
 
 def column_bounds(task: Task) -> tuple[Bound, ...]:
@@ -134,7 +136,10 @@ class Census:
         before, refused = set(self.admitted), dict(self.refused)
         for node in new:
             self.refused.pop(node, None)
-        self._register(server_round, new, min(patience.joining, self.config.round.deadline))
+        # Over a slow line an answer takes a minute: who was asked in vain has more time with each attempt.
+        times = max(self._asked.get(node, (0, 0.0))[0] for node in new)
+        bound = patience.joining * 2.0 ** min(times, _MOST_LONGER)
+        self._register(server_round, new, min(bound, self.config.round.deadline))
         joined = {site: self.admitted[site] for site in set(self.admitted) - before}
         self._weigh(joined)
         members = self._write_down({s: v for s, v in joined.items() if s in self.admitted})
@@ -170,6 +175,8 @@ class Census:
         now = self.live.link.clock.now()
         if now - self._told >= self.live.link.patience.telling:
             self._told = now
+            if self.live.link.failing_since is not None:
+                phase = "superlink"
             awaited = set(self.config.round.require_sites) | set(self.journal.sites())
             self.listener.waiting(
                 server_round, phase, sorted(awaited - set(self.admitted)), now - started

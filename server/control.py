@@ -100,6 +100,8 @@ def _answer(text: str) -> dict[str, Any] | None:
         except ValueError:
             start = text.find("{", start + 1)
             continue
+        except RecursionError:  # nested too deeply to be one of Flower's
+            return None
         return found if isinstance(found, dict) else None
     return None
 

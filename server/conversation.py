@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Message, RecordDict
 
+from fedge.server.fetches import Fetches
 from fedge.server.link import TimedGrid, silent
 from fedge.server.liveness import Liveness
+from fedge.server.payload import payload_bytes
 from fedge.shared import protocol
 
 #: Seconds that Flower keeps a message beyond the deadline, so that a late reply is told from none.
@@ -27,8 +28,6 @@ _NODE_UNAVAILABLE, _CLIENT_APP_CRASHED = 5, 8
 _PUSH_PAUSE = 2.0
 #: How much longer than the first an unanswered probe may live, at most.
 _LONGEST_PROBE = 8
-
-ConfigScalar: TypeAlias = bool | int | float | str | bytes
 
 
 @dataclass(frozen=True)
@@ -50,26 +49,6 @@ class Watch:
     waiting: Callable[[Sequence[int], float], None] = silent
     lost: Callable[[int, float], None] = silent
     back: Callable[[int, float], None] = silent
-
-
-def payload_bytes(message: Message) -> int:
-    """Bytes of arrays, metrics and settings in a message."""
-    if not message.has_content():
-        return 0
-    return sum(
-        len(key) + sum(_bytes_of(v) for v in (value if isinstance(value, list) else [value]))
-        for record in message.content.values()
-        for key, value in record.items()
-    )
-
-
-def _bytes_of(value: Array | ConfigScalar) -> int:
-    # Flower's own count_bytes does the same, but raises at an empty text or list, which a site may well send.
-    if isinstance(value, Array):
-        return len(value.data)
-    if isinstance(value, str | bytes):
-        return len(value)
-    return 1 if isinstance(value, bool) else 8
 
 
 @dataclass
@@ -108,6 +87,7 @@ class Conversation:
     ) -> None:
         self.live, self.link, self.watch = live, live.link, watch
         self.clock, self.patience = live.link.clock, live.link.patience
+        self.fetches = Fetches(live.link)
         self.deadline, self.probe = deadline, probe
         self.started = self.told = self.clock.now()
         self.nodes = {m.metadata.dst_node_id: _Asked(m, self.started) for m in requests}
@@ -161,15 +141,25 @@ class Conversation:
 
     def pull(self, pending: Iterable[int]) -> None:
         """Take what has come for these nodes."""
-        ids = [i for node in pending for i in sorted(self.nodes[node].copies)]
-        ids += [p for node in self.pending() if (p := self.nodes[node].probe)]
-        if not ids:
-            return
-        grid = self.link.grid
-        for reply in self.link.call(
-            "fetch replies", lambda: list(grid.pull_messages(ids)), self.until, self.tick
-        ):
-            self._take(reply)
+        for _ in range(2):
+            groups = [sorted(self.nodes[node].copies) for node in pending]
+            groups += [[p] for node in self.pending() if (p := self.nodes[node].probe)]
+            if self.link.direct:
+                replies = self.link.grid.pull_messages([i for ids in groups for i in ids])
+                failed = False
+            else:
+                replies, failed = self.fetches.take(groups)
+            for reply in replies:
+                self._take(reply)
+            if not failed:
+                return
+            # Wait here until the SuperLink is back, then look once more: there may be no later, at the deadline.
+            self._look()
+
+    def arriving(self) -> list[int]:
+        """Nodes whose reply has begun to arrive, and is not complete."""
+        held = self.fetches.held
+        return [node for node in self.pending() if held & self.nodes[node].copies]
 
     def _take(self, reply: Message) -> None:
         self.received += payload_bytes(reply)
@@ -188,8 +178,7 @@ class Conversation:
                 if of_site:
                     asked.answered, asked.probes_lost = True, 0
         elif number in self.answered:
-            self.again.append(node)
-            del self.again[_REPORTED:]
+            self.again += [node] if of_site and len(self.again) < _REPORTED else []
         elif not self._is_lost(reply, asked, of_site=of_site):
             self.answered.add(number)
             if not asked.done:  # else another copy was answered before: our own doing
@@ -227,8 +216,10 @@ class Conversation:
 
     def look(self) -> None:
         """See who is connected, when it is time."""
-        if not self.live.due():
-            return
+        if self.live.due():
+            self._look()
+
+    def _look(self) -> None:
         lost, back = self.live.look(self.pending(), self.until, self.tick)
         for node in lost:
             self.watch.lost(node, self.clock.now() - self.nodes[node].asked_at)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 #: Seconds from Flower's acceptance of a run to the start of its coordinator.
 STARTS_WITHIN = 60.0
+#: Seconds that a coordinator has to end after an operator's request; a SIGKILL costs it a round at most.
+STOPS_WITHIN = 30.0
 #: Crashes in a row, without a round between them, after which a run is stopped.
 MOST_CRASHES = 5
 FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
@@ -47,7 +50,9 @@ class _Run:
     crashes: int = 0
     rounds: int = -1
     due: float = 0.0
-    stopping: bool = False
+    # Its coordinator ended before `flwr run` had told the Flower run's number.
+    gone: bool = False
+    stopping: float | None = None
 
 
 class Coordinators:
@@ -85,7 +90,7 @@ class Coordinators:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_EVERY
-        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+        for path in in_order(self._folder):
             self._look(path, now, open_for_runs=open_for_runs)
         self._supervisor.facts["runs"] = {
             name: {"coordinator": run.pid, "crashes": run.crashes}
@@ -94,7 +99,8 @@ class Coordinators:
 
     def launch(self, arguments: list[str]) -> None:
         """Start the coordinator that Flower asks for: of the run that was submitted first and has none."""
-        waiting = [r for r in self._runs.values() if r.flower_run and not r.pid]
+        # `flwr run` may end, and tell the number, later than the SuperExec takes its next look.
+        waiting = [r for r in self._runs.values() if (r.flower_run or r.asked) and not r.pid]
         run = min(waiting, key=lambda r: r.submitted, default=None)
         environment = dict(self._environment)
         if run is not None and self._fail_point:
@@ -134,7 +140,7 @@ class Coordinators:
             self._submit(run)
 
     def _submit(self, run: _Run) -> None:
-        run.asked = True
+        run.asked, run.gone, run.submitted = True, False, time.monotonic()
         value = json.dumps(str(run.path))
 
         def done(answer: dict[str, Any] | None, _said: str) -> None:
@@ -145,13 +151,16 @@ class Coordinators:
                 return
             run.flower_run, run.submitted = int(number), time.monotonic()
             _log.info("run %s is Flower's run %d", run.path.name, run.flower_run)
+            if run.gone or self._runs.get(run.path.name) is not run:
+                # It crashed, or its operator stopped it, in the meantime.
+                self._release(run)
             self._remember()
 
         command = ["run", str(self._app), CONNECTION, "--run-config", f"run-dir={value}"]
         self._control.call(command, done)
 
     def _ended(self, run: _Run, status: int) -> None:
-        run.pid = 0
+        run.pid, run.gone = 0, run.asked
         state = state_of(run.path)
         if state == "finished":
             # Flower's run ends with its ServerApp.
@@ -159,7 +168,7 @@ class Coordinators:
             self._remember()
             return
         self._release(run)
-        if state != "unfinished" or run.stopping:
+        if state != "unfinished" or run.stopping is not None:
             return
         rounds = _rounds_done(run.path)
         run.crashes = run.crashes + 1 if rounds == run.rounds else 1
@@ -185,9 +194,11 @@ class Coordinators:
 
     def _stop(self, path: Path, run: _Run | None, state: str) -> None:
         if run is not None and run.pid:
-            if not run.stopping:
-                run.stopping = True
+            if run.stopping is None:
+                run.stopping = time.monotonic()
                 self._supervisor.kill(run.pid)
+            elif time.monotonic() - run.stopping > STOPS_WITHIN:
+                self._supervisor.kill(run.pid, signal.SIGKILL)
             return
         if run is not None:
             self._release(run)
@@ -210,6 +221,18 @@ class Coordinators:
             return
         for number in former.values() if isinstance(former, dict) else ():
             self._control.call(["stop", str(number), CONNECTION], lambda *_: None)
+
+
+def in_order(folder: Path) -> list[Path]:
+    """The runs of a folder, in the order of their submission."""
+
+    def submitted(path: Path) -> tuple[int, str]:
+        try:
+            return (path / "config.toml").stat().st_mtime_ns, path.name
+        except OSError:
+            return 0, path.name
+
+    return sorted(folder.iterdir(), key=submitted) if folder.is_dir() else []
 
 
 def _server_app(arguments: list[str]) -> int | None:

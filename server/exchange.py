@@ -32,6 +32,7 @@ class Exchange:
         sent, received: payload in bytes.
         away: by absent node, for how many seconds it has not been connected.
         unsent: absent nodes for which the SuperLink took no request.
+    arriving: absent nodes whose reply had begun to arrive and was not complete.
         pushed_again: requests that were sent once more.
     """
 
@@ -44,6 +45,7 @@ class Exchange:
     received: int
     away: dict[int, float] = field(default_factory=dict)
     unsent: tuple[int, ...] = ()
+    arriving: tuple[int, ...] = ()
     pushed_again: int = 0
 
 
@@ -74,7 +76,9 @@ def exchange(
         live.wait_for_next()
     pause = _FIRST_PAUSE
     while pending := of.pending():
+        asked_at = clock.now()
         of.pull(pending)
+        took = clock.now() - asked_at
         left = of.until - clock.now()
         if len(of.pending()) < len(pending):
             pause = _FIRST_PAUSE
@@ -87,7 +91,8 @@ def exchange(
             of.look()
             of.mend()
         of.tick()
-        clock.sleep(min(pause, max(left, 0.0)))
+        # Many sites are many calls: the SuperLink shall have as long for others as for us.
+        clock.sleep(min(max(pause, min(took, _LAST_PAUSE)), max(left, 0.0)))
         pause = min(pause * 1.5, _LAST_PAUSE)
     absent = (*of.unsent, *of.pending())
     return Exchange(
@@ -100,5 +105,6 @@ def exchange(
         of.received,
         {n: s for n in absent if (s := live.away(n)) is not None},
         tuple(of.unsent),
+        tuple(of.arriving()),
         of.pushed_again,
     )

@@ -70,7 +70,7 @@ class Patience:
     outage: float = 60.0
     pushes_again: int = 30
     large: int = 8 * 2**20
-    registration: float = 60.0
+    registration: float = 90.0
     joining: float = 30.0
     joining_again: float = 60.0
 
@@ -129,13 +129,8 @@ class Link:
             try:
                 result = self._watched(what, function, max(until, started + self._outage), tick)
             except Exception as error:
-                if not passing(error):
-                    raise
-                now = self.clock.now()
-                if self.failing_since is None:
-                    self.failing_since = now
-                    _log.warning("the SuperLink fails (%s): %s", what, brief(error))
-                left = max(until, self.failing_since + self._outage) - now
+                since = self.note_failure(what, error)
+                left = max(until, since + self._outage) - self.clock.now()
                 if left <= 0:
                     raise self._unanswered(what, brief(error)) from error
             else:
@@ -149,6 +144,15 @@ class Link:
             tick()
             self.clock.sleep(min(pause, left))
             pause = min(pause * 2, _LAST_PAUSE)
+
+    def note_failure(self, what: str, error: BaseException) -> float:
+        """Since when the line fails, by the clock; what was raised goes on where it is no failure of the line."""
+        if not passing(error):
+            raise error
+        if self.failing_since is None:
+            self.failing_since = self.clock.now()
+            _log.warning("the SuperLink fails (%s): %s", what, brief(error))
+        return self.failing_since
 
     @property
     def _outage(self) -> float:

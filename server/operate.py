@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.server import certificates, server_file
-from fedge.server.coordinators import STOP_REQUEST
+from fedge.server.coordinators import STOP_REQUEST, in_order
 from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import config_file
 from fedge.shared.config import SITE_NAME
@@ -90,6 +90,8 @@ def resume(home: Path, name: str) -> None:
     """
     path = _directory(home, name)
     prepare(path, RunDirectory(path).load_config(), resume=True)
+    # A request to stop that nobody has seen yet was taken back.
+    (path / STOP_REQUEST).unlink(missing_ok=True)
 
 
 def stop(home: Path, name: str | None = None) -> None:
@@ -112,9 +114,8 @@ def stop(home: Path, name: str | None = None) -> None:
 def runs(home: Path) -> list[dict[str, Any]]:
     """All runs of a server, oldest first."""
     server_file.load(home)
-    folder = home / "runs"
     found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in in_order(home / "runs"):
         told = _json(path / "run.json")
         stopped = _json(path / "stopped.json")
         found.append(
@@ -126,6 +127,7 @@ def runs(home: Path) -> list[dict[str, Any]]:
                 "rounds": told.get("rounds"),
                 "rounds_done": told.get("rounds_done", 0),
                 "sites": len(told.get("sites") or {}),
+                "begun": (path / "journal.db").is_file(),
                 "stopped": stopped or None,
                 "directory": str(path),
             }
@@ -179,7 +181,9 @@ def runs_text(found: Sequence[Mapping[str, Any]]) -> str:
     for run in found:
         rounds = f"{run['rounds_done']}/{run['rounds'] or '?'}"
         why = f"  {run['stopped'].get('code')}" if run["stopped"] else ""
-        state = "queued" if run["state"] == "unfinished" and not run["task"] else run["state"]
+        state = run["state"]
+        if state == "unfinished" and not run["task"]:
+            state = "gathering" if run["begun"] else "queued"
         lines.append(f"{run['name']:32} {state:10} {rounds:>9}  {run['task'] or ''}{why}")
     return "\n".join(lines)
 
@@ -187,6 +191,6 @@ def runs_text(found: Sequence[Mapping[str, Any]]) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

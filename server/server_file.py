@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import tomllib
 from pathlib import Path
 from typing import Literal
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from fedge.shared import toml_file
 from fedge.shared.config import Section
-from fedge.shared.config_errors import worded
 from fedge.shared.daemon.home import free_port, split_address
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError
@@ -49,7 +48,7 @@ def check(address: str, listen: str | None, front: str | None) -> ServerFile:
     Args:
         address: that the sites dial.
         listen: where to accept them; the address itself where it is a loopback one, else its port on all addresses.
-        front: "none", "nginx", or None to choose: none for loopback addresses.
+        front: "none", "nginx", or None to choose: none where both addresses are loopback ones.
 
     Raises:
         DeployError: 904, an address is not host:port, or would be open to others without a front.
@@ -58,15 +57,25 @@ def check(address: str, listen: str | None, front: str | None) -> ServerFile:
     listen = listen or (address if is_loopback(host) else f"0.0.0.0:{port}")
     where, inner = split_address(listen)
     if not front:
-        front = "none" if is_loopback(where) else "nginx"
-    if front == "none" and not is_loopback(where):
-        raise DeployError(
-            904, f"listen: must be a loopback address without a front, got {listen}; use nginx"
-        )
+        # An address that others dial is passed on from somewhere, also where this machine listens on loopback.
+        front = "none" if is_loopback(where) and is_loopback(host) else "nginx"
+    _require_closed(listen, front)
     section = {"address": address, "listen": listen, "front": front}
     return ServerFile.model_validate(
         {"server": section | {"port": inner if front == "none" else free_port()}}
     )
+
+
+def _require_closed(listen: str, front: str) -> None:
+    """Flower's Control API knows no login, so without a front only this machine may reach the SuperLink.
+
+    Raises:
+        DeployError: 904.
+    """
+    if front == "none" and not is_loopback(split_address(listen)[0]):
+        raise DeployError(
+            904, f"listen: must be a loopback address without a front, got {listen}; use nginx"
+        )
 
 
 def write(home: Path, settings: ServerFile) -> None:
@@ -79,20 +88,13 @@ def load(home: Path) -> ServerFile:
     """Read server.toml.
 
     Raises:
-        DeployError: 901, there is none.
-        ConfigError: 201, 202, 204, it is not as it must be.
+        DeployError: 901, there is none; 904, an address is not host:port, or would be open to others.
+        ConfigError: 201 to 204, it is not as it must be.
     """
-    path = home / NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise DeployError(901, f"{home}: must hold {NAME}, got none") from None
-    try:
-        return ServerFile.model_validate(tomllib.loads(text), strict=True)
-    except tomllib.TOMLDecodeError as error:
-        raise DeployError(901, f"{path}: must be TOML, got {error}") from None
-    except ValidationError as error:
-        raise worded(error) from None
+    found = toml_file.read(home / NAME, ServerFile)
+    split_address(found.server.address)
+    _require_closed(found.server.listen, found.server.front)
+    return found
 
 
 def is_loopback(host: str) -> bool:

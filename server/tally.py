@@ -18,6 +18,8 @@ def absence(result: Exchange, node: int, deadline: float) -> str:
         return f"not connected for {result.away[node]:.0f} s"
     if node in result.unsent:
         return "the SuperLink takes no requests for it"
+    if node in result.arriving:
+        return f"connected, but its reply was not complete within {deadline:g} s"
     return f"connected, but no reply within {deadline:g} s"
 
 

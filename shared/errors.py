@@ -156,10 +156,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the aggregate is not finite",
         "Lower the server's learning rate; the round was not committed.",
     ),
-    508: Entry("the run was stopped by its operator", "Submit it again with --resume to go on."),
+    508: Entry("the run was stopped by its operator", "Go on with `fedge server resume RUN`."),
     509: Entry(
         "the coordinator keeps dying",
-        "Read coordinator.log in the server's home; submit again with --resume.",
+        "Read log/coordinator.log in the server's home; go on with `fedge server resume RUN`.",
     ),
     601: Entry("the key file exists", "Choose another path; keys are never overwritten."),
     602: Entry(
@@ -225,14 +225,16 @@ CATALOGUE: Final[dict[int, Entry]] = {
     906: Entry("a process keeps dying", "Read the log that the message names."),
     907: Entry(
         "a certificate is not usable",
-        "Renew it with `fedge server renew` and give sites the new ca.crt where it changed.",
+        "Renew it with `fedge server renew`; where keys or the authority are lost, restore the backup.",
     ),
     908: Entry(
         "a site's key is not usable", "Give the site.pub that `fedge site init` wrote (EC P-384)."
     ),
     909: Entry("the TLS front is missing", "Install nginx, or serve loopback addresses only."),
     910: Entry("the TLS front refuses its configuration", "Read the line that the message quotes."),
-    911: Entry("the server is not running", "Start it with `fedge server start`."),
+    911: Entry(
+        "the daemon is not running", "Start it with `fedge server start` or `fedge site start`."
+    ),
     912: Entry("the server cannot be reached", "Check the address, the link and the firewall."),
     913: Entry(
         "the server does not know this site", "Give site.pub to the server: `fedge server admit`."
@@ -242,7 +244,6 @@ CATALOGUE: Final[dict[int, Entry]] = {
     916: Entry(
         "the site is known already", "Choose another name, or `fedge server expel` it first."
     ),
-    917: Entry("the sites did not connect", "See `fedge site status` at each of them."),
 }
 
 

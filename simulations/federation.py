@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from fedge.server.journal import Journal
 from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import flower_app
 from fedge.shared.config import Config
@@ -77,6 +78,9 @@ def federate(
         with homes.lock(out / "federation"):
             _supervise(RunDirectory(out), quiet=quiet)
     directory = RunDirectory(out)
+    if directory.journal.is_file():
+        # Its last user leaves it as one file, also where somebody looked on while the coordinator closed it.
+        Journal(directory.journal).close()
     _raise_what_stopped(directory)
     return directory
 

@@ -36,7 +36,9 @@ def generated() -> dict[str, object]:
     return module.PAGES
 
 
-@pytest.mark.parametrize("name", ["errors.md", "configuration.md", "command-line.md"])
+@pytest.mark.parametrize(
+    "name", ["errors.md", "configuration.md", "command-line.md", "site-files.md"]
+)
 def test_generated_pages_are_current(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     written = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")

@@ -100,7 +100,7 @@ def _run(arguments: Namespace) -> int:
             from fedge.shared.errors import DeployError
 
             if not home.held(arguments.home):
-                raise DeployError(902, f"{arguments.home}: must be run by a daemon, got none")
+                raise DeployError(911, f"{arguments.home}: must be run by a daemon, got none")
             home.end(arguments.home)
         case "units":
             from fedge.client.units import units

@@ -6,6 +6,7 @@ One thread, as forks come from here. Every service that ends is started anew aft
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -168,6 +169,9 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until ``stop`` or SIGTERM or SIGINT, then end every child, services in reverse order."""
+        # What was imported before the forks is shared with them for as long as nobody writes to it.
+        gc.collect()
+        gc.freeze()
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))

@@ -163,6 +163,7 @@ class SuperLink(Grid):
         self.pushed: list[Message] = []
         self.lose: Callable[[Message], bool] = lambda message: False
         self.lose_reply: Callable[[Message], bool] = lambda message: False
+        self.slower: Callable[[Message], float] = lambda message: 0.0
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -215,6 +216,7 @@ class SuperLink(Grid):
             if begin > expires:
                 continue
             end = begin + (self.work if message.metadata.message_type == "train" else 1.0)
+            end += self.slower(message)
             stop = next(((a, b) for a, b in self.down[node] if begin < a < end), None)
             self.free[node] = stop[1] if stop else end
             if stop is None and not self.lose(message):

@@ -216,7 +216,38 @@ def test_a_silent_node_does_not_hold_up_the_registration(scene: Any, fake_time: 
     assert {r["reason"] for r in lines[0]["rejected"]} >= {
         "connected, but no answer to the registration"
     }
-    assert fake_time.now() - began < 120
+    assert fake_time.now() - began < 170
+
+
+def test_a_site_whose_answer_takes_longer_than_a_minute_has_more_time_when_asked_again(scene: Any):
+    of = scene(config(rounds=1, deadline=240.0))
+    first: list[Message] = []
+
+    def slower(message: Message) -> float:
+        if (message.metadata.dst_node_id, message.metadata.message_type) != (3, "query.register"):
+            return 0.0
+        first.append(message)
+        return 95.0 if len(first) == 1 else 45.0
+
+    of.grid.slower = slower
+    (line,) = of.play()
+    assert line["trained"] == ["site-1", "site-2", "site-3"]
+    assert len(first) == 2
+
+
+def test_an_outage_of_the_superlink_between_two_rounds_is_told(scene: Any, fake_time: Any):
+    of = scene(config())
+    tell = of.heard.round
+
+    def fail(line: dict[str, Any]) -> None:
+        tell(line)
+        now = fake_time.now()
+        of.grid.failing = [(now, now + 40.0, ConnectionRefusedError("refused"))]
+
+    of.heard.round = fail
+    lines = of.play()
+    assert [line["outcome"] for line in lines] == ["committed"] * 3
+    assert of.heard.phases.count((2, "superlink")) >= 2
 
 
 def test_502_names_what_is_known_of_each_required_site(scene: Any, fake_time: Any):

@@ -265,7 +265,7 @@ def test_501_a_superlink_that_stays_away_is_named_after_the_deadline(
     with pytest.raises(RunError, match="refused") as stopped:
         play(grid, told, deadline=100.0)
     assert stopped.value.code == 501
-    assert "fetch replies" in stopped.value.message
+    assert "list the sites" in stopped.value.message
     assert 100 <= told.at() < 170
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from fedge.client import toml_file
 from fedge.client.site_file import SiteFile
+from fedge.shared import toml_file
 from fedge.shared.errors import ConfigError, DeployError
 
 GOOD = '[site]\nname = "a"\ntask = "digits"\n[server]\naddress = "h:1"\n'

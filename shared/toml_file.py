@@ -1,4 +1,4 @@
-"""The small TOML files of a site's home: bounded, parsed, and held against a frozen model."""
+"""The small TOML files of a home, a site's or the server's: bounded, parsed, and held against a frozen model."""
 
 from __future__ import annotations
 

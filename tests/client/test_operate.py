@@ -1,0 +1,268 @@
+"""An administrator's commands on a site's home: made once with a narrow policy, and a status that does not flatter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedge.client import node_key, operate, policy, site_file
+from fedge.client.policy import PolicyFile
+from fedge.client.service import Service as WorkerService
+from fedge.client.worker import SiteWorker
+from fedge.shared import flower_app
+from fedge.shared.cli import main
+from fedge.shared.daemon import home as homes
+from fedge.shared.daemon import sockets
+from fedge.shared.daemon.process import Program
+from fedge.shared.daemon.supervisor import Service, Supervisor
+from fedge.shared.errors import FedgeError
+
+HASH = "0f" * 32
+
+
+@pytest.fixture
+def ca(tmp_path: Path) -> Path:
+    path = tmp_path / "their-ca.crt"
+    path.write_text("a certificate")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, ca: Path) -> Path:
+    path = tmp_path / "home"
+    operate.init(path, "clinic-a", task="digits", server="fed.example.org:8443", ca=ca, bundle=HASH)
+    return path
+
+
+def code_of(call: Callable[[], Any]) -> int:
+    with pytest.raises(FedgeError) as caught:
+        call()
+    return caught.value.code
+
+
+def test_init_makes_a_home_for_its_owner_with_a_narrow_policy(home: Path, ca: Path) -> None:
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert (home / "site.key").stat().st_mode & 0o077 == 0
+    assert (home / "ca.crt").read_bytes() == ca.read_bytes()
+    site = site_file.load(home)
+    assert (site.site.name, site.site.task) == ("clinic-a", "digits")
+    assert site.server.address == "fed.example.org:8443"
+    allowed = policy.read(home)
+    assert allowed.tasks == ("digits",)
+    assert allowed.bundles == (HASH,)
+    assert allowed.versions == (version("fedge"),)
+    assert allowed.min_cohort == 2
+
+
+def test_init_approves_the_bundle_of_this_release_and_says_so(tmp_path: Path, ca: Path) -> None:
+    home = tmp_path / "home"
+    said = operate.init(home, "clinic-a", task="digits", server="127.0.0.1:1", ca=ca)
+    digest = flower_app.sha256()
+    assert policy.read(home).bundles == (digest,)
+    assert digest in said
+    assert str(home / node_key.PUBLIC_NAME) in said
+
+
+def test_init_twice_changes_nothing(home: Path, ca: Path) -> None:
+    before = {path: path.read_bytes() for path in home.rglob("*")}
+    again = lambda: operate.init(home, "b", task="digits", server="h:1", ca=ca, bundle=HASH)  # noqa: E731
+    assert code_of(again) == 903
+    assert {path: path.read_bytes() for path in home.rglob("*")} == before
+
+
+def test_an_init_that_was_killed_goes_on(home: Path, ca: Path) -> None:
+    # site.toml comes last, so a kill leaves at most the rest; an administrator may know the key already.
+    (home / "site.toml").unlink()
+    key = (home / "site.key").read_bytes()
+    operate.init(home, "clinic-a", task="digits", server="fed.example.org:8443", ca=ca, bundle=HASH)
+    assert (home / "site.key").read_bytes() == key
+    assert site_file.load(home).site.name == "clinic-a"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"server": "fed.example.org"}, 904),
+        ({"server": "fed.example.org:0"}, 904),
+        ({"ca": Path("none.crt")}, 901),
+        ({"name": "../x"}, 201),
+        ({"name": 'a"b'}, 201),
+        ({"name": ""}, 201),
+        ({"bundle": "short"}, 201),
+        ({"task": "no-such-task", "bundle": None}, 304),
+    ],
+)
+def test_what_init_refuses(tmp_path: Path, ca: Path, change: dict[str, Any], code: int) -> None:
+    given = {"name": "a", "task": "digits", "server": "h:1", "ca": ca, "bundle": HASH} | change
+    name = given.pop("name")
+    assert code_of(lambda: operate.init(tmp_path / "home", name, **given)) == code
+    assert not (tmp_path / "home" / "site.toml").exists()
+
+
+def test_data_and_share_are_where_they_were_said_to_be(tmp_path: Path, ca: Path) -> None:
+    def made(place: str, **more: Any) -> dict[str, Any]:
+        home = tmp_path / place
+        operate.init(home, "a", task="digits", server="h:1", ca=ca, bundle=HASH, **more)
+        found: dict[str, Any] = tomllib.loads((home / "site.toml").read_text())["data"]
+        return found
+
+    assert made("one", data=Path("relative"))["path"] == str(Path("relative").absolute())
+    assert made("two", share=Path("share"))["share"] == "share"
+    assert "path" not in made("three")
+
+
+def test_a_folder_that_is_no_home(tmp_path: Path) -> None:
+    assert code_of(lambda: operate.status(tmp_path)) == 901
+
+
+def test_a_site_that_does_not_run_is_not_healthy(home: Path) -> None:
+    # What a daemon that died said of itself is no news.
+    services = {"supernode": {"state": "ready", "pid": 1, "restarts": 0}}
+    link = {"reachable": True, "problem": "", "days_left": 300}
+    (home / "status.json").write_text(json.dumps({"services": services, "link": link}))
+    found = operate.status(home)
+    assert (found["running"], found["connected"], found["healthy"]) == (False, False, False)
+    assert found["worker"] is None
+    assert "FE-420" in found["worker_problem"]
+    json.dumps(found)
+    text = operate.status_text(found)
+    assert "site       clinic-a, not running" in text
+    assert "good for" not in text
+    assert "FE-420" in text
+
+
+@contextmanager
+def served(home: Path, worker: SiteWorker) -> Iterator[None]:
+    """A worker's socket, served by the real thing in a thread."""
+    service = WorkerService(worker, PolicyFile(home), 5.0, lambda _status: None)
+    listener = sockets.listen(home / "worker.sock")
+    over = threading.Event()
+
+    def serve() -> None:
+        listener.settimeout(0.05)
+        while not over.is_set():
+            try:
+                service.take(listener.accept()[0])
+            except TimeoutError:
+                continue
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        service.drain(2.0)
+        listener.close()
+
+
+@contextmanager
+def daemon(home: Path, state: str = "ready", **facts: Any) -> Iterator[None]:
+    """A real daemon of this home whose node never ends, and is connected or not."""
+    pid = os.fork()
+    if not pid:
+        try:
+            with homes.lock(home):
+                supervisor = Supervisor(home)
+                supervisor.facts |= facts
+                program = Program("node", home / "log" / "n.log", command=("sleep", "60"))
+                ready = state == "ready"
+                supervisor.add(Service("supernode", lambda: program, ready=lambda: ready))
+                supervisor.run()
+        finally:
+            os._exit(0)
+    try:
+        until = time.monotonic() + 10
+        while operate.status(home)["services"].get("supernode", {}).get("state") != state:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        yield
+    finally:
+        os.kill(pid, 15)
+        os.waitpid(pid, 0)
+
+
+GOOD = {"reachable": True, "problem": "", "days_left": 300}
+
+
+def test_healthy_is_connected_reachable_and_served(home: Path, worker: SiteWorker) -> None:
+    with daemon(home, link=GOOD, connected_since=7), served(home, worker):
+        found = operate.status(home)
+        text = operate.status_text(found)
+    assert found["healthy"] is True
+    assert found["connected_since"] == 7
+    assert "site       clinic-a, running" in text
+    assert "connected, certificate good for 300 days" in text
+    assert "serves     task blobs, device cpu, pid" in text
+    assert "supernode  ready, pid" in text
+
+
+def test_any_part_that_is_missing_is_not_healthy(home: Path, worker: SiteWorker) -> None:
+    with daemon(home, link=GOOD):
+        assert operate.status(home)["healthy"] is False
+        with served(home, worker):
+            assert operate.status(home)["healthy"] is True
+    with daemon(home, "starting", link=GOOD), served(home, worker):
+        assert operate.status(home)["healthy"] is False
+    with daemon(home), served(home, worker):
+        assert operate.status(home)["healthy"] is False
+
+
+def test_a_problem_of_the_node_is_told_and_not_healthy(home: Path, worker: SiteWorker) -> None:
+    with daemon(home, link=GOOD, problem="FE-913 not admitted"), served(home, worker):
+        found = operate.status(home)
+    assert found["healthy"] is False
+    assert "problem    FE-913 not admitted" in operate.status_text(found)
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ({"reachable": False, "problem": "Connection refused", "days_left": None}, "refused"),
+        (GOOD | {"days_left": 12}, "certificate ends in 12 days"),
+        (GOOD | {"days_left": 30}, "good for 30 days"),
+    ],
+)
+def test_what_is_said_of_the_line(
+    home: Path, worker: SiteWorker, link: dict[str, Any], said: str
+) -> None:
+    with daemon(home, link=link), served(home, worker):
+        found = operate.status(home)
+    assert said in operate.status_text(found)
+    assert found["healthy"] is link["reachable"]
+
+
+def test_the_status_command_tells_by_its_exit_too(
+    home: Path, worker: SiteWorker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["site", "status", "--home", str(home)]) == 1
+    assert "not running" in capsys.readouterr().out
+    with daemon(home, link=GOOD), served(home, worker):
+        assert main(["site", "status", "--home", str(home), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["worker"]["task"] == "blobs"
+
+
+def test_init_of_a_given_bundle_and_status_import_no_torch(home: Path) -> None:
+    code = (
+        "import sys; from fedge.shared.cli import main; main(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "site", "status", "--home", str(home)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,72 @@
+"""The Flower bundle: no code in it, the same bytes whoever builds it, and a typed error where it cannot be built."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from fedge.shared import flower_app
+from fedge.shared.errors import DeployError
+
+
+@pytest.fixture(scope="module")
+def built() -> bytes:
+    return flower_app.bundle()
+
+
+def test_it_holds_no_code(built: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(built)) as bundle:
+        # .info is Flower's own; there is nothing else.
+        assert sorted(bundle.namelist()) == [".info/CONTENT", "pyproject.toml"]
+        text = bundle.read("pyproject.toml").decode()
+    app = tomllib.loads(text)
+    assert app["project"]["version"] == version("fedge")
+    assert app["project"]["dependencies"] == []
+    assert app["tool"]["flwr"]["app"]["components"] == {
+        "serverapp": "fedge.server.app:app",
+        "clientapp": "fedge.client.app:app",
+    }
+
+
+def test_whoever_builds_it_gets_the_same_number(built: bytes) -> None:
+    # A second build, in another folder, by another process.
+    assert flower_app.sha256() == hashlib.sha256(built).hexdigest()
+
+
+def test_its_number_depends_on_what_it_points_at(built: bytes, tmp_path: Path) -> None:
+    def another(folder: Path) -> str:
+        path = folder / "pyproject.toml"
+        path.write_text(path.read_text().replace("Points", "points"))
+        return flower_app._build(folder)
+
+    assert flower_app.sha256(another) != hashlib.sha256(built).hexdigest()
+
+
+@pytest.mark.parametrize("names", [(), ("a.fab", "b.fab")])
+def test_a_build_that_fails_is_named(names: tuple[str, ...]) -> None:
+    def build(folder: Path) -> str:
+        for name in names:
+            (folder / name).touch()
+        return "what  the\ncommand said"
+
+    with pytest.raises(DeployError) as caught:
+        flower_app.bundle(build)
+    assert caught.value.code == 915
+    assert "what the command said" in caught.value.message
+
+
+def test_what_flower_refuses_is_named() -> None:
+    def broken(folder: Path) -> str:
+        (folder / "pyproject.toml").write_text("[project]\nname = 'relay'\n")
+        return flower_app._build(folder)
+
+    with pytest.raises(DeployError) as caught:
+        flower_app.bundle(broken)
+    assert caught.value.code == 915
+    assert "flwr build: must give one bundle" in caught.value.message
