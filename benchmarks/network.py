@@ -138,9 +138,21 @@ def play(case: Case, folder: Path) -> dict[str, Any]:
         The run's state, rounds with both sites, and the seconds: longest silence, until the loss was told, until the
         site was back after the fault's end, of the whole run. And what went wrong.
     """
-    found: dict[str, Any] = {"case": case.name, "problem": ""}
+    found: dict[str, Any] = {"case": case.name, "problem": "", "silence_s": 0.0}
+    found |= {"seconds": 0.0, "state": "not begun", "rounds": 0, "with_both": 0, "reasons": []}
+    try:
+        _play(case, folder, found)
+    except (
+        Exception
+    ) as error:  # one case that does not even begin must not cost the others' results
+        found["problem"] = f"{type(error).__name__}: {error}"[-3000:]
+    return found
+
+
+def _play(case: Case, folder: Path, found: dict[str, Any]) -> None:
+    packages = wide_task.write(folder.with_name(f"{folder.name}-packages"))
     with (
-        Deployment(folder, wide_task.write(folder.with_name(f"{folder.name}-packages"))) as at,
+        Deployment(folder, packages) as at,
         FaultProxy(("127.0.0.1", at.port), **case.line) as proxy,
     ):
         at.admit("near", task=case.task)
@@ -164,7 +176,6 @@ def play(case: Case, folder: Path) -> dict[str, Any]:
         found["with_both"] = sum(len(line["trained"]) == 2 for line in told.rounds())
         refused = [r["reason"] for line in told.rounds() for r in told.refused(line, FAR)]
         found["reasons"] = sorted(set(refused))[:5]
-    return found
 
 
 def _disturb(case: Case, scene: Scene, found: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ return at once; after a SIGKILL Flower refuses it until its last heartbeat is a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,10 +16,11 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedge.client import flower_private, link_check
 from fedge.client.site_file import SiteFile, load
@@ -27,6 +29,7 @@ from fedge.shared.daemon import launcher, sockets
 from fedge.shared.daemon.process import Program, script
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import SiteError
+from fedge.shared.flower_private import CLIENT_APP, before_bundle
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +43,12 @@ TAKEN_WITHIN = 5.0
 _CONNECTED, _SENDING = "SuperNode ID:", "Sending:"
 _DEAF = ("Giving up reconnection", "SSL/TLS handshake error detected")
 _UNKNOWN = ("Failed to activate SuperNode", "[code: 2004]")
-#: Seconds between two looks at the node's log, and those that it has for its good-bye over a dead line.
+#: Seconds between two looks at the node's log, and those that a process has for its good-bye.
 DEAF_EVERY, GOOD_BYE = 1.0, 5.0
+#: Most of a log that one look reads, and what it reads again of the look before, as words may lie across both.
+LOG_PIECE, _OVERLAP = 1 << 20, 256
+#: Seconds that a client process has beyond the worker's deadline, and a look at the server in all.
+APP_EXTRA, LINK_WITHIN = 120.0, 30.0
 
 
 def run(home: Path, part: Part = "both") -> int:
@@ -62,9 +69,55 @@ def run(home: Path, part: Part = "both") -> int:
     site = load(home)
     homes.log_to_stderr()
     with homes.lock(home):
+        # What a daemon that was killed has left is given the time to end, and its port with it.
+        homes.end(home)
         daemon = SiteDaemon(home, site, part)
         daemon.supervisor.run()
     return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
+
+
+class NodeLog:
+    """What a node has written to its log since its start, each part read once.
+
+    Args:
+        path: of the log, whose present content is a former node's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._said = path, set[str]()
+        try:
+            found = path.stat()
+        except OSError:
+            self._inode = self._start = 0
+        else:
+            self._inode, self._start = found.st_ino, found.st_size
+        self._offset = self._start
+
+    def said(self, words: Sequence[str]) -> bool:
+        """Whether any of these words was written; of more than ``LOG_PIECE`` new bytes the last are read.
+
+        Args:
+            words: some of those that the module names above; a look reads the log once for all.
+        """
+        text = self._new()
+        self._said.update(w for w in (_CONNECTED, *_DEAF, *_UNKNOWN) if w in text)
+        return not self._said.isdisjoint(words)
+
+    def _new(self) -> str:
+        try:
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._inode or found.st_size < self._offset:
+                    # Moved aside, or truncated.
+                    self._inode, self._start, self._offset = found.st_ino, 0, 0
+                if found.st_size == self._offset:
+                    return ""
+                file.seek(max(self._start, self._offset - _OVERLAP, found.st_size - LOG_PIECE))
+                text = file.read(LOG_PIECE + _OVERLAP)
+                self._offset = file.tell()
+        except OSError:
+            return ""
+        return text.decode("utf-8", errors="replace")
 
 
 class SiteDaemon:
@@ -80,10 +133,10 @@ class SiteDaemon:
         self._home, self._site = home, site
         self._socket = home / site.worker.socket
         self._port = 0
-        self._logged_from = 0
+        self._node_log = NodeLog(home / "log" / "supernode.log")
         self._owed: list[tuple[float, int]] = []
         self._next_link = self._next_deaf = 0.0
-        self._deaf_since: float | None = None
+        self._good_byes: dict[str, tuple[int, float]] = {}
         self.supervisor = Supervisor(home)
         self.supervisor.facts |= {"site": site.site.name, "server": site.server.address}
         if part != "relay":
@@ -127,12 +180,17 @@ class SiteDaemon:
         self.supervisor.add(
             Service("superexec", self._superexec, after=("supernode",), on_exit=self._exec_ended)
         )
-        self.supervisor.ticks += [self._watch_debts, self._watch_deaf, self._watch_link]
+        self.supervisor.ticks += [
+            self._watch_debts,
+            self._watch_deaf,
+            self._watch_good_byes,
+            self._watch_link,
+        ]
 
     def _supernode(self) -> Program:
         self._port = homes.free_port()
         log = self.supervisor.log_of("supernode")
-        self._logged_from = log.stat().st_size if log.is_file() else 0
+        self._node_log = NodeLog(log)
         server = self._site.server
         arguments = [
             "--root-certificates", str(self._home / server.root_certificates),
@@ -175,7 +233,12 @@ class SiteDaemon:
             function=partial(_client_app, name, arguments, self._socket),
             environment=self._environment,
         )
-        self.supervisor.task(name, program, on_exit=lambda status: self._app_ended(status, size))
+        self.supervisor.task(
+            name,
+            program,
+            on_exit=lambda status: self._app_ended(status, size),
+            deadline=self._site.worker.deadline + APP_EXTRA,
+        )
 
     def _worker_answers(self) -> bool:
         try:
@@ -185,7 +248,7 @@ class SiteDaemon:
         return True
 
     def _connected(self) -> bool:
-        ready = _CONNECTED in _tail(self.supervisor.log_of("supernode"), self._logged_from)
+        ready = self._node_log.said([_CONNECTED])
         if ready:
             self.supervisor.facts["connected_since"] = round(time.time())
             self.supervisor.facts["problem"] = ""
@@ -193,13 +256,11 @@ class SiteDaemon:
 
     def _node_ended(self, _status: int) -> None:
         self.supervisor.facts["connected_since"] = None
-        said = _tail(self.supervisor.log_of("supernode"), self._logged_from)
-        if any(words in said for words in _UNKNOWN):
+        if self._node_log.said(_UNKNOWN):
             # Also for up to a minute after a SIGKILL, while Flower still counts the former process as online.
             self.supervisor.facts["problem"] = (
                 "FE-913 the server does not admit this key, or not yet again"
             )
-        self._deaf_since = None
         self._owed.clear()
         self._stop("superexec")
         for pid in self.supervisor.alive("flwr-clientapp"):
@@ -228,44 +289,62 @@ class SiteDaemon:
             self._stop("supernode")
 
     def _watch_deaf(self) -> None:
-        """A node that has given up its line is ended; where even its good-bye hangs, by SIGKILL."""
+        """A node that has given up its line is ended."""
         now = time.monotonic()
         # Between two nodes the log still ends with the words of the former.
         if now < self._next_deaf or not self.supervisor.services["supernode"].pid:
             return
         self._next_deaf = now + DEAF_EVERY
-        if self._deaf_since is None:
-            said = _tail(self.supervisor.log_of("supernode"), self._logged_from)
-            if any(words in said for words in _DEAF):
-                _log.error("the node has given up the line to the server and is started again")
-                self._deaf_since = now
-                self._stop("supernode")
-        elif now - self._deaf_since > GOOD_BYE:
-            self.supervisor.kill(self.supervisor.services["supernode"].pid, signal.SIGKILL)
+        if "supernode" not in self._good_byes and self._node_log.said(_DEAF):
+            _log.error("the node has given up the line to the server and is started again")
+            self._stop("supernode")
 
     def _stop(self, name: str) -> None:
-        service = self.supervisor.services[name]
-        if service.pid:
-            self.supervisor.kill(service.pid, signal.SIGTERM)
+        """End a service; ``_watch_good_byes`` sees to it that it does end."""
+        pid = self.supervisor.services[name].pid
+        if pid and self._good_byes.get(name, (0, 0.0))[0] != pid:
+            self._good_byes[name] = pid, time.monotonic() + GOOD_BYE
+            self.supervisor.kill(pid, signal.SIGTERM)
+
+    def _watch_good_byes(self) -> None:
+        """A service whose good-bye hangs is ended by SIGKILL."""
+        for name, (pid, until) in list(self._good_byes.items()):
+            if self.supervisor.services[name].pid != pid:
+                del self._good_byes[name]
+            elif time.monotonic() > until:
+                self.supervisor.kill(pid, signal.SIGKILL)
 
     def _watch_link(self) -> None:
         path = self._home / "link.json"
-        if time.monotonic() < self._next_link:
+        if time.monotonic() < self._next_link or self.supervisor.alive("link"):
             return
         self._next_link = time.monotonic() + LINK_EVERY
+        # What an earlier look found is no answer where this one hangs.
+        path.unlink(missing_ok=True)
         server = self._site.server
         check = partial(
             link_check.write, server.address, self._home / server.root_certificates, path
         )
 
-        def take(_status: int) -> None:
-            try:
-                self.supervisor.facts["link"] = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                self.supervisor.facts["link"] = {"reachable": False, "problem": "not checked"}
+        def take(status: int) -> None:
+            why = (
+                f"not checked within {LINK_WITHIN:g} s"
+                if os.WIFSIGNALED(status)
+                else "see link.log"
+            )
+            found: Any = {
+                "at": round(time.time()),
+                "reachable": False,
+                "days_left": None,
+                "problem": f"FE-912 the server cannot be reached: {why}",
+            }
+            if status == 0:
+                with suppress(OSError, ValueError):
+                    found = json.loads(path.read_text(encoding="utf-8"))
+            self.supervisor.facts["link"] = found
 
         program = Program("fedge link check", self.supervisor.log_of("link"), function=check)
-        self.supervisor.task("link", program, on_exit=take, deadline=30.0)
+        self.supervisor.task("link", program, on_exit=take, deadline=LINK_WITHIN)
 
 
 def _node(name: str, arguments: list[str]) -> int | None:
@@ -279,7 +358,8 @@ def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
     """What a fork runs for ``flwr-clientapp``: Flower's own command, with our look at the bundle before it."""
     from fedge.client.socket_link import SocketLink
 
-    def approve(sha256: str) -> None:
+    def approve(content: bytes) -> None:
+        sha256 = hashlib.sha256(content).hexdigest()
         os.environ["FEDGE_BUNDLE"] = sha256
         try:
             SocketLink(socket, deadline=60.0).permit(sha256)
@@ -288,7 +368,7 @@ def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
             # The text of an exception goes to the server; ours stays here.
             raise SiteError(error.code, "refused by the site") from None
 
-    flower_private.before_bundle(approve)
+    before_bundle(CLIENT_APP, approve)
     return script(name, arguments)()
 
 

@@ -65,13 +65,18 @@ def bound(device: torch.device, memory_gib: float | None, gpu_fraction: float) -
 
     Args:
         device: as chosen.
-        memory_gib: of the process's data on the CPU, in GiB; None for no bound.
+        memory_gib: of the process's data, in GiB; None for no bound. Not with a GPU, whose driver maps far more
+            than it takes.
         gpu_fraction: share of a GPU's memory.
 
     Raises:
-        ConfigError: 201, the bound leaves no room beside what the process already holds.
+        ConfigError: 201, the bound leaves no room beside what the process already holds, or is given with a GPU.
     """
     if device.type == "cuda":
+        if memory_gib is not None:
+            raise ConfigError(
+                201, f"policy.toml: memory-gib: must be left out with a GPU, got {memory_gib:g}"
+            )
         torch.cuda.set_per_process_memory_fraction(gpu_fraction, device)
     elif memory_gib is not None:
         least = _held_gib() + LEAST_ROOM

@@ -1,53 +1,25 @@
-"""The private touches of Flower at a site, all here: look at a bundle before it runs, and poll while there is work.
+"""A private touch of Flower at a site: its node polls often while there is work.
 
-Flower offers a site no public way to approve bundles by hash (``--trusted-entities`` knows only those of its hub). In
-``flwr-clientapp`` the bundle's bytes pass through ``install_from_fab``; we stand in front of it.
-
-Its node sleeps three seconds after each poll that finds nothing, and half a second between looks for a reply; both
+Flower's node sleeps three seconds after each poll that finds nothing, and half a second between looks for a reply; both
 are fixed in ``start_client_internal``. Between the exchanges of a run that is most of the time a round takes, so
 there the pauses are shorter. Where a release of Flower has no such place, only speed is lost.
 
-A test names the Flower version for which both were read.
+A test names the Flower version for which it was read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
-#: Flower's releases whose ``run_clientapp`` and ``start_client_internal`` were read for this.
+#: Flower's releases whose ``start_client_internal`` was read for this.
 READ: Final = ("1.41",)
 #: Seconds between polls for ``BUSY_FOR`` seconds after a message, and between looks for its reply.
 POLL, LOOK, BUSY_FOR = 0.5, 0.05, 60.0
 
-_PLACE: Final = "install_from_fab"
 #: Flower's own pauses: after a poll that found nothing, and while a reply is awaited.
 _IDLE, _AWAITING = 3, 0.5
-
-
-def before_bundle(approve: Callable[[str], None]) -> None:
-    """Have ``approve`` called with the SHA-256 of a bundle before it is unpacked in this process.
-
-    Args:
-        approve: raises to refuse; Flower then answers with an error, and nothing of the bundle is unpacked or run.
-
-    Raises:
-        AttributeError: this release of Flower has no such place, so nothing could be checked.
-    """
-    from flwr.supernode.runtime import run_clientapp
-
-    install: Any = getattr(run_clientapp, _PLACE)
-
-    def checked(fab_file: Path | bytes, *args: Any, **options: Any) -> Path:
-        content = fab_file if isinstance(fab_file, bytes) else fab_file.read_bytes()
-        approve(hashlib.sha256(content).hexdigest())
-        installed: Path = install(content, *args, **options)
-        return installed
-
-    setattr(run_clientapp, _PLACE, checked)
 
 
 class NodeClock:

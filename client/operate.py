@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ from fedge.shared.errors import DeployError, FedgeError
 
 #: Days before its end from which a certificate is worth a warning.
 WARN_DAYS = 30
+#: Seconds from which a look at the server is no news; the daemon looks every 30 s.
+LINK_STALE = 90.0
 
 
 def init(
@@ -86,7 +89,7 @@ def status(home: Path) -> dict[str, Any]:
     running = homes.held(home)
     told = (homes.status(home) or {}) if running else {}
     services: dict[str, Any] = told.get("services", {})
-    link: dict[str, Any] = told.get("link") or {}
+    link = _as_of_now(told.get("link") or {})
     worker: dict[str, Any] | None
     try:
         worker = SocketLink(home.absolute() / site.worker.socket, deadline=5.0).status()
@@ -113,6 +116,14 @@ def status(home: Path) -> dict[str, Any]:
         "worker_problem": problem,
         "healthy": running and all(wanted) and not told.get("problem"),
     }
+
+
+def _as_of_now(link: dict[str, Any]) -> dict[str, Any]:
+    """A look at the server, which counts as none where it is too old, or of a time to come."""
+    age = time.time() - float(link.get("at", 0)) if link else 0.0
+    if abs(age) <= LINK_STALE:
+        return link
+    return link | {"reachable": False, "problem": f"not checked since {age:.0f} s"}
 
 
 def status_text(found: Mapping[str, Any]) -> str:

@@ -43,13 +43,19 @@ class Policy(Section):
     min_cohort: int = Field(
         2, ge=0, le=100_000, description="fewest sites invited to a round that is served"
     )
+    share_statistics: bool = Field(
+        True, description="whether sums over each feature of the training data may go to the server"
+    )
     device: str = Field(
         "auto",
         pattern=r"^(cpu|auto|cuda(:[0-9]{1,2})?)$",
         description="cpu, cuda, cuda:N, or auto: a GPU where there is one",
     )
     memory_gib: float | None = Field(
-        None, gt=0, le=1e6, description="most data of the worker's process on the CPU, in GiB"
+        None,
+        gt=0,
+        le=1e6,
+        description="most data of the worker's process, in GiB; only where it computes on the CPU",
     )
     gpu_memory_fraction: float = Field(
         0.9, gt=0, le=1, description="most of a GPU's memory, as a share"
@@ -75,6 +81,9 @@ def approve(policy: Policy, bundle: str) -> None:
 def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
     """Hold a request against the policy; what it does not name is not allowed.
 
+    ``min-cohort`` is not held against a request to register: its number counts the nodes that are asked at this moment,
+    and a late joiner is asked alone. What registering gives away is bounded by ``share-statistics``.
+
     Args:
         policy: the site's.
         kind: the message type.
@@ -94,6 +103,11 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
     number = config.get(protocol.SERVER_ROUND)
     if type(number) is not int or number > policy.max_rounds:
         raise _refusal(protocol.SERVER_ROUND, f"at most {policy.max_rounds}", number)
+    if kind == protocol.REGISTER and not policy.share_statistics:
+        standardise = config.get(protocol.STANDARDISE)
+        if standardise != "site":
+            wanted = "site while share-statistics is false"
+            raise _refusal(protocol.STANDARDISE, wanted, standardise)
     if kind in _COHORTS:
         cohort = config.get(protocol.COHORT, 0)
         if type(cohort) is not int or cohort < policy.min_cohort:
@@ -170,12 +184,16 @@ versions = {versions}
 max-rounds = {max_rounds}
 # Fewest sites invited to a round. With few others, a model tells more about this site.
 min-cohort = {min_cohort}
+# Whether the server may learn, when the site registers, the sum and the sum of squares of each feature over this site's
+# training data, in the clear; a run with data.standardise = "federated" needs them, and is refused where this is false.
+share-statistics = {share_statistics}
 
 # Device: cpu, cuda, cuda:N, or auto, which takes a GPU where there is one.
 device = "{device}"
 # Most of the GPU's memory, as a share.
 gpu-memory-fraction = 0.9
-# Most data of the worker's process on the CPU, in GiB; unbounded while this line is a comment.
+# Most data of the worker's process, in GiB; unbounded while this line is a comment. Only where it computes on the CPU:
+# with a GPU it must stay a comment, and the service manager's bound (MemoryMax= of systemd) holds instead.
 # memory-gib = 8.0
 # Largest request that is read, in MiB.
 max-request-mib = 1024
@@ -190,6 +208,7 @@ def write(
     versions: Sequence[str],
     max_rounds: int = 1_000,
     min_cohort: int = 2,
+    share_statistics: bool = True,
     device: str = "auto",
 ) -> Policy:
     """Write a home's policy with comments, replacing what was there.
@@ -201,18 +220,25 @@ def write(
         versions: of the server's fedge.
         max_rounds: highest round served.
         min_cohort: fewest sites invited.
+        share_statistics: whether sums over features may leave the site.
         device: where to compute.
 
     Raises:
         ConfigError: 201, a value is not allowed; the file is then not written.
     """
     given = {"tasks": tuple(tasks), "bundles": tuple(bundles), "versions": tuple(versions)}
-    numbers = {"max-rounds": max_rounds, "min-cohort": min_cohort, "device": device}
-    toml_file.check({**given, **numbers}, Policy, FILE)
+    others = {
+        "max-rounds": max_rounds,
+        "min-cohort": min_cohort,
+        "share-statistics": share_statistics,
+        "device": device,
+    }
+    toml_file.check({**given, **others}, Policy, FILE)
     text = _TEXT.format(
         **{key: _list(values) for key, values in given.items()},
         max_rounds=max_rounds,
         min_cohort=min_cohort,
+        share_statistics=str(share_statistics).lower(),
         device=device,
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)

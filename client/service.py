@@ -3,6 +3,7 @@
 Training and evaluation take turns. Whatever else is asked (``status``, ``permit``, a probe) is answered at
 once by the connection's own thread. The last reply of each kind is kept as bytes: a server or a relay
 that died and asks the same again is answered from there, and nothing is trained twice.
+A computation that hangs would hold the turn for ever: beyond the deadline the process asks for a new one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Service:
     Args:
         worker: the site's.
         policies: the site's policy, as it is now.
-        wait: seconds that a request waits for its turn.
+        wait: seconds that a request waits for its turn, and that one computation may take.
         stop: ends the process with a status.
     """
 
@@ -180,7 +181,8 @@ class Service:
             if _machine(self._policies.current()) != self._machine:
                 self._stop(START_ANEW)
                 raise _NobodyWaitsError("the policy names another device or memory bound")
-            return self._work(request, run, server_round, digest)
+            with self._watched(request.kind, run, server_round):
+                return self._work(request, run, server_round, digest)
 
     def _work(
         self, request: wire.Request, run: str, server_round: int, digest: bytes
@@ -216,6 +218,29 @@ class Service:
             yield
         finally:
             self._turn.release()
+
+    @contextmanager
+    def _watched(self, kind: str, run: str, server_round: int) -> Iterator[None]:
+        """End the process where a computation hangs; its supervisor starts another, which is asked again."""
+
+        def hangs() -> None:
+            RUN.set(run)
+            ROUND.set(server_round)
+            log.critical(
+                "FE-%d %s: must be computed within %g s, got none; the worker starts anew",
+                TASK_FAILED,
+                kind,
+                self._wait,
+            )
+            self._stop(START_ANEW)
+
+        timer = threading.Timer(self._wait, hangs)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _status(self) -> ConfigRecord:
         now = time.monotonic()

@@ -1,7 +1,8 @@
 """The relay's end of the socket to the site's resident worker.
 
 Requests are idempotent, so a worker that is not there, or that dies while it works, is simply asked
-again: its supervisor starts it anew, and it answers the same request with the same bits.
+again: its supervisor starts it anew, and it answers the same request with the same bits. A request over
+which it died three times is not repeated: it would die a fourth time.
 """
 
 from __future__ import annotations
@@ -29,12 +30,19 @@ DEFAULT_DEADLINE: Final = 3600.0
 PERMIT: Final = "worker.permit"
 STATUS: Final = "worker.status"
 
+#: Deaths of the worker over one request (it had it all, and the connection ended), from which it is given up.
+DEATHS: Final = 3
+
 _PAUSE: Final = 0.2
 _SHORT: Final = 5.0
 _FAILED: Final = 413
 _SILENT: Final = 420
 #: What a worker that is being started anew looks like.
 _AWAY: Final = (ConnectionError, FileNotFoundError, BlockingIOError, EOFError)
+
+
+class _DiedError(Exception):
+    """The connection ended after the worker had the whole request."""
 
 
 class SocketLink:
@@ -55,7 +63,8 @@ class SocketLink:
         """Ask the worker, again and again while it is not there.
 
         Raises:
-            SiteError: the worker's refusal, by its number; 420, it does not answer in time.
+            SiteError: the worker's refusal, by its number; 413, it died three times over the request; 420, it
+                does not answer in time.
         """
         return self._ask(wire.Request(kind, content, self._bundle), self.deadline)
 
@@ -66,7 +75,7 @@ class SocketLink:
             bundle: its SHA-256 in hexadecimal.
 
         Raises:
-            SiteError: 419, it did not; 420, the worker does not answer.
+            SiteError: 419, it did not; 413 or 420, the worker does not answer.
         """
         self._ask(wire.Request(PERMIT, RecordDict(), bundle), self.deadline)
 
@@ -93,16 +102,23 @@ class SocketLink:
             parts = wire.encode_request(request)
         except wire.WireError as error:
             raise SiteError(414, f"{request.kind}: {error}") from None
+        deaths = 0
         while True:
             try:
                 body = self._once(parts, until)
                 break
             except TimeoutError:
                 raise self._silent(f"none within {deadline:g} s") from None
-            except _AWAY as error:
+            except (*_AWAY, _DiedError) as error:
                 if once or time.monotonic() + _PAUSE >= until:
                     why = str(error) or type(error).__name__
                     raise self._silent(f"none within {deadline:g} s ({why})") from None
+                deaths += isinstance(error, _DiedError)
+                if deaths == DEATHS:
+                    raise SiteError(
+                        _FAILED,
+                        f"{request.kind}: must be answered, got none: the worker died three times over this request",
+                    ) from None
                 time.sleep(_PAUSE)
             except (OSError, wire.WireError) as error:
                 raise self._silent(str(error)) from None
@@ -122,7 +138,11 @@ class SocketLink:
             except ConnectionError:
                 # A worker may refuse a request before it has read all of it.
                 return wire.receive(connection, wire.MAX_FRAME, until)
-            return wire.receive(connection, wire.MAX_FRAME, until)
+            try:
+                return wire.receive(connection, wire.MAX_FRAME, until)
+            except EOFError as error:
+                # One that closes without having read the request resets the connection instead.
+                raise _DiedError(str(error)) from None
 
     def _silent(self, got: str) -> SiteError:
         return SiteError(_SILENT, f"{self.path}: must answer, got {got}")

@@ -6,12 +6,13 @@ an error of fedge ends leaves RUN/stopped.json, and the error goes out: Flower m
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,8 @@ app = ServerApp()
 
 #: Environment variable by which the server's daemon names the folder of its runs.
 RUNS = "FEDGE_RUNS"
+#: The same for its file of sites and their nodes.
+NODES = "FEDGE_NODES"
 #: Errors that say that another process has the run, or that it is none: then nothing has stopped.
 _NOT_OURS = (208, 209)
 
@@ -49,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
         with directory.lock(), _logged(directory, quiet=listener is not None), _terminable():
             if listener is None:
                 log = events.EventLog(directory.path / events.NAME)
-                run(PackedGrid(grid), directory, context.run_id, log)
+                run(PackedGrid(grid), directory, context.run_id, log, seats=_seats())
             else:
                 run(grid, directory, context.run_id, listener)
     except FedgeError as error:
@@ -68,6 +71,22 @@ def _require_ours(path: Path) -> None:
     runs = os.environ.get(RUNS)
     if not path.is_dir() or (runs and path.parent != Path(runs)):
         raise ConfigError(209, f"{path.name}: must be a run of this server, got another folder")
+
+
+def _seats() -> Callable[[], Mapping[str, str]] | None:
+    """What the server's daemon knows of Flower's nodes; None where no daemon of ours started this process."""
+    path = os.environ.get(NODES)
+    if path is None:
+        return None
+
+    def read() -> Mapping[str, str]:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {str(name): str(entry.get("node")) for name, entry in found.items()}
+
+    return read
 
 
 @contextmanager

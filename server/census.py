@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedge.server import requests
@@ -13,7 +13,7 @@ from fedge.server.conversation import Watch
 from fedge.server.exchange import exchange
 from fedge.server.journal import Journal
 from fedge.server.liveness import Liveness
-from fedge.server.members import Member, dominant, known
+from fedge.server.members import Member, dominant, known, seated
 from fedge.server.progress import Listener
 from fedge.server.verdicts import Bound, Registration, Rejection
 from fedge.shared import preprocess
@@ -56,6 +56,7 @@ class Census:
     """The registry of one Flower run.
 
     Attributes:
+        seats: gives Flower's node of each site that the server has admitted; None where nobody admits (simulation).
         admitted: by site, its node and what it said of itself.
         refused: by node, why it may not take part.
     """
@@ -66,6 +67,7 @@ class Census:
     run_id: str
     journal: Journal
     listener: Listener
+    seats: Callable[[], Mapping[str, str]] | None = None
     admitted: dict[str, tuple[int, Registration]] = field(default_factory=dict)
     refused: dict[int, Rejection] = field(default_factory=dict)
     _asked: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -214,6 +216,8 @@ class Census:
             result = admit_registration(
                 replies[node], f"node {node}", self.run_id, self.config.admission, bounds
             )
+            if isinstance(result, Registration) and self.seats is not None:
+                result = seated(result, node, self.seats())
             if isinstance(result, Registration):
                 result = known(result, before, self.admitted)
             if isinstance(result, Rejection):

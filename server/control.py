@@ -57,9 +57,13 @@ class Control:
         """Whether nothing is under way or waiting."""
         return not self._busy and not self._queue
 
-    def call(self, arguments: Sequence[str], done: Done) -> None:
-        """Queue a call, for example ``["supernode", "list", CONNECTION]``."""
-        self._queue.append(([*arguments, "--format", "json"], done))
+    def call(self, arguments: Sequence[str], done: Done, *, first: bool = False) -> None:
+        """Queue a call, for example ``["supernode", "list", CONNECTION]``; ``first`` before all that wait."""
+        entry = ([*arguments, "--format", "json"], done)
+        if first:
+            self._queue.appendleft(entry)
+        else:
+            self._queue.append(entry)
         self._next()
 
     def _next(self) -> None:
@@ -115,5 +119,6 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         "FEDGE_RUNS": str(home / "runs"),
+        "FEDGE_NODES": str(home / "nodes.json"),
         "PATH": os.environ.get("PATH", os.defpath),
     }

@@ -21,9 +21,11 @@ from typing import Any
 from fedge.server import finish
 from fedge.server.control import CONNECTION, Control
 from fedge.server.run_directory import RunDirectory, state_of
+from fedge.shared import flower_app, flower_private
 from fedge.shared.daemon.process import Program, script
 from fedge.shared.daemon.supervisor import Supervisor, words
 from fedge.shared.errors import RunError
+from fedge.shared.flower_private import SERVER_APP
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ STARTS_WITHIN = 60.0
 STOPS_WITHIN = 30.0
 #: Crashes in a row, without a round between them, after which a run is stopped.
 MOST_CRASHES = 5
+#: Submissions in a row that Flower may refuse before a run is stopped.
+MOST_REFUSALS = 12
 FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
 #: Seconds between two looks at the directories.
 LOOK_EVERY = 0.5
@@ -50,6 +54,8 @@ class _Run:
     crashes: int = 0
     rounds: int = -1
     due: float = 0.0
+    # Submissions in a row that Flower refused, or took and did not start.
+    refused: int = 0
     # Its coordinator ended before `flwr run` had told the Flower run's number.
     gone: bool = False
     stopping: float | None = None
@@ -72,13 +78,14 @@ class Coordinators:
         supervisor: Supervisor,
         control: Control,
         environment: Mapping[str, str],
-        at_once: int,
+        at_once: int = 1,
     ) -> None:
         self._folder, self._supervisor, self._control = home / "runs", supervisor, control
         self._memory = home / "flower-runs.json"
         self._environment, self._at_once = dict(environment), at_once
         self._app = home / "app"
         self._runs: dict[str, _Run] = {}
+        self._given_up: set[str] = set()
         self._next_look = 0.0
         # A test's fail point kills once, not at every continuation.
         self._fail_point = os.environ.pop("FEDGE_FAIL_POINT", None)
@@ -91,7 +98,11 @@ class Coordinators:
             return
         self._next_look = now + LOOK_EVERY
         for path in in_order(self._folder):
-            self._look(path, now, open_for_runs=open_for_runs)
+            try:
+                self._look(path, now, open_for_runs=open_for_runs)
+            except OSError as error:
+                # A folder of another user, say: it must not keep the others from being played.
+                _log.warning("run %s: cannot be looked at: %s", path.name, error)
         self._supervisor.facts["runs"] = {
             name: {"coordinator": run.pid, "crashes": run.crashes}
             for name, run in self._runs.items()
@@ -102,20 +113,24 @@ class Coordinators:
         # `flwr run` may end, and tell the number, later than the SuperExec takes its next look.
         waiting = [r for r in self._runs.values() if (r.flower_run or r.asked) and not r.pid]
         run = min(waiting, key=lambda r: r.submitted, default=None)
+        if run is None:
+            # Somebody else on this machine has reached Flower's Control API, which knows no login.
+            _log.error(
+                "Flower asks for a coordinator that nobody here submitted; it is not started"
+            )
+            return
         environment = dict(self._environment)
-        if run is not None and self._fail_point:
+        if self._fail_point:
             environment["FEDGE_FAIL_POINT"], self._fail_point = self._fail_point, None
-        name = run.path.name if run else "unknown"
+        name = run.path.name
         program = Program(
             f"flwr-serverapp {name}",
             self._supervisor.log_of("coordinator"),
             function=partial(_server_app, arguments),
             environment=environment,
         )
-        ended = partial(self._ended, run) if run else None
-        pid = self._supervisor.task(f"coordinator {name}", program, ended)
-        if run is not None:
-            run.pid = pid
+        ended = partial(self._ended, run)
+        run.pid = self._supervisor.task(f"coordinator {name}", program, ended)
 
     def _look(self, path: Path, now: float, *, open_for_runs: bool) -> None:
         state = state_of(path)
@@ -124,18 +139,21 @@ class Coordinators:
             self._stop(path, run, state)
             return
         if state != "unfinished":
+            self._given_up.discard(path.name)
             if run is not None and not run.pid:
                 del self._runs[path.name]
             return
         if run is None:
-            if not open_for_runs or len(self._runs) >= self._at_once:
+            full = len(self._runs) >= self._at_once
+            if not open_for_runs or full or path.name in self._given_up:
                 return
             run = self._runs[path.name] = _Run(path)
         if run.pid or now < run.due or not open_for_runs:
             return
         if run.flower_run and now - run.submitted > STARTS_WITHIN:
-            _log.error("run %s: Flower did not start its coordinator; trying again", path.name)
             self._release(run)
+            self._refused(run, "Flower took the run and did not start its coordinator")
+            return
         if not run.flower_run and not run.asked:
             self._submit(run)
 
@@ -143,12 +161,13 @@ class Coordinators:
         run.asked, run.gone, run.submitted = True, False, time.monotonic()
         value = json.dumps(str(run.path))
 
-        def done(answer: dict[str, Any] | None, _said: str) -> None:
+        def done(answer: dict[str, Any] | None, said: str) -> None:
             run.asked = False
             number = (answer or {}).get("run-id")
             if number is None:
-                run.due = time.monotonic() + 2.0
+                self._refused(run, said)
                 return
+            run.refused = 0
             run.flower_run, run.submitted = int(number), time.monotonic()
             _log.info("run %s is Flower's run %d", run.path.name, run.flower_run)
             if run.gone or self._runs.get(run.path.name) is not run:
@@ -157,7 +176,20 @@ class Coordinators:
             self._remember()
 
         command = ["run", str(self._app), CONNECTION, "--run-config", f"run-dir={value}"]
-        self._control.call(command, done)
+        self._control.call(command, done, first=True)
+
+    def _refused(self, run: _Run, said: str) -> None:
+        run.refused += 1
+        run.due = time.monotonic() + min(FIRST_PAUSE * 2**run.refused, LAST_PAUSE)
+        _log.error("run %s: could not be submitted: %s", run.path.name, said)
+        if run.refused >= MOST_REFUSALS:
+            self._give_up(run, f"coordinator: must be started by Flower, got {said[-200:]!r}")
+
+    def _give_up(self, run: _Run, why: str) -> None:
+        finish.stop(RunDirectory(run.path), RunError(509, why))
+        # Where even that cannot be written, the run must not be tried for ever, nor keep others from being played.
+        self._given_up.add(run.path.name)
+        self._runs.pop(run.path.name, None)
 
     def _ended(self, run: _Run, status: int) -> None:
         run.pid, run.gone = 0, run.asked
@@ -180,8 +212,9 @@ class Coordinators:
             max(rounds, 0),
         )
         if run.crashes >= MOST_CRASHES:
-            crashes = f"coordinator: must play round {rounds + 1}, got {run.crashes} crashes"
-            finish.stop(RunDirectory(run.path), RunError(509, crashes))
+            self._give_up(
+                run, f"coordinator: must play round {rounds + 1}, got {run.crashes} crashes"
+            )
         elif run.crashes > 1:
             run.due = time.monotonic() + min(FIRST_PAUSE * 2**run.crashes, LAST_PAUSE)
 
@@ -236,9 +269,8 @@ def in_order(folder: Path) -> list[Path]:
 
 
 def _server_app(arguments: list[str]) -> int | None:
-    import logging as python_logging
-
-    python_logging.getLogger("fedge").setLevel(python_logging.INFO)
+    """What a fork runs for ``flwr-serverapp``: Flower's own command, but no code that a bundle brings."""
+    flower_private.before_bundle(SERVER_APP, flower_app.require_ours)
     return script("flwr-serverapp", arguments)()
 
 

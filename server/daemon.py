@@ -6,6 +6,7 @@ goes on. What Flower loses, the coordinators' look at the journals brings back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,10 @@ _log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the roster, and at who is online.
 ROSTER_EVERY, NODES_EVERY = 1.0, 20.0
+#: Seconds after which a key that Flower did not take is offered again.
+ASK_AGAIN = 70.0
+#: Ends of the SuperLink in a row after which its database is held to be the cause.
+MOST_FAILURES = 4
 
 
 def run(home: Path) -> int:
@@ -51,6 +56,8 @@ def run(home: Path) -> int:
     settings = server_file.load(home)
     homes.log_to_stderr()
     with homes.lock(home):
+        # What a daemon that was killed has left is given the time to end, and its port with it.
+        homes.end(home)
         daemon = ServerDaemon(home, settings)
         daemon.supervisor.run()
     return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
@@ -95,13 +102,12 @@ class ServerDaemon:
         (home / "runs").mkdir(exist_ok=True)
         self._control = Control(self.supervisor, self._environment)
         # Flower's number of each site's node, which Flower tells only once, when the key is registered.
-        self._nodes: dict[str, str] = _read_nodes(home / "nodes.json")
+        self._nodes = _read_nodes(home / "nodes.json")
         self.supervisor.facts["registered"] = sorted(self._nodes)
-        self._asked: set[str] = set()
+        self._asked: dict[str, float] = {}
+        self._anew = not (home / "superlink.db").exists() and bool(self._nodes)
         self._next_roster = self._next_nodes = 0.0
-        self._runs = Coordinators(
-            home, self.supervisor, self._control, self._environment, settings.runs.at_once
-        )
+        self._runs = Coordinators(home, self.supervisor, self._control, self._environment)
         self._keep()
 
     def _keep(self) -> None:
@@ -129,6 +135,8 @@ class ServerDaemon:
         self.supervisor.ticks += [self._tick]
 
     def _superlink(self) -> Program:
+        if self._anew or self.supervisor.services["superlink"].failures >= MOST_FAILURES:
+            self._make_database_anew()
         # Without a front the SuperLink itself takes the sites; server_file allows that on a loopback address only.
         host = "127.0.0.1"
         if self._server.front == "none":
@@ -179,33 +187,57 @@ class ServerDaemon:
         self._runs.tick(open_for_runs=ready)
 
     def _follow_roster(self) -> None:
-        """Make Flower's list of keys what the roster says."""
+        """Make Flower's list of keys what the roster says: a name's former key goes before its new one comes."""
         try:
             known = register.roster(self._home)
         except FedgeError as error:
             self.supervisor.facts["roster"] = str(error)
             return
         self.supervisor.facts.pop("roster", None)
+        digests = {n: hashlib.sha256(k.read_bytes()).hexdigest() for n, k in known.items()}
+        now = time.monotonic()
+        for name, seat in list(self._nodes.items()):
+            if seat["key"] != digests.get(name) and self._may_ask(name, now):
+                command = ["supernode", "unregister", seat["node"], CONNECTION]
+                self._control.call(command, partial(self._unregistered, name))
         for name, key in known.items():
-            if name not in self._asked:
-                self._asked.add(name)
+            if name not in self._nodes and self._may_ask(name, now):
                 command = ["supernode", "register", str(key), CONNECTION, "--name", name]
-                self._control.call(command, partial(self._registered, name))
-        for name in set(self._nodes) - set(known):
-            number = self._nodes.pop(name)
-            self._asked.discard(name)
-            self._write_nodes()
-            command = ["supernode", "unregister", number, CONNECTION]
-            self._control.call(command, lambda *_: None)
+                self._control.call(command, partial(self._registered, name, digests[name]))
 
-    def _registered(self, name: str, answer: dict[str, Any] | None, said: str) -> None:
+    def _may_ask(self, name: str, now: float) -> bool:
+        """One call a name at a time, and the next after a failure a little later."""
+        if now < self._asked.get(name, 0.0):
+            return False
+        self._asked[name] = now + ASK_AGAIN
+        return True
+
+    def _registered(self, name: str, key: str, answer: dict[str, Any] | None, said: str) -> None:
         if answer is not None:
-            self._nodes[name] = str(answer.get("node-id"))
+            self._nodes[name] = {"node": str(answer.get("node-id")), "key": key}
             self._write_nodes()
-        elif "in use" not in said:
-            # "In use": Flower's database knows the key from before. Anything else is tried again.
-            self._asked.discard(name)
-        self._next_nodes = 0.0
+            self._asked.pop(name, None)
+            self._next_nodes = 0.0
+        elif "in use" in said:
+            # Flower knows the key and does not tell its node, and never takes back one that was expelled: its
+            # database is made anew. Nothing that counts is in it: rosters and journals are ours.
+            _log.warning("site %s: Flower's database is made anew for its key", name)
+            self._anew = True
+            self.supervisor.kill(self.supervisor.services["superlink"].pid)
+
+    def _unregistered(self, name: str, answer: dict[str, Any] | None, said: str) -> None:
+        if answer is not None or "not found" in said.lower():
+            self._nodes.pop(name, None)
+            self._write_nodes()
+            self._asked.pop(name, None)
+
+    def _make_database_anew(self) -> None:
+        """Put Flower's database aside; keys are registered again, runs go on from their journals."""
+        for path in self._home.glob("superlink.db*"):
+            if not path.name.endswith(".old"):
+                path.replace(path.with_name(path.name + ".old"))
+        self._nodes, self._asked, self._anew = {}, {}, False
+        self._write_nodes()
 
     def _write_nodes(self) -> None:
         write_atomically(self._home / "nodes.json", json.dumps(self._nodes).encode())
@@ -220,16 +252,16 @@ class ServerDaemon:
                 "state": states.get(number, {}).get("status", "unknown"),
                 "since": states.get(number, {}).get("online-at"),
             }
-            for name, number in sorted(self._nodes.items())
+            for name, number in sorted((n, seat["node"]) for n, seat in self._nodes.items())
         }
 
 
-def _read_nodes(path: Path) -> dict[str, str]:
+def _read_nodes(path: Path) -> dict[str, dict[str, str]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {str(n): {"node": str(s["node"]), "key": str(s["key"])} for n, s in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def _write_secret(path: Path) -> None:

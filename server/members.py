@@ -50,6 +50,26 @@ def dominant(
     return found
 
 
+def seated(
+    registration: Registration, node: int, seats: Mapping[str, str]
+) -> Registration | Rejection:
+    """The registration, or a refusal where the name is not the one under which this node's key was admitted.
+
+    Args:
+        registration: just admitted; the name in it is the site's own word.
+        node: that sent it, which Flower has told by its key.
+        seats: number of the node of each admitted site, as text.
+    """
+    if seats.get(registration.site) == str(node):
+        return registration
+    return Rejection(
+        registration.site,
+        412,
+        "rejected",
+        "site: must be the name under which the server admitted this key, got another",
+    )
+
+
 def known(
     registration: Registration,
     before: dict[str, tuple[int, int]],

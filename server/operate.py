@@ -152,6 +152,7 @@ def status(home: Path) -> dict[str, Any]:
         "certificate": {"days_left": days, "problem": problem},
         "services": told.get("services", {}) if running else {},
         "sites": told.get("sites", {}) if running else {},
+        "problem": str(told.get("roster") or "") if running else "",
         "runs": runs(home),
     }
 
@@ -164,6 +165,8 @@ def status_text(found: Mapping[str, Any]) -> str:
         f"server       {'running' if found['running'] else 'not running'}, {found['address']}",
         f"certificate  {certificate['problem'] or good}",
     ]
+    if found["problem"]:
+        lines.append(f"problem      {found['problem']}")
     for name, service in found["services"].items():
         restarts = f", {service['restarts']} restarts" if service["restarts"] else ""
         lines.append(f"{name:12} {service['state']}, pid {service['pid']}{restarts}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+from collections.abc import Callable, Mapping
 
 from flwr.serverapp import Grid
 
@@ -39,6 +40,7 @@ def run(
     listener: Listener,
     patience: Patience | None = None,
     clock: Clock | None = None,
+    seats: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Play all rounds that are not committed yet, then write the run's results.
 
@@ -49,6 +51,7 @@ def run(
         listener: told of every reply and round, and of what is waited for.
         patience: how long what is waited for.
         clock: where the time is from.
+        seats: see ``Census``.
 
     Raises:
         RunError: 501 to 507; what was committed stays, and the run can be resumed.
@@ -64,7 +67,9 @@ def run(
                 return
             journal.begin_flower_run(flower_run_id, finish.now())
             link = Link(grid, clock or Clock(), patience or Patience())
-            loop = _prepare(link, directory, config, task, journal, row.id, flower_run_id, listener)
+            loop = _prepare(
+                link, directory, config, task, journal, row.id, flower_run_id, listener, seats
+            )
             listener.start(config.run.rounds, loop.done)
             # Some of Flower's strategies collect garbage once a reply; torch's many objects need no walk each time.
             gc.freeze()
@@ -96,6 +101,7 @@ def _prepare(
     run_id: str,
     flower_run_id: int,
     listener: Listener,
+    seats: Callable[[], Mapping[str, str]] | None,
 ) -> Loop:
     arrays = checkpoint.initial_arrays(task, config.run.seed)
     memory: NDArrays = {}
@@ -106,7 +112,7 @@ def _prepare(
     else:
         arrays, memory = checkpoint.load(directory.checkpoints, last, list(arrays))
     checkpoint.prune(directory.checkpoints, last.number)
-    census = Census(Liveness(link), config, task, run_id, journal, listener)
+    census = Census(Liveness(link), config, task, run_id, journal, listener, seats)
     members, refused = census.take(flower_run_id)
     least = strategies.minimum_replies(config.strategy)
     if len(members) < least:

@@ -29,17 +29,10 @@ class ServerSection(Section):
     port: int = Field(ge=1, le=65535, description="of Flower's SuperLink, on the loopback address")
 
 
-class RunsSection(Section):
-    """How runs are played."""
-
-    at_once: int = Field(1, ge=1, le=100, description="runs played at the same time")
-
-
 class ServerFile(Section):
     """A server."""
 
     server: ServerSection
-    runs: RunsSection = RunsSection()
 
 
 def check(address: str, listen: str | None, front: str | None) -> ServerFile:

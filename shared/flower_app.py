@@ -7,15 +7,19 @@ version alone; a site approves it by that number (``bundles`` in its policy.toml
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from fedge.shared.errors import DeployError
 
+_LARGEST = 64 * 1024
 _PYPROJECT = """\
 [project]
 name = "relay"
@@ -41,6 +45,24 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = _PYPROJECT.format(version=version("fedge"))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+
+
+def require_ours(content: bytes) -> None:
+    """Hold a bundle's bytes against what ``write`` writes: our pyproject.toml, Flower's own notes, and no code.
+
+    Raises:
+        DeployError: 915, it is another bundle.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = {name for name in archive.namelist() if not name.startswith(".info/")}
+            small = all(entry.file_size < _LARGEST for entry in archive.infolist())
+            ours = names == {"pyproject.toml"} and small
+            text = archive.read("pyproject.toml") if ours else b""
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error):
+        text = b""
+    if text != _PYPROJECT.format(version=version("fedge")).encode():
+        raise DeployError(915, "bundle: must be that of this fedge, got another")
 
 
 def bundle(build: Callable[[Path], str] | None = None) -> bytes:

@@ -40,8 +40,10 @@ from fedge.shared.errors import (
 RUN: Final = "run"
 #: Times that a daemon may end at once before the federation is given up.
 MOST_FAILURES: Final = 4
-#: Seconds until the server must be ready.
+#: Seconds in which the server must be ready, from the beginning and after a restart.
 READY_WITHIN: Final = 120.0
+#: Seconds that a daemon has to end, as it ends its own services one layer after the other.
+DAEMON_GRACE: Final = 25.0
 
 _BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
 
@@ -74,9 +76,11 @@ def federate(
     _import_flower()
     finished = _result(work)
     if not finished:
-        _make_homes(config, out)
+        (out / "federation").mkdir(exist_ok=True)
         with homes.lock(out / "federation"):
+            _make_homes(config, out)
             _supervise(RunDirectory(out), quiet=quiet)
+        _sweep(out)
     directory = RunDirectory(out)
     if directory.journal.is_file():
         # Its last user leaves it as one file, also where somebody looked on while the coordinator closed it.
@@ -126,7 +130,6 @@ def _make_homes(config: Config, out: Path) -> None:
     from fedge.server import register
     from fedge.server.server_file import load
 
-    (out / "federation").mkdir(exist_ok=True)
     home = out / "server"
     if not (home / "server.toml").exists():
         shutil.rmtree(home, ignore_errors=True)
@@ -192,6 +195,7 @@ def _result(work: _Work) -> bool:
 
 
 def _report(work: partial[bool], there: Connection) -> None:
+    process.die_with_parent()
     told: dict[str, object]
     try:
         told = {"finished": work()}
@@ -221,6 +225,7 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
                 ),
                 ready=partial(_is_ready, home, names if name == "server" else ()),
                 after=() if name == "server" else ("server",),
+                grace=DAEMON_GRACE,
             )
         )  # fmt: skip
     if not quiet:
@@ -230,7 +235,7 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
     next_look, deadline = 0.0, time.monotonic() + READY_WITHIN
 
     def tick() -> None:
-        nonlocal next_look
+        nonlocal next_look, deadline
         if time.monotonic() < next_look:
             return
         next_look = time.monotonic() + 0.25
@@ -238,11 +243,12 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
             _let_watcher_finish(supervisor)
             supervisor.stop()
         for service in supervisor.services.values():
-            if service.restarts >= MOST_FAILURES and not service.is_ready:
+            if service.failures >= MOST_FAILURES and not service.is_ready:
                 supervisor.facts["failed"] = service.name
                 supervisor.stop()
-        server = supervisor.services["server"]
-        if time.monotonic() > deadline and not (server.is_ready or server.restarts):
+        if supervisor.services["server"].is_ready:
+            deadline = time.monotonic() + READY_WITHIN
+        elif time.monotonic() > deadline:
             supervisor.facts["late"] = True
             supervisor.stop()
 
@@ -327,6 +333,12 @@ def _raise_what_stopped(directory: RunDirectory) -> None:
     raise _BY_FAULT.get(code // 100, RunError)(code, message)
 
 
+def _sweep(out: Path) -> int:
+    """End what a daemon that was killed halfway has left."""
+    places = [out / "server", *sorted((out / "sites").glob("*"))]
+    return sum(homes.end(place, grace=2.0) for place in places)
+
+
 def down(out: Path) -> int:
     """End a federation that was left, and every process of it.
 
@@ -334,10 +346,9 @@ def down(out: Path) -> int:
         How many processes were ended.
     """
     out = out.absolute()
-    places = [out / "federation", out / "server", *sorted((out / "sites").glob("*"))]
-    ended = sum(homes.end(place) for place in places)
+    ended = homes.end(out / "federation", grace=2 * DAEMON_GRACE)
     # Whoever was being started in between is named by now.
-    return ended + sum(homes.end(place, grace=2.0) for place in places)
+    return ended + _sweep(out) + _sweep(out)
 
 
 __all__ = ["down", "federate"]

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,13 +45,23 @@ def lock(home: Path) -> Iterator[None]:
     except OSError as error:
         raise DeployError(901, f"{home}: must be a home, got {error.strerror}") from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DeployError(902, f"{home}: must be free, got a running daemon") from None
+        _lock(descriptor, home)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, home: Path) -> None:
+    # Somebody who only looks holds the lock for a moment too.
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise DeployError(902, f"{home}: must be free, got a running daemon") from None
+        time.sleep(0.02)
 
 
 def held(home: Path) -> bool:
@@ -79,7 +90,9 @@ def status(home: Path) -> dict[str, Any] | None:
 
 
 def processes(found: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Name, pid and birth of every process that a status names, the daemon first."""
+    """Name, pid and birth of every process that a status names, the daemon first; none before the machine's start."""
+    if found.get("boot") != process.boot():
+        return []
     entries = [("daemon", found)]
     entries += list((found.get("services") or {}).items())
     entries += [(str(task.get("name")), task) for task in found.get("tasks") or ()]

@@ -2,7 +2,7 @@
 
 A fork of a process that has imported Flower already costs some 20 ms where a new interpreter with the same imports
 costs two seconds of CPU, which is what makes a short exchange short. Forking is safe only from a process
-without threads; a daemon has none.
+without threads of Python's; a daemon has none (those of NumPy's OpenBLAS know how to be forked).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -99,28 +100,32 @@ def _child(program: Program, parent: int) -> NoReturn:
             os.execvpe(program.command[0], program.command, os.environ)  # noqa: S606
         _name(program.title)
         status = program.function() or 0
-    except SystemExit as stop:
-        status = _status_of(stop)
-    except FedgeError as error:
-        sys.stderr.write(one_line(error) + "\n")
-        status = 1
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        status = _told(error)
     finally:
-        # The parent's own exit handlers must not run a second time here.
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        # Whatever fails here, a full disk for one, this process must not go on as if it were the parent.
+        with suppress(BaseException):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 
-def _status_of(stop: SystemExit) -> int:
-    if stop.code is None or isinstance(stop.code, int):
-        return stop.code or 0
-    sys.stderr.write(f"{stop.code}\n")
-    return 1
+def _told(error: BaseException) -> int:
+    """Say in the log what ended the fork; its exit status."""
+    with suppress(Exception):
+        if isinstance(error, SystemExit):
+            if error.code is None or isinstance(error.code, int):
+                return error.code or 0
+            sys.stderr.write(f"{error.code}\n")
+            return 1
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        if isinstance(error, FedgeError):
+            sys.stderr.write(one_line(error) + "\n")
+            return 1
+        traceback.print_exception(error)
+    return _EX_SOFTWARE
 
 
 def _settle(program: Program, parent: int) -> None:
@@ -173,6 +178,14 @@ def birth(pid: int) -> int | None:
     # The name in parentheses may hold anything, so fields count from its end.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def boot() -> str:
+    """What names this start of the machine; pids and births begin anew with each."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def end(pid: int, born: int | None, grace: float = 5.0) -> None:

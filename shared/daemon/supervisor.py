@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedge.shared.daemon import process
 from fedge.shared.daemon.process import Program
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 FIRST_PAUSE, LAST_PAUSE, STEADY = 0.2, 10.0, 30.0
 TICK = 0.1
@@ -43,6 +45,8 @@ class Service:
         after: services that must be ready first.
         on_exit: told the wait status when it has ended, before the restart.
         on_ready: told once a start, when it serves.
+        grace: seconds that it has to end after SIGTERM.
+        failures: ends in a row, forgotten once it has run for ``STEADY`` seconds.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Service:
     after: tuple[str, ...] = ()
     on_exit: Callable[[int], None] | None = None
     on_ready: Callable[[], None] | None = None
+    grace: float = GRACE
+    failures: int = 0
     pid: int = 0
     born: int | None = None
     is_ready: bool = False
@@ -120,7 +126,7 @@ class Supervisor:
             connection.settimeout(1.0)
             try:
                 on_connection(connection)
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 _log.warning("a request on a socket failed: %s", error)
             finally:
                 connection.close()
@@ -176,15 +182,17 @@ class Supervisor:
         writer.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        before = {n: signal.signal(n, self._on_signal) for n in _ENDING}
+        # What nohup has set to be ignored stays ignored.
+        heard = [n for n in _ENDING if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {n: signal.signal(n, self._on_signal) for n in heard}
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
             while not self._stopping:
                 self._step()
                 for key, _ in self._selector.select(TICK):
-                    key.data()
+                    _safely(key.data)
                 for tick in self.ticks:
-                    tick()
+                    _safely(tick)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -194,7 +202,7 @@ class Supervisor:
                 key.fileobj.close()  # type: ignore[union-attr]
             self._selector.close()
             writer.close()
-            self._tell(force=True)
+            _safely(partial(self._tell, force=True))
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signal = number
@@ -209,19 +217,23 @@ class Supervisor:
                 if now >= service.due and not waits:
                     self._start(service, now)
             elif not service.is_ready:
-                service.is_ready = service.ready()
+                service.is_ready = bool(_safely(service.ready))
                 if service.is_ready and service.on_ready is not None:
-                    service.on_ready()
+                    _safely(service.on_ready)
             if service.pid and now - service.since > STEADY:
-                service.pause = FIRST_PAUSE
+                service.pause, service.failures = FIRST_PAUSE, 0
         for pid, task in list(self._tasks.items()):
             if task.deadline is not None and now > task.deadline:
                 _log.error("%s (pid %d) passed its deadline and is killed", task.name, pid)
                 self.kill(pid, signal.SIGKILL)
-        self._tell()
+        _safely(self._tell)
 
     def _start(self, service: Service, now: float) -> None:
-        service.pid = process.start(service.program())
+        pid = _safely(lambda: process.start(service.program()))
+        if pid is None:
+            self._put_off(service)
+            return
+        service.pid = pid
         service.born = process.birth(service.pid)
         service.since, service.is_ready = now, False
         _log.info("%s started, pid %d", service.name, service.pid)
@@ -233,31 +245,35 @@ class Supervisor:
         for pid in list(self._tasks):
             if (status := _ended(pid)) is not None:
                 task = self._tasks.pop(pid)
-                if task.on_exit is not None:
-                    task.on_exit(status)
+                if (told := task.on_exit) is not None:
+                    _safely(partial(told, status))
 
     def _ended(self, service: Service, status: int) -> None:
         pid, service.pid, service.is_ready = service.pid, 0, False
         service.last_exit = words(status)
         service.restarts += 1
-        service.due = time.monotonic() + service.pause
-        service.pause = min(service.pause * 2, LAST_PAUSE)
+        self._put_off(service)
         _log.warning("%s (pid %d) %s; starting it again", service.name, pid, service.last_exit)
         if service.on_exit is not None:
-            service.on_exit(status)
+            _safely(partial(service.on_exit, status))
+
+    def _put_off(self, service: Service) -> None:
+        service.failures += 1
+        service.due = time.monotonic() + service.pause
+        service.pause = min(service.pause * 2, LAST_PAUSE)
 
     def _end_all(self) -> None:
-        self._end(list(self._tasks))
+        self._end(list(self._tasks), GRACE)
         while living := [s for s in self.services.values() if s.pid]:
             # What others build on ends last: a site says good-bye to a server that still listens.
             needed = {name for service in living for name in service.after}
             leaves = [s for s in living if s.name not in needed] or living
-            self._end([s.pid for s in leaves])
+            self._end([s.pid for s in leaves], max(s.grace for s in leaves))
             for service in leaves:
                 service.pid, service.is_ready = 0, False
 
-    def _end(self, pids: list[int]) -> None:
-        deadline = time.monotonic() + GRACE
+    def _end(self, pids: list[int], grace: float) -> None:
+        deadline = time.monotonic() + grace
         for pid in pids:
             _signal(pid, signal.SIGTERM)
         left = list(pids)
@@ -301,6 +317,15 @@ class Supervisor:
             temporary = self.home / ".status.json.tmp"
             temporary.write_text(json.dumps({"updated": stamp, **content}, indent=1) + "\n")
             temporary.replace(self.home / "status.json")
+
+
+def _safely(function: Callable[[], _T]) -> _T | None:
+    """One failure, a full disk or a folder that cannot be read, must not end the daemon and all below it."""
+    try:
+        return function()
+    except Exception:
+        _log.exception("a step of the daemon failed")
+        return None
 
 
 def words(status: int) -> str:

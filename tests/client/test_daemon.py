@@ -231,6 +231,99 @@ def test_one_whose_good_bye_hangs_is_killed(site: Site) -> None:
     assert exits == ["killed by SIGKILL"]
 
 
+def test_a_node_that_hangs_in_its_good_bye_is_killed_whatever_ended_it(site: Site) -> None:
+    site.deaf_to_sigterm = True
+
+    def dies() -> None:
+        site.deaf_to_sigterm = False
+        site.supervisor.kill(site.supervisor.services["superexec"].pid, signal.SIGKILL)
+
+    exits: list[str] = []
+    site.until(
+        Steps(
+            waits(site.ready),
+            dies,
+            waits(lambda: len(site.nodes) == 2 and (exits.append(site.node.last_exit) or True)),
+            # The one after it is nobody's debt.
+            waits(lambda: site.ready() and not site.daemon._good_byes),
+        )
+    )
+    assert exits == ["killed by SIGKILL"]
+    assert site.node.restarts == 1
+
+
+def test_a_client_process_has_the_workers_time_and_a_little_more(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site_file.write(
+        site.home,
+        name="clinic-a",
+        task="digits",
+        address="127.0.0.1:9",
+        worker=site_file.WorkerPart(deadline=0.2),
+    )
+    site.daemon._site = site_file.load(site.home)
+    monkeypatch.setattr(daemon, "APP_EXTRA", 0.3)
+    site.app = lambda: time.sleep(60)
+    site.until(
+        Steps(
+            waits(site.ready),
+            lambda: site.daemon._launch("flwr-clientapp", []),
+            waits(lambda: site.supervisor.alive("flwr-clientapp")),
+            waits(lambda: not site.supervisor.alive("flwr-clientapp")),
+            waits(lambda: len(site.nodes) == 2),
+        )
+    )
+
+
+# What a node's log says.
+
+
+def test_what_a_log_says_after_weeks_is_heard(tmp_path: Path) -> None:
+    path = tmp_path / "supernode.log"
+    path.write_text(DEAF)
+    log = daemon.NodeLog(path)
+    deaf = ["Giving up reconnection"]
+    with path.open("a") as file:
+        for _ in range(3):
+            file.write("x" * 79 + "\n" * daemon.LOG_PIECE)
+            file.flush()
+            assert not log.said(deaf)
+        # Words that lie across two looks.
+        file.write(DEAF[:12])
+        file.flush()
+        assert not log.said(deaf)
+        file.write(DEAF[12:])
+        file.flush()
+    assert log.said(deaf)
+    assert log.said(deaf), "what was heard once stays heard"
+    assert not log.said(["SuperNode ID:"])
+
+
+def test_of_much_that_is_new_the_end_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "supernode.log"
+    log = daemon.NodeLog(path)
+    assert not log.said(["[code: 2004]"])
+    path.write_text("\n" * (3 * daemon.LOG_PIECE) + "[code: 2004]\n")
+    assert log.said(["[code: 2004]"])
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_log_that_was_moved_or_truncated_is_read_from_its_beginning(
+    tmp_path: Path, moved: bool
+) -> None:
+    path = tmp_path / "supernode.log"
+    path.write_text(DEAF * 3)
+    log = daemon.NodeLog(path)
+    if moved:
+        path.rename(tmp_path / "supernode.log.1")
+        path.write_text(FINE + "\n" * 1000)
+    else:
+        path.write_text(FINE)
+    assert log.said(["SuperNode ID:"])
+    assert not log.said(["Giving up reconnection"])
+
+
 def test_what_the_log_said_before_the_start_does_not_count(site: Site) -> None:
     site.log.parent.mkdir(parents=True)
     site.log.write_text(DEAF + FINE)
@@ -399,3 +492,36 @@ def test_a_link_that_was_checked_is_in_the_status(home: Path) -> None:
     told = json.loads((home / "status.json").read_text())
     assert told["link"]["reachable"] is False
     assert told["link"]["problem"]
+
+
+@pytest.mark.parametrize("how", ["hangs", "fails", "says nothing"])
+def test_an_old_look_at_the_server_is_none_where_the_next_one_hangs(
+    home: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    old = {"reachable": True, "at": round(time.time()), "days_left": 300, "problem": ""}
+    (home / "link.json").write_text(json.dumps(old))
+
+    def write(_address: str, _ca: Path, path: Path) -> None:
+        if how == "hangs":
+            time.sleep(60)
+        if how == "fails":
+            path.write_text(json.dumps(old))
+            raise ValueError("a check that fails")
+
+    monkeypatch.setattr(daemon.link_check, "write", write)
+    monkeypatch.setattr(daemon, "LINK_WITHIN", 0.3)
+    made = SiteDaemon(home, site_file.load(home), "worker")
+    made.supervisor.services.clear()
+    deadline = time.monotonic() + 10
+
+    def tick() -> None:
+        made._watch_link()
+        if "link" in made.supervisor.facts or time.monotonic() > deadline:
+            made.supervisor.stop()
+
+    made.supervisor.ticks.append(tick)
+    made.supervisor.run()
+    link = made.supervisor.facts["link"]
+    assert link["reachable"] is False
+    assert abs(link["at"] - time.time()) < 15
+    assert ("not checked within 0.3 s" in link["problem"]) is (how == "hangs")

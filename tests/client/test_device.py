@@ -168,6 +168,13 @@ def test_a_bound_without_room_is_refused():
     device.bound(device.CPU, None, 0.9)
 
 
+def test_a_bound_that_a_gpu_would_ignore_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        device.bound(torch.device("cuda", 0), 8.0, 0.9)
+    assert caught.value.code == 201
+    assert "policy.toml: memory-gib: must be left out with a GPU, got 8" in caught.value.message
+
+
 def test_float16_needs_a_gpu():
     device.require(settings("float16"), torch.device("cuda", 0))
     device.require(settings("bfloat16"), device.CPU)

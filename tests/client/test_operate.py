@@ -195,11 +195,14 @@ def daemon(home: Path, state: str = "ready", **facts: Any) -> Iterator[None]:
         os.waitpid(pid, 0)
 
 
-GOOD = {"reachable": True, "problem": "", "days_left": 300}
+def good(age: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """What a look at the server leaves that is so many seconds old."""
+    link = {"reachable": True, "at": time.time() - age, "problem": "", "days_left": 300}
+    return link | changes
 
 
 def test_healthy_is_connected_reachable_and_served(home: Path, worker: SiteWorker) -> None:
-    with daemon(home, link=GOOD, connected_since=7), served(home, worker):
+    with daemon(home, link=good(), connected_since=7), served(home, worker):
         found = operate.status(home)
         text = operate.status_text(found)
     assert found["healthy"] is True
@@ -211,18 +214,18 @@ def test_healthy_is_connected_reachable_and_served(home: Path, worker: SiteWorke
 
 
 def test_any_part_that_is_missing_is_not_healthy(home: Path, worker: SiteWorker) -> None:
-    with daemon(home, link=GOOD):
+    with daemon(home, link=good()):
         assert operate.status(home)["healthy"] is False
         with served(home, worker):
             assert operate.status(home)["healthy"] is True
-    with daemon(home, "starting", link=GOOD), served(home, worker):
+    with daemon(home, "starting", link=good()), served(home, worker):
         assert operate.status(home)["healthy"] is False
     with daemon(home), served(home, worker):
         assert operate.status(home)["healthy"] is False
 
 
 def test_a_problem_of_the_node_is_told_and_not_healthy(home: Path, worker: SiteWorker) -> None:
-    with daemon(home, link=GOOD, problem="FE-913 not admitted"), served(home, worker):
+    with daemon(home, link=good(), problem="FE-913 not admitted"), served(home, worker):
         found = operate.status(home)
     assert found["healthy"] is False
     assert "problem    FE-913 not admitted" in operate.status_text(found)
@@ -232,17 +235,28 @@ def test_a_problem_of_the_node_is_told_and_not_healthy(home: Path, worker: SiteW
     ("link", "said"),
     [
         ({"reachable": False, "problem": "Connection refused", "days_left": None}, "refused"),
-        (GOOD | {"days_left": 12}, "certificate ends in 12 days"),
-        (GOOD | {"days_left": 30}, "good for 30 days"),
+        ({"days_left": 12}, "certificate ends in 12 days"),
+        ({"days_left": 30}, "good for 30 days"),
     ],
 )
 def test_what_is_said_of_the_line(
     home: Path, worker: SiteWorker, link: dict[str, Any], said: str
 ) -> None:
-    with daemon(home, link=link), served(home, worker):
+    now = good(**link)
+    with daemon(home, link=now), served(home, worker):
         found = operate.status(home)
     assert said in operate.status_text(found)
-    assert found["healthy"] is link["reachable"]
+    assert found["healthy"] is now["reachable"]
+
+
+def test_an_old_look_at_the_server_is_none(home: Path, worker: SiteWorker) -> None:
+    with daemon(home, link=good(80)), served(home, worker):
+        assert operate.status(home)["healthy"] is True
+    for age in (100.0, -100.0):
+        with daemon(home, link=good(age)), served(home, worker):
+            found = operate.status(home)
+        assert (found["healthy"], found["connected"]) == (False, False)
+        assert f"not connected, not checked since {age:.0f} s"[:-4] in operate.status_text(found)
 
 
 def test_the_status_command_tells_by_its_exit_too(
@@ -250,7 +264,7 @@ def test_the_status_command_tells_by_its_exit_too(
 ) -> None:
     assert main(["site", "status", "--home", str(home)]) == 1
     assert "not running" in capsys.readouterr().out
-    with daemon(home, link=GOOD), served(home, worker):
+    with daemon(home, link=good()), served(home, worker):
         assert main(["site", "status", "--home", str(home), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["worker"]["task"] == "blobs"
 

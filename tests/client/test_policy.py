@@ -47,6 +47,7 @@ def test_the_written_file_is_commented_and_read_again(tmp_path, allowed):
     assert (allowed.max_rounds, allowed.min_cohort, allowed.device) == (1000, 2, "auto")
     assert (allowed.gpu_memory_fraction, allowed.max_request_mib) == (0.9, 1024)
     assert allowed.memory_gib is None
+    assert allowed.share_statistics is True
     text = (tmp_path / "policy.toml").read_text()
     assert text.count("# ") > 8
     (tmp_path / "policy.toml").write_text(text.replace("# memory-gib", "memory-gib"))
@@ -120,6 +121,26 @@ def test_a_small_cohort_is_refused_where_weights_or_counts_go_out(allowed, cohor
         message = refused(418, policy.allow, allowed, kind, request(cohort=cohort), BUNDLE)
         assert "cohort: must be at least 2" in message
     policy.allow(allowed, protocol.REGISTER, request(cohort=cohort), BUNDLE)
+
+
+@pytest.mark.parametrize("standardise", ["federated", None, 3])
+def test_sums_over_features_stay_where_they_are_not_to_be_shared(tmp_path, standardise):
+    own = policy.write(tmp_path, **GOOD, share_statistics=False)
+    assert own.share_statistics is False
+    asked = request(standardise=standardise)
+    message = refused(418, policy.allow, own, protocol.REGISTER, asked, BUNDLE)
+    assert "standardise: must be site while share-statistics is false by policy.toml" in message
+    # Nothing of the kind leaves with another request, or where the site standardises alone.
+    policy.allow(own, protocol.TRAIN, asked, BUNDLE)
+    policy.allow(own, protocol.REGISTER, request(standardise="site"), BUNDLE)
+
+
+def test_they_are_shared_by_default_and_where_the_file_is_older_than_the_key(tmp_path, allowed):
+    path = tmp_path / "policy.toml"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith("share-stat")))
+    assert policy.read(tmp_path) == allowed
+    policy.allow(allowed, protocol.REGISTER, request(standardise="federated"), BUNDLE)
 
 
 def test_a_bundle_that_is_not_approved_is_refused_first(allowed):

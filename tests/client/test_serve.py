@@ -297,7 +297,8 @@ def test_what_it_cannot_start_with_is_one_line(tmp_path, started, spoil, number)
 def test_a_bound_on_memory_is_kept_and_survived(tmp_path, started, weights):
     home = make(tmp_path / "home")
     path = home / "policy.toml"
-    path.write_text(path.read_text().replace("# memory-gib = 8.0", "memory-gib = 0.8"))
+    text = path.read_text().replace("# memory-gib = 8.0", "memory-gib = 0.8")
+    path.write_text(text.replace('device = "auto"', 'device = "cpu"'))
     process = started(home)
     process.link().permit(BUNDLE)
     # 384 MiB, which the worker would hold twice: as received, and as an array of its own.

@@ -317,3 +317,27 @@ def test_a_request_whose_relay_has_gone_leaves_the_queue(served, request_of, wei
     thread.join(10)
     served.service.drain(10)
     assert served.gate.calls == 5
+
+
+# A computation that hangs
+
+
+def test_a_computation_that_hangs_asks_for_a_new_process(
+    task, data, tmp_path, request_of, weights, caplog
+):
+    gate = Gate(task.loss)
+    policy.write(tmp_path, **GOOD)
+    worker = SiteWorker("site-1", replace(task, loss=gate), data, tmp_path)
+    found = Served(tmp_path, worker, gate, wait=0.4)
+    try:
+        # The twin: one that ends in time costs nothing, however often.
+        for _ in range(2):
+            found.ask(request_of(TRAIN, weights))
+        time.sleep(0.6)
+        assert found.statuses == []
+        gate.open.clear()
+        assert code_of(found.ask, request_of(TRAIN, weights, seed=43), deadline=1.0) == 420
+        assert found.statuses == [75]
+        assert "FE-413 train: must be computed within 0.4 s" in caplog.text
+    finally:
+        found.close()

@@ -134,3 +134,26 @@ def test_the_relays_side_imports_neither_torch_nor_pydantic_nor_data():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_request_that_kills_the_worker_three_times_is_given_up(tmp_path):
+    playing(tmp_path / "s", *[listen_and_hang_up] * 3, answer(EMPTY))
+    started = time.monotonic()
+    with pytest.raises(SiteError, match="died three times") as caught:
+        SocketLink(tmp_path / "s", 60.0).exchange("train", EMPTY)
+    assert caught.value.code == 413
+    assert time.monotonic() - started < 5
+
+
+def test_two_deaths_are_forgiven_and_each_request_has_its_own(tmp_path):
+    twice = [listen_and_hang_up, listen_and_hang_up, answer(EMPTY)]
+    playing(tmp_path / "s", *twice, *twice)
+    link = SocketLink(tmp_path / "s", 20.0)
+    assert link.exchange("train", EMPTY) == EMPTY
+    assert link.exchange("evaluate", EMPTY) == EMPTY
+
+
+def test_a_worker_that_did_not_read_the_request_did_not_die_of_it(tmp_path):
+    playing(tmp_path / "s", *[hang_up] * 5, answer(EMPTY))
+    large = RecordDict({"config": ConfigRecord({"x": "y" * 1_000_000})})
+    assert SocketLink(tmp_path / "s", 20.0).exchange("train", large) == EMPTY

@@ -85,8 +85,8 @@ def test_a_superlink_that_is_away_for_40_s_is_told_and_the_run_goes_on(
     deployment.start("server", "one")
     told = Told(deployment.submit(CONFIG.format(rounds=1000, sites=1, deadline=120)))
     deployment.wait(lambda: len(told.rounds()) >= 1, 120, "round 1")
-    coordinator = next(p for n, p in deployment.pids("server").items() if n.startswith("coord"))
-    # Its supervisor sleeps, so nobody starts it again.
+    # Its supervisor sleeps, so nobody starts it again. Flower may count the coordinator as dead by then and stop its
+    # Flower run: then another continues the same run of fedge.
     deployment.daemons["server"].send_signal(signal.SIGSTOP)
     try:
         os.kill(deployment.pids("server")["superlink"], signal.SIGKILL)
@@ -96,7 +96,6 @@ def test_a_superlink_that_is_away_for_40_s_is_told_and_the_run_goes_on(
     back, before = time.time(), len(told.rounds())
     assert any(e["phase"] == "superlink" for e in told.events("waiting"))
     deployment.wait(lambda: len(told.rounds()) >= before + 2, 90, "further rounds")
-    assert coordinator in deployment.pids("server").values(), "the same coordinator went on"
     assert told.rounds()[-1]["trained"] == ["one"]
     assert told.longest_silence() < SILENCE
     assert time.time() - back < 90
