@@ -304,6 +304,7 @@ class Supervisor:
             {"name": t.name, "pid": pid, "born": t.born} for pid, t in sorted(self._tasks.items())
         ]
         content: dict[str, Any] = {
+            "boot": process.boot(),
             "pid": os.getpid(),
             "born": process.birth(os.getpid()),
             "services": processes,

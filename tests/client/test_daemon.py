@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedge.client import daemon, flower_private, site_file
+from fedge.client import daemon, site_file
 from fedge.client.daemon import Part, SiteDaemon
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon.process import Program
@@ -433,10 +434,10 @@ def test_a_daemon_is_the_only_one_of_its_home(home: Path) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], None]]]:
-    """The function that Flower's command would call with the bundle's hash."""
-    found: list[Callable[[str], None]] = []
-    monkeypatch.setattr(flower_private, "before_bundle", found.append)
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[bytes], None]]]:
+    """The function that Flower's command would call with the bundle."""
+    found: list[Callable[[bytes], None]] = []
+    monkeypatch.setattr(daemon, "before_bundle", lambda _module, approve: found.append(approve))
     monkeypatch.setattr(daemon, "script", lambda name, arguments: lambda: 7)
     monkeypatch.delenv("FEDGE_BUNDLE", raising=False)
     yield found
@@ -454,7 +455,7 @@ def test_a_bundle_that_nobody_can_approve_is_refused_without_a_word_of_the_site(
     monkeypatch.setattr(SocketLink, "permit", permit)
     assert daemon._client_app("flwr-clientapp", [], home / "worker.sock") == 7
     with pytest.raises(SiteError) as caught:
-        asked[0]("0f" * 32)
+        asked[0](b"a bundle")
     assert str(caught.value) == "FE-419 refused by the site"
     # No cause either: a traceback of it would travel.
     assert caught.value.__cause__ is None
@@ -470,9 +471,9 @@ def test_the_hash_of_a_bundle_is_passed_on_to_the_worker(
     permitted: list[str] = []
     monkeypatch.setattr(SocketLink, "permit", lambda self, sha256: permitted.append(sha256))
     daemon._client_app("flwr-clientapp", [], home / "worker.sock")
-    asked[0]("0f" * 32)
-    assert permitted == ["0f" * 32]
-    assert os.environ["FEDGE_BUNDLE"] == "0f" * 32
+    asked[0](b"a bundle")
+    assert permitted == [hashlib.sha256(b"a bundle").hexdigest()]
+    assert os.environ["FEDGE_BUNDLE"] == hashlib.sha256(b"a bundle").hexdigest()
 
 
 def test_a_link_that_was_checked_is_in_the_status(home: Path) -> None:

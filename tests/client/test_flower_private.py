@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from flwr.supernode.runtime import run_clientapp
 
 from fedge.client import flower_private
 from fedge.client.flower_private import BUSY_FOR, LOOK, POLL, READ, NodeClock
+from fedge.shared.flower_private import CLIENT_APP, SERVER_APP, before_bundle
 
 
 def test_the_installed_flower_is_one_that_was_read() -> None:
@@ -47,6 +48,13 @@ def test_the_node_pauses_where_we_think_it_does() -> None:
     assert re.search(r"if run_id is None:\s+#[^\n]*\n\s+time\.sleep\(3\)", idle)
 
 
+def test_the_server_s_bundle_passes_one_place_too() -> None:
+    module = import_module(SERVER_APP)
+    source = inspect.getsource(module)
+    assert source.count("install_from_fab(") == 1
+    assert module.install_from_fab is install_from_fab
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What Flower was given to unpack; the module is as before when the test ends."""
@@ -62,25 +70,25 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def test_a_bundle_is_shown_before_it_is_unpacked(installed: list[bytes], tmp_path: Path) -> None:
-    asked: list[str] = []
+    asked: list[bytes] = []
 
-    def approve(sha256: str) -> None:
+    def approve(content: bytes) -> None:
         assert len(installed) == len(asked)
-        asked.append(sha256)
+        asked.append(content)
 
-    flower_private.before_bundle(approve)
+    before_bundle(CLIENT_APP, approve)
     assert run_clientapp.install_from_fab(b"a bundle", skip_prompt=True) == Path("unpacked")
     (tmp_path / "b.fab").write_bytes(b"another")
     run_clientapp.install_from_fab(tmp_path / "b.fab", skip_prompt=True)
-    assert asked == [hashlib.sha256(text).hexdigest() for text in (b"a bundle", b"another")]
+    assert asked == [b"a bundle", b"another"]
     assert installed == [b"a bundle", b"another"]
 
 
 def test_a_bundle_that_is_refused_is_not_unpacked(installed: list[bytes]) -> None:
-    def refuse(_sha256: str) -> None:
+    def refuse(_content: bytes) -> None:
         raise PermissionError("no")
 
-    flower_private.before_bundle(refuse)
+    before_bundle(CLIENT_APP, refuse)
     with pytest.raises(PermissionError):
         run_clientapp.install_from_fab(b"a bundle", skip_prompt=True)
     assert installed == []
@@ -89,7 +97,7 @@ def test_a_bundle_that_is_refused_is_not_unpacked(installed: list[bytes]) -> Non
 def test_a_flower_without_the_place_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(run_clientapp, "install_from_fab")
     with pytest.raises(AttributeError):
-        flower_private.before_bundle(lambda _: None)
+        before_bundle(CLIENT_APP, lambda _: None)
 
 
 class Time:

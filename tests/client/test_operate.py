@@ -256,7 +256,7 @@ def test_an_old_look_at_the_server_is_none(home: Path, worker: SiteWorker) -> No
         with daemon(home, link=good(age)), served(home, worker):
             found = operate.status(home)
         assert (found["healthy"], found["connected"]) == (False, False)
-        assert f"not connected, not checked since {age:.0f} s"[:-4] in operate.status_text(found)
+        assert "not connected, not checked since" in operate.status_text(found)
 
 
 def test_the_status_command_tells_by_its_exit_too(

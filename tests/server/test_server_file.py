@@ -73,7 +73,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     settings = server_file.check("fed.example.org:8443", None, None)
     server_file.write(tmp_path, settings)
     assert server_file.load(tmp_path) == settings
-    assert server_file.load(tmp_path).runs.at_once == 1
 
 
 GOOD = '[server]\naddress = "127.0.0.1:1"\nlisten = "127.0.0.1:1"\nfront = "none"\nport = 1\n'
@@ -82,7 +81,6 @@ GOOD = '[server]\naddress = "127.0.0.1:1"\nlisten = "127.0.0.1:1"\nfront = "none
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        (GOOD + "[runs]\nat-once = 0\n", 201),
         (GOOD.replace("port = 1", "port = 70000"), 201),
         (GOOD.replace("port = 1", 'port = "1"'), 201),
         (GOOD.replace('"none"', '"apache"'), 201),

@@ -70,3 +70,15 @@ def test_what_flower_refuses_is_named() -> None:
         flower_app.bundle(broken)
     assert caught.value.code == 915
     assert "flwr build: must give one bundle" in caught.value.message
+
+
+def test_the_server_runs_no_other_bundle_s_code(tmp_path: Path) -> None:
+    content = flower_app.bundle()
+    flower_app.require_ours(content)
+    with_code = io.BytesIO(content)
+    with zipfile.ZipFile(with_code, "a") as archive:
+        archive.writestr("fedge/__init__.py", "raise SystemExit")
+    for other in (b"", b"junk", content[:-30], with_code.getvalue()):
+        with pytest.raises(DeployError) as caught:
+            flower_app.require_ours(other)
+        assert caught.value.code == 915
