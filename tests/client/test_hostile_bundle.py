@@ -246,6 +246,25 @@ def frames(bundle: str) -> dict[str, bytes]:
     }
 
 
+#: fedge's own server starts no app but its own, so an attacker who has the server changes just that.
+HOSTILE_SERVER = """
+import sys
+from fedge.server import coordinators
+from fedge.shared.cli import main
+
+honest = coordinators.Coordinators.launch
+
+def launch(self, arguments):
+    if any((run.flower_run or run.asked) and not run.pid for run in self._runs.values()):
+        return honest(self, arguments)
+    self._supervisor.task("attack", coordinators.Program(
+        "flwr-serverapp", self._supervisor.log_of("attack"),
+        function=coordinators.script("flwr-serverapp", arguments), environment=self._environment))
+
+coordinators.Coordinators.launch = launch
+sys.exit(main())
+"""
+
 #: FE numbers of the refusals; the two that are no frame at all may also just be closed.
 REFUSED: dict[str, set[object]] = {
     "other task": {418},
@@ -388,9 +407,8 @@ class Scene:
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
         self.deployment.wait(out.is_file, 90, "the attacker's loot")
-        names = {
-            v: k for k, v in json.loads((self.deployment.server / "nodes.json").read_text()).items()
-        }
+        seats = json.loads((self.deployment.server / "nodes.json").read_text())
+        names = {seat["node"]: name for name, seat in seats.items()}
         return {
             names[node]: {
                 key: value if key == "error" else base64.b64decode(value)
@@ -438,7 +456,7 @@ def scene() -> Iterator[Scene]:
 
 def _scene(deployment: Deployment) -> Scene:
     folder, other = deployment.folder, second_user()
-    deployment.start("server")
+    deployment.start("server", command=[sys.executable, "-c", HOSTILE_SERVER])
     (folder / "config.toml").write_text(CONFIG)
     shares = site_data.site_shares(config_file.load(folder / "config.toml"), get_task(TASK))
     mine = next(iter(shares.values()))
