@@ -39,6 +39,25 @@ GOAL, LEAST = 5.0, 3.0
 #: Seconds that nothing happens before memory at rest is read.
 REST = 5.0
 
+#: fedge's server starts no ServerApp but its own; to compare on one SuperLink, this one starts Flower's too.
+OPEN_SERVER = """
+import sys
+from fedge.server import coordinators
+from fedge.shared.cli import main
+
+own = coordinators.Coordinators.launch
+
+def launch(self, arguments):
+    if any((run.flower_run or run.asked) and not run.pid for run in self._runs.values()):
+        return own(self, arguments)
+    self._supervisor.task("baseline", coordinators.Program(
+        "flwr-serverapp", self._supervisor.log_of("baseline"),
+        function=coordinators.script("flwr-serverapp", arguments), environment=self._environment))
+
+coordinators.Coordinators.launch = launch
+sys.exit(main())
+"""
+
 Report = Callable[[str], None]
 
 
@@ -271,7 +290,7 @@ def measure(folder: Path, rounds: int, evaluate: bool, only: str | None, report:
     address = f"127.0.0.1:{flower_side.free_port()}"
     fedge("server", "init", "--home", str(home), "--address", address)
     server = flower_side.start(
-        folder, "server-daemon", "fedge", "server", "start", "--home", str(home)
+        folder, "server-daemon", "python", "-c", OPEN_SERVER, "server", "start", "--home", str(home)
     )
     try:
         link = flower_side.Link(address, home / "ca" / "ca.crt", folder)
