@@ -246,6 +246,11 @@ def cases() -> list[Case]:
             "server's daemon and all of it", COORDINATOR_LIMIT,
             moment=is_training, victims=lambda live: live.host("server"),
         ),
+        Case(
+            "server's daemon alone", COORDINATOR_LIMIT,
+            moment=is_training, victims=one("daemon", "server"),
+        ),
+        Case("site's daemon alone", NODE_LIMIT, moment=is_training, victims=one("daemon")),
     ]  # fmt: skip
     return found
 
@@ -318,7 +323,8 @@ def judge(found: list[dict[str, Any]], wanted: str) -> bool:
     for row in found:
         row["identical"] = row["sha256"] == wanted
         late = row.get("continues_s", 1e9) > row["limit"]
-        row["passed"] = bool(row["identical"] and not late and not row["problem"])
+        ended_well = row.get("status") == 0 and not row["problem"]
+        row["passed"] = bool(row["identical"] and not late and ended_well)
     return all(row["passed"] for row in found)
 
 

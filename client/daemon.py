@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import time
@@ -162,7 +161,7 @@ class SiteDaemon:
         from fedge.client import app  # noqa: F401
 
         self._secret = self._home / "superexec.secret"
-        _write_secret(self._secret)
+        homes.write_secret(self._secret)
         self._environment = {
             "FLWR_HOME": str(self._home / "flower"),
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -370,12 +369,6 @@ def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
 
     before_bundle(CLIENT_APP, approve)
     return script(name, arguments)()
-
-
-def _write_secret(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(32))
 
 
 def _tail(path: Path, start: int) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import signal
 import time
 from datetime import UTC, datetime
@@ -93,7 +92,7 @@ class ServerDaemon:
         self.supervisor = Supervisor(home)
         self.supervisor.facts |= {"address": self._server.address, "certificate_days": self._days}
         self._secret = home / "superexec.secret"
-        _write_secret(self._secret)
+        homes.write_secret(self._secret)
         self._environment = flower_environment(home)
         folder = launcher.install(self.supervisor, ["flwr-serverapp"], self._launch)
         self._environment["PATH"] = launcher.path_with(folder)
@@ -262,9 +261,3 @@ def _read_nodes(path: Path) -> dict[str, dict[str, str]]:
         return {str(n): {"node": str(s["node"]), "key": str(s["key"])} for n, s in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-
-
-def _write_secret(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(32))

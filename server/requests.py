@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from typing import Any
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -16,6 +15,7 @@ from flwr.serverapp import strategy as flower
 from fedge.server.conversation import GRACE
 from fedge.server.members import Member
 from fedge.server.results import record
+from fedge.server.wrapped_grid import WrappedGrid
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
@@ -28,7 +28,7 @@ def own_version() -> str:
     return version("fedge")
 
 
-class CohortView(Grid):
+class CohortView(WrappedGrid):
     """Flower's Grid as a strategy sees it: only the nodes of this round's cohort exist.
 
     Flower's strategies sample in ``configure_train``, where the adaptive ones also learn the current arrays; here
@@ -36,45 +36,12 @@ class CohortView(Grid):
     """
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        self._grid, self._node_ids = grid, list(node_ids)
-
-    def set_run(self, run: Any) -> None:
-        """Pass on."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """Pass on."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Pass on."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+        super().__init__(grid)
+        self._node_ids = list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
         """The cohort."""
         return list(self._node_ids)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass on."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Pass on."""
-        return self._grid.send_and_receive(messages, timeout=timeout)
 
 
 def cohort(

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
@@ -145,3 +146,10 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise DeployError(904, f"address: must be host:port, got {address[:80]!r}")
     return host, int(port)
+
+
+def write_secret(path: Path) -> None:
+    """Write a new shared secret, 32 random bytes that only this user may read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(32))
