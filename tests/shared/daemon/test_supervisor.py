@@ -258,3 +258,35 @@ def test_what_is_no_launch_request_starts_nothing(tmp_path: Path, sent: bytes) -
     run_until(supervisor, lambda: bool(statuses))
     assert not asked
     assert statuses == [0] or os.WIFEXITED(statuses[0])
+
+
+def test_a_child_whose_log_is_full_does_not_end_its_siblings(tmp_path: Path) -> None:
+    """Its last words cannot be written; it must not go on as if it were the daemon, which would end them all."""
+    supervisor = Supervisor(tmp_path)
+    other = supervisor.add(Service("other", lambda: sleeper(tmp_path)))
+    statuses: list[int] = []
+
+    def work() -> int:
+        sys.stdout.write("something")
+        return 0
+
+    def started() -> bool:
+        if other.pid and not supervisor.alive("full") and not statuses:
+            program = Program("full", Path("/dev/full"), function=work)
+            supervisor.task("full", program, statuses.append)
+        return bool(statuses)
+
+    run_until(supervisor, started)
+    assert other.restarts == 0
+
+
+def test_a_step_that_fails_does_not_end_the_daemon(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path)
+    calls: list[int] = []
+
+    def broken() -> None:
+        calls.append(1)
+        raise PermissionError("a folder of somebody else")
+
+    supervisor.ticks.append(broken)
+    run_until(supervisor, lambda: len(calls) >= 3)
