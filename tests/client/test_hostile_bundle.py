@@ -391,6 +391,8 @@ class Scene:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            # A command of fedge run in this process may have silenced Flower; the tests read its log.
+            "FLWR_LOG_LEVEL": "INFO",
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         }
 

@@ -79,7 +79,7 @@ def test_latency_delays_each_way_and_ends_when_it_is_set_back(echo):
     with FaultProxy(echo, latency=SHORT) as proxy, connected(proxy) as client:
         assert 2 * SHORT <= ask(client) < 2 * SHORT + 1
         proxy.latency = 0.0
-        assert ask(client) < SHORT
+        assert ask(client) < 2 * SHORT
 
 
 def test_latency_does_not_thin(echo):
@@ -189,10 +189,11 @@ def test_refuse_closes_the_port_and_opens_the_same_again(echo):
 def test_a_target_that_refuses_is_a_reset():
     with socket.socket() as closed:
         closed.bind((HOST, 0))
+        # The reset may come as early as in connect().
         with (
             FaultProxy(closed.getsockname()) as proxy,
-            connected(proxy) as client,
             pytest.raises(ConnectionResetError),
+            connected(proxy) as client,
         ):
             client.recv(1)
 
