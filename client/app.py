@@ -32,3 +32,33 @@ def evaluate(message: Message, context: Context) -> Message:
 def probe(message: Message, context: Context) -> Message:
     """Ask the site whether it is there, and whether it is at work."""
     return relay.forward(message, context)
+
+
+@app.query("secagg_statistics")
+def secagg_statistics(message: Message, context: Context) -> Message:
+    """Ask the site to take part in a masked sum over its features."""
+    return relay.forward(message, context)
+
+
+@app.query("secagg_share")
+def secagg_share(message: Message, context: Context) -> Message:
+    """Ask the site to share the secrets of its masks among the others."""
+    return relay.forward(message, context)
+
+
+@app.query("secagg_masked")
+def secagg_masked(message: Message, context: Context) -> Message:
+    """Ask the site for its masked vector."""
+    return relay.forward(message, context)
+
+
+@app.query("secagg_commit")
+def secagg_commit(message: Message, context: Context) -> Message:
+    """Ask the site to sign the list of survivors."""
+    return relay.forward(message, context)
+
+
+@app.query("secagg_unmask")
+def secagg_unmask(message: Message, context: Context) -> Message:
+    """Ask the site for the shares that open the sum."""
+    return relay.forward(message, context)

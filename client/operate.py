@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedge.client import node_key, policy, site_file
+from fedge.client import node_key, own_roster, policy, site_file
 from fedge.client.socket_link import SocketLink
-from fedge.shared import flower_app
+from fedge.shared import flower_app, signing
 from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError, FedgeError
 
@@ -31,6 +31,7 @@ def init(
     data: Path | None = None,
     share: Path | None = None,
     bundle: str | None = None,
+    secure: policy.SecurePolicy | None = None,
 ) -> str:
     """Make a site's home: key, site.toml, and a policy that allows this task, this release and its bundle only.
 
@@ -44,6 +45,7 @@ def init(
         share: folder of arrays instead, as ``fedge up`` divides them.
         bundle: SHA-256 of the Flower bundle to approve; that of this release where None. With one given the task
             is not looked up, which would import torch.
+        secure: terms of secure aggregation, for the policy.
 
     Returns:
         What was made, for people.
@@ -72,12 +74,15 @@ def init(
         node_key.check(home / node_key.PRIVATE_NAME)
     else:
         node_key.create(home)
-    policy.write(home, tasks=[task], bundles=[bundle], versions=[version("fedge")])
+    if not (home / own_roster.KEY).exists():
+        signing.new_key(home / own_roster.KEY)
+    policy.write(home, tasks=[task], bundles=[bundle], versions=[version("fedge")], secure=secure)
     examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
     site_file.write(home, name=name, task=task, address=server, data=examples)
     return (
         f"home      {home}\n"
         f"key       {home / node_key.PUBLIC_NAME}  (give it to the server: fedge server admit)\n"
+        f"signing   {signing.public_path(home / own_roster.KEY)}  (give it to the consortium: fedge roster add)\n"
         f"policy    {home / 'policy.toml'}\n"
         f"bundle    {bundle}  (compare with: fedge server bundle)"
     )

@@ -19,6 +19,7 @@ from fedge.shared import protocol, toml_file
 from fedge.shared.config import Section
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
+from fedge.shared.secagg import messages
 
 FILE: Final = "policy.toml"
 
@@ -27,6 +28,23 @@ _NOT_APPROVED: Final = 419
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _COHORTS: Final = (protocol.TRAIN, protocol.EVALUATE)
+#: What gives something of the data away unless it is masked.
+_IN_CLEAR: Final = (protocol.REGISTER, *_COHORTS)
+
+
+class SecurePolicy(Section):
+    """On which terms the site takes part in secure aggregation."""
+
+    required: bool = Field(
+        False, description="whether weights, metrics and counts leave the site under masks only"
+    )
+    min_sites: int = Field(5, ge=3, le=2048, description="fewest sites of a sum")
+    max_clipping_bound: float = Field(
+        100.0, gt=0, le=1e6, description="largest L2 norm to which an update is clipped"
+    )
+    max_weight_cap: int = Field(
+        2**23, ge=1, le=2**23, description="most examples that the site may weigh"
+    )
 
 
 class Policy(Section):
@@ -63,6 +81,7 @@ class Policy(Section):
     max_request_mib: int = Field(
         1024, ge=1, le=1_048_576, description="largest request that is read, in MiB"
     )
+    secure_aggregation: SecurePolicy = SecurePolicy()
 
 
 def approve(policy: Policy, bundle: str) -> None:
@@ -103,7 +122,12 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
     number = config.get(protocol.SERVER_ROUND)
     if type(number) is not int or number > policy.max_rounds:
         raise _refusal(protocol.SERVER_ROUND, f"at most {policy.max_rounds}", number)
-    if kind == protocol.REGISTER and not policy.share_statistics:
+    secure = content.get(messages.SECURE)
+    if isinstance(secure, ConfigRecord):
+        _allow_secure(policy.secure_aggregation, secure)
+    elif policy.secure_aggregation.required and kind in _IN_CLEAR:
+        raise _refusal(kind, "under secure aggregation", "in clear")
+    elif kind == protocol.REGISTER and not policy.share_statistics:
         standardise = config.get(protocol.STANDARDISE)
         if standardise != "site":
             wanted = "site while share-statistics is false"
@@ -112,6 +136,17 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
         cohort = config.get(protocol.COHORT, 0)
         if type(cohort) is not int or cohort < policy.min_cohort:
             raise _refusal(protocol.COHORT, f"at least {policy.min_cohort}", cohort)
+
+
+def _allow_secure(policy: SecurePolicy, secure: ConfigRecord) -> None:
+    """Hold the bounds of a secure sum, where a request states them, against the policy."""
+    for key, most in (
+        (messages.CLIPPING_BOUND, policy.max_clipping_bound),
+        (messages.WEIGHT_CAP, policy.max_weight_cap),
+    ):
+        value = secure.get(key, 0)
+        if not isinstance(value, int | float) or not value <= most:
+            raise _refusal(key, f"at most {most:g}", value)
 
 
 def _refusal(key: str, wanted: str, got: object) -> SiteError:
@@ -197,6 +232,15 @@ gpu-memory-fraction = 0.9
 # memory-gib = 8.0
 # Largest request that is read, in MiB.
 max-request-mib = 1024
+
+[secure-aggregation]
+# Whether weights, metrics and counts leave the site under masks only; needs a signed roster here.
+required = {required}
+# Fewest sites of a sum. The fewer there are, the more the sum tells of each.
+min-sites = {min_sites}
+# Largest L2 norm to which the server may have an update clipped, and most examples that the site may weigh.
+max-clipping-bound = {max_clipping_bound}
+max-weight-cap = {max_weight_cap}
 """
 
 
@@ -210,6 +254,7 @@ def write(
     min_cohort: int = 2,
     share_statistics: bool = True,
     device: str = "auto",
+    secure: SecurePolicy | None = None,
 ) -> Policy:
     """Write a home's policy with comments, replacing what was there.
 
@@ -222,6 +267,7 @@ def write(
         min_cohort: fewest sites invited.
         share_statistics: whether sums over features may leave the site.
         device: where to compute.
+        secure: terms of secure aggregation; not required where None.
 
     Raises:
         ConfigError: 201, a value is not allowed; the file is then not written.
@@ -233,6 +279,7 @@ def write(
         "share-statistics": share_statistics,
         "device": device,
     }
+    secure = secure or SecurePolicy()
     toml_file.check({**given, **others}, Policy, FILE)
     text = _TEXT.format(
         **{key: _list(values) for key, values in given.items()},
@@ -240,6 +287,10 @@ def write(
         min_cohort=min_cohort,
         share_statistics=str(share_statistics).lower(),
         device=device,
+        required=str(secure.required).lower(),
+        min_sites=secure.min_sites,
+        max_clipping_bound=secure.max_clipping_bound,
+        max_weight_cap=secure.max_weight_cap,
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(home / FILE, text.encode())

@@ -18,13 +18,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedge.client import data as own_data
 from fedge.client import device as devices
-from fedge.client import share, site_file
+from fedge.client import own_roster, share, site_file
 from fedge.client.data import SiteData
+from fedge.client.own_roster import RosterFile
 from fedge.client.policy import PolicyFile
+from fedge.client.secure_session import Anchors
 from fedge.client.service import ROUND, RUN, Service
 from fedge.client.site_file import SiteFile
 from fedge.client.worker import SiteWorker
@@ -60,6 +63,7 @@ def main(home: Path, *, with_parent: bool = False) -> int:
         ConfigError: 201 to 204, site.toml or policy.toml is not allowed.
         DataError: 301 to 304, task or data.
         SiteError: 416, the data do not fit into the memory; 417, there is no such device.
+        DeployError, ReleaseError: see ``_anchors``.
     """
     if with_parent:
         die_with_parent()
@@ -73,12 +77,33 @@ def main(home: Path, *, with_parent: bool = False) -> int:
         devices.bound(device, allowed.memory_gib, allowed.gpu_memory_fraction)
         try:
             data = _data(site, task)
-            worker = SiteWorker(site.site.name, task, data, home.absolute(), device)
+            anchors = _anchors(site.site.name, home, policies)
+            worker = SiteWorker(site.site.name, task, data, home.absolute(), device, anchors)
         except MemoryError:
             raise SiteError(416, "data: must fit into policy.memory-gib, got more") from None
         if site.site.task not in allowed.tasks:
             log.warning("policy.toml: tasks must hold %s, or nothing is served", site.site.task)
         return _serve(site, worker, policies)
+
+
+def _anchors(site: str, home: Path, policies: PolicyFile) -> Anchors | None:
+    """What the site trusts in secure aggregation; None where it has no roster and its policy asks for none.
+
+    Raises:
+        DeployError: 917 to 919, the roster is not usable, is older than one before, or lacks this site's key.
+        ReleaseError: 602, the site's key is not usable.
+    """
+    if not (home / own_roster.FILE).exists() and not policies.current().secure_aggregation.required:
+        return None
+    rosters = RosterFile(home)
+    private = own_roster.own_key(home)
+    own_roster.require_own(rosters.current(), site, private, datetime.now(UTC).date())
+    return Anchors(
+        site,
+        private,
+        rosters.current,
+        lambda: policies.current().secure_aggregation.min_sites,
+    )
 
 
 def _data(site: SiteFile, task: Task) -> SiteData:

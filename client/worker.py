@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from fedge.client.data import SiteData
 from fedge.client.draws import seed_of
 from fedge.client.evaluate import counters, mean_loss
 from fedge.client.requests import Address, Terms, Training
+from fedge.client.secure_answers import is_secure
+from fedge.client.secure_session import Anchors
+from fedge.client.secure_work import SecureWork
 from fedge.client.state import ControlStore
 from fedge.client.train import Examples, optimizer, train
 from fedge.shared import preprocess, protocol
@@ -34,6 +38,7 @@ from fedge.shared.config import TrainSection
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.preprocess import Standardise
+from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,7 @@ class SiteWorker:
         data: the site's raw examples.
         home: folder of this site alone, for what outlives the process.
         device: where network and examples lie; replies are always of the CPU.
+        anchors: the site's own for secure aggregation; without them it takes part in none.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class SiteWorker:
         data: SiteData,
         home: Path,
         device: torch.device = devices.CPU,
+        anchors: Anchors | None = None,
     ) -> None:
         self.site = site
         self.task = task
@@ -79,6 +86,9 @@ class SiteWorker:
             else None
         )
         self._prepared: tuple[Standardise | None, Examples, Examples] | None = None
+        floats = {n: s.shape for n, s in self._control_specs.items()}
+        trained = [name for name, _ in self._network.named_parameters()]
+        self._secure = SecureWork(task, floats, trained, anchors, home)
 
     def warm_up(self) -> None:
         """Let torch import its compiler, as it does with the first optimiser; no request should pay for that."""
@@ -130,6 +140,8 @@ class SiteWorker:
             protocol.REGISTER: self._register,
             protocol.TRAIN: self._train,
             protocol.EVALUATE: self._evaluate,
+            messages.STATISTICS: self._sum_statistics,
+            **dict.fromkeys(messages.STEPS, partial(self._continue, kind)),
         }
         if kind not in answers:
             raise requests.refuse("message type", f"one of {', '.join(answers)}", kind)
@@ -143,6 +155,10 @@ class SiteWorker:
         config = requests.config_of(request, self.task.name)
         address = requests.address(config)
         self._hold_data_still(address.run_id)
+        if is_secure(request):
+            # Sizes and sums leave the site under masks alone.
+            self._secure.require()
+            return self._reply(address, MetricRecord({}))
         sizes: dict[str, int | float | list[int] | list[float]] = {
             protocol.NUM_TRAIN_EXAMPLES: len(self.data.train_labels),
             protocol.NUM_TEST_EXAMPLES: len(self.data.test_labels),
@@ -185,17 +201,27 @@ class SiteWorker:
         prefixed = {protocol.CONTROL_PREFIX + name: spec for name, spec in own_specs.items()}
         received = requests.arrays(request, self._specs | prefixed)
         fit, _ = self._prepare(terms)
-        self._load(received)
-
-        loss = None
-        if what.loss_at == "received":
-            loss = mean_loss(self.task, self._network, fit.x, fit.y)
-        trained, running = self._local_steps(terms, what, received, fit)
+        if is_secure(request):
+            # A site that has no examples takes part with nothing: the others need not know.
+            fitted = partial(self._fit, terms, what, received, fit) if len(fit.y) else None
+            bundle = self._secure.train(request, terms, what, received, fitted, len(fit.y))
+            return self._reply(terms.address, bundle)
+        trained, loss = self._fit(terms, what, received, fit)
         metrics: dict[str, int | float] = {
             protocol.NUM_EXAMPLES: len(fit.y),
-            protocol.TRAIN_LOSS: running if loss is None else loss,
+            protocol.TRAIN_LOSS: loss,
         }
         return self._reply(terms.address, MetricRecord({**metrics}), trained)
+
+    def _fit(
+        self, terms: Terms, what: Training, received: NDArrays, fit: Examples
+    ) -> tuple[NDArrays, float]:
+        """Trained weights, and the mean loss that the request asks for."""
+        self._load(received)
+        if what.loss_at == "received":
+            loss = mean_loss(self.task, self._network, fit.x, fit.y)
+            return self._local_steps(terms, what, received, fit)[0], loss
+        return self._local_steps(terms, what, received, fit)
 
     def _local_steps(
         self, terms: Terms, what: Training, received: NDArrays, fit: Examples
@@ -260,11 +286,30 @@ class SiteWorker:
         terms = requests.terms(requests.config_of(request, self.task.name), self._columns)
         received = requests.arrays(request, self._specs)
         _, held_out = self._prepare(terms)
-        self._load(received)
-        found = counters(self.task, self._network, held_out.x, held_out.y)
+        if is_secure(request):
+            count = partial(self._count, received, held_out)
+            return self._reply(terms.address, self._secure.evaluate(request, terms, count))
+        found = self._count(received, held_out)
         metrics: dict[str, int | float] = {protocol.NUM_EXAMPLES: len(held_out.y)}
         metrics |= {name: found[name] for name in self.task.counter_names}
         return self._reply(terms.address, MetricRecord({**metrics}))
+
+    def _count(self, received: NDArrays, held_out: Examples) -> dict[str, float]:
+        if not len(held_out.y):
+            return dict.fromkeys(self.task.counter_names, 0.0)
+        self._load(received)
+        return counters(self.task, self._network, held_out.x, held_out.y)
+
+    def _sum_statistics(self, request: RecordDict) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        self._hold_data_still(address.run_id)
+        return self._reply(address, self._secure.statistics(request, address, self._statistics))
+
+    def _continue(self, kind: str, request: RecordDict) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        reply = self._reply(address)
+        reply.update(self._secure.step(kind, request, address))
+        return reply
 
     @property
     def _columns(self) -> int | None:
@@ -306,8 +351,12 @@ class SiteWorker:
         self._network.load_state_dict({n: self._tensor(received[n]) for n in self._specs})
 
     def _reply(
-        self, address: Address, metrics: MetricRecord, arrays: Mapping[str, Any] | None = None
+        self,
+        address: Address,
+        values: MetricRecord | ConfigRecord | None = None,
+        arrays: Mapping[str, Any] | None = None,
     ) -> RecordDict:
+        """Who answers what, with metrics, or with the values of a secure exchange."""
         config = ConfigRecord(
             {
                 protocol.SITE: self.site,
@@ -316,7 +365,11 @@ class SiteWorker:
                 protocol.TASK: self.task.name,
             }
         )
-        content = RecordDict({protocol.CONFIG: config, protocol.METRICS: metrics})
+        content = RecordDict({protocol.CONFIG: config})
+        if isinstance(values, MetricRecord):
+            content[protocol.METRICS] = values
+        elif values is not None:
+            content[messages.SECURE] = values
         if arrays is not None:
             content[protocol.ARRAYS] = ArrayRecord(
                 {n: Array(np.asarray(a)) for n, a in arrays.items()}

@@ -118,6 +118,7 @@ def site_files_page() -> str:
         "What a site's worker serves. It is read again when it changes, and counts from the next request; while it is",
         "missing or broken, nothing is served (FE-418).\n",
         *_table(Policy.model_json_schema(by_alias=True)),
+        *_tables(Policy.model_json_schema(by_alias=True)),
         "\n## site.toml\n",
         "Who a site is. Relay and worker read it when they start.",
         *_tables(SiteFile.model_json_schema(by_alias=True)),
@@ -139,6 +140,8 @@ PAGES = {
 def _tables(found: dict[str, Any]) -> Iterator[str]:
     """A file's sections, a table each."""
     for name, value in found["properties"].items():
+        if "$ref" not in value:
+            continue
         section = found["$defs"][value["$ref"].rpartition("/")[2]]
         yield from (f"\n### [{name}]\n", section["description"] + "\n", *_table(section))
 
@@ -157,6 +160,8 @@ def _table(section: dict[str, Any]) -> list[str]:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     required = section.get("required", [])
     for key, value in section["properties"].items():
+        if "$ref" in value:
+            continue  # a section with a table of its own
         if key in required:
             default = "must be given"
         elif value.get("default") is None:

@@ -18,7 +18,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedge.server.results import Update
 from fedge.server.verdicts import (
-    Bound,
     Drop,
     Evaluation,
     Expected,
@@ -34,6 +33,7 @@ from fedge.shared.arrays import NDArrays
 from fedge.shared.config import SITE_NAME, AdmissionSection
 from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.preprocess import Statistics
+from fedge.shared.tasks.columns import Bound
 
 #: More values than any task reports; and the farthest that an integer tensor may move in a round.
 _MOST_METRICS, _COUNTER_STEP = 64, 1e9
@@ -104,6 +104,8 @@ def admit_registration(
     run_id: str,
     policy: AdmissionSection,
     bounds: tuple[Bound, ...],
+    *,
+    sizes: bool = True,
 ) -> Registration | Rejection:
     """Admit a site to the run.
 
@@ -113,6 +115,7 @@ def admit_registration(
         run_id: fedge's run.
         policy: bounds.
         bounds: of each standardised column's mean; empty where the task learns no statistics.
+        sizes: the site must say how many examples it has; under masks it says nothing, and none are noted.
     """
     try:
         config = _config(_content(reply, {protocol.CONFIG, protocol.METRICS}))
@@ -125,15 +128,17 @@ def admit_registration(
             )
         node = site
         metrics = _metrics(reply.content)
-        sizes = []
+        if not sizes:
+            return Registration(site, 0, 0, None)
+        found = []
         for key, least in ((protocol.NUM_TRAIN_EXAMPLES, 1), (protocol.NUM_TEST_EXAMPLES, 0)):
             size = metrics.get(key)
             if type(size) is not int or not least <= size <= policy.max_examples:
                 raise _RefusedError(
                     412, f"{key}: must be {least} to {policy.max_examples}, got {printable(size)}"
                 )
-            sizes.append(size)
-        return Registration(site, sizes[0], sizes[1], _statistics(metrics, sizes[0], bounds))
+            found.append(size)
+        return Registration(site, found[0], found[1], _statistics(metrics, found[0], bounds))
     except _RefusedError as refused:
         return Rejection(node, refused.code, refused.outcome, refused.reason)
 

@@ -15,11 +15,11 @@ from fedge.server.journal import Journal
 from fedge.server.liveness import Liveness
 from fedge.server.members import Member, dominant, known, seated
 from fedge.server.progress import Listener
-from fedge.server.verdicts import Bound, Registration, Rejection
-from fedge.shared import preprocess
+from fedge.server.verdicts import Registration, Rejection
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
-from fedge.shared.preprocess import OneHot, Standardise
+from fedge.shared.preprocess import Statistics
+from fedge.shared.tasks.columns import column_bounds
 from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)
@@ -28,27 +28,6 @@ _PAUSE = 0.5
 _MOST_DOUBLED = 4
 #: How often the time for its answer doubles, at most; the round waits for it.
 _MOST_LONGER = 2
-
-
-def column_bounds(task: Task) -> tuple[Bound, ...]:
-    """For each column that reaches ``Standardise``, within what its mean must lie; empty where there is none."""
-    if not preprocess.learns(task.preprocessing):
-        return ()
-    bounds = [Bound(f.name, f.low, f.high) for f in task.input.features]
-    for step in task.preprocessing:
-        match step:
-            case OneHot(columns):
-                kept = [b for i, b in enumerate(bounds) if i not in {index for index, _ in columns}]
-                bounds = kept + [
-                    Bound(f"{bounds[index].name} {category:g}", 0.0, 1.0)
-                    for index, categories in columns
-                    for category in categories[1:]
-                ]
-            case Standardise():
-                break
-            case _:
-                pass
-    return tuple(bounds)
 
 
 @dataclass
@@ -117,7 +96,6 @@ class Census:
             len(self.refused),
         )
         self._require(members)
-        self._fix_preprocessing()
         return members, [*self.refused.values(), *self._silent()]
 
     def join(self, server_round: int) -> tuple[dict[str, Member], list[Rejection]]:
@@ -208,13 +186,19 @@ class Census:
             None if self.live.link.direct else probe,
         ).replies
         before = self.journal.sites()
-        federated = self.config.data.standardise == "federated"
+        secure = self.config.secure_aggregation.enabled
+        federated = self.config.data.standardise == "federated" and not secure
         bounds = column_bounds(self.task) if federated else ()
         for node in nodes:
             if node not in replies:
                 continue
             result = admit_registration(
-                replies[node], f"node {node}", self.run_id, self.config.admission, bounds
+                replies[node],
+                f"node {node}",
+                self.run_id,
+                self.config.admission,
+                bounds,
+                sizes=not secure,
             )
             if isinstance(result, Registration) and self.seats is not None:
                 result = seated(result, node, self.seats())
@@ -239,10 +223,7 @@ class Census:
     def _write_down(self, of: Mapping[str, tuple[int, Registration]]) -> dict[str, Member]:
         for site, (_, r) in sorted(of.items()):
             self.journal.add_site(site, r.train_examples, r.test_examples)
-        return {
-            site: Member(site, node, r.train_examples, r.test_examples)
-            for site, (node, r) in sorted(of.items())
-        }
+        return {m.site: m for m in self.members() if m.site in of}
 
     def _require(self, members: Mapping[str, Member]) -> None:
         config = self.config.round
@@ -268,15 +249,14 @@ class Census:
         """Nodes of which no site's name is known; a missing site may be one of them."""
         return [r for r in (*self.refused.values(), *self._silent()) if r.site.startswith("node ")]
 
-    def _fix_preprocessing(self) -> None:
-        if not self.journal.run_preprocessing_missing():
-            return
-        parts = [
-            r.statistics for _, (_, r) in sorted(self.admitted.items()) if r.statistics is not None
+    def members(self) -> list[Member]:
+        """Who is registered, sorted by site."""
+        return [
+            Member(site, node, r.train_examples, r.test_examples)
+            for site, (node, r) in sorted(self.admitted.items())
         ]
-        steps = (
-            preprocess.fitted(self.task.preprocessing, preprocess.pooled(parts).standardise())
-            if parts
-            else self.task.preprocessing
-        )
-        self.journal.fix_preprocessing([step.to_json() for step in steps])
+
+    def statistics(self) -> list[Statistics]:
+        """What the sites said of their features, in their names' order; nothing where no task asks, or under masks."""
+        found = (r.statistics for _, (_, r) in sorted(self.admitted.items()))
+        return [part for part in found if part is not None]

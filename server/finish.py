@@ -72,6 +72,8 @@ def write_run(
         model_sha256: of model.safetensors, once it is written.
     """
     row, last = begun(journal), journal.last()
+    # Under masks no site says how much it holds; the journal has 0 there.
+    known = not config.secure_aggregation.enabled
     directory.write_json(
         directory.run,
         {
@@ -83,8 +85,8 @@ def write_run(
             "rounds_done": 0 if last is None else last.number,
             "sites": {
                 s: {
-                    "train_examples": a,
-                    "test_examples": b,
+                    "train_examples": a if known else None,
+                    "test_examples": b if known else None,
                     "rounds": counted.get(s, 0),
                 }
                 for s, (a, b) in journal.sites().items()

@@ -8,26 +8,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import strategy as flower
 
-from fedge.server import checkpoint, finish, requests, strategies
+from fedge.server import checkpoint, finish, requests, results, strategies
 from fedge.server.admission import admit_evaluate, admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.attendance import Attendance
-from fedge.server.conversation import Watch
-from fedge.server.exchange import Exchange, exchange
 from fedge.server.journal import Journal, Line
-from fedge.server.liveness import Liveness
 from fedge.server.members import Member
-from fedge.server.metrics import summary
+from fedge.server.metrics import ratios, summary
 from fedge.server.progress import Listener
-from fedge.server.results import Singles, Update
+from fedge.server.results import RoundResult, Singles, Update
 from fedge.server.run_directory import RunDirectory
+from fedge.server.secagg.sums import SecureSums
+from fedge.server.talk import Talk
 from fedge.server.tally import Tally
 from fedge.server.verdicts import Evaluation, Expected
 from fedge.shared import protocol
@@ -43,7 +41,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Loop:
-    """A run in progress. ``arrays`` and ``strategy`` are the state after round ``done``."""
+    """A run in progress.
+
+    ``arrays`` and ``strategy`` are the state after round ``done``; ``sums`` is there where updates are masked.
+    """
 
     directory: RunDirectory
     config: Config
@@ -51,12 +52,13 @@ class Loop:
     journal: Journal
     run_id: str
     listener: Listener
-    live: Liveness
+    talk: Talk
     attendance: Attendance
     strategy: flower.FedAvg
     steps: tuple[Step, ...]
     arrays: NDArrays
     done: int
+    sums: SecureSums | None = None
     accepted: dict[str, int] = field(default_factory=dict)
     counted: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
@@ -82,27 +84,31 @@ class Loop:
                 row without a model (the last of them is committed).
         """
         started = time.monotonic()
-        least = strategies.minimum_replies(self.config.strategy)
-        present, absent = self.attendance.open(
-            server_round, max(self.config.round.min_sites, least)
-        )
+        present, absent = self.attendance.open(server_round, self._least)
         if isinstance(self.strategy, strategies.Scaffold):
             self.strategy.num_sites = len(self.journal.sites())
-        names = requests.cohort(present, self.config, server_round, least)
+        names = requests.cohort(present, self.config, server_round, self._least)
         tally = Tally(invited=names, rejections=absent)
-        updates = self._train(server_round, names, tally)
-        reason = self._aggregate(server_round, updates)
+        result: RoundResult
+        if self.sums is None:
+            result, reason = self._train(server_round, names, tally)
+        else:
+            result, reason = self._train_in_secret(self.sums, server_round, names, tally)
+        if reason is None:
+            reason = self._aggregate(server_round, result)
         every = self.config.run.evaluate_every
         if server_round % every == 0 or server_round == self.config.run.rounds:
-            self._evaluate(server_round, {u.site for u in updates}, tally)
+            self._evaluate(server_round, set(results.sites(result)), tally)
         line = tally.line(
-            server_round, reason, updates, digest(self.arrays), time.monotonic() - started
+            server_round, reason, result, digest(self.arrays), time.monotonic() - started
         )
         commit = checkpoint.write(
             self.directory.checkpoints, server_round, self.arrays, strategies.state(self.strategy)
         )
         self.journal.commit(commit, line)
         reach("after-commit", server_round)
+        if self.sums is not None:
+            self.sums.settled()
         self.done = server_round
         self._note(line)
         self.directory.append_line(line)
@@ -115,86 +121,94 @@ class Loop:
                 f"round {server_round}: must make a model, got the {self.skipped}. in a row without one ({reason})",
             )
 
-    def _exchange(
-        self, server_round: int, asked: list[Member], messages: list[Any], *, training: bool
-    ) -> Exchange:
-        sites = {m.node_id: m.site for m in self.attendance.members.values()}
-        phase = "train" if training else "evaluate"
-        listener, link = self.listener, self.live.link
+    @property
+    def _least(self) -> int:
+        """Sites without which a round makes no model."""
+        secure = self.config.secure_aggregation
+        if self.sums is not None:
+            return max(self.config.round.min_sites, secure.min_sites * secure.groups)
+        least = strategies.minimum_replies(self.config.strategy)
+        return max(self.config.round.min_sites, least)
 
-        def on_reply(node: int, count: int) -> None:
-            if training and count == 1:
-                reach("one-received", server_round)
-            listener.site(server_round, sites[node], count, len(asked))
-
-        def on_pushed() -> None:
-            if training:
-                reach("after-dispatch", server_round)
-
-        def on_waiting(nodes: Sequence[int], seconds: float) -> None:
-            what = phase if link.failing_since is None else "superlink"
-            listener.waiting(server_round, what, [sites[n] for n in nodes], seconds)
-
-        def on_back(node: int, seconds: float) -> None:
-            if node in sites:
-                listener.back(server_round, sites[node], seconds)
-
-        watch = Watch(
-            reply=on_reply,
-            pushed=on_pushed,
-            sent=lambda done, total, nbytes: listener.sent(server_round, done, total, nbytes),
-            waiting=on_waiting,
-            lost=lambda node, seconds: listener.lost(server_round, sites[node], seconds),
-            back=on_back,
-        )
-        probe = requests.probe(self.run_id, server_round, self.task.name, len(asked))
-        deadline = self.config.round.deadline
-        result = exchange(self.live, messages, deadline, watch, None if link.direct else probe)
-        self.attendance.note(asked, result)
-        return result
-
-    def _train(self, server_round: int, names: list[str], tally: Tally) -> tuple[Update, ...]:
-        asked = [self.attendance.members[name] for name in names]
-        if not asked:
-            self._require(server_round, (), tally)
-            return ()
-        needs_loss = strategies.weighs_by_loss(self.config.strategy)
-        common = requests.settings(self.config, self.run_id, server_round, self.steps, len(asked))
-        messages = requests.train(
-            self.live.link.grid,
+    def _compose(
+        self, server_round: int, asked: list[Member], secure: ConfigRecord | None = None
+    ) -> list[Message]:
+        """The requests to train."""
+        return requests.train(
+            self.talk.live.link.grid,
             self.strategy,
             self.arrays,
-            common,
+            requests.settings(self.config, self.run_id, server_round, self.steps, len(asked)),
             asked,
             self.accepted,
             self.config,
-            needs_loss=needs_loss,
+            needs_loss=strategies.weighs_by_loss(self.config.strategy),
+            secure=secure,
         )
-        sent = messages[0].content.array_records[protocol.ARRAYS]
-        expected = Expected(
-            self.run_id, server_round, _numpy(sent), self.config.admission, needs_loss
-        )
-        reach("before-dispatch", server_round)
-        result = self._exchange(server_round, asked, messages, training=True)
-        reach("all-received", server_round)
-        tally.count(result, asked, self.config.round.deadline)
-        updates: list[Update] = []
-        for member in asked:
-            if member.node_id in result.replies:
-                verdict = admit_train(
-                    result.replies[member.node_id], member.site, member.train_examples, expected
-                )
-                tally.take(verdict)
-                if verdict.update is not None:
-                    updates.append(verdict.update)
-        if needs_loss:
-            updates, outliers = admit_losses(updates)
-            tally.rejections += outliers
-        self._require(server_round, updates, tally)
-        return tuple(updates)
 
-    def _require(self, server_round: int, updates: Sequence[Update], tally: Tally) -> None:
-        if missing := sorted(set(self.config.round.require_sites) - {u.site for u in updates}):
+    def _train(
+        self, server_round: int, names: list[str], tally: Tally
+    ) -> tuple[Singles, str | None]:
+        """Updates that pass the gate; the reason where they are too few."""
+        asked = [self.attendance.members[name] for name in names]
+        updates: list[Update] = []
+        if asked:
+            needs_loss = strategies.weighs_by_loss(self.config.strategy)
+            messages = self._compose(server_round, asked)
+            sent = messages[0].content.array_records[protocol.ARRAYS]
+            expected = Expected(
+                self.run_id, server_round, _numpy(sent), self.config.admission, needs_loss
+            )
+            reach("before-dispatch", server_round)
+            result = self.talk.ask(server_round, "train", asked, messages)
+            reach("all-received", server_round)
+            tally.count(result, asked, self.config.round.deadline)
+            for member in asked:
+                if member.node_id in result.replies:
+                    reply = result.replies[member.node_id]
+                    verdict = admit_train(reply, member.site, member.train_examples, expected)
+                    tally.take(verdict)
+                    if verdict.update is not None:
+                        updates.append(verdict.update)
+            if needs_loss:
+                updates, outliers = admit_losses(updates)
+                tally.rejections += outliers
+        self._require(server_round, {u.site for u in updates}, tally)
+        reason = None
+        if len(updates) < self._least:
+            reason = f"FE-501 updates: must be at least {self._least}, got {len(updates)}"
+        return Singles(tuple(updates)), reason
+
+    def _train_in_secret(
+        self, sums: SecureSums, server_round: int, names: list[str], tally: Tally
+    ) -> tuple[RoundResult, str | None]:
+        """The sum of the updates under masks; the reason where there is none."""
+        asked = [self.attendance.members[name] for name in names]
+        if len(asked) < self._least:
+            self._require(server_round, set(), tally)
+            return Singles(()), f"FE-501 sites: must be at least {self._least}, got {len(asked)}"
+        found = sums.train(
+            server_round,
+            asked,
+            partial(self._compose, server_round),
+            self.arrays,
+            control=isinstance(self.strategy, strategies.Scaffold),
+        )
+        outcome = found.outcome
+        tally.add(outcome.sent, outcome.received, outcome.rejections(asked))
+        tally.secure = found.facts
+        if found.seen:
+            self.directory.write_json(self.directory.seen, {"round": server_round, **found.seen})
+        result: RoundResult = found.result or Singles(())
+        trained, least = results.sites(result), self.config.round.min_sites
+        self._require(server_round, set(trained), tally)
+        reason = found.reason
+        if reason is None and len(trained) < least:
+            reason = f"FE-501 updates: must be at least {least}, got {len(trained)}"
+        return result, reason
+
+    def _require(self, server_round: int, trained: set[str], tally: Tally) -> None:
+        if missing := sorted(set(self.config.round.require_sites) - trained):
             why = "; ".join(
                 f"{r.site}: FE-{r.code} {r.reason}" for r in tally.rejections if r.site in missing
             )
@@ -202,16 +216,13 @@ class Loop:
                 502, f"round {server_round}: must hold {', '.join(missing)}, got {why[:600]}"
             )
 
-    def _aggregate(self, server_round: int, updates: tuple[Update, ...]) -> str | None:
+    def _aggregate(self, server_round: int, result: RoundResult) -> str | None:
         """Step the model; the reason where the round makes none."""
-        least = max(self.config.round.min_sites, strategies.minimum_replies(self.config.strategy))
-        if len(updates) < least:
-            return f"FE-501 updates: must be at least {least}, got {len(updates)}"
         try:
             arrays = aggregate(
                 self.strategy,
                 server_round,
-                Singles(updates),
+                result,
                 self.arrays,
                 with_loss=strategies.weighs_by_loss(self.config.strategy),
             )
@@ -226,14 +237,17 @@ class Loop:
         # Quarantine for the round: what sent a bad update is not asked for figures either.
         out = {r.site for r in tally.rejections if r.outcome in ("rejected", "stale")} - trained
         out |= self.attendance.gone()
-        members = self.attendance.members.values()
-        asked = [m for m in members if m.test_examples and m.site not in out]
+        present = [m for m in self.attendance.members.values() if m.site not in out]
+        if self.sums is not None:
+            self._evaluate_in_secret(self.sums, server_round, present, tally)
+            return
+        asked = [m for m in present if m.test_examples]
         common = requests.settings(self.config, self.run_id, server_round, self.steps, len(asked))
         messages = requests.evaluate(self.arrays, common, asked, self.config)
         expected = Expected(
             self.run_id, server_round, {}, self.config.admission, counters=self.task.counter_names
         )
-        result = self._exchange(server_round, asked, messages, training=False)
+        result = self.talk.ask(server_round, "evaluate", asked, messages)
         tally.count(result, asked, self.config.round.deadline)
         admitted: dict[str, dict[str, float]] = {}
         for member in asked:
@@ -245,6 +259,27 @@ class Loop:
                 if isinstance(verdict.evaluation, Evaluation):
                     admitted[member.site] = verdict.evaluation.counters
         tally.metrics |= summary(self.task.metrics, admitted)
+
+    def _evaluate_in_secret(
+        self, sums: SecureSums, server_round: int, asked: list[Member], tally: Tally
+    ) -> None:
+        """Only the pooled metrics: no site's own leaves it."""
+
+        def compose(some: list[Member], secure: ConfigRecord) -> list[Message]:
+            common = requests.settings(
+                self.config, self.run_id, server_round, self.steps, len(some)
+            )
+            return requests.evaluate(self.arrays, common, some, self.config, secure)
+
+        counted, outcome = sums.evaluate(server_round, asked, compose)
+        tally.add(outcome.sent, outcome.received, outcome.rejections(asked))
+        facts = {"sites": len(outcome.sites), "attempts": outcome.attempts, "lost": outcome.lost}
+        reason = "; ".join(outcome.failed)[:400] if counted is None else None
+        tally.secure = {**(tally.secure or {}), "evaluation": {**facts, "reason": reason}}
+        if reason:
+            _log.warning("round %d is not evaluated: %s", server_round, reason)
+        pooled = ratios(self.task.metrics, counted or {})
+        tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": pooled}
 
 
 def _numpy(sent: ArrayRecord) -> NDArrays:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -20,6 +21,8 @@ from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
 from fedge.shared.preprocess import Standardise, Step
+from fedge.shared.secagg.messages import PROTOCOL, SECURE
+from fedge.shared.secagg.transcript import VERSION
 
 
 @cache
@@ -80,9 +83,11 @@ def register(run_id: str, config: Config, nodes: Sequence[int], deadline: float)
         **address(run_id, 0, config.task.name, len(nodes)),
         protocol.STANDARDISE: config.data.standardise,
     }
+    # Where sums are masked a site says nothing of its sizes, and this asks for nothing.
+    secure = ConfigRecord({PROTOCOL: VERSION}) if config.secure_aggregation.enabled else None
     return [
         Message(
-            RecordDict({protocol.CONFIG: ConfigRecord({**content})}),
+            _with({protocol.CONFIG: ConfigRecord({**content})}, secure),
             dst_node_id=node,
             message_type=protocol.REGISTER,
             ttl=deadline + GRACE,
@@ -120,8 +125,12 @@ def train(
     config: Config,
     *,
     needs_loss: bool,
+    secure: ConfigRecord | None = None,
 ) -> list[Message]:
-    """Training requests in site-name order, as the strategy composes them, each with its site's accepted round."""
+    """Training requests in site-name order, as the strategy composes them, each with its site's accepted round.
+
+    ``secure`` is the record that begins a secure sum.
+    """
     server_round = int(str(common[protocol.SERVER_ROUND]))
     composed = ConfigRecord(
         {
@@ -145,12 +154,12 @@ def train(
             }
         )
         requests.append(
-            _message(
-                RecordDict({protocol.ARRAYS: content[protocol.ARRAYS], protocol.CONFIG: own}),
+            message(
+                _with({protocol.ARRAYS: content[protocol.ARRAYS], protocol.CONFIG: own}, secure),
                 member,
                 MessageType.TRAIN,
                 server_round,
-                config,
+                config.round.deadline,
             )
         )
     return requests
@@ -161,24 +170,28 @@ def evaluate(
     common: Mapping[str, ConfigRecordValues],
     members: Sequence[Member],
     config: Config,
+    secure: ConfigRecord | None = None,
 ) -> list[Message]:
-    """Evaluation requests in site-name order."""
-    content = RecordDict(
-        {protocol.ARRAYS: record(arrays), protocol.CONFIG: ConfigRecord({**common})}
+    """Evaluation requests in site-name order; ``secure`` is the record that begins a secure sum."""
+    content = _with(
+        {protocol.ARRAYS: record(arrays), protocol.CONFIG: ConfigRecord({**common})}, secure
     )
-    server_round = int(str(common[protocol.SERVER_ROUND]))
-    return [
-        _message(content, member, MessageType.EVALUATE, server_round, config) for member in members
-    ]
+    server_round, deadline = int(str(common[protocol.SERVER_ROUND])), config.round.deadline
+    return [message(content, m, MessageType.EVALUATE, server_round, deadline) for m in members]
 
 
-def _message(
-    content: RecordDict, member: Member, kind: str, server_round: int, config: Config
+def _with(records: Mapping[str, Any], secure: ConfigRecord | None) -> RecordDict:
+    return RecordDict({**records, **({} if secure is None else {SECURE: secure})})
+
+
+def message(
+    content: RecordDict, member: Member, kind: str, server_round: int, deadline: float
 ) -> Message:
+    """A request to a member, which Flower keeps a while longer than the deadline in seconds."""
     return Message(
         content,
         dst_node_id=member.node_id,
         message_type=kind,
         group_id=str(server_round),
-        ttl=config.round.deadline + GRACE,
+        ttl=deadline + GRACE,
     )

@@ -58,7 +58,14 @@ class Summed:
     loss_total: float
 
 
-RoundResult: TypeAlias = Singles | Summed
+@dataclass(frozen=True)
+class Groups:
+    """One sum for each of several groups of sites, for strategies that compare: each group counts as one reply."""
+
+    groups: tuple[Summed, ...]
+
+
+RoundResult: TypeAlias = Singles | Summed | Groups
 
 #: Metric of a sum's reply: how many sites are in it. A reply without it is one site's.
 NUM_SITES = "num-sites"
@@ -122,10 +129,49 @@ def as_replies(
                 _reply(request, u.arrays, u.num_examples, u.train_loss if with_loss else None)
                 for u in updates
             ]
-        case Summed(total=total, weight=weight, loss_total=loss_total):
-            mean = {k: _rounded(t / weight, k, dtypes) for k, t in total.items()}
-            loss = loss_total / weight if with_loss else None
-            return [_reply(request, mean, weight, loss, len(result.sites))]
+        case Summed():
+            return [_summed_reply(request, result, dtypes, with_loss=with_loss)]
+        case Groups(groups):
+            return [_summed_reply(request, g, dtypes, with_loss=with_loss) for g in groups]
+
+
+def sites(result: RoundResult) -> list[str]:
+    """Who is in it, sorted by site."""
+    match result:
+        case Singles(updates):
+            return [u.site for u in updates]
+        case Summed():
+            return list(result.sites)
+        case Groups(groups):
+            return sorted(site for g in groups for site in g.sites)
+
+
+def examples(result: RoundResult) -> dict[str, int]:
+    """Training examples by site, where the server knows them: under masks it does not."""
+    if isinstance(result, Singles):
+        return {u.site: u.num_examples for u in result.updates}
+    return {}
+
+
+def train_loss(result: RoundResult) -> float | None:
+    """The mean loss over the examples, of those that told it."""
+    match result:
+        case Singles(updates):
+            told = [(u.num_examples, u.train_loss) for u in updates if u.train_loss is not None]
+        case Summed():
+            told = [(result.weight, result.loss_total / result.weight)]
+        case Groups(groups):
+            told = [(g.weight, g.loss_total / g.weight) for g in groups]
+    weight = sum(n for n, _ in told)
+    return sum(n * loss for n, loss in told) / weight if weight else None
+
+
+def _summed_reply(
+    request: Message, of: Summed, dtypes: Mapping[str, str], *, with_loss: bool
+) -> Message:
+    mean = {k: _rounded(t / of.weight, k, dtypes) for k, t in of.total.items()}
+    loss = of.loss_total / of.weight if with_loss else None
+    return _reply(request, mean, of.weight, loss, len(of.sites))
 
 
 def _rounded(mean: NDArray[Any], name: str, dtypes: Mapping[str, str]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from flwr.serverapp import Grid
 
-from fedge.server import checkpoint, finish, strategies
+from fedge.server import checkpoint, finish, fitting, strategies
 from fedge.server.attendance import Attendance
 from fedge.server.census import Census
 from fedge.server.journal import Journal
@@ -21,6 +21,9 @@ from fedge.server.liveness import Liveness
 from fedge.server.loop import Loop
 from fedge.server.progress import Listener
 from fedge.server.run_directory import RunDirectory
+from fedge.server.secagg.ledger import Ledger
+from fedge.server.secagg.sums import SecureSums
+from fedge.server.talk import Talk
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
 from fedge.shared.errors import ConfigError, RunError
@@ -128,6 +131,13 @@ def _prepare(
     strategies.restore(strategy, memory)
     lines = journal.lines()
     directory.write_lines(lines)
+    attendance = Attendance(census, members, refused)
+    talk = Talk(run_id, config, census.live, attendance, listener)
+    sums = None
+    if config.secure_aggregation.enabled:
+        sums = SecureSums(talk, Ledger(directory.path), config, task)
+    if journal.run_preprocessing_missing():
+        fitting.fix(journal, task, config, census, sums)
     steps = from_json(finish.begun(journal).preprocessing)
     loop = Loop(
         directory,
@@ -136,12 +146,13 @@ def _prepare(
         journal,
         run_id,
         listener,
-        census.live,
-        Attendance(census, members, refused),
+        talk,
+        attendance,
         strategy,
         steps,
         arrays,
         last.number,
+        sums,
     )
     loop.remember(lines)
     finish.write_run(directory, journal, config, loop.counted)

@@ -41,6 +41,7 @@ class RunDirectory:
         self.stopped = path / "stopped.json"
         self.checkpoints = path / "checkpoints"
         self.sites = path / "sites"
+        self.seen = path / "seen.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -157,10 +157,8 @@ def weighs_by_loss(section: cfg.StrategySection) -> bool:
 def minimum_replies(section: cfg.StrategySection) -> int:
     """Replies below which the strategy's guarantee, or its arithmetic, does not hold."""
     match section:
-        case cfg.Bulyan():
-            return 4 * section.num_malicious_nodes + 3
-        case cfg.Krum() | cfg.MultiKrum():
-            return 2 * section.num_malicious_nodes + 3
+        case cfg.Bulyan() | cfg.Krum() | cfg.MultiKrum():
+            return cfg.least_replies(section)
         case _:
             return 1
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedge.server import results
 from fedge.server.exchange import Exchange
 from fedge.server.journal import Line
 from fedge.server.members import Member
-from fedge.server.results import Update
+from fedge.server.results import RoundResult
 from fedge.server.verdicts import Rejection, Verdict
 
 
@@ -33,6 +34,7 @@ class Tally:
     metrics: dict[str, Any] = field(default_factory=dict)
     sent: int = 0
     received: int = 0
+    secure: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.rejections = list(self.rejections)
@@ -72,29 +74,36 @@ class Tally:
             ),
         ]
 
+    def add(self, sent: int, received: int, rejections: list[Rejection]) -> None:
+        """Note the bytes of a secure sum, and who was asked and is not in it."""
+        self.sent += sent
+        self.received += received
+        told = {r.site for r in self.rejections}
+        self.rejections += [r for r in rejections if r.site not in told]
+
     def line(
         self,
         server_round: int,
         reason: str | None,
-        updates: tuple[Update, ...],
+        result: RoundResult,
         model_sha256: str,
         seconds: float,
     ) -> Line:
         """The round's line in rounds.jsonl."""
-        told = [(u.num_examples, u.train_loss) for u in updates if u.train_loss is not None]
-        weight = sum(n for n, _ in told)
-        train = {"loss": sum(n * loss for n, loss in told) / weight} if weight else {}
-        return {
+        loss = results.train_loss(result)
+        train = {} if loss is None else {"loss": loss}
+        line: Line = {
             "round": server_round,
             "outcome": "committed" if reason is None else "skipped",
             "reason": reason,
             "invited": self.invited,
-            "trained": [u.site for u in updates],
+            "trained": results.sites(result),
             "rejected": [r.to_json() for r in self.rejections],
             "dropped": self.drops,
             "metrics": {"train": train, **self.metrics},
-            "examples": {u.site: u.num_examples for u in updates},
+            "examples": results.examples(result),
             "seconds": round(seconds, 4),
             "bytes": {"sent": self.sent, "received": self.received},
             "model_sha256": model_sha256,
         }
+        return line if self.secure is None else line | {"secure": self.secure}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from flwr.app import Error
 
@@ -47,14 +47,6 @@ class Drop:
     def to_json(self) -> dict[str, str]:
         """As it stands in rounds.jsonl."""
         return {"site": self.site, "code": "FE-405", "metric": self.metric, "reason": self.reason}
-
-
-class Bound(NamedTuple):
-    """Within what the mean of a standardised column must lie."""
-
-    name: str
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

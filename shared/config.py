@@ -242,6 +242,20 @@ StrategySection = Annotated[
 ]  # fmt: skip
 
 
+#: Strategies that look at single replies and compare them.
+COMPARING = (FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan)
+#: As many as exact counters can add up.
+MOST_SITES_OF_A_SUM = 2048
+
+
+def least_replies(section: FedMedian | FedTrimmedAvg | Krum | MultiKrum | Bulyan) -> int:
+    """Replies of which a comparison says something: 2f + 3 or 4f + 3 of Krum's papers, else three."""
+    if isinstance(section, Krum | MultiKrum | Bulyan):
+        each = 4 if isinstance(section, Bulyan) else 2
+        return each * section.num_malicious_nodes + 3
+    return 3
+
+
 class RoundSection(Section):
     """What makes a round, and how long it may take."""
 
@@ -289,6 +303,43 @@ class AdmissionSection(Section):
     max_loss: float = Field(10_000.0, gt=0, le=1e30, description="mean loss that a site may report")
 
 
+class SecureAggregationSection(Section):
+    """Sums under masks: the server sees the sum of the updates and no single one."""
+
+    enabled: bool = Field(False, description="whether updates, metrics and counts are masked")
+    min_sites: int = Field(
+        5, ge=3, le=2048, description="fewest sites of a sum; each site's policy has its own"
+    )
+    groups: int = Field(
+        1,
+        ge=1,
+        le=682,
+        description="groups of sites, each with a sum of its own, for strategies that compare replies",
+    )
+    clipping_bound: float = Field(
+        10.0, gt=0, le=1e6, description="L2 norm to which a longer update is scaled down"
+    )
+    value_bound: float = Field(
+        4.0,
+        gt=0,
+        le=1e6,
+        description="largest change of one parameter in a round; larger ones saturate, and are counted",
+    )
+    state_bound: float = Field(
+        100.0,
+        gt=0,
+        le=1e6,
+        description="largest change of a BatchNorm statistic or control variate in a round; larger ones saturate",
+    )
+    weight_cap: int = Field(
+        10_000, ge=1, le=2**23, description="examples beyond which a site weighs no more"
+    )
+    attempts: int = Field(3, ge=1, le=100, description="tries at a sum, each with new keys")
+    deadline: float = Field(
+        60.0, gt=0, le=86_400, description="seconds for each exchange after the training"
+    )
+
+
 class Config(Section):
     """A federation."""
 
@@ -300,10 +351,15 @@ class Config(Section):
     strategy: StrategySection = FedAvg(name="FedAvg")
     round: RoundSection = RoundSection()
     admission: AdmissionSection = AdmissionSection()
+    secure_aggregation: SecureAggregationSection = SecureAggregationSection()
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Config:
-        found = [*self._momentum_without_use(), *self._numbers_beyond_the_sites()]
+        found = [
+            *self._momentum_without_use(),
+            *self._numbers_beyond_the_sites(),
+            *self._unfit_for_sums(),
+        ]
         if found:
             raise ValueError("; ".join(found))
         return self
@@ -311,6 +367,34 @@ class Config(Section):
     def _momentum_without_use(self) -> Iterator[str]:
         if self.train.optimizer == "adam" and self.train.momentum:
             yield f"train.momentum: must be 0 with adam, got {self.train.momentum}"
+
+    def _unfit_for_sums(self) -> Iterator[str]:
+        """What cannot be had under masks."""
+        secure, chosen = self.secure_aggregation, self.strategy
+        if not secure.enabled:
+            return
+        if isinstance(chosen, QFedAvg):
+            yield (
+                "strategy.name: must be a mean weighted by examples with secure-aggregation,"
+                " got QFedAvg, which weighs each site by its own loss"
+            )
+        elif isinstance(chosen, COMPARING):
+            least = least_replies(chosen)
+            if secure.groups < least:
+                yield (
+                    f"secure-aggregation.groups: must be at least {least} with {chosen.name}, which compares"
+                    f" replies and sees one a group, got {secure.groups}"
+                )
+        if self.data.partition != "natural":
+            most = self.sites.count // secure.groups
+            if secure.min_sites > most:
+                each = " in each group" if secure.groups > 1 else ""
+                yield (
+                    f"secure-aggregation.min-sites: must be at most {most}{each} with {self.sites.count} sites,"
+                    f" got {secure.min_sites}"
+                )
+            if most > MOST_SITES_OF_A_SUM:
+                yield f"sites.count: must be at most {MOST_SITES_OF_A_SUM} in a secure sum, got {most}"
 
     def _numbers_beyond_the_sites(self) -> Iterator[str]:
         """What no run could fulfil; natural sites are known only once the data is read."""

@@ -57,3 +57,20 @@ def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArra
         raise UndecodableError(f"must hold {size} bytes of data, got {len(data)}")
     flat = np.frombuffer(data, dtype=dtype)
     return flat.reshape(shape, order="F" if fortran else "C").copy(order="C")
+
+
+def decode_raw(array: Array, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A vector whose bytes are its values and nothing else, as masked ones travel; read-only, not copied.
+
+    Raises:
+        UndecodableError: it is not of this length and type.
+    """
+    if (array.stype, array.dtype, tuple(array.shape)) != ("raw", dtype.name, (length,)):
+        raise UndecodableError(
+            f"must be {length} raw {dtype.name}, got {array.stype[:32]!r} {array.dtype[:32]!r}"
+        )
+    if len(array.data) != length * dtype.itemsize:
+        raise UndecodableError(
+            f"must hold {length * dtype.itemsize} bytes of data, got {len(array.data)}"
+        )
+    return np.frombuffer(array.data, dtype=dtype)

@@ -135,6 +135,26 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the site's worker does not answer",
         "See `fedge site status` and the worker's log at the site.",
     ),
+    421: Entry(
+        "the roster does not vouch for a site",
+        "Compare the site's roster with the consortium's newest one; `fedge roster verify` shows it.",
+    ),
+    422: Entry(
+        "the server deviates from secure aggregation",
+        "Stop the run at this site and show its log to the consortium; the update has not left.",
+    ),
+    423: Entry(
+        "the round was answered already",
+        "None needed; a site answers a round once, and the next round counts.",
+    ),
+    424: Entry(
+        "too few sites for secure aggregation",
+        "Wait for more sites, or have the sites lower min-sites in their policy.toml.",
+    ),
+    425: Entry(
+        "a peer's share does not open",
+        "Look at the site that the message names; the round is tried again with new keys.",
+    ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(
         "a required site is missing", "Bring the site back, or take it off round.require-sites."
@@ -160,6 +180,14 @@ CATALOGUE: Final[dict[int, Entry]] = {
     509: Entry(
         "the coordinator keeps dying",
         "Read log/coordinator.log in the server's home; go on with `fedge server resume RUN`.",
+    ),
+    510: Entry(
+        "the secure sum could not be opened",
+        "See in rounds.jsonl which sites were lost at which exchange; the next round has new keys.",
+    ),
+    511: Entry(
+        "the secure sum is out of range",
+        "A site masked what its encoding does not allow; nobody can tell which: try without some.",
     ),
     601: Entry("the key file exists", "Choose another path; keys are never overwritten."),
     602: Entry(
@@ -243,6 +271,14 @@ CATALOGUE: Final[dict[int, Entry]] = {
     915: Entry("a command of Flower failed", "Read what it said; it is quoted in the message."),
     916: Entry(
         "the site is known already", "Choose another name, or `fedge server expel` it first."
+    ),
+    917: Entry("the roster is not usable", "Install the roster.json that the consortium signed."),
+    918: Entry(
+        "the roster is older than one the site has seen", "Install the consortium's newest roster."
+    ),
+    919: Entry(
+        "the site is not in the roster",
+        "Give signing.key.pub to the consortium: `fedge roster add`, then `fedge roster sign`.",
     ),
 }
 

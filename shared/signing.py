@@ -1,7 +1,8 @@
 """Ed25519 keys, and statements signed with them.
 
 The envelope is DSSE 1.0 (https://github.com/secure-systems-lab/dsse), the payload an in-toto
-Statement 1 (https://github.com/in-toto/attestation). Both are written in one canonical form only,
+Statement 1 (https://github.com/in-toto/attestation), or another type that the caller names; as the
+type is signed too, none passes for the other. Both are written in one canonical form only,
 so that two files which mean the same are the same bytes, and a byte that differs is always noticed.
 """
 
@@ -39,7 +40,7 @@ KEY_LIMIT: Final = 16 * 1024
 
 # The only form that is accepted, so that no JSON parser sees bytes which nobody signed.
 _ENVELOPE = re.compile(
-    rb'\{"payload":"([A-Za-z0-9+/]*={0,2})","payloadType":"application/vnd\.in-toto\+json",'
+    rb'\{"payload":"([A-Za-z0-9+/]*={0,2})","payloadType":"([A-Za-z0-9!#$&^_.+/-]{1,255})",'
     rb'"signatures":\[\{"keyid":"([0-9a-f]{64})","sig":"([A-Za-z0-9+/]{86}==)"\}\]\}\n'
 )
 
@@ -178,42 +179,63 @@ def statement(subjects: list[dict[str, Any]], predicate: dict[str, Any]) -> byte
     )
 
 
-def sign(payload: bytes, private: Ed25519PrivateKey) -> bytes:
-    """A DSSE envelope around ``payload`` (an in-toto Statement), with one signature."""
+def sign(payload: bytes, private: Ed25519PrivateKey, *, payload_type: str = PAYLOAD_TYPE) -> bytes:
+    """A DSSE envelope around ``payload``, with one signature.
+
+    Args:
+        payload: an in-toto Statement, unless ``payload_type`` says otherwise.
+        private: the key that signs.
+        payload_type: the payload's media type, without parameters.
+    """
     return canonical_json(
         {
             "payload": base64.b64encode(payload).decode(),
-            "payloadType": PAYLOAD_TYPE,
+            "payloadType": payload_type,
             "signatures": [
                 {
                     "keyid": key_id(private.public_key()),
-                    "sig": base64.b64encode(private.sign(pae(PAYLOAD_TYPE, payload))).decode(),
+                    "sig": base64.b64encode(private.sign(pae(payload_type, payload))).decode(),
                 }
             ],
         }
     )
 
 
-def open_envelope(envelope: bytes, trusted: Ed25519PublicKey, part: str = "statement") -> bytes:
+def open_envelope(
+    envelope: bytes,
+    trusted: Ed25519PublicKey,
+    part: str = "statement",
+    *,
+    payload_type: str = PAYLOAD_TYPE,
+) -> bytes:
     """The payload of an envelope that carries the trusted key's signature, and only that one.
 
+    Args:
+        envelope: as ``sign`` wrote it.
+        trusted: the key that must have signed.
+        part: what messages call the envelope.
+        payload_type: the media type that the payload must have.
+
     Raises:
-        BundleError: 702, the envelope is not in canonical form; 703, the signature is not the
-            trusted key's.
+        BundleError: 702, the envelope is not in canonical form, or of another type; 703, the
+            signature is not the trusted key's.
     """
     match = _ENVELOPE.fullmatch(envelope)
     if match is None:
         raise BundleError(
             702, f"{part}: must be a DSSE envelope in canonical form with one signature"
         )
-    payload, signature = _base64(match[1], part), _base64(match[3], part)
-    signer, expected = match[2].decode(), key_id(trusted)
+    found = match[2].decode()
+    if found != payload_type:
+        raise BundleError(702, f"{part}: must hold a payload of {payload_type}, got {found[:80]}")
+    payload, signature = _base64(match[1], part), _base64(match[4], part)
+    signer, expected = match[3].decode(), key_id(trusted)
     if signer != expected:
         raise BundleError(
             703, f"{part}: must be signed by the trusted key {expected[:16]}…, got {signer[:16]}…"
         )
     try:
-        trusted.verify(signature, pae(PAYLOAD_TYPE, payload))
+        trusted.verify(signature, pae(payload_type, payload))
     except InvalidSignature:
         raise BundleError(
             703, f"{part}: the signature is not that of the trusted key {expected[:16]}…"

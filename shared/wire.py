@@ -32,7 +32,7 @@ _LENGTH: Final = struct.Struct(">Q")
 _HEADER: Final = struct.Struct(">I")
 #: Bytes taken from the socket at a time, so that a claimed length allocates nothing.
 _PIECE: Final = 1 << 20
-_KIND: Final = re.compile(r"[a-z][a-z.-]{0,63}")
+_KIND: Final = re.compile(r"[a-z][a-z._-]{0,63}")
 _BUNDLE: Final = re.compile(r"([0-9a-f]{64})?")
 
 

@@ -12,18 +12,22 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedge.client import relay
+from fedge.client.answered import Answered
 from fedge.client.app import app as client_app
 from fedge.client.data import SiteData, site_shares
 from fedge.client.relay import DirectLink
+from fedge.client.secure_work import FOLDER
 from fedge.client.worker import SiteWorker
 from fedge.server import finish, progress
 from fedge.server.app import app as server_app
 from fedge.server.progress import Listener, Silent
 from fedge.server.run_directory import RunDirectory, prepare
+from fedge.server.secagg.ledger import Ledger
 from fedge.shared.config import Config
 from fedge.shared.tasks.check import check
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
+from fedge.simulations.consortium import anchors
 from fedge.simulations.grid import InProcessGrid
 
 
@@ -67,7 +71,7 @@ def simulate(
     shares = shares or site_shares(config, task)
     with (
         directory.lock(),
-        _workers(task, directory, shares) as sites,
+        _workers(config, task, directory, shares) as sites,
         progress.listening(listener or Silent()),
     ):
         flower_run_id = secrets.randbits(62)
@@ -79,11 +83,21 @@ def simulate(
 
 @contextmanager
 def _workers(
-    task: Task, directory: RunDirectory, shares: Mapping[str, SiteData]
+    config: Config, task: Task, directory: RunDirectory, shares: Mapping[str, SiteData]
 ) -> Iterator[list[str]]:
     """Every site's worker, linked directly; yields the sites' names."""
+    secure = config.secure_aggregation
+    vouched = anchors(shares, secure.min_sites) if secure.enabled else {}
+    if vouched:
+        # Kept sums can be opened by the very sites that made them alone, and those have died with the server.
+        Ledger(directory.path).drop()
     for site, data in shares.items():
-        relay.connect(site, DirectLink(SiteWorker(site, task, data, directory.sites / site)))
+        home = directory.sites / site
+        if vouched:
+            # The sites of a simulation die with their server: nobody has the shares that they gave out.
+            Answered(home / FOLDER).forget()
+        worker = SiteWorker(site, task, data, home, anchors=vouched.get(site))
+        relay.connect(site, DirectLink(worker))
     try:
         yield list(shares)
     finally:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +19,6 @@ from typing import Final, TypeAlias
 
 from fedge.server.journal import Journal
 from fedge.server.run_directory import RunDirectory, prepare, state_of
-from fedge.shared import flower_app
 from fedge.shared.config import Config
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import process
@@ -35,9 +32,8 @@ from fedge.shared.errors import (
     RunError,
     SiteError,
 )
+from fedge.simulations.local_homes import make_homes
 
-#: Name of the run in the server's home; it is the run directory itself.
-RUN: Final = "run"
 #: Times that a daemon may end at once before the federation is given up.
 MOST_FAILURES: Final = 4
 #: Seconds in which the server must be ready, from the beginning and after a restart.
@@ -78,7 +74,7 @@ def federate(
     if not finished:
         (out / "federation").mkdir(exist_ok=True)
         with homes.lock(out / "federation"):
-            _make_homes(config, out)
+            make_homes(config, out)
             _supervise(RunDirectory(out), quiet=quiet)
         _sweep(out)
     directory = RunDirectory(out)
@@ -121,50 +117,6 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
             place.mkdir(parents=True, exist_ok=True)
             share.write(place / "share", data)
     return False
-
-
-def _make_homes(config: Config, out: Path) -> None:
-    """Make the home of the server, and of every site that has none yet."""
-    from fedge.client import operate as site
-    from fedge.server import operate as server
-    from fedge.server import register
-    from fedge.server.server_file import load
-
-    home = out / "server"
-    if not (home / "server.toml").exists():
-        shutil.rmtree(home, ignore_errors=True)
-        server.init(home, f"127.0.0.1:{homes.free_port()}")
-    link = home / "runs" / RUN
-    if not link.is_symlink():
-        link.symlink_to(Path("..") / "..", target_is_directory=True)
-    address, bundle = load(home).server.address, flower_app.sha256(_build_in_a_fork)
-    for place in sorted((out / "sites").iterdir()):
-        if (place / "site.toml").exists() or not (place / "share").is_dir():
-            continue
-        site.init(
-            place,
-            place.name,
-            task=config.task.name,
-            server=address,
-            ca=home / "ca" / "ca.crt",
-            share=Path("share"),
-            bundle=bundle,
-        )
-        if place.name in register.roster(home):
-            register.expel(home, place.name)
-        register.admit(home, place.name, place / "site.pub")
-
-
-def _build_in_a_fork(folder: Path) -> str:
-    """``flwr build`` without a new interpreter."""
-
-    def build() -> int | None:
-        os.chdir(folder)
-        return process.script("flwr", ["build"])()
-
-    log = folder.parent / "log"
-    os.waitpid(process.start(Program("flwr build", log, function=build)), 0)
-    return log.read_text(encoding="utf-8", errors="replace")
 
 
 _Work: TypeAlias = tuple[BaseProcess, Connection]

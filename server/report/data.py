@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Round:
-    """One line of rounds.jsonl. Metrics are finite; those that were not measured are absent."""
+    """One line of rounds.jsonl. Metrics are finite; those that were not measured are absent.
+
+    ``secure`` is what it says of a secure sum, as it is.
+    """
 
     number: int
     committed: bool
@@ -60,11 +64,15 @@ class Round:
     seconds: float | None
     sent: float | None
     received: float | None
+    secure: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that the report shows."""
+    """All that the report shows.
+
+    ``masked``: the server saw sums alone; ``seen`` is then what it keeps of them to be shown, as it is.
+    """
 
     name: str
     finished: bool
@@ -90,6 +98,8 @@ class Run:
     edge: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
     stopped: str = ""
+    masked: bool = False
+    seen: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -224,6 +234,7 @@ def parse_round(line: Mapping[str, Any]) -> Round | None:
         seconds=number(line.get("seconds")),
         sent=number(moved.get("sent")),
         received=number(moved.get("received")),
+        secure=mapping(line.get("secure")),
     )
 
 
@@ -245,6 +256,15 @@ def _read_rounds(path: Path, notes: list[str]) -> tuple[Round, ...]:
     return tuple(found[n] for n in sorted(found))
 
 
+def _masks(config: str) -> bool:
+    """Whether a configuration asks for sums under masks."""
+    try:
+        section = mapping(tomllib.loads(config).get("secure-aggregation"))
+    except tomllib.TOMLDecodeError:
+        return False
+    return section.get("enabled") is True
+
+
 def read(run_dir: Path) -> Run:
     """Read a run directory.
 
@@ -264,12 +284,16 @@ def read(run_dir: Path) -> Run:
         if last is not None:
             final = {"round": last.number, "per_site": last.per_site, "site_mean": last.site_mean}
             final["pooled"] = last.pooled
+    config = _read(run_dir / "config.toml", MAX_FILE_BYTES, notes)
+    masked = _masks(config) or any(r.secure for r in rounds)
     sites = {
         name: Site(
             *(whole(mapping(v).get(k)) for k in ("train_examples", "test_examples", "rounds"))
         )
         for name, v in mapping(head.get("sites")).items()
     }
+    if masked:  # the zeros of run.json stand for what the server does not know
+        sites = {name: Site(rounds=site.rounds) for name, site in sites.items()}
     for r in rounds:
         for name in (*r.invited, *r.trained, *r.per_site):
             sites.setdefault(name, Site())
@@ -299,9 +323,11 @@ def read(run_dir: Path) -> Run:
         seconds=found if found is not None else _total([r.seconds for r in rounds]),
         sent=sent if sent is not None else _total([r.sent for r in rounds]),
         received=received if received is not None else _total([r.received for r in rounds]),
-        config=_read(run_dir / "config.toml", MAX_FILE_BYTES, notes),
+        config=config,
         release=_read_json(run_dir / "release.json", notes),
         edge=_read_json(run_dir / "edge.json", notes),
         notes=tuple(plain(n) for n in notes),
         stopped=" ".join(x for x in (text(stopped.get(k)) for k in ("code", "message")) if x),
+        masked=masked,
+        seen=_read_json(run_dir / "seen.json", notes) if masked else {},
     )

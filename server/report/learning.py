@@ -102,7 +102,7 @@ def _loss_chart(run: Run) -> str:
     lines = []
     for which, name, css in (
         ("train", "training", "train"),
-        ("site_mean", "evaluation", "evaluation"),
+        ("pooled" if run.masked else "site_mean", "evaluation", "evaluation"),
     ):
         points = _curve(run.rounds, which, "loss")
         if points:
@@ -117,13 +117,16 @@ def _loss_chart(run: Run) -> str:
         lines,
         limits=(0, float("inf")),
     )
-    note = "Training: at the sites while they learn. Evaluation: on examples held out, mean over sites."
+    whom = "all sites' together" if run.masked else "mean over sites"
+    note = f"Training: at the sites while they learn. Evaluation: on examples held out, {whom}."
     return fmt.card("Loss by round", responsive(lambda w, p: draw(width=w, phone=p)), note)
 
 
 def _round_table(run: Run) -> str:
-    metrics = [m for m in (run.lead, "loss") if any(m in r.site_mean for r in run.rounds)]
+    known = [r.pooled if run.masked else r.site_mean for r in run.rounds]
+    metrics = [m for m in (run.lead, "loss") if any(m in values for values in known)]
     metrics = list(dict.fromkeys(metrics))
+    means = [] if run.masked else metrics
     head = [
         ("round", "n"),
         ("outcome", ""),
@@ -131,7 +134,7 @@ def _round_table(run: Run) -> str:
         ("not counted", "n"),
         ("training loss", "n"),
     ]
-    head += [(f"{metric_name(m)}, site mean", "n") for m in metrics]
+    head += [(f"{metric_name(m)}, site mean", "n") for m in means]
     head += [(f"{metric_name(m)}, pooled", "n") for m in metrics]
     head += [("time", "n"), ("sent", "n"), ("received", "n")]
     rows = []
@@ -146,7 +149,7 @@ def _round_table(run: Run) -> str:
             str(len(r.rejected)),
         ]
         row.append(metric_value("loss", r.train.get("loss")))
-        row += [metric_value(m, r.site_mean.get(m)) for m in metrics]
+        row += [metric_value(m, r.site_mean.get(m)) for m in means]
         row += [metric_value(m, r.pooled.get(m)) for m in metrics]
         rows.append([*row, fmt.duration(r.seconds), fmt.size(r.sent), fmt.size(r.received)])
     cut = len(run.rounds) - len(rows)

@@ -19,6 +19,7 @@ from fedge.server.report.format import esc
 from fedge.server.report.learning import learning
 from fedge.server.report.participation import participation
 from fedge.server.report.release import hash_html, release
+from fedge.server.report.secure import WORDS, secure
 from fedge.server.report.sites import site_results
 from fedge.server.report.summary import brief, headline, tiles
 from fedge.shared.durable import write_atomically
@@ -76,7 +77,8 @@ def _provenance(run: Run) -> str:
             "<details class='card'><summary>Configuration, resolved</summary>"
             f'<pre tabindex="0">{shown}{more}</pre></details>'
         )
-    words = fmt.definitions((term, esc(meaning)) for term, meaning in GLOSSARY)
+    glossary = (*GLOSSARY, *WORDS) if run.masked else GLOSSARY
+    words = fmt.definitions((term, esc(meaning)) for term, meaning in glossary)
     body += f"<details class='card glossary'><summary>Words used here</summary>{words}</details>"
     return fmt.section("origin", "Origin and configuration", "", body)
 
@@ -107,18 +109,19 @@ def render(run_dir: Path) -> str:
         learning(run),
         site_results(run),
         participation(run),
+        secure(run),
         cost(run),
         release(run),
         device(run),
     ]
-    names = ("learning", "sites", "participation", "cost", "release", "device")
-    titles = ("Learning", "Sites", "Participation", "Cost", "Bundle", "Device")
+    names = ("learning", "sites", "participation", "secure", "cost", "release", "device")
+    titles = ("Learning", "Sites", "Participation", "Masked sums", "Cost", "Bundle", "Device")
     links = [(n, t) for n, t, body in zip(names, titles, sections, strict=True) if body]
     links.append(("origin", "Origin"))
     when = run.ended if run.finished and run.ended else run.started
     return Template(_data("page.html")).substitute(
         title=esc(f"{run.task}, {run.strategy}, {run.name}"),
-        style=_data("page.css"),
+        style=_data("page.css") + (_data("secure.css") if run.masked else ""),
         headline=esc(headline(run)),
         run=esc(run.name),
         state=run.state,

@@ -7,6 +7,7 @@ from fedge.server.report.data import Run, mapping, number
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.participation import in_words, tally
 from fedge.server.report.release import parity
+from fedge.server.report.secure import in_brief
 from fedge.server.report.sites import not_evaluated, with_value
 
 
@@ -131,6 +132,7 @@ def _security(run: Run) -> list[str]:
         if others
         else "No reply was rejected, late or missing."
     ]
+    said += in_brief(run)
     if run.release:
         said.append("The model is released as a bundle signed with Ed25519.")
         verified = run.edge.get("verified")
@@ -146,6 +148,13 @@ def _security(run: Run) -> list[str]:
 def _clinical(run: Run) -> list[str]:
     lead = run.lead
     measured = {s: v[lead] for s, v in run.per_site.items() if lead in v}
+    if run.masked and lead in run.pooled:
+        return [
+            f"Measured over all sites' held-out examples together: {metric_name(lead)} of "
+            f"{metric_value(lead, run.pooled[lead])}.",
+            "No site's own result is known to the server.",
+            *_agreement(run),
+        ]
     if not measured:
         return ["No site has been evaluated yet."]
     name = metric_name(lead)
@@ -169,13 +178,15 @@ def _clinical(run: Run) -> list[str]:
         said.append(f"Measured on {fmt.plural(sum(tests), 'held-out example')}.")
     if missing := not_evaluated(run):
         said.append(missing)
+    return said + _agreement(run)
+
+
+def _agreement(run: Run) -> list[str]:
     agreement = number(run.edge.get("agreement"))
-    if agreement is not None:
-        same = (
-            "every row" if agreement == 1 else f"{min(100 * agreement, 99.99):.2f}{THIN}% of rows"
-        )
-        said.append(f"The device gives the trained model's label for {same}.")
-    return said
+    if agreement is None:
+        return []
+    same = "every row" if agreement == 1 else f"{min(100 * agreement, 99.99):.2f}{THIN}% of rows"
+    return [f"The device gives the trained model's label for {same}."]
 
 
 def brief(run: Run) -> str:

@@ -164,7 +164,7 @@ def test_a_change_holds_from_the_next_look(tmp_path, allowed):
 def test_a_broken_file_refuses_everything_until_it_is_mended(tmp_path, allowed):
     file, path = PolicyFile(tmp_path), tmp_path / "policy.toml"
     good = path.read_text()
-    path.write_text(good + "\ndevise = 'cpu'\n")
+    path.write_text("devise = 'cpu'\n" + good)
     assert "the nearest is device" in refused(418, file.current)
     refused(418, file.current)
     path.unlink()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from fedge.server.admission import admit_evaluate, admit_registration, admit_train
 from fedge.server.results import record
 from fedge.server.verdicts import (
-    Bound,
     Expected,
     Registration,
     Rejection,
@@ -23,6 +22,7 @@ from fedge.server.verdicts import (
 )
 from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import CATALOGUE
+from fedge.shared.tasks.columns import Bound
 from fedge.simulations import flower_private
 
 RUN, SITE, REGISTERED = "r-1", "site-1", 100

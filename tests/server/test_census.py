@@ -13,7 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedge.server import census
+from fedge.server import census, fitting
 from fedge.server.journal import Journal
 from fedge.server.link import Link
 from fedge.server.liveness import Liveness
@@ -22,7 +22,7 @@ from fedge.server.progress import Silent
 from fedge.shared import config_file, preprocess, protocol
 from fedge.shared.config import Config, DataSection
 from fedge.shared.errors import RunError
-from fedge.shared.preprocess import OneHot, Scale, Standardise
+from fedge.shared.preprocess import Scale, Standardise
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 from fedge.simulations.grid import InProcessGrid
@@ -95,7 +95,9 @@ def journal(tmp_path: Path):
 
 def take(of: InProcessGrid, given: Config, journal: Journal, task: Task = TASK):
     registry = census.Census(Liveness(Link(of)), given, task, RUN, journal, Silent())
-    return registry.take(7)
+    taken = registry.take(7)
+    fitting.fix(journal, task, given, registry)
+    return taken
 
 
 def test_all_register_in_name_order_and_are_written_down(journal: Journal):
@@ -304,18 +306,6 @@ def test_a_node_that_fails_is_refused_with_its_number_only(journal: Journal):
     assert list(members) == ["site-1", "site-3"]
     assert (rejection.site, rejection.outcome) == ("node 2", "error")
     assert "4711" not in rejection.reason
-
-
-def test_column_bounds_follow_the_columns_that_reach_standardise():
-    bounds = [(f.name, f.low, f.high) for f in TASK.input.features]
-    assert census.column_bounds(TASK) == tuple(bounds)
-    hot = (OneHot(((0, (0.0, 1.0, 2.0)), (2, (3.0, 4.0)))), Standardise())
-    encoded = Task(**{**vars(TASK), "preprocessing": hot})
-    first, third = bounds[0][0], bounds[2][0]
-    indicators = [(f"{first} 1", 0.0, 1.0), (f"{first} 2", 0.0, 1.0), (f"{third} 4", 0.0, 1.0)]
-    expected = [bounds[1], *bounds[3:], *indicators]
-    assert census.column_bounds(encoded) == tuple(expected)
-    assert census.column_bounds(Task(**{**vars(TASK), "preprocessing": (Scale(2.0),)})) == ()
 
 
 def test_the_request_says_run_task_and_round_zero(journal: Journal):

@@ -163,3 +163,48 @@ def test_only_one_spelling_of_an_envelope_is_accepted() -> None:
         with pytest.raises(BundleError) as error:
             signing.open_envelope(text, KEY.public_key())
         assert _codes(error) == 702, text
+
+
+OTHER_TYPE = "application/vnd.fedge.roster+json"
+
+
+def test_another_payload_type_is_signed_with_the_payload() -> None:
+    envelope = signing.sign(b"{}\n", KEY, payload_type=OTHER_TYPE)
+    assert json.loads(envelope)["payloadType"] == OTHER_TYPE
+    public = KEY.public_key()
+    assert signing.open_envelope(envelope, public, payload_type=OTHER_TYPE) == b"{}\n"
+    signature = base64.b64decode(json.loads(envelope)["signatures"][0]["sig"])
+    public.verify(signature, signing.pae(OTHER_TYPE, b"{}\n"))
+
+
+def test_the_default_type_is_that_of_a_statement() -> None:
+    assert signing.sign(PAYLOAD, KEY) == signing.sign(
+        PAYLOAD, KEY, payload_type=signing.PAYLOAD_TYPE
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        (signing.PAYLOAD_TYPE, OTHER_TYPE),
+        (OTHER_TYPE, signing.PAYLOAD_TYPE),
+        (OTHER_TYPE, OTHER_TYPE + "2"),
+        # A type that the one form of an envelope has no room for is refused, not escaped.
+        ('a"b', 'a"b'),
+        ("", ""),
+    ],
+)
+def test_one_type_does_not_pass_for_another(written: str, wanted: str) -> None:
+    envelope = signing.sign(PAYLOAD, KEY, payload_type=written)
+    with pytest.raises(BundleError) as error:
+        signing.open_envelope(envelope, KEY.public_key(), "part", payload_type=wanted)
+    assert _codes(error) == 702
+    assert error.value.message.startswith("part: ")
+
+
+def test_a_type_that_was_changed_does_not_verify() -> None:
+    envelope = json.loads(signing.sign(PAYLOAD, KEY))
+    changed = signing.canonical_json({**envelope, "payloadType": OTHER_TYPE})
+    with pytest.raises(BundleError) as error:
+        signing.open_envelope(changed, KEY.public_key(), payload_type=OTHER_TYPE)
+    assert _codes(error) == 703

@@ -1,0 +1,132 @@
+"""What a site adds to a secure sum: clipped, weighted, counted, and never seen unmasked outside of the worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays
+from fedge.shared.errors import SiteError
+from fedge.shared.preprocess import Statistics
+from fedge.shared.secagg import encoding, layout, limbs
+from fedge.shared.secagg.agreement import framed
+from fedge.shared.secagg.layout import Bounds, Layout
+from fedge.shared.tasks.columns import Bound
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A site's part of one sum.
+
+    Attributes:
+        layout: of the vector.
+        values: ``(layout.values,)`` floating point, clipped.
+        weight: 0 to 1, by which the values are multiplied.
+        counters: by name, as the layout has them, without ``saturated``.
+    """
+
+    layout: Layout
+    values: NDArray[Any]
+    weight: float
+    counters: Mapping[str, float]
+
+    def encode(self, sites: int, rounding_key: bytes) -> NDArray[np.uint32]:
+        """The vector in the ring of 2^32, not masked yet.
+
+        Args:
+            sites: that add up.
+            rounding_key: 32 bytes, of the stochastic rounding.
+
+        Raises:
+            SiteError: 401, a value is not finite or a counter out of range.
+        """
+        vector = np.zeros(self.layout.length, np.uint32)
+        counters = dict(self.counters)
+        if self.layout.segments:
+            encoded = encoding.encode(
+                self.values, self.weight, self.layout.segments, sites, rounding_key
+            )
+            vector[: self.layout.values] = encoded.vector
+            counters[layout.SATURATED] = encoded.saturated
+        vector[self.layout.values :] = limbs.encode_counters(counters, self.layout.counters)
+        return vector
+
+
+def training(
+    of: Layout,
+    bounds: Bounds,
+    received: NDArrays,
+    trained: NDArrays | None,
+    num_examples: int,
+    loss: float,
+) -> Contribution:
+    """The contribution of a training round.
+
+    Args:
+        of: its layout.
+        bounds: of the run.
+        received: the round's weights.
+        trained: the site's, with SCAFFOLD's changes under ``control/``; None where it has no examples.
+        num_examples: it trained on.
+        loss: mean over them.
+
+    Raises:
+        SiteError: 401, the update or the loss is not finite.
+    """
+    capped = min(num_examples, bounds.weight_cap)
+    counters: dict[str, float] = {
+        layout.SITES: 1,
+        layout.EXAMPLES: capped,
+        layout.LOSS: capped * loss,
+        layout.CLIPPED: 0,
+        layout.CAPPED: int(num_examples > bounds.weight_cap),
+    }
+    if trained is None:
+        return Contribution(of, np.zeros(of.values, np.float32), 0.0, counters)
+    flat = of.flatten(trained)
+    for t in of.tensors:
+        if not t.name.startswith(protocol.CONTROL_PREFIX):
+            flat[t.start : t.start + t.size] -= received[t.name].reshape(-1)
+    update = flat[: of.segments[0].size]
+    norm = float(np.sqrt(np.vdot(update, update).astype(np.float64)))
+    if not np.isfinite(norm):
+        norm = float(np.linalg.norm(update.astype(np.float64)))
+    if not np.isfinite(norm) or not np.isfinite(flat).all():
+        raise SiteError(401, "update: must be finite, got NaN or infinity")
+    if norm > bounds.clipping_bound:
+        update *= bounds.clipping_bound / norm
+        counters[layout.CLIPPED] = 1
+    return Contribution(of, flat, capped / bounds.weight_cap, counters)
+
+
+def evaluation(of: Layout, counters: Mapping[str, float]) -> Contribution:
+    """The contribution of an evaluation: the task's counters over the site's test examples."""
+    return _counted(of, layout.task_counters(counters))
+
+
+def statistics(of: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> Contribution:
+    """The contribution of the sums over standardised columns, in units of each column's bound; None counts nothing."""
+    counters: dict[str, float] = {c.name: 0 for c in of.counters}
+    if found is not None:
+        counters[layout.EXAMPLES] = found.count
+        sums = zip(bounds, found.total, found.total_of_squares, strict=True)
+        for column, (bound, total, squares) in enumerate(sums):
+            counters[f"{protocol.FEATURE_TOTAL}-{column}"] = total / bound.unit
+            counters[f"{protocol.FEATURE_TOTAL_OF_SQUARES}-{column}"] = squares / bound.unit**2
+    return _counted(of, counters)
+
+
+def rounding_key(seed: int, purpose: str, server_round: int, site: str) -> bytes:
+    """The key of a site's stochastic rounding: the same whenever the round is done again."""
+    words = f"{seed} {purpose} {server_round}".encode()
+    return hashlib.sha256(framed(b"fedge rounding", words, site.encode())).digest()
+
+
+def _counted(of: Layout, counters: Mapping[str, float]) -> Contribution:
+    return Contribution(of, np.zeros(0, np.float32), 1.0, {**counters, layout.SITES: 1})

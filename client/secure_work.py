@@ -1,0 +1,128 @@
+"""Between the worker and the exchanges: what the site computes becomes what it adds under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedge.client import contribution, secure_answers
+from fedge.client.answered import Answered
+from fedge.client.contribution import Contribution
+from fedge.client.requests import Address, Terms, Training
+from fedge.client.secure_answers import SecureAnswers
+from fedge.client.secure_session import Anchors
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays
+from fedge.shared.errors import SiteError
+from fedge.shared.preprocess import Statistics
+from fedge.shared.secagg import job as jobs
+from fedge.shared.secagg import layout, messages
+from fedge.shared.tasks.columns import column_bounds
+from fedge.shared.tasks.task import Task
+
+_REFUSED: Final = 418
+#: Folder of a site's home that says which rounds were answered.
+FOLDER: Final = "secagg"
+
+
+class SecureWork:
+    """The secure sums of one worker.
+
+    Args:
+        task: what is learnt.
+        shapes: of the network's floating-point tensors, in its order.
+        parameters: names of those that are trained.
+        anchors: the site's own; without them it takes part in nothing.
+        home: folder of this site alone.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        shapes: Mapping[str, tuple[int, ...]],
+        parameters: Sequence[str],
+        anchors: Anchors | None,
+        home: Path,
+    ) -> None:
+        self._task, self._shapes, self._parameters = task, shapes, parameters
+        self._answers = SecureAnswers(anchors, Answered(home / FOLDER)) if anchors else None
+        self._trained: tuple[bytes, int, Contribution] | None = None
+
+    def require(self) -> SecureAnswers:
+        """The site's sums.
+
+        Raises:
+            SiteError: 418, the site has no roster, so it cannot take part.
+        """
+        if self._answers is None:
+            raise SiteError(_REFUSED, "secure aggregation: must have a roster here, got none")
+        return self._answers
+
+    def train(
+        self,
+        request: RecordDict,
+        terms: Terms,
+        what: Training,
+        received: NDArrays,
+        fit: Callable[[], tuple[NDArrays, float]] | None,
+        num_examples: int,
+    ) -> ConfigRecord:
+        """Begin the sum of a round's updates; a further attempt at the same round trains nothing anew.
+
+        Args:
+            request: to train.
+            terms: of it.
+            what: it asks for.
+            received: its weights.
+            fit: trains, and gives weights and loss; None where the site has no examples.
+            num_examples: that it trains on.
+        """
+        bounds = secure_answers.bounds_of(request)
+        job = jobs.of(protocol.TRAIN, request)
+
+        def contribute() -> Contribution:
+            known = self._trained
+            if known is not None and known[:2] == (job, what.accepted_round):
+                return known[2]
+            of = layout.of_training(self._shapes, self._parameters, bounds, control=what.control)
+            trained, loss = fit() if fit else (None, 0.0)
+            made = contribution.training(of, bounds, received, trained, num_examples, loss)
+            self._trained = (job, what.accepted_round, made)
+            return made
+
+        return self.require().begin(protocol.TRAIN, request, terms.address, terms.seed, contribute)
+
+    def evaluate(
+        self, request: RecordDict, terms: Terms, count: Callable[[], Mapping[str, float]]
+    ) -> ConfigRecord:
+        """Begin the sum of an evaluation's counters."""
+        of = layout.of_evaluation(self._task.counter_names)
+
+        def contribute() -> Contribution:
+            found = count()
+            return contribution.evaluation(of, {n: found[n] for n in self._task.counter_names})
+
+        return self.require().begin(
+            protocol.EVALUATE, request, terms.address, terms.seed, contribute
+        )
+
+    def statistics(
+        self, request: RecordDict, address: Address, found: Statistics | None
+    ) -> ConfigRecord:
+        """Begin the sum over standardised columns."""
+        bounds = column_bounds(self._task)
+        of = layout.of_statistics(len(bounds))
+        return self.require().begin(
+            messages.STATISTICS,
+            request,
+            address,
+            0,
+            lambda: contribution.statistics(of, found, bounds),
+        )
+
+    def step(self, kind: str, request: RecordDict, address: Address) -> RecordDict:
+        """Exchanges 1 to 4."""
+        return self.require().step(kind, request, address)

@@ -1,0 +1,311 @@
+"""The report's section on masked sums: what the server saw of them, in numbers and as a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Final
+
+from fedge.server.report import format as fmt
+from fedge.server.report.charts import Column, column_chart, responsive
+from fedge.server.report.data import Round, Run, mapping, sequence, text, whole
+from fedge.server.report.format import MISSING, esc
+from fedge.server.report.pictures import greys, picture, range_text, scaled_bins
+
+#: Rows of a table.
+MAX_ROWS: Final = 1000
+#: Sites of a group that are named.
+MAX_NAMED: Final = 40
+#: Values of a vector that are drawn.
+MAX_VALUES: Final = 1024
+#: Masked values are spread over the ring.
+RING: Final = 2.0**32
+
+WORDS: Final = (
+    (
+        "Masked vector",
+        "A site's update with random numbers added to every value, modulo 2^32. The sites chose the numbers such that "
+        "they cancel in the sum.",
+    ),
+    (
+        "Threshold",
+        "How many sites had to stay until the end; with fewer the sum is not opened, and the server learns nothing.",
+    ),
+    ("Clipped", "A site's update was longer than the bound, and was scaled down to it."),
+    ("Capped", "A site has more examples than the bound, and weighed as if it had no more."),
+    ("Saturated", "A single value was larger than can be written down, and was cut off."),
+)
+#: Why a site is lost, by the exchange at which it is.
+EXCHANGES: Final = ("begin", "share", "masked", "commit", "unmask")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A site that dropped out of an attempt."""
+
+    round: int
+    attempt: int
+    site: str
+    exchange: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What a round's line says of its secure sum.
+
+    Attributes:
+        groups: sites whose vectors were opened, by group.
+        attempts: that were made.
+        threshold: sites that had to stay, of the first group; None where no sum was opened.
+        counts: ``clipped`` and ``capped`` sites, ``saturated`` values.
+        lost: who dropped out.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    attempts: int
+    threshold: int | None
+    counts: dict[str, int]
+    lost: tuple[Loss, ...]
+
+    def answered(self) -> dict[str, int]:
+        """How many sites answered each exchange of the attempt that was opened."""
+        opened = set(chain.from_iterable(self.groups))
+        last = {loss.site: loss for loss in self.lost}
+        # Whoever is in no sum dropped out before; whoever is in one may have fallen silent after.
+        out = Counter(loss.exchange for site, loss in last.items() if site not in opened)
+        late = Counter(
+            loss.exchange
+            for loss in self.lost
+            if loss.site in opened and loss.attempt == self.attempts
+        )
+        there = len(opened)
+        return {
+            "asked": there + out["begin"] + out["share"] + out["masked"],
+            "begin": there + out["share"] + out["masked"],
+            "share": there + out["masked"],
+            "masked": there,
+            "commit": there - late["commit"],
+            "unmask": there - late["unmask"],
+        }
+
+
+def sum_of(r: Round) -> Sum | None:
+    """A round's secure sum; None where it had none."""
+    if not r.secure:
+        return None
+    lost = []
+    for item in map(mapping, sequence(r.secure.get("lost"))):
+        lost.append(
+            Loss(
+                r.number,
+                whole(item.get("attempt")) or 1,
+                text(item.get("site")),
+                text(item.get("exchange")),
+                text(item.get("reason")),
+            )
+        )
+    groups = (sequence(group) for group in sequence(r.secure.get("groups")))
+    return Sum(
+        tuple(tuple(s for s in group if isinstance(s, str)) for group in groups),
+        whole(r.secure.get("attempts")) or 1,
+        whole(r.secure.get("threshold")),
+        {name: whole(r.secure.get(name)) or 0 for name in ("clipped", "capped", "saturated")},
+        tuple(lost),
+    )
+
+
+def sums(run: Run) -> list[tuple[Round, Sum]]:
+    """The rounds that tried a secure sum."""
+    found = ((r, sum_of(r)) for r in run.rounds)
+    return [(r, s) for r, s in found if s is not None]
+
+
+def _smallest(found: Sequence[tuple[Round, Sum]]) -> int:
+    return min((len(group) for _, s in found for group in s.groups), default=0)
+
+
+def in_brief(run: Run) -> list[str]:
+    """A line for the security officer (text); none where nothing was masked."""
+    if not run.masked:
+        return []
+    fewest = _smallest(sums(run))
+    if not fewest:
+        return ["Updates, metrics and counts were masked; no sum was opened."]
+    return [
+        "Updates, metrics and counts arrived masked; the server opened sums of "
+        f"{fewest} or more sites and nothing else."
+    ]
+
+
+def _facts(run: Run, found: Sequence[tuple[Round, Sum]]) -> str:
+    opened = [s for _, s in found if s.groups]
+    groups = max((len(s.groups) for s in opened), default=1)
+    totals: Counter[str] = Counter()
+    for s in opened:
+        totals.update(s.counts)
+    tried = sum(s.attempts for _, s in found)
+    again = tried - len(found)
+    sent, received = (
+        sum(getattr(r, way) or 0 for r, _ in found) / max(len(found), 1)
+        for way in ("sent", "received")
+    )
+    rows = [
+        (
+            "sums of updates opened",
+            f"{fmt.count(sum(len(s.groups) for s in opened))} in {fmt.plural(len(opened), 'round')}"
+            + (f", {groups} groups in each" if groups > 1 else ""),
+        ),
+        ("fewest sites in a sum", str(_smallest(found)) if opened else MISSING),
+        ("attempts", f"{fmt.count(tried)}, {fmt.count(again)} of them with new keys"),
+        ("sites lost at an exchange", fmt.count(sum(len(s.lost) for _, s in found)) or "none"),
+        ("bytes each way", f"{fmt.size(sent)} to the sites and {fmt.size(received)} from them a round"),
+        ("evaluations", "summed the same way, totals over all sites only"),
+        ("updates clipped", fmt.count(totals["clipped"])),
+        ("sites capped", fmt.count(totals["capped"])),
+        ("values saturated", fmt.count(totals["saturated"])),
+    ]  # fmt: skip
+    note = (
+        "Beside this the server saw who answered and when, signed keys, and sealed shares that it cannot open. "
+        "It saw no update, no metric and no number of examples of a single site."
+    )
+    return fmt.card("What the server saw", fmt.definitions(rows), note)
+
+
+def _exchanges(found: Sequence[tuple[Round, Sum]]) -> str:
+    head = [("round", "n"), ("attempts", "n"), ("asked", "n"), ("keys", "n"), ("shares", "n")]
+    head += [("masked vectors", "n"), ("signatures", "n"), ("opened by", "n"), ("threshold", "n")]
+    head += [("clipped", "n"), ("capped", "n"), ("saturated", "n"), ("sent", "n"), ("received", "n")]  # fmt: skip
+    rows = []
+    for r, s in found[-MAX_ROWS:]:
+        row = [str(r.number), str(s.attempts)]
+        if s.groups:
+            row += [str(n) for n in s.answered().values()]
+            row += [MISSING if s.threshold is None else str(s.threshold)]
+            row += [fmt.count(s.counts[name]) for name in ("clipped", "capped", "saturated")]
+        else:
+            row += [str(len(r.invited)), *[MISSING] * (len(EXCHANGES) + 4)]
+        rows.append([*row, fmt.size(r.sent), fmt.size(r.received)])
+    cut = len(found) - len(rows)
+    note = "How many sites answered each exchange of the attempt that was opened."
+    note += f" The first {fmt.plural(cut, 'round')} are left out here." if cut else ""
+    grid = fmt.table("Sites by exchange", head, rows, tall=len(rows) > 12)
+    return fmt.card("Sites by exchange", grid, note)
+
+
+def _losses(found: Sequence[tuple[Round, Sum]]) -> str:
+    every = [loss for _, s in found for loss in s.lost]
+    if not every:
+        return ""
+    head = [("round", "n"), ("attempt", "n"), ("site", ""), ("lost at", ""), ("reason", "words")]
+    rows = [
+        [
+            str(x.round),
+            str(x.attempt),
+            fmt.site_name(x.site),
+            esc(x.exchange, 40),
+            esc(x.reason) or MISSING,
+        ]
+        for x in every[:MAX_ROWS]
+    ]
+    note = f"The first {len(rows)} of {fmt.count(len(every))}." if len(every) > len(rows) else ""
+    grid = fmt.table("Sites lost on the way", head, rows, tall=len(rows) > 12)
+    return fmt.card("Lost on the way", grid, note)
+
+
+def _groups(found: Sequence[tuple[Round, Sum]]) -> str:
+    """Who was summed with whom in the last round, where there is more than one group."""
+    r, s = next(((r, s) for r, s in reversed(found) if s.groups), (None, None))
+    if r is None or s is None or len(s.groups) < 2:
+        return ""
+    rows = []
+    for i, group in enumerate(s.groups, 1):
+        more = f" and {len(group) - MAX_NAMED} more" if len(group) > MAX_NAMED else ""
+        names = ", ".join(fmt.site_name(site) for site in group[:MAX_NAMED])
+        rows.append((f"group {i}", f"{names}{more}"))
+    note = "Each group's sum was opened by itself, and the strategy compared the sums."
+    return fmt.card(f"Groups of round {r.number}", fmt.definitions(rows), note)
+
+
+def _values(seen: dict[str, Any] | Any, key: str) -> list[float]:
+    found = sequence(mapping(seen).get(key))[:MAX_VALUES]
+    return [float(v) for v in found if isinstance(v, int | float) and abs(v) < 1e300]
+
+
+def _picture_card(
+    title: str,
+    note: str,
+    values: Sequence[float],
+    ends: tuple[float, float],
+    names: Sequence[str],
+    axis: str,
+) -> str:
+    """Values between two ends, ``names`` being those of low end, middle and high end."""
+    low, high = ends
+    label = f"{title}: {fmt.plural(len(values), 'value')} as shades of grey"
+    bins = scaled_bins(values, low, high)
+    columns = [
+        Column(i + 0.5, (float(n),), f"{fmt.plural(n, 'value')}, {range_text(i, len(bins), low, high)}")
+        for i, n in enumerate(bins)
+    ]  # fmt: skip
+    ticks = list(zip((0.0, len(bins) / 2, float(len(bins))), names, strict=True))
+    draw = partial(
+        column_chart,
+        f"{title}: how many values lie where",
+        (axis, "Values"),
+        columns,
+        ("grey-bar",),
+        height=150,
+        x_ticks=ticks,
+    )
+    drawn = picture(label, greys(values, low, high))
+    return fmt.card(title, drawn + responsive(lambda w, p: draw(width=w, phone=p)), note)
+
+
+def _pictures(run: Run) -> str:
+    masked, opened = _values(run.seen, "masked"), _values(run.seen, "opened")
+    if not masked or not opened:
+        return ""
+    number = whole(run.seen.get("round"))
+    of = f" of round {number}" if number is not None else ""
+    most = max(max(map(abs, opened)), 1e-12)
+    left = _picture_card(
+        f"One site's vector{of}, as it came",
+        f"Its first {fmt.count(len(masked))} values: black is 0, white 2³² − 1. The masks are still on, and the server "
+        "never had this vector without them.",
+        masked,
+        (0.0, RING),
+        ("0", "2³¹", "2³²"),
+        "Value, modulo 2³²",
+    )
+    right = _picture_card(
+        f"The sum{of}, opened",
+        f"The same values of the mean over the sites: mid-grey is no change of the parameter, black and white the "
+        f"largest, {fmt.significant(most)}. This is all that the masks gave free.",
+        opened,
+        (-most, most),
+        (f"−{fmt.significant(most)}", "0", fmt.significant(most)),
+        "Change of a parameter",
+    )
+    words = (
+        "<p class='note'>The left picture should look like noise whatever the site has learnt. It illustrates and "
+        "proves nothing: what the claim rests on is the protocol, which each site checks for itself.</p>"
+    )
+    return f'<div class="pair pictures">{left}{right}</div>{words}'
+
+
+def secure(run: Run) -> str:
+    """The section; empty where nothing was masked, or nothing was tried yet."""
+    found = sums(run)
+    if not run.masked or not found:
+        return ""
+    opened = sum(1 for _, s in found if s.groups)
+    lead = (
+        f"The sites masked what they sent. {fmt.plural(opened, 'round')} of {len(found)} gave a sum that the server "
+        "could open, and only the sum."
+    )
+    body = _pictures(run) + f'<div class="pair">{_facts(run, found)}{_losses(found)}</div>'
+    return fmt.section("secure", "Masked sums", lead, body + _groups(found) + _exchanges(found))

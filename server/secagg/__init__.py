@@ -1,0 +1,1 @@
+"""Secure aggregation: see docs/explanation/secure-aggregation.md."""

@@ -1,0 +1,261 @@
+"""The server's side of one secure sum: what it has heard of whom, and what it says next.
+
+Pure bookkeeping, no network. The server holds no secret before the last exchange, and then only those that open the
+sum: of each site either the seed of its own mask or the key of its pairwise masks, never both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedge.shared import protocol
+from fedge.shared.decode import decode_raw
+from fedge.shared.secagg import agreement, graph, masking, messages, shamir, transcript
+from fedge.shared.secagg.messages import BOX_BYTES, SHARE_BYTES, Sharer, Signed
+from fedge.shared.secagg.shamir import UnrecoverableError
+from fedge.shared.secagg.transcript import Attempt, Bundle
+
+
+class LostError(Exception):
+    """Too few sites are left, or a secret cannot be recovered: the attempt is over."""
+
+
+@dataclass
+class Group:
+    """One attempt at one sum.
+
+    Attributes:
+        attempt: as in every request of it.
+        length: coordinates of the vector.
+        bundles: by site, sorted: who answered exchange 0.
+        sharers: by site: who answered exchange 1, with commitment and signature.
+        boxes: of each sharer, by the site that they are for.
+        total: sum of the masked vectors, modulo 2^32.
+        survivors: whose vector is in it.
+        signatures: of the survivors on the list of survivors.
+        shares: by the site that gave them, by the site that they are of.
+    """
+
+    attempt: Attempt
+    length: int
+    bundles: dict[str, Bundle]
+    sharers: dict[str, Sharer] = field(default_factory=dict)
+    boxes: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    total: NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    survivors: list[str] = field(default_factory=list)
+    signatures: dict[str, bytes] = field(default_factory=dict)
+    shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bundles = dict(sorted(self.bundles.items()))
+        self.sites = list(self.bundles)
+        self.t = transcript.transcript(self.attempt, list(self.bundles.values()))
+        indices = graph.neighbours(self.t, len(self.sites))
+        self.neighbours = {
+            site: [self.sites[i] for i in near]
+            for site, near in zip(self.sites, indices, strict=True)
+        }
+        self.threshold = graph.threshold(len(self.sites))
+        if not self.total.size:
+            self.total = np.zeros(self.length, np.uint32)
+
+    def require(self, left: Iterable[str], exchange: str) -> None:
+        """Go on only with as many sites as the clients will ask for.
+
+        Raises:
+            LostError: fewer.
+        """
+        count = len(list(left))
+        if count < self.threshold:
+            raise LostError(f"{exchange}: must be answered by {self.threshold} sites, got {count}")
+
+    # Exchange 1.
+
+    def share_values(self) -> dict[str, bytes]:
+        """What every site is told: all bundles."""
+        return {messages.BUNDLES: messages.joined(list(self.bundles.values()))}
+
+    def take_share(self, site: str, values: ConfigRecord) -> None:
+        """A site's commitment and boxes.
+
+        Raises:
+            ValueError: malformed.
+        """
+        near = self.neighbours[site]
+        size = BOX_BYTES * len(near)
+        raw = messages.data(values, messages.BOXES, size, size)
+        commitment = messages.data(values, messages.COMMITMENT, 32, 32)
+        signature = messages.data(values, messages.SIGNATURE, 64, 64)
+        self.boxes[site] = {
+            peer: raw[i * BOX_BYTES : (i + 1) * BOX_BYTES] for i, peer in enumerate(near)
+        }
+        self.sharers[site] = Sharer(site, commitment, signature, b"")
+
+    # Exchange 2.
+
+    def masked_values(self, site: str) -> dict[str, bytes]:
+        """What one site is told: who shared, with the boxes for it."""
+        told = [
+            Sharer(s.site, s.commitment, s.signature, self.boxes[s.site].get(site, b""))
+            for s in sorted(self.sharers.values(), key=lambda s: s.site)
+        ]
+        return {messages.SHARERS: messages.joined(told)}
+
+    def take_masked(self, site: str, content: RecordDict) -> NDArray[np.uint32]:
+        """Add a site's vector to the sum.
+
+        Returns:
+            It, as it came.
+
+        Raises:
+            ValueError: it is malformed or damaged; nothing was added.
+        """
+        values = messages.values_of(content)
+        messages.data(values, messages.SIGNATURE, 64, 64)
+        arrays = content.get(protocol.ARRAYS)
+        if not isinstance(arrays, ArrayRecord) or list(arrays) != [messages.VECTOR]:
+            raise ValueError(f"must hold one array, {messages.VECTOR}, got another")
+        vector = decode_raw(arrays[messages.VECTOR], self.length, np.dtype("<u4"))
+        told = int.from_bytes(messages.data(values, messages.CHECKSUM, 8, 8), "big")
+        if masking.checksum(vector) != told:
+            raise ValueError("masked vector: must have the checksum that was signed, got another")
+        np.add(self.total, vector, out=self.total)
+        self.survivors = sorted([*self.survivors, site])
+        return vector
+
+    # Exchange 3.
+
+    def commit_values(self) -> dict[str, bytes]:
+        """What every survivor is told: who survived."""
+        return {messages.SURVIVORS: transcript.pack_sites(self.survivors)}
+
+    def take_commit(self, site: str, values: ConfigRecord) -> None:
+        """A survivor's signature.
+
+        Raises:
+            ValueError: malformed.
+        """
+        self.signatures[site] = messages.data(values, messages.SIGNATURE, 64, 64)
+
+    # Exchange 4.
+
+    def unmask_values(self) -> dict[str, bytes]:
+        """What every survivor is told: that the others signed."""
+        signed = [Signed(site, s) for site, s in sorted(self.signatures.items())]
+        return {messages.SIGNATURES: messages.joined(signed)}
+
+    def holds(self, site: str) -> list[str]:
+        """Of whom a site holds shares, sorted."""
+        return sorted({site, *(p for p in self.neighbours[site] if p in self.sharers)})
+
+    def take_unmask(self, site: str, values: ConfigRecord) -> None:
+        """A survivor's shares.
+
+        Raises:
+            ValueError: malformed.
+        """
+        peers = self.holds(site)
+        size = SHARE_BYTES * len(peers)
+        raw = messages.data(values, messages.SHARES, size, size)
+        self.shares[site] = {
+            peer: raw[i * SHARE_BYTES : (i + 1) * SHARE_BYTES] for i, peer in enumerate(peers)
+        }
+
+    def unmask(self) -> tuple[NDArray[np.uint32], set[str]]:
+        """Take the masks off the sum.
+
+        Returns:
+            The sum of the survivors' vectors, and the sites whose shares were wrong.
+
+        Raises:
+            LostError: a secret cannot be recovered.
+        """
+        alive, wrong = set(self.survivors), set[str]()
+        masks: list[tuple[bytes, int]] = []
+        for site in sorted(self.sharers):
+            if site in alive:
+                seed = self._recover(site, wrong)
+                masks.append((agreement.self_mask_key(seed, self.t), -1))
+                continue
+            pair = agreement.Pair.from_private(self._recover(site, wrong))
+            masks += [self._pair_mask(pair, site, p) for p in self.neighbours[site] if p in alive]
+        total = self.total.copy()
+        masking.add_masks(total, masks)
+        return total, wrong
+
+    def _pair_mask(self, pair: agreement.Pair, lost: str, peer: str) -> tuple[bytes, int]:
+        """What takes the mask between a lost site and a survivor off the sum."""
+        try:
+            agreed = agreement.shared(pair, self.bundles[peer].mask_key)
+        except ValueError as error:
+            raise LostError(f"{peer}: {error}") from None
+        return agreement.mask_key(agreed, self.t, peer, lost), -1 if peer < lost else 1
+
+    def _recover(self, site: str, wrong: set[str]) -> bytes:
+        """A lost site's mask key, or a survivor's seed, whichever was asked for."""
+        holders = sorted({site, *self.neighbours[site]})
+        given = {
+            self.sites.index(holder) + 1: self.shares[holder][site]
+            for holder in holders
+            if site in self.shares.get(holder, {})
+        }
+        is_right = self._is_seed(site) if site in self.survivors else self._is_mask_key(site)
+        try:
+            found = shamir.recover(given, graph.threshold(len(holders)), is_right)
+        except UnrecoverableError as error:
+            raise LostError(f"shares of {site}: {error}") from None
+        wrong |= {self.sites[x - 1] for x in found.wrong}
+        return found.secret
+
+    def _is_seed(self, site: str) -> Callable[[bytes], bool]:
+        commitment = self.sharers[site].commitment
+        return lambda secret: hashlib.sha256(secret).digest() == commitment
+
+    def _is_mask_key(self, site: str) -> Callable[[bytes], bool]:
+        public = self.bundles[site].mask_key
+        return lambda secret: agreement.Pair.from_private(secret).public == public
+
+
+def to_json(group: Group) -> dict[str, object]:
+    """What must outlive the coordinator between the last two exchanges, without the sum itself."""
+    a = group.attempt
+    return {
+        "attempt": [a.job.hex(), a.run_id, a.purpose, a.server_round, a.number],
+        "length": group.length,
+        "bundles": messages.joined(list(group.bundles.values())).hex(),
+        "sharers": messages.joined([group.sharers[s] for s in sorted(group.sharers)]).hex(),
+        "survivors": group.survivors,
+        "signatures": {site: s.hex() for site, s in group.signatures.items()},
+    }
+
+
+def from_json(told: Mapping[str, Any], total: NDArray[np.uint32]) -> Group:
+    """The reverse of ``to_json``.
+
+    Raises:
+        ValueError, KeyError, TypeError: damaged.
+    """
+    job, run_id, purpose, server_round, number = told["attempt"]
+    bundles = transcript.unpack_bundles(bytes.fromhex(told["bundles"]))
+    sharers = messages.sharers_of(
+        messages.record({messages.SHARERS: bytes.fromhex(told["sharers"])})
+    )
+    if total.shape != (told["length"],) or total.dtype != np.uint32:
+        raise ValueError("sum: must have the length that was written down, got another")
+    return Group(
+        Attempt(bytes.fromhex(job), run_id, purpose, server_round, number),
+        told["length"],
+        {b.site: b for b in bundles},
+        {s.site: s for s in sharers},
+        {},
+        total,
+        list(told["survivors"]),
+        {site: bytes.fromhex(s) for site, s in told["signatures"].items()},
+    )

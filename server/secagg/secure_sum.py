@@ -1,0 +1,449 @@
+"""The five exchanges with all sites of a sum, tried again with new keys where too few are left.
+
+Whoever is lost at an exchange is out for the attempt and asked again at the next; after the last exchange has begun
+there is no next, as sites answer a round once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedge.server import requests
+from fedge.server.exchange import Exchange
+from fedge.server.members import Member
+from fedge.server.secagg.group import Group, LostError
+from fedge.server.secagg.ledger import Ledger
+from fedge.server.talk import Talk
+from fedge.server.tally import absence
+from fedge.server.verdicts import Rejection, printable, reported, reported_words
+from fedge.shared import protocol
+from fedge.shared.failpoints import reach
+from fedge.shared.secagg import job, messages, transcript
+from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle, Purpose
+
+_log = logging.getLogger(__name__)
+
+#: What each exchange is called where people read of it.
+NAMES: Final = {
+    messages.SHARE: "share",
+    messages.MASKED: "masked",
+    messages.COMMIT: "commit",
+    messages.UNMASK: "unmask",
+}
+#: Values of a masked vector that are kept to be shown.
+SAMPLE: Final = 1024
+
+
+@dataclass(frozen=True)
+class Begin:
+    """How a sum begins.
+
+    Attributes:
+        purpose: what is summed.
+        server_round: of the run.
+        length: coordinates of its vector.
+        messages: exchange 0's requests to some members, in their order, for an attempt's number.
+    """
+
+    purpose: Purpose
+    server_round: int
+    length: int
+    messages: Callable[[list[Member], int], list[Message]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sum that was opened.
+
+    Attributes:
+        sites: whose vectors are in it, sorted.
+        sharers: how many shared, by which the scale is chosen.
+        threshold: how many had to stay.
+        total: modulo 2^32, without masks.
+    """
+
+    sites: tuple[str, ...]
+    sharers: int
+    threshold: int
+    total: NDArray[np.uint32]
+
+
+@dataclass
+class Outcome:
+    """What came of the exchanges.
+
+    Attributes:
+        opened: a sum for each group that was opened.
+        failed: why the others were not, a line each.
+        lost: by attempt: who dropped out, at which exchange, and why.
+        attempts: that were made.
+        sent, received: bytes.
+        sample: the first values of one masked vector, as it came.
+    """
+
+    opened: list[Opened] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    attempts: int = 0
+    sent: int = 0
+    received: int = 0
+    sample: list[int] = field(default_factory=list)
+    out: dict[str, Rejection] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[str]:
+        """Whose vectors are in a sum that was opened."""
+        return sorted(site for opened in self.opened for site in opened.sites)
+
+    def rejections(self, asked: Sequence[Member]) -> list[Rejection]:
+        """Why those who were asked are in none of the sums."""
+        within = set(self.sites)
+        return [self.out[m.site] for m in asked if m.site not in within and m.site in self.out]
+
+
+class SecureSum:
+    """Runs sums over members.
+
+    Args:
+        talk: to the members.
+        ledger: of the run.
+        min_sites: fewest sites of a sum.
+        attempts: at a sum.
+        deadline: seconds for each exchange after the first.
+    """
+
+    def __init__(
+        self, talk: Talk, ledger: Ledger, *, min_sites: int, attempts: int, deadline: float
+    ) -> None:
+        self._talk, self._ledger = talk, ledger
+        self._min_sites = max(min_sites, FEWEST_SITES)
+        self._attempts, self._deadline = attempts, deadline
+
+    def run(self, begin: Begin, groups: Sequence[list[Member]]) -> Outcome:
+        """Sum over each group of members.
+
+        Raises:
+            RunError: 501, the SuperLink does not answer; 504, the ledger is damaged.
+        """
+        outcome = Outcome()
+        members = {m.site: m for some in groups for m in some}
+        kept = self._ledger.kept(self._talk.run_id, begin.purpose, begin.server_round)
+        done = {site for group in kept for site in group.bundles}
+        if kept:
+            _log.info("round %d: %d kept sums are opened", begin.server_round, len(kept))
+            outcome.attempts = max(group.attempt.number for group in kept)
+            self._open(begin, kept, members, outcome)
+        left = [list(some) for some in groups if not any(m.site in done for m in some)]
+        for attempt in range(self._attempts):
+            # A sum that was about to be opened and was not is lost for good: then no other is opened for nothing.
+            if not left or len(outcome.opened) < len(kept):
+                break
+            if few := [len(some) for some in left if len(some) < self._min_sites]:
+                outcome.failed.append(f"sites: must be at least {self._min_sites}, got {few[0]}")
+                break
+            if attempt:
+                _log.warning(
+                    "round %d: %s; tried again", begin.server_round, "; ".join(outcome.failed)
+                )
+            number = self._ledger.next_attempt(begin.purpose, begin.server_round)
+            outcome.attempts += 1
+            outcome.failed = []
+            committed, left = self._attempt(begin, number, left, outcome)
+            if committed:
+                self._ledger.keep(committed)
+                kept += committed
+                reach("before-unmask", begin.server_round)
+                self._open(begin, committed, members, outcome)
+        return outcome
+
+    def settled(self) -> None:
+        """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
+        self._ledger.drop()
+
+    def _attempt(
+        self, begin: Begin, number: int, groups: list[list[Member]], outcome: Outcome
+    ) -> tuple[list[Group], list[list[Member]]]:
+        """Exchanges 0 to 3.
+
+        Returns:
+            Groups whose survivors have signed, and the members of those that are to be tried again.
+        """
+        everybody = [m for some in groups for m in some]
+        asked = begin.messages(everybody, number)
+        purpose, server_round = begin.purpose, begin.server_round
+        attempt = Attempt(
+            job.of(messages.BEGIN[purpose], asked[0].content),
+            self._talk.run_id,
+            purpose,
+            server_round,
+            number,
+        )
+        if purpose == "train":
+            reach("before-dispatch", server_round)
+        phase = purpose if purpose != "statistics" else "sum"
+        result = self._talk.ask(server_round, phase, everybody, asked)
+        if purpose == "train":
+            reach("all-received", server_round)
+        bundles: dict[str, Bundle] = {}
+
+        def take(site: str, content: RecordDict) -> None:
+            values = messages.values_of(content)
+            raw = messages.data(values, messages.BUNDLE, 256, 1)
+            (bundle,) = transcript.unpack_bundles(raw)
+            if bundle.site != site:
+                raise ValueError(f"bundle: must be of {site}, got {bundle.site}")
+            bundles[site] = bundle
+
+        self._hear(result, everybody, "begin", outcome, take)
+        open_groups: list[_Trial] = []
+        for some in groups:
+            there = {m.site: bundles[m.site] for m in some if m.site in bundles}
+            trial = _Trial(some, None)
+            if len(there) >= self._min_sites:
+                trial.group = Group(attempt, begin.length, there)
+            else:
+                trial.failed = (
+                    f"begin: must be answered by {self._min_sites} sites, got {len(there)}"
+                )
+            open_groups.append(trial)
+        for kind, told, hear in _STEPS:
+            self._step(begin, kind, told, hear, open_groups, outcome)
+        committed = [t.group for t in open_groups if t.group is not None]
+        again: list[list[Member]] = []
+        for trial in open_groups:
+            if trial.group is None:
+                outcome.failed.append(trial.failed)
+                again.append([m for m in trial.members if m.site not in trial.excluded])
+        return committed, again
+
+    def _step(
+        self,
+        begin: Begin,
+        kind: str,
+        told: Callable[[Group, str], Mapping[str, bytes]],
+        hear: Callable[[Group, str, RecordDict], object],
+        trials: list[_Trial],
+        outcome: Outcome,
+    ) -> None:
+        """One exchange with all groups that are still in it."""
+        members: list[Member] = []
+        asked: list[Message] = []
+        of: dict[str, _Trial] = {}
+        for trial in trials:
+            if trial.group is None:
+                continue
+            left = trial.left(kind)
+            for member in (m for m in trial.members if m.site in left):
+                members.append(member)
+                of[member.site] = trial
+                asked.append(
+                    self._message(kind, trial.group, told(trial.group, member.site), member)
+                )
+        if not asked:
+            return
+        result = self._talk.ask(
+            begin.server_round, NAMES[kind], members, asked, deadline=self._deadline
+        )
+
+        def take(site: str, content: RecordDict) -> None:
+            group = of[site].group
+            values = content.get(messages.SECURE)
+            if isinstance(values, ConfigRecord) and messages.BLAMED in values:
+                peer = str(values.get(messages.BLAMED))
+                of[site].blames.setdefault(peer, set()).add(site)
+                raise ValueError(f"finds fault with {printable(peer)}, {_code(values)}")
+            if group is not None:
+                heard = hear(group, site, content)
+                if isinstance(heard, np.ndarray) and not outcome.sample:
+                    outcome.sample = heard[:SAMPLE].tolist()
+
+        self._hear(result, members, NAMES[kind], outcome, take)
+        for trial in {id(t): t for t in of.values()}.values():
+            for peer in trial.check(kind, self._min_sites):
+                count = len(trial.blames[peer])
+                self._lose(
+                    outcome, peer, NAMES[kind], f"left out, as {count} sites find fault with it"
+                )
+
+    def _open(
+        self, begin: Begin, groups: list[Group], members: Mapping[str, Member], outcome: Outcome
+    ) -> None:
+        """Exchange 4, and the sums."""
+        asked: list[Message] = []
+        whom: list[Member] = []
+        of: dict[str, Group] = {}
+        for group in groups:
+            for site in group.survivors:
+                if site in members:
+                    whom.append(members[site])
+                    of[site] = group
+                    asked.append(
+                        self._message(messages.UNMASK, group, group.unmask_values(), members[site])
+                    )
+        result = self._talk.ask(
+            begin.server_round, NAMES[messages.UNMASK], whom, asked, deadline=self._deadline
+        )
+
+        def take(site: str, content: RecordDict) -> None:
+            of[site].take_unmask(site, messages.values_of(content))
+
+        self._hear(result, whom, NAMES[messages.UNMASK], outcome, take)
+        for group in groups:
+            try:
+                group.require(group.shares, NAMES[messages.UNMASK])
+                total, wrong = group.unmask()
+            except LostError as error:
+                outcome.failed.append(str(error))
+                continue
+            for site in sorted(wrong):
+                self._lose(outcome, site, "unmask", "its shares are not those it was given")
+            outcome.opened.append(
+                Opened(tuple(group.survivors), len(group.sharers), group.threshold, total)
+            )
+
+    def _message(
+        self, kind: str, group: Group, values: Mapping[str, bytes], member: Member
+    ) -> Message:
+        config, a = self._talk.config, group.attempt
+        address = requests.address(a.run_id, a.server_round, config.task.name, len(group.bundles))
+        secure = messages.record(
+            {messages.PURPOSE: a.purpose, messages.ATTEMPT: a.number, **values}
+        )
+        content = RecordDict({protocol.CONFIG: ConfigRecord({**address}), messages.SECURE: secure})
+        return requests.message(content, member, kind, a.server_round, self._deadline)
+
+    def _hear(
+        self,
+        result: Exchange,
+        asked: Sequence[Member],
+        exchange: str,
+        outcome: Outcome,
+        take: Callable[[str, RecordDict], None],
+    ) -> None:
+        """Take every reply; note who is lost, and why."""
+        outcome.sent += result.sent
+        outcome.received += result.received
+        deadline = self._talk.config.round.deadline if exchange == "begin" else self._deadline
+        for member in asked:
+            reply = result.replies.get(member.node_id)
+            if reply is None:
+                why, code, how = absence(result, member.node_id, deadline), 409, "absent"
+                if member.node_id in result.late:
+                    why, code, how = f"reply after the deadline of {deadline:g} s", 408, "late"
+                self._lose(outcome, member.site, exchange, why, code, how)
+            elif reply.has_error():
+                words = reported_words(reply.error)
+                self._lose(
+                    outcome, member.site, exchange, words, reported(reply.error) or 410, "error"
+                )
+            else:
+                try:
+                    _require_answer(reply.content, member.site, self._talk.run_id)
+                    take(member.site, reply.content)
+                except ValueError as error:
+                    self._lose(outcome, member.site, exchange, printable(str(error), 160), 411)
+
+    def _lose(
+        self,
+        outcome: Outcome,
+        site: str,
+        exchange: str,
+        why: str,
+        code: int = 411,
+        how: Any = "rejected",
+    ) -> None:
+        _log.warning("%s is lost at %s: %s", site, exchange, why)
+        outcome.lost.append(
+            {"site": site, "exchange": exchange, "attempt": outcome.attempts, "reason": why}
+        )
+        code = code if how != "error" else 410
+        outcome.out[site] = Rejection(site, code, how, f"{exchange}: {why}")
+
+
+@dataclass
+class _Trial:
+    """A group within an attempt."""
+
+    members: list[Member]
+    group: Group | None
+    failed: str = ""
+    blames: dict[str, set[str]] = field(default_factory=dict)
+    excluded: set[str] = field(default_factory=set)
+
+    def left(self, kind: str) -> set[str]:
+        """Who is asked in this exchange."""
+        group = self.group
+        if group is None:
+            return set()
+        if kind == messages.SHARE:
+            return set(group.bundles)
+        return set(group.sharers if kind == messages.MASKED else group.survivors)
+
+    def check(self, kind: str, min_sites: int) -> list[str]:
+        """Give the group up where fewer are left than its sites will ask for.
+
+        Returns:
+            Whom others blame for it, so that the next attempt is without them.
+        """
+        group = self.group
+        if group is None:
+            return []
+        done = {
+            messages.SHARE: group.sharers,
+            messages.MASKED: group.survivors,
+            messages.COMMIT: group.signatures,
+        }[kind]
+        least = group.threshold if kind == messages.COMMIT else max(group.threshold, min_sites)
+        if len(done) >= least:
+            return []
+        self.failed = f"{NAMES[kind]}: must be answered by {least} sites, got {len(done)}"
+        self.group = None
+        members = {m.site for m in self.members}
+        blamed = {peer: by for peer, by in self.blames.items() if peer in members}
+        for peer, by in blamed.items():
+            # One accuser and one accused: one of the two is at fault, and nobody can tell which.
+            self.excluded |= {peer} if len(by) > 1 else {peer, *by}
+        return sorted(blamed)
+
+
+def _require_answer(content: RecordDict, site: str, run_id: str) -> None:
+    config = content.get(protocol.CONFIG)
+    if not isinstance(config, ConfigRecord):
+        raise ValueError(f"must hold a {protocol.CONFIG} record, got none")
+    if (config.get(protocol.SITE), config.get(protocol.RUN_ID)) != (site, run_id):
+        raise ValueError("must answer as this site in this run, got another")
+
+
+def _code(values: ConfigRecord) -> str:
+    code = values.get(messages.CODE)
+    return f"FE-{code}" if type(code) is int and 400 <= code < 500 else "without a number"
+
+
+_STEPS: Final[
+    Sequence[
+        tuple[
+            str,
+            Callable[[Group, str], Mapping[str, bytes]],
+            Callable[[Group, str, RecordDict], object],
+        ]
+    ]
+] = (
+    (
+        messages.SHARE,
+        lambda group, _: group.share_values(),
+        lambda group, site, content: group.take_share(site, messages.values_of(content)),
+    ),
+    (messages.MASKED, Group.masked_values, Group.take_masked),
+    (
+        messages.COMMIT,
+        lambda group, _: group.commit_values(),
+        lambda group, site, content: group.take_commit(site, messages.values_of(content)),
+    ),
+)

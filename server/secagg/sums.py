@@ -1,0 +1,304 @@
+"""What a run sums under masks: statistics before the first round, updates, and evaluations."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedge.server import requests
+from fedge.server.members import Member
+from fedge.server.results import Groups, Summed
+from fedge.server.secagg.ledger import Ledger
+from fedge.server.secagg.secure_sum import SAMPLE, Begin, Opened, Outcome, SecureSum
+from fedge.server.talk import Talk
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays
+from fedge.shared.config import Config
+from fedge.shared.errors import RunError
+from fedge.shared.preprocess import Statistics
+from fedge.shared.secagg import encoding, layout, limbs, messages, transcript
+from fedge.shared.secagg.layout import Bounds, Layout
+from fedge.shared.tasks.columns import column_bounds
+from fedge.shared.tasks.task import Task
+
+_FAILED, _OUT_OF_RANGE = 510, 511
+#: Beyond what an honest sum may reach, by rounding alone.
+_SLACK = 1.001
+
+Compose = Callable[[list[Member], ConfigRecord], list[Message]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a round's updates.
+
+    Attributes:
+        result: the sum, or one a group, as weights times examples; None where there is none.
+        outcome: of the exchanges.
+        facts: for the round's line.
+        reason: why there is no sum.
+        seen: the first values of one masked vector as it came, and of the mean update that was opened.
+    """
+
+    result: Summed | Groups | None
+    outcome: Outcome
+    facts: dict[str, Any]
+    reason: str | None
+    seen: dict[str, list[float]] = field(default_factory=dict)
+
+
+class SecureSums:
+    """The secure sums of one run.
+
+    Args:
+        talk: to its members.
+        ledger: of its run directory.
+        config: with ``secure-aggregation.enabled``.
+        task: of the run.
+    """
+
+    def __init__(self, talk: Talk, ledger: Ledger, config: Config, task: Task) -> None:
+        section = config.secure_aggregation
+        self._talk, self._config, self._task = talk, config, task
+        self._sum = SecureSum(
+            talk,
+            ledger,
+            min_sites=section.min_sites,
+            attempts=section.attempts,
+            deadline=section.deadline,
+        )
+        network = task.network()
+        state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+        self._shapes = {n: a.shape for n, a in state.items() if a.dtype.kind == "f"}
+        self._parameters = [name for name, _ in network.named_parameters()]
+        self._bounds = Bounds(
+            section.clipping_bound,
+            section.value_bound,
+            section.state_bound,
+            section.weight_cap,
+        )
+
+    def train(
+        self,
+        server_round: int,
+        asked: list[Member],
+        compose: Compose,
+        current: NDArrays,
+        *,
+        control: bool,
+    ) -> Trained:
+        """Sum the updates of a round.
+
+        Args:
+            server_round: from 1.
+            asked: members that are invited.
+            compose: makes the requests for some of them, with the record of an attempt.
+            current: the round's weights.
+            control: SCAFFOLD's changes of the control variates are summed too.
+
+        """
+        of = layout.of_training(self._shapes, self._parameters, self._bounds, control=control)
+        groups = self._groups(server_round, asked)
+        outcome = self._run(server_round, "train", of, groups, compose)
+        sums: list[Summed] = []
+        facts = _facts(outcome)
+        for opened in outcome.opened:
+            try:
+                made, counted = self._weights(of, opened, current)
+            except RunError as error:
+                outcome.failed.append(str(error))
+                continue
+            sums.append(made)
+            for name in (layout.CLIPPED, layout.CAPPED, layout.SATURATED):
+                facts[name] = facts.get(name, 0) + int(counted[name])
+        facts["groups"] = [list(s.sites) for s in sums]
+        wanted = len(groups)
+        if len(sums) < wanted:
+            words = "; ".join(outcome.failed)[:400]
+            reason = f"FE-{_FAILED} secure sums: must be {wanted}, got {len(sums)} ({words})"
+            return Trained(None, outcome, facts, reason)
+        result = sums[0] if wanted == 1 else Groups(tuple(sums))
+        return Trained(result, outcome, facts, None, self._seen(of, outcome, sums[0], current))
+
+    def evaluate(
+        self, server_round: int, asked: list[Member], compose: Compose
+    ) -> tuple[dict[str, float] | None, Outcome]:
+        """Sum the task's counters over the members' test examples; None where the sum is not opened."""
+        of = layout.of_evaluation(self._task.counter_names)
+        outcome = self._run(server_round, "evaluate", of, [asked], compose)
+        for opened in outcome.opened:
+            try:
+                counted = _counted(of, opened)
+            except RunError as error:
+                outcome.failed.append(str(error))
+                continue
+            return layout.from_task_counters(counted, self._task.counter_names), outcome
+        return None, outcome
+
+    def statistics(self, asked: list[Member]) -> Statistics:
+        """Sum what standardisation needs over the members' training examples.
+
+        Raises:
+            RunError: 510, the sum could not be opened, or is of no examples.
+        """
+        bounds = column_bounds(self._task)
+        of = layout.of_statistics(len(bounds))
+
+        def compose(members: list[Member], secure: ConfigRecord) -> list[Message]:
+            address = requests.address(self._talk.run_id, 0, self._task.name, len(members))
+            content = RecordDict(
+                {protocol.CONFIG: ConfigRecord({**address}), messages.SECURE: secure}
+            )
+            deadline = self._config.round.deadline
+            return [requests.message(content, m, messages.STATISTICS, 0, deadline) for m in members]
+
+        outcome = self._run(0, "statistics", of, [asked], compose)
+        if not outcome.opened:
+            raise RunError(_FAILED, f"statistics: must be summed, got {'; '.join(outcome.failed)}")
+        counted = _counted(of, outcome.opened[0])
+        if not counted[layout.EXAMPLES]:
+            raise RunError(_FAILED, "statistics: must be of 1 example or more, got none")
+        units = np.array([bound.unit for bound in bounds])
+        kinds = (protocol.FEATURE_TOTAL, protocol.FEATURE_TOTAL_OF_SQUARES)
+        total, squares = (
+            np.array([counted[f"{kind}-{column}"] for column in range(len(bounds))])
+            for kind in kinds
+        )
+        return Statistics(
+            int(counted[layout.EXAMPLES]),
+            tuple((total * units).tolist()),
+            tuple((squares * units**2).tolist()),
+        )
+
+    def settled(self) -> None:
+        """What the sums of a round gave is in the journal: nothing of them is kept any longer."""
+        self._sum.settled()
+
+    def _run(
+        self,
+        server_round: int,
+        purpose: transcript.Purpose,
+        of: Layout,
+        groups: Sequence[list[Member]],
+        compose: Compose,
+    ) -> Outcome:
+        def begin(members: list[Member], number: int) -> list[Message]:
+            return compose(members, self._record(number))
+
+        return self._sum.run(Begin(purpose, server_round, of.length, begin), groups)
+
+    def _record(self, number: int) -> ConfigRecord:
+        return messages.record(
+            {
+                messages.PROTOCOL: transcript.VERSION,
+                messages.ATTEMPT: number,
+                messages.CLIPPING_BOUND: self._bounds.clipping_bound,
+                messages.VALUE_BOUND: self._bounds.value_bound,
+                messages.STATE_BOUND: self._bounds.state_bound,
+                messages.WEIGHT_CAP: self._bounds.weight_cap,
+            }
+        )
+
+    def _groups(self, server_round: int, asked: list[Member]) -> list[list[Member]]:
+        """Members by lot into groups of nearly one size, anew each round."""
+        count = self._config.secure_aggregation.groups
+        if count == 1:
+            return [asked]
+        words = f"fedge groups {self._config.run.seed} {server_round}".encode()
+        drawn = sorted(asked, key=lambda m: m.site)
+        random.Random(hashlib.sha256(words).digest()).shuffle(drawn)  # noqa: S311 - reproducible by intent
+        return [sorted(drawn[i::count], key=lambda m: m.site) for i in range(count)]
+
+    def _weights(
+        self, of: Layout, opened: Opened, current: NDArrays
+    ) -> tuple[Summed, Mapping[str, float]]:
+        """A sum of weighted updates as a sum of weighted weights.
+
+        Raises:
+            RunError: 511, it is not a sum of what sites may send; 510, of no examples.
+        """
+        counted = _counted(of, opened)
+        examples, sites = int(counted[layout.EXAMPLES]), len(opened.sites)
+        if examples < 1:
+            raise RunError(_FAILED, "examples: must be at least 1 over all sites, got none")
+        if examples > sites * self._bounds.weight_cap:
+            raise _out_of_range("examples")
+        weight = examples / self._bounds.weight_cap
+        flat = encoding.decode(opened.total[: of.values], of.segments, opened.sharers)
+        steps = sites / encoding.scale(of.segments[0].bound, opened.sharers)
+        update = flat[: of.segments[0].size]
+        most = self._bounds.clipping_bound * weight * _SLACK + steps * np.sqrt(update.size)
+        if not float(np.linalg.norm(update)) <= most:
+            raise _out_of_range("update")
+        return (
+            Summed(
+                opened.sites,
+                self._totals(of, flat / weight, current, examples),
+                examples,
+                counted[layout.LOSS],
+            ),
+            counted,
+        )
+
+    def _seen(
+        self, of: Layout, outcome: Outcome, opened: Summed, current: NDArrays
+    ) -> dict[str, list[float]]:
+        change = {t.name: opened.total[t.name] / opened.weight for t in of.tensors}
+        change |= {name: a - current[name] for name, a in change.items() if name in current}
+        update = of.flatten(change)[: min(of.segments[0].size, SAMPLE)]
+        return {
+            "masked": [float(v) for v in outcome.sample[: update.size]],
+            "opened": [float(v) for v in update],
+        }
+
+    def _totals(
+        self, of: Layout, mean: NDArray[np.float64], current: NDArrays, examples: int
+    ) -> NDArrays:
+        """Mean changes as sums of weights; what is not aggregated stays as it is."""
+        changes = of.unflatten(mean)
+        totals: NDArrays = {}
+        for name, a in current.items():
+            change = changes.pop(name, None)
+            kept = a.astype(np.float64)
+            totals[name] = examples * (kept if change is None else kept + change)
+        # What is left are SCAFFOLD's changes, which are no difference to anything.
+        return totals | {name: examples * change for name, change in changes.items()}
+
+
+def _counted(of: Layout, opened: Opened) -> dict[str, float]:
+    """The exact counters of a sum.
+
+    Raises:
+        RunError: 511, they are not a sum of what these sites may send.
+    """
+    sites = len(opened.sites)
+    try:
+        counted = limbs.decode_counters(opened.total[of.values :], of.counters, sites)
+    except ValueError:
+        raise _out_of_range("counters") from None
+    if counted[layout.SITES] != sites:
+        raise _out_of_range("counters")
+    return dict(counted)
+
+
+def _out_of_range(what: str) -> RunError:
+    return RunError(
+        _OUT_OF_RANGE, f"secure sum: {what} must be in the range that its sites have, got another"
+    )
+
+
+def _facts(outcome: Outcome) -> dict[str, Any]:
+    """What the round's line says of a secure sum."""
+    first = outcome.opened[0] if outcome.opened else None
+    return {
+        "attempts": outcome.attempts,
+        "threshold": first.threshold if first else None,
+        "lost": outcome.lost,
+    }

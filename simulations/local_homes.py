@@ -1,0 +1,96 @@
+"""The homes of a local federation: the server's, every site's, and the roster of a consortium of this directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from fedge.client import own_roster
+from fedge.client.policy import SecurePolicy
+from fedge.shared import flower_app, signing
+from fedge.shared.config import Config
+from fedge.shared.daemon import home as homes
+from fedge.shared.daemon import process
+from fedge.shared.daemon.process import Program
+from fedge.shared.durable import write_atomically
+from fedge.simulations.consortium import signed_roster
+
+#: Name of the run in the server's home; it is the run directory itself.
+RUN: Final = "run"
+
+
+def make_homes(config: Config, out: Path) -> None:
+    """Make the home of the server, and of every site that has none yet."""
+    from fedge.client import operate as site
+    from fedge.server import operate as server
+    from fedge.server import register
+    from fedge.server.server_file import load
+
+    home = out / "server"
+    if not (home / "server.toml").exists():
+        shutil.rmtree(home, ignore_errors=True)
+        server.init(home, f"127.0.0.1:{homes.free_port()}")
+    secure = config.secure_aggregation
+    terms = _terms(config)
+    link = home / "runs" / RUN
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / "..", target_is_directory=True)
+    address, bundle = load(home).server.address, flower_app.sha256(_build_in_a_fork)
+    for place in sorted((out / "sites").iterdir()):
+        if (place / "site.toml").exists() or not (place / "share").is_dir():
+            continue
+        site.init(
+            place,
+            place.name,
+            task=config.task.name,
+            server=address,
+            ca=home / "ca" / "ca.crt",
+            share=Path("share"),
+            bundle=bundle,
+            secure=terms,
+        )
+        if place.name in register.roster(home):
+            register.expel(home, place.name)
+        register.admit(home, place.name, place / "site.pub")
+    if secure.enabled:
+        _install_roster(out)
+
+
+def _terms(config: Config) -> SecurePolicy:
+    """What every site asks for: the run's own bounds, as their owner is the one who wrote them."""
+    secure = config.secure_aggregation
+    if not secure.enabled:
+        return SecurePolicy()
+    largest = max(secure.clipping_bound, SecurePolicy().max_clipping_bound)
+    return SecurePolicy.model_validate(
+        {"required": True, "min-sites": secure.min_sites, "max-clipping-bound": largest}
+    )
+
+
+def _install_roster(out: Path) -> None:
+    """Give every site a roster of all of them, signed by a consortium of this directory."""
+    key = out / "federation" / "consortium.key"
+    if not key.exists():
+        signing.new_key(key)
+    sites = sorted((out / "sites").iterdir())
+    if all((place / own_roster.FILE).exists() for place in sites):
+        return
+    keys = {place.name: own_roster.own_key(place) for place in sites}
+    signed = signed_roster(keys, signing.load_private(key))
+    for place in sites:
+        shutil.copyfile(signing.public_path(key), place / own_roster.TRUST)
+        write_atomically(place / own_roster.FILE, signed)
+
+
+def _build_in_a_fork(folder: Path) -> str:
+    """``flwr build`` without a new interpreter."""
+
+    def build() -> int | None:
+        os.chdir(folder)
+        return process.script("flwr", ["build"])()
+
+    log = folder.parent / "log"
+    os.waitpid(process.start(Program("flwr build", log, function=build)), 0)
+    return log.read_text(encoding="utf-8", errors="replace")

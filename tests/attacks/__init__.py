@@ -1,0 +1,1 @@
+"""Servers that deviate: what they learn from Flower's own secure aggregation, and from ours."""

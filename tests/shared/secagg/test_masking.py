@@ -1,0 +1,202 @@
+"""Masks: the keystream of the standards, exact to the bit, cancelling in pairs; damage shows in the checksum."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fedge.shared.secagg import masking
+
+KEY = bytes(range(32))
+OTHER = bytes(32)
+
+
+def counter_mode(key: bytes, size: int, first: int = 2) -> bytes:
+    """The keystream by the definition alone: each block number encrypted on its own."""
+    blocks = b"".join((first + i).to_bytes(16, "big") for i in range(-(-size // 16)))
+    return Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)[:size]  # noqa: S305
+
+
+def zeros(size: int) -> NDArray[np.uint32]:
+    return np.zeros(size, np.uint32)
+
+
+def test_counter_mode_follows_sp_800_38a() -> None:
+    """F.5.5, CTR-AES256.Encrypt: the definition above and the library's CTR agree with NIST's numbers."""
+    key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    first = bytes.fromhex("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff")
+    plain = bytes.fromhex(
+        "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51"
+        "30c81c46a35ce411e5fbc1191a0a52eff69f2445df4f9b17ad2b417be66c3710"
+    )
+    cipher = bytes.fromhex(
+        "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
+        "2b0930daa23de94ce87017ba2d84988ddfc9c58db67aada613c2dd08457941a6"
+    )
+    assert Cipher(algorithms.AES(key), modes.CTR(first)).encryptor().update(plain) == cipher
+    stream = counter_mode(key, 64, int.from_bytes(first, "big"))
+    assert bytes(a ^ b for a, b in zip(plain, stream, strict=True)) == cipher
+
+
+def test_the_keystream_starts_as_gcm_s_test_case_14() -> None:
+    """Key, nonce and plaintext of zeros in the GCM specification (McGrew, Viega), appendix B."""
+    stream = masking.keystream(bytes(32)).update(bytes(16))
+    assert stream.hex() == "cea7403d4d606b6e074ec5d3baf39d18"
+
+
+def test_the_keystream_is_counter_mode_from_block_2() -> None:
+    size = 300_007
+    made = masking.keystream(KEY)
+    pieces = b"".join(made.update(bytes(n)) for n in (1, 15, 31, 4096, size - 4143))
+    assert pieces == counter_mode(KEY, size)
+    assert pieces == Cipher(
+        algorithms.AES(KEY), modes.CTR((2).to_bytes(16, "big"))
+    ).encryptor().update(bytes(size))
+
+
+def test_frozen_masks() -> None:
+    """These may never change: a site and a server of two releases would unmask noise."""
+    vector = np.arange(5, dtype=np.uint32)
+    masking.add_masks(vector, [(KEY, 1), (OTHER, -1)])
+    assert vector.tolist() == [2708804672, 1326959721, 1642355203, 2163423329, 2303910756]
+    long = zeros(100_003)
+    masking.add_masks(long, [(KEY, 1)])
+    digest = hashlib.sha256(long.tobytes()).hexdigest()
+    assert digest == "f2b338c92aa3436273fd148c57cfd228242fceac897e57e57773e9f33ac1bc2d"
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 32_767, 32_768, 32_769, 100_001])
+@pytest.mark.parametrize("chunk", [16, 4096, masking.CHUNK_BYTES])
+def test_masks_are_the_keystreams_added_modulo_2_32(size: int, chunk: int) -> None:
+    if chunk == 16:
+        size = min(size, 5000)
+    start = np.random.default_rng(size).integers(0, 2**32, size, dtype=np.uint32)
+    masks = [(KEY, 1), (OTHER, -1), (b"x" * 32, 1)]
+    expected = start.astype(np.uint64)
+    for key, sign in masks:
+        stream = np.frombuffer(counter_mode(key, 4 * size), "<u4").astype(np.uint64)
+        expected = expected + stream if sign == 1 else expected + (2**32 - stream)
+    vector = start.copy()
+    masking.add_masks(vector, masks, chunk)
+    np.testing.assert_array_equal(vector, (expected % 2**32).astype(np.uint32))
+
+
+def test_masks_cancel_in_pairs_and_come_off_again() -> None:
+    sites = 5
+    start = np.random.default_rng(0).integers(0, 2**32, (sites, 70_001), dtype=np.uint32)
+    masked = start.copy()
+    for i in range(sites):
+        pairs = [
+            (hashlib.sha256(bytes(sorted((i, j)))).digest(), 1 if i < j else -1)
+            for j in range(sites)
+            if i != j
+        ]
+        masking.add_masks(masked[i], pairs)
+        assert (masked[i] == start[i]).mean() < 0.001
+    np.testing.assert_array_equal(masked.sum(0, np.uint32), start.sum(0, np.uint32))
+    again = start[0].copy()
+    masking.add_masks(again, [(KEY, 1)])
+    masking.add_masks(again, [(KEY, -1)])
+    np.testing.assert_array_equal(again, start[0])
+
+
+@pytest.mark.parametrize("content", [0, 1, 2**31 - 1, 2**32 - 1])
+def test_a_masked_vector_looks_like_noise(content: int) -> None:
+    """Chi-squared over the bytes at each place of the value, and the mean of the bits; a fixed key, so no chance."""
+    vector = np.full(2**16, content, np.uint32)
+    masking.add_masks(vector, [(KEY, 1)])
+    for place in range(4):
+        counts = np.bincount(vector.view(np.uint8)[place::4], minlength=256)
+        chi = ((counts - 256.0) ** 2 / 256).sum()
+        # 255 degrees of freedom: 0.01 % lie outside either end.
+        assert 176 < chi < 347
+    bits = np.unpackbits(vector.view(np.uint8))
+    assert abs(bits.mean() - 0.5) < 4 * 0.5 / np.sqrt(bits.size)
+
+
+def test_other_vectors_and_arguments_are_refused_and_left_alone() -> None:
+    masks = [(KEY, 1)]
+    grid = zeros(16).reshape(4, 4)
+    for vector in (
+        zeros(8).astype(np.int32),
+        zeros(8).astype(np.uint64),
+        zeros(8).astype(">u4"),
+        np.zeros(8, np.float32),
+        grid,
+        zeros(8)[::2],
+        np.uint32(1) + np.array(3, np.uint32),
+    ):
+        before = np.array(vector)
+        for call in (
+            lambda v=vector: masking.add_masks(v, masks),
+            lambda v=vector: masking.checksum(v),
+        ):
+            with pytest.raises(ValueError, match=r"vector: must be one-dimensional"):
+                call()
+        np.testing.assert_array_equal(vector, before)
+    frozen = zeros(8)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        masking.add_masks(frozen, masks)
+    vector = zeros(8)
+    for bad, message in (
+        ([(KEY, 1), (b"short", 1)], "key: must be 32 bytes, got 5"),
+        ([(KEY, 1), (KEY, 0)], "sign"),
+        ([(KEY, 1), (KEY, 2)], "sign"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            masking.add_masks(vector, bad)
+    for chunk in (0, -16, 24):
+        with pytest.raises(ValueError, match="chunk: must be a multiple of 16"):
+            masking.add_masks(vector, masks, chunk)
+    assert not vector.any()
+
+
+def test_a_vector_beyond_the_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 4 * masking.MAX_VALUES < 16 * 2**32
+    monkeypatch.setattr(masking, "MAX_VALUES", 8)
+    masking.add_masks(zeros(8), [(KEY, 1)])
+    with pytest.raises(ValueError, match="vector: must be up to 8 values, got 9"):
+        masking.add_masks(zeros(9), [(KEY, 1)])
+
+
+def test_the_checksum_is_frozen() -> None:
+    vector = zeros(100_003)
+    masking.add_masks(vector, [(KEY, 1)])
+    assert masking.checksum(vector) == 14840352979172306212
+    assert masking.checksum(vector[:0]) == 5985155243783304889
+    assert len({masking.checksum(zeros(n)) for n in range(9)}) == 9
+
+
+@given(st.integers(2, 3000), st.randoms(use_true_random=False))
+@settings(max_examples=150)
+def test_flips_and_swaps_show_in_the_checksum(size: int, chance: object) -> None:
+    rng = np.random.default_rng(chance.randrange(2**32))  # type: ignore[attr-defined]
+    vector = rng.integers(0, 2**32, size, dtype=np.uint32)
+    before = masking.checksum(vector)
+    assert 0 <= before < 2**64
+    i, j = rng.choice(size, 2, replace=False)
+    bit = np.uint32(1) << np.uint32(rng.integers(32))
+    flipped, twice, swapped = vector.copy(), vector.copy(), vector.copy()
+    flipped[i] ^= bit
+    twice[[i, j]] ^= bit
+    swapped[[i, j]] = vector[[j, i]]
+    assert masking.checksum(flipped) != before
+    assert masking.checksum(twice) != before
+    assert vector[i] == vector[j] or masking.checksum(swapped) != before
+    assert masking.checksum(np.roll(vector, 1)) != before
+    assert masking.checksum(vector[:-1]) != before
+    assert masking.checksum(vector.copy()) == before
+
+
+def test_the_checksum_of_a_long_vector_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = np.arange(10_001, dtype=np.uint32)
+    whole = masking.checksum(vector)
+    monkeypatch.setattr(masking, "_HASHED_BYTES", 4096)
+    assert masking.checksum(vector) == whole
