@@ -22,6 +22,25 @@ settings.register_profile("fedge", deadline=None)
 settings.load_profile("fedge")
 
 
+#: Files that take minutes, the longest first; begun early, no worker has to wait for another at the end.
+LONGEST = (
+    "tests/simulations/test_federation.py",
+    "tests/faults/test_network.py",
+    "tests/simulations/test_secure_federation.py",
+    "tests/faults/test_hosts.py",
+    "tests/test_docs.py",
+    "tests/test_packaging.py",
+    "tests/server/test_front.py",
+    "tests/client/test_hostile_bundle.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files by ``LONGEST``; within a file nothing changes."""
+    place = {ROOT / file: i for i, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI everything that the tests need is there: a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

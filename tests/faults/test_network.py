@@ -1,8 +1,13 @@
-"""A bad line between one site and the server: progress or a typed error within 120 s, always."""
+"""A bad line between one site and the server: progress or a typed error within 120 s, always.
+
+Every scene has a federation of its own; as they wait more than they work, all are played at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,10 +40,8 @@ max-skipped = 1000
 NOT_COMPLETE = ("connected, but its reply was not complete", "connected, but no reply within")
 
 
-@pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    with Deployment(tmp_path / "d", wide_task.write(tmp_path / "packages")) as found:
-        yield found
+#: Seconds between the beginnings of two scenes: their processes shall not all start at once.
+APART = 10.0
 
 
 def submit(
@@ -58,7 +61,7 @@ def submit(
     )
 
 
-def test_latency_of_2_s(deployment: Deployment) -> None:
+def latency_of_2_s(deployment: Deployment) -> None:
     with FaultProxy(("127.0.0.1", deployment.port), latency=2.0) as proxy:
         told = submit(deployment, proxy, rounds=1, deadline=240)
         deployment.wait(told.over, 420, "the end of the run")
@@ -68,7 +71,7 @@ def test_latency_of_2_s(deployment: Deployment) -> None:
         assert not any(e["phase"] == "superlink" for e in told.events("waiting"))
 
 
-def test_a_reset_every_5_s(deployment: Deployment) -> None:
+def a_reset_every_5_s(deployment: Deployment) -> None:
     with FaultProxy(("127.0.0.1", deployment.port), reset_every=5.0) as proxy:
         told = submit(deployment, proxy, rounds=3, deadline=240)
         deployment.wait(told.over, 420, "the end of the run")
@@ -78,7 +81,7 @@ def test_a_reset_every_5_s(deployment: Deployment) -> None:
         assert proxy.resets > 0
 
 
-def test_4_mbit_a_second_and_a_model_of_9_mb(deployment: Deployment) -> None:
+def narrow(deployment: Deployment) -> None:
     with FaultProxy(("127.0.0.1", deployment.port), bandwidth=4e6) as proxy:
         told = submit(deployment, proxy, rounds=1, deadline=300, task="wide")
         deployment.wait(told.over, 420, "the end of the run")
@@ -93,9 +96,7 @@ def test_4_mbit_a_second_and_a_model_of_9_mb(deployment: Deployment) -> None:
         assert sent == [(1, 2), (2, 2)] * 2
 
 
-def test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes(
-    deployment: Deployment,
-) -> None:
+def goes_silent(deployment: Deployment) -> None:
     with FaultProxy(("127.0.0.1", deployment.port)) as proxy:
         told = submit(deployment, proxy, rounds=1000, deadline=80)
         deployment.wait(lambda: len(told.rounds()) >= 1, 120, "round 1")
@@ -118,3 +119,48 @@ def test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes(
             "the site's return",
         )
         assert told.longest_silence() < SILENCE
+
+
+SCENES: dict[str, Callable[[Deployment], None]] = {
+    "test_latency_of_2_s": latency_of_2_s,
+    "test_4_mbit_a_second_and_a_model_of_9_mb": narrow,
+    "test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes": goes_silent,
+    "test_a_reset_every_5_s": a_reset_every_5_s,
+}
+
+
+def play(scene: Callable[[Deployment], None], folder: Path, wait: float) -> None:
+    time.sleep(wait)
+    with Deployment(folder / "d", wide_task.write(folder / "packages")) as deployment:
+        scene(deployment)
+
+
+@pytest.fixture(scope="module")
+def scenes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """The scenes whose tests are to run, under way."""
+    wanted = [name for name in SCENES if name in {item.name for item in request.session.items}]
+    with ThreadPoolExecutor(len(SCENES)) as pool:
+        yield {
+            name: pool.submit(play, SCENES[name], tmp_path_factory.mktemp(name[:20]), i * APART)
+            for i, name in enumerate(wanted)
+        }
+
+
+def test_latency_of_2_s(scenes: dict[str, Future[None]]) -> None:
+    scenes["test_latency_of_2_s"].result()
+
+
+def test_a_reset_every_5_s(scenes: dict[str, Future[None]]) -> None:
+    scenes["test_a_reset_every_5_s"].result()
+
+
+def test_4_mbit_a_second_and_a_model_of_9_mb(scenes: dict[str, Future[None]]) -> None:
+    scenes["test_4_mbit_a_second_and_a_model_of_9_mb"].result()
+
+
+def test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes(
+    scenes: dict[str, Future[None]],
+) -> None:
+    scenes["test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes"].result()
