@@ -21,10 +21,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn
 
+from fedge.shared.daemon import logs
 from fedge.shared.errors import FedgeError, one_line
 
-#: A log beyond this many bytes is moved aside when its process starts anew.
-LOG_LIMIT = 10 * 2**20
 _PR_SET_PDEATHSIG = 1
 #: sysexits: an internal error of the software.
 _EX_SOFTWARE = 70
@@ -81,8 +80,8 @@ def start(program: Program) -> int:
         Its process id.
     """
     program.log.parent.mkdir(parents=True, exist_ok=True)
-    if program.log.is_file() and program.log.stat().st_size > LOG_LIMIT:
-        program.log.replace(program.log.with_suffix(".log.1"))
+    if program.log.is_file() and program.log.stat().st_size > logs.LIMIT:
+        program.log.replace(logs.aside(program.log))
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()

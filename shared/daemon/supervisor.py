@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedge.shared.daemon import process
+from fedge.shared.daemon import logs, process
 from fedge.shared.daemon.process import Program
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ _T = TypeVar("_T")
 
 FIRST_PAUSE, LAST_PAUSE, STEADY = 0.2, 10.0, 30.0
 TICK = 0.1
+#: Seconds between two looks at the sizes of the logs.
+LOGS_EVERY = 60.0
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds that a process has to end after SIGTERM.
 GRACE = 5.0
@@ -93,6 +95,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.services: dict[str, Service] = {}
         self._tasks: dict[int, _Task] = {}
+        self._logs_due = 0.0
         self._selector = selectors.DefaultSelector()
         self._stopping = False
         self._told: str | None = None
@@ -226,6 +229,9 @@ class Supervisor:
             if task.deadline is not None and now > task.deadline:
                 _log.error("%s (pid %d) passed its deadline and is killed", task.name, pid)
                 self.kill(pid, signal.SIGKILL)
+        if now >= self._logs_due:
+            self._logs_due = now + LOGS_EVERY
+            _safely(partial(logs.bound, self.home / "log"))
         _safely(self._tell)
 
     def _start(self, service: Service, now: float) -> None:
