@@ -15,13 +15,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fedge.client import flower_private, link_check
+from fedge.client import flower_private, link_check, node_log
 from fedge.client.site_file import SiteFile, load
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import launcher, sockets
@@ -38,14 +38,8 @@ Part = Literal["both", "relay", "worker"]
 LINK_EVERY = 30.0
 #: Seconds in which the node must have taken a reply from a process that ended with an error.
 TAKEN_WITHIN = 5.0
-#: What Flower's node writes to its log.
-_CONNECTED, _SENDING = "SuperNode ID:", "Sending:"
-_DEAF = ("Giving up reconnection", "SSL/TLS handshake error detected")
-_UNKNOWN = ("Failed to activate SuperNode", "[code: 2004]")
 #: Seconds between two looks at the node's log, and those that a process has for its good-bye.
 DEAF_EVERY, GOOD_BYE = 1.0, 5.0
-#: Most of a log that one look reads, and what it reads again of the look before, as words may lie across both.
-LOG_PIECE, _OVERLAP = 1 << 20, 256
 #: Seconds that a client process has beyond the worker's deadline, and a look at the server in all.
 APP_EXTRA, LINK_WITHIN = 120.0, 30.0
 
@@ -75,50 +69,6 @@ def run(home: Path, part: Part = "both") -> int:
     return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
 
 
-class NodeLog:
-    """What a node has written to its log since its start, each part read once.
-
-    Args:
-        path: of the log, whose present content is a former node's.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._said = path, set[str]()
-        try:
-            found = path.stat()
-        except OSError:
-            self._inode = self._start = 0
-        else:
-            self._inode, self._start = found.st_ino, found.st_size
-        self._offset = self._start
-
-    def said(self, words: Sequence[str]) -> bool:
-        """Whether any of these words was written; of more than ``LOG_PIECE`` new bytes the last are read.
-
-        Args:
-            words: some of those that the module names above; a look reads the log once for all.
-        """
-        text = self._new()
-        self._said.update(w for w in (_CONNECTED, *_DEAF, *_UNKNOWN) if w in text)
-        return not self._said.isdisjoint(words)
-
-    def _new(self) -> str:
-        try:
-            with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:
-                    # Moved aside, or truncated.
-                    self._inode, self._start, self._offset = found.st_ino, 0, 0
-                if found.st_size == self._offset:
-                    return ""
-                file.seek(max(self._start, self._offset - _OVERLAP, found.st_size - LOG_PIECE))
-                text = file.read(LOG_PIECE + _OVERLAP)
-                self._offset = file.tell()
-        except OSError:
-            return ""
-        return text.decode("utf-8", errors="replace")
-
-
 class SiteDaemon:
     """One site's processes.
 
@@ -132,7 +82,7 @@ class SiteDaemon:
         self._home, self._site = home, site
         self._socket = home / site.worker.socket
         self._port = 0
-        self._node_log = NodeLog(home / "log" / "supernode.log")
+        self._node_log = node_log.NodeLog(home / "log" / "supernode.log")
         self._owed: list[tuple[float, int]] = []
         self._next_link = self._next_deaf = 0.0
         self._good_byes: dict[str, tuple[int, float]] = {}
@@ -189,7 +139,7 @@ class SiteDaemon:
     def _supernode(self) -> Program:
         self._port = homes.free_port()
         log = self.supervisor.log_of("supernode")
-        self._node_log = NodeLog(log)
+        self._node_log = node_log.NodeLog(log)
         server = self._site.server
         arguments = [
             "--root-certificates", str(self._home / server.root_certificates),
@@ -247,7 +197,7 @@ class SiteDaemon:
         return True
 
     def _connected(self) -> bool:
-        ready = self._node_log.said([_CONNECTED])
+        ready = self._node_log.said([node_log.CONNECTED])
         if ready:
             self.supervisor.facts["connected_since"] = round(time.time())
             self.supervisor.facts["problem"] = ""
@@ -255,7 +205,7 @@ class SiteDaemon:
 
     def _node_ended(self, _status: int) -> None:
         self.supervisor.facts["connected_since"] = None
-        if self._node_log.said(_UNKNOWN):
+        if self._node_log.said(node_log.UNKNOWN):
             # Also for up to a minute after a SIGKILL, while Flower still counts the former process as online.
             self.supervisor.facts["problem"] = (
                 "FE-913 the server does not admit this key, or not yet again"
@@ -283,7 +233,7 @@ class SiteDaemon:
         due = [size for deadline, size in self._owed if now > deadline]
         self._owed = [debt for debt in self._owed if now <= debt[0]]
         log = self.supervisor.log_of("supernode")
-        if any(_SENDING not in _tail(log, size) for size in due):
+        if any(node_log.SENDING not in node_log.tail(log, size) for size in due):
             _log.error("flwr-clientapp ended without an answer; its node is started again")
             self._stop("supernode")
 
@@ -294,7 +244,7 @@ class SiteDaemon:
         if now < self._next_deaf or not self.supervisor.services["supernode"].pid:
             return
         self._next_deaf = now + DEAF_EVERY
-        if "supernode" not in self._good_byes and self._node_log.said(_DEAF):
+        if "supernode" not in self._good_byes and self._node_log.said(node_log.DEAF):
             _log.error("the node has given up the line to the server and is started again")
             self._stop("supernode")
 
@@ -369,14 +319,3 @@ def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
 
     before_bundle(CLIENT_APP, approve)
     return script(name, arguments)()
-
-
-def _tail(path: Path, start: int) -> str:
-    """A log from a byte on; from its beginning where it was moved aside since."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(start if start <= size else 0)
-            return file.read(1 << 20).decode("utf-8", errors="replace")
-    except OSError:
-        return ""

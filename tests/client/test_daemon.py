@@ -280,51 +280,6 @@ def test_a_client_process_has_the_workers_time_and_a_little_more(
 # What a node's log says.
 
 
-def test_what_a_log_says_after_weeks_is_heard(tmp_path: Path) -> None:
-    path = tmp_path / "supernode.log"
-    path.write_text(DEAF)
-    log = daemon.NodeLog(path)
-    deaf = ["Giving up reconnection"]
-    with path.open("a") as file:
-        for _ in range(3):
-            file.write("x" * 79 + "\n" * daemon.LOG_PIECE)
-            file.flush()
-            assert not log.said(deaf)
-        # Words that lie across two looks.
-        file.write(DEAF[:12])
-        file.flush()
-        assert not log.said(deaf)
-        file.write(DEAF[12:])
-        file.flush()
-    assert log.said(deaf)
-    assert log.said(deaf), "what was heard once stays heard"
-    assert not log.said(["SuperNode ID:"])
-
-
-def test_of_much_that_is_new_the_end_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "supernode.log"
-    log = daemon.NodeLog(path)
-    assert not log.said(["[code: 2004]"])
-    path.write_text("\n" * (3 * daemon.LOG_PIECE) + "[code: 2004]\n")
-    assert log.said(["[code: 2004]"])
-
-
-@pytest.mark.parametrize("moved", [True, False])
-def test_a_log_that_was_moved_or_truncated_is_read_from_its_beginning(
-    tmp_path: Path, moved: bool
-) -> None:
-    path = tmp_path / "supernode.log"
-    path.write_text(DEAF * 3)
-    log = daemon.NodeLog(path)
-    if moved:
-        path.rename(tmp_path / "supernode.log.1")
-        path.write_text(FINE + "\n" * 1000)
-    else:
-        path.write_text(FINE)
-    assert log.said(["SuperNode ID:"])
-    assert not log.said(["Giving up reconnection"])
-
-
 def test_what_the_log_said_before_the_start_does_not_count(site: Site) -> None:
     site.log.parent.mkdir(parents=True)
     site.log.write_text(DEAF + FINE)
