@@ -29,12 +29,19 @@ class Contribution:
         values: ``(layout.values,)`` floating point, clipped.
         weight: 0 to 1, by which the values are multiplied.
         counters: by name, as the layout has them, without ``saturated``.
+
+    Raises:
+        SiteError: 401, a counter is not finite or out of range.
     """
 
     layout: Layout
     values: NDArray[Any]
     weight: float
     counters: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        # At once: a counter that failed only when the vector is made would be a site lost after the shares.
+        self._limbs(saturated=0)
 
     def encode(self, sites: int, rounding_key: bytes) -> NDArray[np.uint32]:
         """The vector in the ring of 2^32, not masked yet.
@@ -44,18 +51,26 @@ class Contribution:
             rounding_key: 32 bytes, of the stochastic rounding.
 
         Raises:
-            SiteError: 401, a value is not finite or a counter out of range.
+            SiteError: 401, a value is not finite.
         """
-        vector = np.zeros(self.layout.length, np.uint32)
-        counters = dict(self.counters)
+        vector = np.empty(self.layout.length, np.uint32)
+        saturated = 0
         if self.layout.segments:
             encoded = encoding.encode(
-                self.values, self.weight, self.layout.segments, sites, rounding_key
+                self.values,
+                self.weight,
+                self.layout.segments,
+                sites,
+                rounding_key,
+                vector[: self.layout.values],
             )
-            vector[: self.layout.values] = encoded.vector
-            counters[layout.SATURATED] = encoded.saturated
-        vector[self.layout.values :] = limbs.encode_counters(counters, self.layout.counters)
+            saturated = encoded.saturated
+        vector[self.layout.values :] = self._limbs(saturated)
         return vector
+
+    def _limbs(self, saturated: int) -> NDArray[np.uint32]:
+        own = {layout.SATURATED: saturated} if self.layout.segments else {}
+        return limbs.encode_counters({**self.counters, **own}, self.layout.counters)
 
 
 def training(
@@ -77,7 +92,7 @@ def training(
         loss: mean over them.
 
     Raises:
-        SiteError: 401, the update or the loss is not finite.
+        SiteError: 401, the update or the loss is not finite; 404, a tensor is missing, or of another shape or type.
     """
     capped = min(num_examples, bounds.weight_cap)
     counters: dict[str, float] = {
@@ -89,6 +104,7 @@ def training(
     }
     if trained is None:
         return Contribution(of, np.zeros(of.values, np.float32), 0.0, counters)
+    _require_tensors(of, trained)
     flat = of.flatten(trained)
     for t in of.tensors:
         if not t.name.startswith(protocol.CONTROL_PREFIX):
@@ -97,7 +113,8 @@ def training(
     norm = float(np.sqrt(np.vdot(update, update).astype(np.float64)))
     if not np.isfinite(norm):
         norm = float(np.linalg.norm(update.astype(np.float64)))
-    if not np.isfinite(norm) or not np.isfinite(flat).all():
+    # A finite norm is of finite values.
+    if not np.isfinite(norm) or not np.isfinite(flat[update.size :]).all():
         raise SiteError(401, "update: must be finite, got NaN or infinity")
     if norm > bounds.clipping_bound:
         update *= bounds.clipping_bound / norm
@@ -126,6 +143,17 @@ def rounding_key(seed: int, purpose: str, server_round: int, site: str) -> bytes
     """The key of a site's stochastic rounding: the same whenever the round is done again."""
     words = f"{seed} {purpose} {server_round}".encode()
     return hashlib.sha256(framed(b"fedge rounding", words, site.encode())).digest()
+
+
+def _require_tensors(of: Layout, trained: NDArrays) -> None:
+    """Hold tensors against the layout, in which another shape of the same size would pass for the right one."""
+    for t in of.tensors:
+        found = trained.get(t.name)
+        if found is None or found.shape != t.shape or found.dtype.kind != "f":
+            got = "none" if found is None else f"{found.dtype} of shape {found.shape}"
+            raise SiteError(
+                404, f"{t.name[:80]}: must be floating point of shape {t.shape}, got {got}"
+            )
 
 
 def _counted(of: Layout, counters: Mapping[str, float]) -> Contribution:

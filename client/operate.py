@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,33 @@ from typing import Any
 from fedge.client import node_key, own_roster, policy, site_file
 from fedge.client.socket_link import SocketLink
 from fedge.shared import flower_app, signing
+from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.daemon import home as homes
-from fedge.shared.errors import DeployError, FedgeError
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import BundleError, DeployError, FedgeError
+from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
 
 #: Days before its end from which a certificate is worth a warning.
 WARN_DAYS = 30
 #: Seconds from which a look at the server is no news; the daemon looks every 30 s.
 LINK_STALE = 90.0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a site installs to take part in secure aggregation: a signed roster, and the key that signed it."""
+
+    roster: Path
+    consortium: Path
+
+
+@dataclass(frozen=True)
+class _Vouched:
+    """Both as they will lie in the home, and what the roster says."""
+
+    key: bytes
+    roster: bytes
+    listed: Roster
 
 
 def init(
@@ -32,8 +54,9 @@ def init(
     share: Path | None = None,
     bundle: str | None = None,
     secure: policy.SecurePolicy | None = None,
+    trust: Trust | None = None,
 ) -> str:
-    """Make a site's home: key, site.toml, and a policy that allows this task, this release and its bundle only.
+    """Make a site's home: keys, site.toml, and a policy that allows this task, this release and its bundle only.
 
     Args:
         home: new, or empty.
@@ -46,12 +69,14 @@ def init(
         bundle: SHA-256 of the Flower bundle to approve; that of this release where None. With one given the task
             is not looked up, which would import torch.
         secure: terms of secure aggregation, for the policy.
+        trust: is installed; the roster must hold this site with the ``signing.key`` that lies in the home already.
 
     Returns:
         What was made, for people.
 
     Raises:
-        DeployError: 901, 903, 904, 908.
+        DeployError: 901, 903, 904, 908; 917, the roster is not usable; 919, it does not hold this site and its key.
+        ReleaseError: 602, ``signing.key`` is not usable.
         ConfigError: 201, the name is not one.
         DataError: 304, there is no such task.
     """
@@ -63,6 +88,7 @@ def init(
         from fedge.shared.tasks.registry import get_task
 
         get_task(task)
+    vouched = _vouched(home, name, trust) if trust else None
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copyfile(ca, home / "ca.crt")
@@ -76,16 +102,54 @@ def init(
         node_key.create(home)
     if not (home / own_roster.KEY).exists():
         signing.new_key(home / own_roster.KEY)
+    if vouched is not None:
+        write_atomically(home / own_roster.TRUST, vouched.key)
+        write_atomically(home / own_roster.FILE, vouched.roster)
+        own_roster.read(home)
     policy.write(home, tasks=[task], bundles=[bundle], versions=[version("fedge")], secure=secure)
     examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
     site_file.write(home, name=name, task=task, address=server, data=examples)
+    if vouched is None:
+        public = signing.public_path(home / own_roster.KEY)
+        known = f"signing   {public}  (give it to the consortium: fedge roster add)\n"
+    else:
+        listed = vouched.listed
+        known = (
+            f"roster    {home / own_roster.FILE}  (version {listed.version} of {listed.consortium}, "
+            f"{len(listed.sites)} sites)\n"
+        )
     return (
         f"home      {home}\n"
         f"key       {home / node_key.PUBLIC_NAME}  (give it to the server: fedge server admit)\n"
-        f"signing   {signing.public_path(home / own_roster.KEY)}  (give it to the consortium: fedge roster add)\n"
+        f"{known}"
         f"policy    {home / 'policy.toml'}\n"
         f"bundle    {bundle}  (compare with: fedge server bundle)"
     )
+
+
+def _vouched(home: Path, name: str, trust: Trust) -> _Vouched:
+    """Check that the roster vouches for the key in a home, before anything is written there.
+
+    Raises:
+        DeployError: 917, 919.
+        ReleaseError: 602.
+    """
+    try:
+        signed_by = signing.load_public(trust.consortium)
+        key = read_bounded(trust.consortium, LARGEST_FILE)
+        data = read_bounded(trust.roster, LARGEST_FILE)
+    except BundleError as error:
+        raise DeployError(917, error.message) from None
+    except OSError as error:
+        raise DeployError(917, f"{trust.roster}: cannot be read ({reason(error)})") from None
+    listed = open_roster(data, signed_by)
+    if not (home / own_roster.KEY).exists():
+        raise DeployError(
+            919, f"{home / own_roster.KEY}: must be there, with the key of {name} in the roster"
+        )
+    private = own_roster.own_key(home)
+    own_roster.require_own(listed, name, private, datetime.now(UTC).date())
+    return _Vouched(key, data, listed)
 
 
 def status(home: Path) -> dict[str, Any]:

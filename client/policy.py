@@ -62,7 +62,8 @@ class Policy(Section):
         2, ge=0, le=100_000, description="fewest sites invited to a round that is served"
     )
     share_statistics: bool = Field(
-        True, description="whether sums over each feature of the training data may go to the server"
+        True,
+        description="whether sums over each feature of the training data may go to the server in the clear",
     )
     device: str = Field(
         "auto",

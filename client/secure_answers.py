@@ -108,6 +108,9 @@ class SecureAnswers:
             SiteError: 423, the round is answered; 422, the attempt is not a new one; 414; what ``contribution`` raises.
         """
         purpose, server_round = _PURPOSE_OF[kind], address.server_round
+        if purpose == "statistics" and server_round != 0:
+            # One sum a run: those of several rounds, over other sites each, would tell one site's.
+            raise requests.refuse(protocol.SERVER_ROUND, "0 for statistics", server_round)
         _integer(_values(content), messages.PROTOCOL, transcript.VERSION, transcript.VERSION)
         number = _integer(_values(content), messages.ATTEMPT, 1, 1000)
         self._answered.require_new(address.run_id, purpose, server_round)

@@ -138,6 +138,8 @@ def _prepare(
         sums = SecureSums(talk, Ledger(directory.path), config, task)
     if journal.run_preprocessing_missing():
         fitting.fix(journal, task, config, census, sums)
+        if sums is not None:
+            sums.settled()
     steps = from_json(finish.begun(journal).preprocessing)
     loop = Loop(
         directory,

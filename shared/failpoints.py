@@ -26,6 +26,8 @@ COORDINATOR: Final = (
     "after-commit",
     "before-export",
 )
+#: One more where updates are masked, between "all-received" and "mid-aggregate": the last exchange comes next.
+MASKED: Final = ("before-unmask",)
 
 
 def reach(point: str, server_round: int) -> None:

@@ -75,7 +75,8 @@ def clock(seconds: float) -> str:
 
 def round_facts(line: Mapping[str, Any]) -> str:
     """A line of rounds.jsonl in a few words: ``97.2 %  loss 0.081  8/8 sites  1 not counted``."""
-    mean = _get(line, "metrics", "site_mean")
+    # Under masks no site's own metrics are known, so there is no mean of them.
+    mean = _get(line, "metrics", "site_mean") or _get(line, "metrics", "pooled")
     lead = lead_metric(mean)
     loss = _finite(_get(line, "metrics", "train", "loss"))
     parts = []
@@ -254,6 +255,12 @@ def _history(rounds: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list
     return found
 
 
+def _over_rounds(rounds: Sequence[Mapping[str, Any]], view: str, metric: str) -> list[float]:
+    """A view's values of a metric, round by round."""
+    found = (_finite(_get(line, "metrics", view, metric)) for line in rounds)
+    return [value for value in found if value is not None]
+
+
 def _examples(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """The examples that each site trained on when its update last counted."""
     found: dict[str, int] = {}
@@ -319,7 +326,7 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
         _get(metrics, "final", "site_mean") or {},
     )
     pooled = _get(metrics, "final", "pooled") or {}
-    lead = lead_metric(mean)
+    lead = lead_metric(mean or pooled)
     sign = -1.0 if lead == "loss" else 1.0
     history, examples = _history(rounds, lead), _examples(rounds)
     every = [v for values in history.values() for v in values]
@@ -345,8 +352,11 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
             cells += f"  {metric_text('loss', loss):>8}"
         return f"{cells}  {spark}".rstrip()
 
+    by_round = bool(every) or (not mean and bool(pooled))
     head = f"{'site':<{width}}  {'trained on':>10}  {_printable(lead, 9):>9}"
-    lines = [head + ("" if lead == "loss" else f"  {'loss':>8}") + ("  by round" if every else "")]
+    lines = [
+        head + ("" if lead == "loss" else f"  {'loss':>8}") + ("  by round" if by_round else "")
+    ]
     for index, name in enumerate(names):
         if cut and index == EXTREMES:
             lines.append(f"… {cut} sites in between")
@@ -361,8 +371,14 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
         lines.append(f"{_printable(name):<{width}}  {count:>10}  not evaluated")
     if left_out:
         lines.append(f"… {left_out} more not evaluated")
-    means = [v for r in rounds if (v := _finite(_get(r, "metrics", "site_mean", lead))) is not None]
-    lines.append(row("site mean", "", mean, sparkline(means, low, high)))
-    lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled))
+    if mean or not pooled:
+        means = _over_rounds(rounds, "site_mean", lead)
+        lines.append(row("site mean", "", mean, sparkline(means, low, high)))
+        spark = ""
+    else:
+        # Masked: only the sum over all sites is known.
+        every = _over_rounds(rounds, "pooled", lead)
+        spark = sparkline(every, min(every, default=0.0), max(every, default=1.0))
+    lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled, spark))
     lines += absences(rounds)
     return "\n".join(lines)

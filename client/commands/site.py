@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedge.shared.command import Command
+
+if TYPE_CHECKING:
+    from fedge.client.operate import Trust
+    from fedge.client.policy import SecurePolicy
 
 _EXAMPLE = (
     "example:\n  fedge site init clinic-a --home site --task digits \\\n"
@@ -48,6 +52,17 @@ def _arguments(parser: ArgumentParser) -> None:
         "--ca", metavar="CA.crt", type=Path, required=True, help="the server's authority"
     )
     new.add_argument("--data", metavar="PATH", type=Path, help="where the task finds its examples")
+    new.add_argument(
+        "--roster", metavar="roster.json", type=Path,
+        help="install this roster, and have the policy require secure aggregation",
+    )  # fmt: skip
+    new.add_argument(
+        "--consortium", metavar="KEY.pub", type=Path, help="the key that signed the roster"
+    )
+    new.add_argument(
+        "--min-sites", metavar="N", type=int,
+        help="fewest sites of a sum that this site takes part in (default: 5)",
+    )  # fmt: skip
     made["start"].add_argument(
         "--only",
         choices=("relay", "worker"),
@@ -62,6 +77,29 @@ def _arguments(parser: ArgumentParser) -> None:
         "--data", metavar="DIR", type=Path, default=Path("/srv/fedge-data"),
         help="that only the worker may read (default: /srv/fedge-data)",
     )  # fmt: skip
+
+
+def _secure(arguments: Namespace) -> tuple[SecurePolicy | None, Trust | None]:
+    """Terms of secure aggregation, and what to install for it.
+
+    Raises:
+        UsageError: 102, --roster and --consortium do not come together, or --min-sites comes without them.
+        ConfigError: 201, --min-sites is not allowed.
+    """
+    from fedge.client import operate
+    from fedge.client.policy import FILE, SecurePolicy
+    from fedge.shared import toml_file
+    from fedge.shared.errors import UsageError
+
+    roster, consortium, least = arguments.roster, arguments.consortium, arguments.min_sites
+    if (roster is None) != (consortium is None):
+        raise UsageError(102, "--roster and --consortium: must be given together, got one of them")
+    if roster is None:
+        if least is not None:
+            raise UsageError(102, "--min-sites: must come with --roster and --consortium")
+        return None, None
+    terms = {"required": True, **({} if least is None else {"min-sites": least})}
+    return toml_file.check(terms, SecurePolicy, FILE), operate.Trust(roster, consortium)
 
 
 def _run(arguments: Namespace) -> int:
@@ -80,6 +118,7 @@ def _run(arguments: Namespace) -> int:
         case "init":
             from fedge.client import operate
 
+            secure, trust = _secure(arguments)
             made = operate.init(
                 arguments.home,
                 arguments.name,
@@ -87,6 +126,8 @@ def _run(arguments: Namespace) -> int:
                 server=arguments.server,
                 ca=arguments.ca,
                 data=arguments.data,
+                secure=secure,
+                trust=trust,
             )
             say(None, made)
         case "status":

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, Final
 
 from fedge.server.report import format as fmt
 from fedge.server.report.charts import Column, column_chart, responsive
-from fedge.server.report.data import Round, Run, mapping, sequence, text, whole
+from fedge.server.report.data import Round, Run, number, sequence, whole
 from fedge.server.report.format import MISSING, esc
+from fedge.server.report.masked import EXCHANGES, Sum, sums
 from fedge.server.report.pictures import greys, picture, range_text, scaled_bins
 
 #: Rows of a table.
 MAX_ROWS: Final = 1000
 #: Sites of a group that are named.
 MAX_NAMED: Final = 40
+#: Reasons of evaluations that were not opened.
+MAX_REASONS: Final = 5
 #: Values of a vector that are drawn.
 MAX_VALUES: Final = 1024
 #: Masked values are spread over the ring.
@@ -38,93 +39,10 @@ WORDS: Final = (
     ("Capped", "A site has more examples than the bound, and weighed as if it had no more."),
     ("Saturated", "A single value was larger than can be written down, and was cut off."),
 )
-#: Why a site is lost, by the exchange at which it is.
-EXCHANGES: Final = ("begin", "share", "masked", "commit", "unmask")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A site that dropped out of an attempt."""
-
-    round: int
-    attempt: int
-    site: str
-    exchange: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Sum:
-    """What a round's line says of its secure sum.
-
-    Attributes:
-        groups: sites whose vectors were opened, by group.
-        attempts: that were made.
-        threshold: sites that had to stay, of the first group; None where no sum was opened.
-        counts: ``clipped`` and ``capped`` sites, ``saturated`` values.
-        lost: who dropped out.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    attempts: int
-    threshold: int | None
-    counts: dict[str, int]
-    lost: tuple[Loss, ...]
-
-    def answered(self) -> dict[str, int]:
-        """How many sites answered each exchange of the attempt that was opened."""
-        opened = set(chain.from_iterable(self.groups))
-        last = {loss.site: loss for loss in self.lost}
-        # Whoever is in no sum dropped out before; whoever is in one may have fallen silent after.
-        out = Counter(loss.exchange for site, loss in last.items() if site not in opened)
-        late = Counter(
-            loss.exchange
-            for loss in self.lost
-            if loss.site in opened and loss.attempt == self.attempts
-        )
-        there = len(opened)
-        return {
-            "asked": there + out["begin"] + out["share"] + out["masked"],
-            "begin": there + out["share"] + out["masked"],
-            "share": there + out["masked"],
-            "masked": there,
-            "commit": there - late["commit"],
-            "unmask": there - late["unmask"],
-        }
-
-
-def sum_of(r: Round) -> Sum | None:
-    """A round's secure sum; None where it had none."""
-    if not r.secure:
-        return None
-    lost = []
-    for item in map(mapping, sequence(r.secure.get("lost"))):
-        lost.append(
-            Loss(
-                r.number,
-                whole(item.get("attempt")) or 1,
-                text(item.get("site")),
-                text(item.get("exchange")),
-                text(item.get("reason")),
-            )
-        )
-    groups = (sequence(group) for group in sequence(r.secure.get("groups")))
-    return Sum(
-        tuple(tuple(s for s in group if isinstance(s, str)) for group in groups),
-        whole(r.secure.get("attempts")) or 1,
-        whole(r.secure.get("threshold")),
-        {name: whole(r.secure.get(name)) or 0 for name in ("clipped", "capped", "saturated")},
-        tuple(lost),
-    )
-
-
-def sums(run: Run) -> list[tuple[Round, Sum]]:
-    """The rounds that tried a secure sum."""
-    found = ((r, sum_of(r)) for r in run.rounds)
-    return [(r, s) for r, s in found if s is not None]
 
 
 def _smallest(found: Sequence[tuple[Round, Sum]]) -> int:
+    """Sites in the smallest sum of updates that was opened; 0 where none was."""
     return min((len(group) for _, s in found for group in s.groups), default=0)
 
 
@@ -132,23 +50,40 @@ def in_brief(run: Run) -> list[str]:
     """A line for the security officer (text); none where nothing was masked."""
     if not run.masked:
         return []
-    fewest = _smallest(sums(run))
+    found = sums(run)
+    sizes = [_smallest(found), *(s.evaluated or 0 for _, s in found)]
+    fewest = min((n for n in sizes if n), default=0)
     if not fewest:
         return ["Updates, metrics and counts were masked; no sum was opened."]
     return [
-        "Updates, metrics and counts arrived masked; the server opened sums of "
-        f"{fewest} or more sites and nothing else."
+        f"Updates, metrics and counts arrived masked; only sums over {fewest} or more sites were opened."
     ]
 
 
-def _facts(run: Run, found: Sequence[tuple[Round, Sum]]) -> str:
+def _evaluations(found: Sequence[tuple[Round, Sum]]) -> list[tuple[str, str]]:
+    tried = [(r, s) for r, s in found if s.evaluated is not None]
+    if not tried:
+        return []
+    sizes = [s.evaluated for _, s in tried if s.evaluated]
+    over = f", over {min(sizes)} or more sites" if sizes else ""
+    rows = [("evaluations opened", f"{len(sizes)} of {len(tried)}{over}")]
+    failed = [
+        f"round {r.number}: {esc(s.evaluation_reason)}" for r, s in tried if s.evaluation_reason
+    ]
+    if failed:
+        more = f"<br>and {len(failed) - MAX_REASONS} more" if len(failed) > MAX_REASONS else ""
+        rows.append(("evaluations not opened", "<br>".join(failed[:MAX_REASONS]) + more))
+    return rows
+
+
+def _facts(found: Sequence[tuple[Round, Sum]]) -> str:
     opened = [s for _, s in found if s.groups]
     groups = max((len(s.groups) for s in opened), default=1)
     totals: Counter[str] = Counter()
     for s in opened:
         totals.update(s.counts)
     tried = sum(s.attempts for _, s in found)
-    again = tried - len(found)
+    again = tried - sum(s.attempts > 0 for _, s in found)
     sent, received = (
         sum(getattr(r, way) or 0 for r, _ in found) / max(len(found), 1)
         for way in ("sent", "received")
@@ -159,14 +94,14 @@ def _facts(run: Run, found: Sequence[tuple[Round, Sum]]) -> str:
             f"{fmt.count(sum(len(s.groups) for s in opened))} in {fmt.plural(len(opened), 'round')}"
             + (f", {groups} groups in each" if groups > 1 else ""),
         ),
-        ("fewest sites in a sum", str(_smallest(found)) if opened else MISSING),
-        ("attempts", f"{fmt.count(tried)}, {fmt.count(again)} of them with new keys"),
-        ("sites lost at an exchange", fmt.count(sum(len(s.lost) for _, s in found)) or "none"),
-        ("bytes each way", f"{fmt.size(sent)} to the sites and {fmt.size(received)} from them a round"),
-        ("evaluations", "summed the same way, totals over all sites only"),
+        ("fewest sites in one", str(_smallest(found)) if opened else MISSING),
+        ("attempts", fmt.count(tried) + (f", {fmt.count(again)} of them again, with new keys" if again else "")),
+        ("sites lost at an exchange", fmt.count(sum(len(s.lost) for _, s in found))),
         ("updates clipped", fmt.count(totals["clipped"])),
         ("sites capped", fmt.count(totals["capped"])),
         ("values saturated", fmt.count(totals["saturated"])),
+        *_evaluations(found),
+        ("bytes each way", f"{fmt.size(sent)} to the sites and {fmt.size(received)} from them a round"),
     ]  # fmt: skip
     note = (
         "Beside this the server saw who answered and when, signed keys, and sealed shares that it cannot open. "
@@ -180,7 +115,8 @@ def _exchanges(found: Sequence[tuple[Round, Sum]]) -> str:
     head += [("masked vectors", "n"), ("signatures", "n"), ("opened by", "n"), ("threshold", "n")]
     head += [("clipped", "n"), ("capped", "n"), ("saturated", "n"), ("sent", "n"), ("received", "n")]  # fmt: skip
     rows = []
-    for r, s in found[-MAX_ROWS:]:
+    tried = [(r, s) for r, s in found if s.attempts]
+    for r, s in tried[-MAX_ROWS:]:
         row = [str(r.number), str(s.attempts)]
         if s.groups:
             row += [str(n) for n in s.answered().values()]
@@ -189,7 +125,7 @@ def _exchanges(found: Sequence[tuple[Round, Sum]]) -> str:
         else:
             row += [str(len(r.invited)), *[MISSING] * (len(EXCHANGES) + 4)]
         rows.append([*row, fmt.size(r.sent), fmt.size(r.received)])
-    cut = len(found) - len(rows)
+    cut = len(tried) - len(rows)
     note = "How many sites answered each exchange of the attempt that was opened."
     note += f" The first {fmt.plural(cut, 'round')} are left out here." if cut else ""
     grid = fmt.table("Sites by exchange", head, rows, tall=len(rows) > 12)
@@ -197,13 +133,15 @@ def _exchanges(found: Sequence[tuple[Round, Sum]]) -> str:
 
 
 def _losses(found: Sequence[tuple[Round, Sum]]) -> str:
-    every = [loss for _, s in found for loss in s.lost]
+    every = [loss for _, s in found for loss in (*s.lost, *s.evaluation_lost)]
     if not every:
         return ""
-    head = [("round", "n"), ("attempt", "n"), ("site", ""), ("lost at", ""), ("reason", "words")]
+    head = [("round", "n"), ("sum of", ""), ("attempt", "n"), ("site", ""), ("lost at", "")]
+    head.append(("reason", "words"))
     rows = [
         [
             str(x.round),
+            x.what,
             str(x.attempt),
             fmt.site_name(x.site),
             esc(x.exchange, 40),
@@ -230,9 +168,9 @@ def _groups(found: Sequence[tuple[Round, Sum]]) -> str:
     return fmt.card(f"Groups of round {r.number}", fmt.definitions(rows), note)
 
 
-def _values(seen: dict[str, Any] | Any, key: str) -> list[float]:
-    found = sequence(mapping(seen).get(key))[:MAX_VALUES]
-    return [float(v) for v in found if isinstance(v, int | float) and abs(v) < 1e300]
+def _values(seen: Mapping[str, Any], key: str) -> list[float]:
+    found = map(number, sequence(seen.get(key))[:MAX_VALUES])
+    return [v for v in found if v is not None]
 
 
 def _picture_card(
@@ -269,8 +207,8 @@ def _pictures(run: Run) -> str:
     masked, opened = _values(run.seen, "masked"), _values(run.seen, "opened")
     if not masked or not opened:
         return ""
-    number = whole(run.seen.get("round"))
-    of = f" of round {number}" if number is not None else ""
+    last = whole(run.seen.get("round"))
+    of = f" of round {last}" if last is not None else ""
     most = max(max(map(abs, opened)), 1e-12)
     left = _picture_card(
         f"One site's vector{of}, as it came",
@@ -284,7 +222,7 @@ def _pictures(run: Run) -> str:
     right = _picture_card(
         f"The sum{of}, opened",
         f"The same values of the mean over the sites: mid-grey is no change of the parameter, black and white the "
-        f"largest, {fmt.significant(most)}. This is all that the masks gave free.",
+        f"largest, {fmt.significant(most)}. The masks have cancelled; no vector was opened by itself.",
         opened,
         (-most, most),
         (f"−{fmt.significant(most)}", "0", fmt.significant(most)),
@@ -307,5 +245,5 @@ def secure(run: Run) -> str:
         f"The sites masked what they sent. {fmt.plural(opened, 'round')} of {len(found)} gave a sum that the server "
         "could open, and only the sum."
     )
-    body = _pictures(run) + f'<div class="pair">{_facts(run, found)}{_losses(found)}</div>'
+    body = _pictures(run) + f'<div class="pair">{_facts(found)}{_losses(found)}</div>'
     return fmt.section("secure", "Masked sums", lead, body + _groups(found) + _exchanges(found))

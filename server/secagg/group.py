@@ -115,7 +115,7 @@ class Group:
             It, as it came.
 
         Raises:
-            ValueError: it is malformed or damaged; nothing was added.
+            ValueError: it is malformed or damaged; the sum is as it was.
         """
         values = messages.values_of(content)
         messages.data(values, messages.SIGNATURE, 64, 64)
@@ -124,9 +124,9 @@ class Group:
             raise ValueError(f"must hold one array, {messages.VECTOR}, got another")
         vector = decode_raw(arrays[messages.VECTOR], self.length, np.dtype("<u4"))
         told = int.from_bytes(messages.data(values, messages.CHECKSUM, 8, 8), "big")
-        if masking.checksum(vector) != told:
+        if masking.add_vector(self.total, vector) != told:
+            np.subtract(self.total, vector, out=self.total)
             raise ValueError("masked vector: must have the checksum that was signed, got another")
-        np.add(self.total, vector, out=self.total)
         self.survivors = sorted([*self.survivors, site])
         return vector
 

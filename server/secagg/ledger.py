@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 FOLDER: Final = "secagg"
 _SUMS: Final = ".safetensors"
+#: What reading a damaged file raises.
+_DAMAGED: Final = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, RunError)
 
 
 class Ledger:
@@ -52,13 +54,13 @@ class Ledger:
             last = json.loads(path.read_bytes())
             before, number = map(int, last.get(purpose, (-1, 0)))
         except FileNotFoundError:
-            self._folder.mkdir(exist_ok=True)
             before, number = -1, 0
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             raise RunError(
                 504, f"{path.name}: must say which attempt was last, is damaged"
             ) from None
         number = number + 1 if before == server_round else 1
+        self._folder.mkdir(exist_ok=True)
         text = json.dumps({**last, purpose: [server_round, number]}, sort_keys=True)
         write_atomically(path, text.encode())
         return number
@@ -69,6 +71,7 @@ class Ledger:
         path = self._folder / f"{of.purpose}-{of.number}.json"
         totals = {f"group-{i}": g.total for i, g in enumerate(groups)}
         # What is there under this name is of another round, and is not read for this one.
+        self._folder.mkdir(exist_ok=True)
         data = arrays.encode(totals)
         write_atomically(path.with_suffix(_SUMS), data)
         told = {
@@ -91,7 +94,7 @@ class Ledger:
                     group.from_json(one, np.array(totals[f"group-{i}"]))
                     for i, one in enumerate(told["groups"])
                 ]
-            except (OSError, ValueError, KeyError, TypeError, IndexError, RunError) as error:
+            except _DAMAGED as error:
                 _log.warning("%s: a kept sum cannot be read (%s)", path.name, type(error).__name__)
         return found
 

@@ -8,104 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
-from numpy.typing import NDArray
 
 from fedge.server import requests
 from fedge.server.exchange import Exchange
 from fedge.server.members import Member
 from fedge.server.secagg.group import Group, LostError
 from fedge.server.secagg.ledger import Ledger
+from fedge.server.secagg.outcome import NAMES, SAMPLE, Begin, Opened, Outcome
+from fedge.server.secagg.trial import STEPS, Trial, lost_at
 from fedge.server.talk import Talk
 from fedge.server.tally import absence
 from fedge.server.verdicts import Rejection, printable, reported, reported_words
 from fedge.shared import protocol
 from fedge.shared.failpoints import reach
 from fedge.shared.secagg import job, messages, transcript
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle, Purpose
+from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle
 
 _log = logging.getLogger(__name__)
-
-#: What each exchange is called where people read of it.
-NAMES: Final = {
-    messages.SHARE: "share",
-    messages.MASKED: "masked",
-    messages.COMMIT: "commit",
-    messages.UNMASK: "unmask",
-}
-#: Values of a masked vector that are kept to be shown.
-SAMPLE: Final = 1024
-
-
-@dataclass(frozen=True)
-class Begin:
-    """How a sum begins.
-
-    Attributes:
-        purpose: what is summed.
-        server_round: of the run.
-        length: coordinates of its vector.
-        messages: exchange 0's requests to some members, in their order, for an attempt's number.
-    """
-
-    purpose: Purpose
-    server_round: int
-    length: int
-    messages: Callable[[list[Member], int], list[Message]]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A sum that was opened.
-
-    Attributes:
-        sites: whose vectors are in it, sorted.
-        sharers: how many shared, by which the scale is chosen.
-        threshold: how many had to stay.
-        total: modulo 2^32, without masks.
-    """
-
-    sites: tuple[str, ...]
-    sharers: int
-    threshold: int
-    total: NDArray[np.uint32]
-
-
-@dataclass
-class Outcome:
-    """What came of the exchanges.
-
-    Attributes:
-        opened: a sum for each group that was opened.
-        failed: why the others were not, a line each.
-        lost: by attempt: who dropped out, at which exchange, and why.
-        attempts: that were made.
-        sent, received: bytes.
-        sample: the first values of one masked vector, as it came.
-    """
-
-    opened: list[Opened] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    lost: list[dict[str, Any]] = field(default_factory=list)
-    attempts: int = 0
-    sent: int = 0
-    received: int = 0
-    sample: list[int] = field(default_factory=list)
-    out: dict[str, Rejection] = field(default_factory=dict)
-
-    @property
-    def sites(self) -> list[str]:
-        """Whose vectors are in a sum that was opened."""
-        return sorted(site for opened in self.opened for site in opened.sites)
-
-    def rejections(self, asked: Sequence[Member]) -> list[Rejection]:
-        """Why those who were asked are in none of the sums."""
-        within = set(self.sites)
-        return [self.out[m.site] for m in asked if m.site not in within and m.site in self.out]
 
 
 class SecureSum:
@@ -139,6 +62,7 @@ class SecureSum:
         if kept:
             _log.info("round %d: %d kept sums are opened", begin.server_round, len(kept))
             outcome.attempts = max(group.attempt.number for group in kept)
+            self._tell_lost(groups, kept, outcome)
             self._open(begin, kept, members, outcome)
         left = [list(some) for some in groups if not any(m.site in done for m in some)]
         for attempt in range(self._attempts):
@@ -166,6 +90,17 @@ class SecureSum:
     def settled(self) -> None:
         """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
         self._ledger.drop()
+
+    def _tell_lost(
+        self, groups: Sequence[list[Member]], kept: Sequence[Group], outcome: Outcome
+    ) -> None:
+        """Note whom kept sums are without; why, only the coordinator knew that has ended."""
+        for some in groups:
+            group = next((g for g in kept if any(m.site in g.bundles for m in some)), None)
+            for site in (m.site for m in some if group is not None):
+                if exchange := lost_at(group, site):
+                    why = "lost before the coordinator was started anew"
+                    self._lose(outcome, site, exchange, why, 409, "absent")
 
     def _attempt(
         self, begin: Begin, number: int, groups: list[list[Member]], outcome: Outcome
@@ -202,10 +137,10 @@ class SecureSum:
             bundles[site] = bundle
 
         self._hear(result, everybody, "begin", outcome, take)
-        open_groups: list[_Trial] = []
+        open_groups: list[Trial] = []
         for some in groups:
             there = {m.site: bundles[m.site] for m in some if m.site in bundles}
-            trial = _Trial(some, None)
+            trial = Trial(some, None)
             if len(there) >= self._min_sites:
                 trial.group = Group(attempt, begin.length, there)
             else:
@@ -213,7 +148,7 @@ class SecureSum:
                     f"begin: must be answered by {self._min_sites} sites, got {len(there)}"
                 )
             open_groups.append(trial)
-        for kind, told, hear in _STEPS:
+        for kind, told, hear in STEPS:
             self._step(begin, kind, told, hear, open_groups, outcome)
         committed = [t.group for t in open_groups if t.group is not None]
         again: list[list[Member]] = []
@@ -229,13 +164,13 @@ class SecureSum:
         kind: str,
         told: Callable[[Group, str], Mapping[str, bytes]],
         hear: Callable[[Group, str, RecordDict], object],
-        trials: list[_Trial],
+        trials: list[Trial],
         outcome: Outcome,
     ) -> None:
         """One exchange with all groups that are still in it."""
         members: list[Member] = []
         asked: list[Message] = []
-        of: dict[str, _Trial] = {}
+        of: dict[str, Trial] = {}
         for trial in trials:
             if trial.group is None:
                 continue
@@ -268,9 +203,8 @@ class SecureSum:
         for trial in {id(t): t for t in of.values()}.values():
             for peer in trial.check(kind, self._min_sites):
                 count = len(trial.blames[peer])
-                self._lose(
-                    outcome, peer, NAMES[kind], f"left out, as {count} sites find fault with it"
-                )
+                who = "1 site finds" if count == 1 else f"{count} sites find"
+                self._lose(outcome, peer, NAMES[kind], f"left out, as {who} fault with it")
 
     def _open(
         self, begin: Begin, groups: list[Group], members: Mapping[str, Member], outcome: Outcome
@@ -367,52 +301,6 @@ class SecureSum:
         outcome.out[site] = Rejection(site, code, how, f"{exchange}: {why}")
 
 
-@dataclass
-class _Trial:
-    """A group within an attempt."""
-
-    members: list[Member]
-    group: Group | None
-    failed: str = ""
-    blames: dict[str, set[str]] = field(default_factory=dict)
-    excluded: set[str] = field(default_factory=set)
-
-    def left(self, kind: str) -> set[str]:
-        """Who is asked in this exchange."""
-        group = self.group
-        if group is None:
-            return set()
-        if kind == messages.SHARE:
-            return set(group.bundles)
-        return set(group.sharers if kind == messages.MASKED else group.survivors)
-
-    def check(self, kind: str, min_sites: int) -> list[str]:
-        """Give the group up where fewer are left than its sites will ask for.
-
-        Returns:
-            Whom others blame for it, so that the next attempt is without them.
-        """
-        group = self.group
-        if group is None:
-            return []
-        done = {
-            messages.SHARE: group.sharers,
-            messages.MASKED: group.survivors,
-            messages.COMMIT: group.signatures,
-        }[kind]
-        least = group.threshold if kind == messages.COMMIT else max(group.threshold, min_sites)
-        if len(done) >= least:
-            return []
-        self.failed = f"{NAMES[kind]}: must be answered by {least} sites, got {len(done)}"
-        self.group = None
-        members = {m.site for m in self.members}
-        blamed = {peer: by for peer, by in self.blames.items() if peer in members}
-        for peer, by in blamed.items():
-            # One accuser and one accused: one of the two is at fault, and nobody can tell which.
-            self.excluded |= {peer} if len(by) > 1 else {peer, *by}
-        return sorted(blamed)
-
-
 def _require_answer(content: RecordDict, site: str, run_id: str) -> None:
     config = content.get(protocol.CONFIG)
     if not isinstance(config, ConfigRecord):
@@ -424,26 +312,3 @@ def _require_answer(content: RecordDict, site: str, run_id: str) -> None:
 def _code(values: ConfigRecord) -> str:
     code = values.get(messages.CODE)
     return f"FE-{code}" if type(code) is int and 400 <= code < 500 else "without a number"
-
-
-_STEPS: Final[
-    Sequence[
-        tuple[
-            str,
-            Callable[[Group, str], Mapping[str, bytes]],
-            Callable[[Group, str, RecordDict], object],
-        ]
-    ]
-] = (
-    (
-        messages.SHARE,
-        lambda group, _: group.share_values(),
-        lambda group, site, content: group.take_share(site, messages.values_of(content)),
-    ),
-    (messages.MASKED, Group.masked_values, Group.take_masked),
-    (
-        messages.COMMIT,
-        lambda group, _: group.commit_values(),
-        lambda group, site, content: group.take_commit(site, messages.values_of(content)),
-    ),
-)

@@ -16,7 +16,8 @@ from fedge.server import requests
 from fedge.server.members import Member
 from fedge.server.results import Groups, Summed
 from fedge.server.secagg.ledger import Ledger
-from fedge.server.secagg.secure_sum import SAMPLE, Begin, Opened, Outcome, SecureSum
+from fedge.server.secagg.outcome import SAMPLE, Begin, Opened, Outcome
+from fedge.server.secagg.secure_sum import SecureSum
 from fedge.server.talk import Talk
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays

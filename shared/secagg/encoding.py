@@ -87,6 +87,7 @@ def encode(
     segments: Sequence[Segment],
     sites: int,
     rounding_key: bytes,
+    out: NDArray[np.uint32] | None = None,
 ) -> Encoded:
     """Clamp each value to its bound, multiply by the weight, and round into the ring.
 
@@ -96,6 +97,7 @@ def encode(
         segments: the bounds, in the order of the values.
         sites: that add up at most.
         rounding_key: 32 bytes, for this vector only.
+        out: where the vector is written, as long as the values; new where not given.
 
     Returns:
         The vector, and how many values were beyond their bound.
@@ -111,10 +113,14 @@ def encode(
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: must be 0 to 1, got {weight}")
     _require_sizes(segments, values.size)
+    if out is not None and (out.shape != values.shape or out.dtype != np.uint32):
+        raise ValueError(
+            f"out: must be {values.size} values of uint32, got {out.shape} of {out.dtype}"
+        )
     scales = [scale(segment.bound, sites) for segment in segments]
     most = _steps(sites)
     encoder = _Encoder(rounding_key)
-    vector = np.empty(values.size, np.uint32)
+    vector = np.empty(values.size, np.uint32) if out is None else out
     saturated = start = 0
     for segment, steps in zip(segments, scales, strict=True):
         end = start + segment.size
@@ -130,14 +136,20 @@ def encode(
 
 
 def decode(
-    total: NDArray[np.uint32], segments: Sequence[Segment], sites: int
-) -> NDArray[np.float64]:
-    """The sum of weight times value over the sites, from the sum of their vectors.
+    total: NDArray[np.uint32],
+    segments: Sequence[Segment],
+    sites: int,
+    weight: float = 1.0,
+    dtype: type[np.floating[Any]] = np.float64,
+) -> NDArray[Any]:
+    """The sum of weight times value over the sites, or their weighted mean, from the sum of their vectors.
 
     Args:
         total: one-dimensional uint32, added modulo 2^32, without masks.
         segments: of ``encode``.
         sites: of ``encode``, not the number of those that are left.
+        weight: what the sum is divided by, above 0: the sum of the weights for a mean.
+        dtype: of the result, float64 or float32; the second takes half the time where the values are many.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -147,12 +159,15 @@ def decode(
             f"total: must be one-dimensional uint32, got {total.ndim}-dimensional {total.dtype}"
         )
     _require_sizes(segments, total.size)
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight: must be above 0 and finite, got {weight}")
     signed = total.view(np.int32)
-    found = np.empty(total.size, np.float64)
+    found = np.empty(total.size, dtype)
     start = 0
     for segment in segments:
         part = slice(start, start + segment.size)
-        np.multiply(signed[part], 1 / scale(segment.bound, sites), out=found[part])
+        factor = 1 / (scale(segment.bound, sites) * weight)
+        np.multiply(signed[part], factor, out=found[part], dtype=np.float64, casting="same_kind")
         start = part.stop
     return found
 

@@ -27,6 +27,9 @@ def of(kind: str, content: RecordDict) -> bytes:
     Args:
         kind: its message type.
         content: whose arrays have been checked.
+
+    Raises:
+        SiteError: 414, a value is not finite, or no number, text or bytes.
     """
     found = hashlib.sha256(kind.encode())
     for name in (protocol.CONFIG, messages.SECURE):
@@ -34,7 +37,10 @@ def of(kind: str, content: RecordDict) -> bytes:
         values = dict(record) if isinstance(record, ConfigRecord) else {}
         for key in _OWN:
             values.pop(key, None)
-        text = json.dumps(values, sort_keys=True, allow_nan=False, default=no_json)
+        try:
+            text = json.dumps(values, sort_keys=True, allow_nan=False, default=no_json)
+        except ValueError:
+            raise SiteError(414, f"{name}: must hold finite numbers, got NaN or infinity") from None
         found.update(framed(name.encode(), text.encode()))
     arrays = content.get(protocol.ARRAYS)
     if isinstance(arrays, ArrayRecord):

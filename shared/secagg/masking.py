@@ -36,6 +36,8 @@ _BLOCK_BYTES: Final = 16
 _NONCE_BYTES: Final = 12
 # At a time: far below what a C integer holds.
 _HASHED_BYTES: Final = 2**24
+#: Values that are hashed and then added from the cache.
+_ADDED: Final = 2**17
 
 
 def keystream(key: bytes) -> AEADEncryptionContext:
@@ -102,6 +104,34 @@ def checksum(vector: NDArray[np.uint32]) -> int:
     data = vector.view(np.uint8).data
     for start in range(0, len(data), _HASHED_BYTES):
         hasher.authenticate_additional_data(data[start : start + _HASHED_BYTES])
+    hasher.finalize()
+    return int.from_bytes(hasher.tag[:8], "big")
+
+
+def add_vector(total: NDArray[np.uint32], vector: NDArray[np.uint32]) -> int:
+    """Add a vector to a sum in place, modulo 2^32; each piece is hashed on the way, while it is in the cache.
+
+    Args:
+        total: one-dimensional, contiguous, little-endian uint32, up to ``MAX_VALUES``.
+        vector: the same, as long.
+
+    Returns:
+        ``checksum(vector)``.
+
+    Raises:
+        ValueError: an argument is not so; the sum is unchanged.
+    """
+    _require_vector(total)
+    _require_vector(vector)
+    if total.size != vector.size:
+        raise ValueError(f"vector: must be {total.size} values as the sum, got {vector.size}")
+    if not total.flags.writeable:
+        raise ValueError("sum: must be writeable, got a read-only one")
+    hasher = keystream(bytes(KEY_BYTES))
+    for start in range(0, total.size, _ADDED):
+        part, values = total[start : start + _ADDED], vector[start : start + _ADDED]
+        hasher.authenticate_additional_data(values.view(np.uint8).data)
+        np.add(part, values, out=part)
     hasher.finalize()
     return int.from_bytes(hasher.tag[:8], "big")
 

@@ -74,7 +74,7 @@ class Bundle:
     signature: bytes
 
     def encode(self) -> bytes:
-        """Name and keys as one text; at most 192 bytes."""
+        """Name and keys as one text; at most 193 bytes."""
         name = self.site.encode()
         return bytes([len(name)]) + name + self.box_key + self.mask_key + self.signature
 

@@ -1,12 +1,13 @@
 import os
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedge.client import policy
-from fedge.client.policy import PolicyFile
+from fedge.client.policy import PolicyFile, SecurePolicy
 from fedge.shared import protocol
 from fedge.shared.errors import ConfigError, DeployError, SiteError
+from fedge.shared.secagg import messages
 
 BUNDLE, OTHER = "ab" * 32, "cd" * 32
 GOOD = {"tasks": ["digits"], "bundles": [BUNDLE], "versions": ["0.1.0"]}
@@ -181,3 +182,114 @@ def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, allowed):
     os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
     new.replace(path)
     assert file.current().tasks == ("digitz",)
+
+
+SECURE = {
+    "protocol": 1,
+    "attempt": 1,
+    "clipping-bound": 10.0,
+    "value-bound": 4.0,
+    "state-bound": 100.0,
+    "weight-cap": 10_000,
+}
+
+
+def masked(**changes):
+    asked = request()
+    values = SECURE | {key.replace("_", "-"): value for key, value in changes.items()}
+    asked[messages.SECURE] = ConfigRecord({k: v for k, v in values.items() if v is not None})
+    return asked
+
+
+@pytest.fixture
+def masked_only(tmp_path):
+    return policy.write(tmp_path, **GOOD, secure=SecurePolicy(required=True))
+
+
+def test_the_terms_of_secure_aggregation_are_written_and_read_again(tmp_path, allowed):
+    assert allowed.secure_aggregation == SecurePolicy()
+    assert (allowed.secure_aggregation.required, allowed.secure_aggregation.min_sites) == (False, 5)
+    terms = SecurePolicy.model_validate(
+        {
+            "required": True,
+            "min-sites": 12,
+            "max-clipping-bound": 1.5,
+            "max-weight-cap": 300,
+        }
+    )
+    assert policy.write(tmp_path, **GOOD, secure=terms).secure_aggregation == terms
+    # A policy of an older fedge has no such section.
+    path = tmp_path / "policy.toml"
+    path.write_text(path.read_text().partition("[secure-aggregation]")[0])
+    assert policy.read(tmp_path).secure_aggregation == SecurePolicy()
+
+
+@pytest.mark.parametrize("kind", [protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE])
+def test_where_masks_are_required_nothing_leaves_in_clear(masked_only, allowed, kind):
+    asked = request(standardise="site")
+    message = refused(418, policy.allow, masked_only, kind, asked, BUNDLE)
+    assert message == f"{kind}: must be under secure aggregation by policy.toml, got 'in clear'"
+    policy.allow(masked_only, kind, masked(), BUNDLE)
+    # Without the requirement both ways are open.
+    policy.allow(allowed, kind, asked, BUNDLE)
+    policy.allow(allowed, kind, masked(), BUNDLE)
+
+
+def test_where_masks_are_required_probes_and_exchanges_are_answered(masked_only):
+    policy.allow(masked_only, protocol.PROBE, request(), BUNDLE)
+    for kind in (messages.STATISTICS, *messages.STEPS):
+        policy.allow(masked_only, kind, masked(), BUNDLE)
+
+
+def test_a_record_of_another_type_does_not_pass_for_a_mask(masked_only):
+    asked = request(standardise="site")
+    asked[messages.SECURE] = MetricRecord({"attempt": 1})
+    refused(418, policy.allow, masked_only, protocol.TRAIN, asked, BUNDLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"clipping_bound": 100.5}, "clipping-bound: must be at most 100"),
+        ({"clipping_bound": float("nan")}, "clipping-bound: must be at most 100"),
+        ({"clipping_bound": float("inf")}, "clipping-bound: must be at most 100"),
+        ({"clipping_bound": "1"}, "clipping-bound: must be at most 100"),
+        ({"clipping_bound": [1.0]}, "clipping-bound: must be at most 100"),
+        ({"weight_cap": 2**23 + 1}, "weight-cap: must be at most 8.38861e+06"),
+    ],
+)
+def test_bounds_above_the_policys_are_refused(masked_only, allowed, change, named):
+    for own in (masked_only, allowed):
+        for kind in (protocol.TRAIN, protocol.EVALUATE, messages.STATISTICS):
+            assert named in refused(418, policy.allow, own, kind, masked(**change), BUNDLE)
+
+
+def test_the_other_limits_hold_under_masks_too(masked_only):
+    asked = masked()
+    asked[protocol.CONFIG][protocol.COHORT] = 1
+    assert "cohort" in refused(418, policy.allow, masked_only, protocol.TRAIN, asked, BUNDLE)
+    asked[protocol.CONFIG][protocol.SERVER_ROUND] = 1001
+    for kind in messages.STEPS:
+        assert "server-round" in refused(418, policy.allow, masked_only, kind, asked, BUNDLE)
+    refused(419, policy.allow, masked_only, messages.UNMASK, masked(), OTHER)
+
+
+def test_masked_statistics_need_no_leave_to_share_them(tmp_path):
+    """What share-statistics keeps at the site are its own sums; under a mask they are not its own."""
+    own = policy.write(tmp_path, **GOOD, share_statistics=False)
+    policy.allow(own, messages.STATISTICS, masked(), BUNDLE)
+    policy.allow(own, protocol.REGISTER, masked(), BUNDLE)
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [("min-sites", 2), ("max-clipping-bound", 0), ("max-weight-cap", 2**23 + 1), ("required", 1)],
+)
+def test_terms_out_of_range_are_refused(tmp_path, allowed, key, bad):
+    path = tmp_path / "policy.toml"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(f"{key} = {bad}" if x.startswith(key) else x for x in lines))
+    with pytest.raises(ConfigError) as caught:
+        policy.read(tmp_path)
+    assert caught.value.code in (201, 202, 203, 204)
+    assert f"secure-aggregation.{key}" in caught.value.message

@@ -21,6 +21,8 @@ from fedge.client.worker import SiteWorker
 from fedge.shared import protocol, wire
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import SiteError
+from fedge.shared.secagg import messages
+from fedge.simulations import consortium
 
 BUNDLE, OTHER = "ab" * 32, "cd" * 32
 GOOD = {"tasks": ["blobs"], "bundles": [BUNDLE], "versions": ["0.1.0"], "device": "cpu"}
@@ -142,6 +144,28 @@ def test_a_repeated_request_is_answered_from_the_last_reply(served, request_of, 
     assert served.gate.calls == calls
     served.ask(request_of(TRAIN, weights, seed=43))
     assert served.gate.calls == 2 * calls
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE, messages.STATISTICS])
+def test_a_masked_sum_is_begun_once_though_its_request_comes_twice(
+    task, data, tmp_path, request_of, weights, kind
+):
+    """Each beginning has keys of its own, and a number that a site takes once."""
+    policy.write(tmp_path, **GOOD)
+    anchors = consortium.anchors(["site-1"], 3)["site-1"]
+    found = Served(tmp_path, SiteWorker("site-1", task, data, tmp_path, anchors=anchors), Gate(0))
+    bounds = {"clipping-bound": 1.0, "value-bound": 1.0, "state-bound": 1.0, "weight-cap": 9}
+    asked = request_of(kind, None if kind == messages.STATISTICS else weights)
+    if kind == messages.STATISTICS:
+        asked.content[protocol.CONFIG][protocol.SERVER_ROUND] = 0
+    asked.content[messages.SECURE] = messages.record({"version": 1, "attempt": 1, **bounds})
+    try:
+        first = data_of(found.ask(asked))
+        assert data_of(found.ask(asked)) == first
+        asked.content[messages.SECURE]["attempt"] = 2
+        assert data_of(found.ask(asked)) != first
+    finally:
+        found.close()
 
 
 def test_what_was_asked_while_it_ran_is_trained_once(served, request_of, weights):

@@ -134,3 +134,122 @@ def test_all_keys_that_disagree_are_named():
         "train.momentum: must be 0 with adam, got 0.5;"
         " round.min-sites: must be at most 1 with 1 site, got 2"
     )
+
+
+def masked(**section):
+    return {"enabled": True, "min-sites": 3} | {k.replace("_", "-"): v for k, v in section.items()}
+
+
+def test_masks_are_off_by_default_and_then_say_nothing():
+    config = from_tree({"task": {"name": "digits"}})
+    assert config.secure_aggregation.enabled is False
+    # What would not fit under masks is of no account in clear.
+    from_tree(
+        {
+            "task": {"name": "digits"},
+            "strategy": {"name": "Krum"},
+            "secure-aggregation": {"min-sites": 100},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["FedAvg", "FedProx", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "Scaffold"]
+)
+def test_means_can_be_had_under_masks(name):
+    from_tree(
+        {
+            "task": {"name": "digits"},
+            "strategy": {"name": name},
+            "secure-aggregation": masked(),
+        }
+    )
+
+
+def test_what_weighs_by_a_sites_own_loss_cannot():
+    said = refusal(**{"strategy": {"name": "QFedAvg"}, "secure-aggregation": masked()})
+    assert said == (
+        "strategy.name: must be a mean weighted by examples with secure-aggregation,"
+        " got QFedAvg, which weighs each site by its own loss"
+    )
+
+
+COMPARING = [
+    ({"name": "FedMedian"}, 3),
+    ({"name": "FedTrimmedAvg"}, 3),
+    ({"name": "Krum"}, 3),
+    ({"name": "Krum", "num-malicious-nodes": 1}, 5),
+    ({"name": "MultiKrum", "num-malicious-nodes": 1}, 5),
+    ({"name": "Bulyan"}, 3),
+    ({"name": "Bulyan", "num-malicious-nodes": 1}, 7),
+]
+
+
+@pytest.mark.parametrize(("strategy", "least"), COMPARING)
+def test_what_compares_replies_needs_groups(strategy, least):
+    def tree(groups):
+        return {
+            "sites": {"count": 30},
+            "strategy": strategy,
+            "secure-aggregation": masked(groups=groups),
+        }
+
+    from_tree({"task": {"name": "digits"}, **tree(least)})
+    said = refusal(**tree(least - 1))
+    assert said == (
+        f"secure-aggregation.groups: must be at least {least} with {strategy['name']}, which compares"
+        f" replies and sees one a group, got {least - 1}"
+    )
+
+
+def test_a_sum_needs_as_many_sites_in_each_group():
+    def said(**section):
+        return refusal(**{"sites": {"count": 8}, "secure-aggregation": masked(**section)})
+
+    assert said(min_sites=9) == (
+        "secure-aggregation.min-sites: must be at most 8 with 8 sites, got 9"
+    )
+    assert said(groups=3) == (
+        "secure-aggregation.min-sites: must be at most 2 in each group with 8 sites, got 3"
+    )
+    tree = {"task": {"name": "digits"}, "sites": {"count": 9}}
+    from_tree({**tree, "secure-aggregation": masked(groups=3)})
+    # Natural sites are counted when the data is read.
+    from_tree(
+        {
+            "task": {"name": "heart"},
+            "data": {"partition": "natural"},
+            "secure-aggregation": masked(min_sites=20),
+        }
+    )
+
+
+def test_a_sum_has_as_many_sites_as_counters_can_add_up():
+    tree = {"task": {"name": "digits"}, "secure-aggregation": masked()}
+    from_tree({**tree, "sites": {"count": 2048}})
+    said = refusal(**{"sites": {"count": 2049}, "secure-aggregation": masked()})
+    assert said == "sites.count: must be at most 2048 in a secure sum, got 2049"
+    from_tree({**tree, "sites": {"count": 4096}, "secure-aggregation": masked(groups=2)})
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        ("min-sites", 2),
+        ("groups", 0),
+        ("clipping-bound", 0.0),
+        ("value-bound", 2e6),
+        ("state-bound", -1.0),
+        ("weight-cap", 2**23 + 1),
+        ("attempts", 0),
+        ("deadline", 0.0),
+    ],
+)
+def test_values_of_the_section_have_bounds(key, bad):
+    assert f"secure-aggregation.{key}" in refusal(**{"secure-aggregation": masked(**{key: bad})})
+
+
+@pytest.mark.parametrize("name", ["digits", "breast-cancer", "heart"])
+def test_the_examples_run_under_masks_with_one_switch(name):
+    config = load(EXAMPLES / f"{name}.toml", ["secure-aggregation.enabled=true"])
+    assert config.secure_aggregation.enabled

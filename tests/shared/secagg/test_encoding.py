@@ -262,6 +262,38 @@ def test_decoding_refuses_other_totals() -> None:
         decode(total, one(4), 0)
 
 
+def test_a_vector_is_written_where_it_is_wanted() -> None:
+    values = np.random.default_rng(4).standard_normal(20_000).astype(np.float32)
+    whole = np.full(20_006, 7, np.uint32)
+    found = encode(values, 0.4, one(20_000, 2.0), 5, KEY, whole[:20_000])
+    assert np.shares_memory(found.vector, whole)
+    np.testing.assert_array_equal(
+        whole[:20_000], encode(values, 0.4, one(20_000, 2.0), 5, KEY).vector
+    )
+    assert whole[20_000:].tolist() == [7] * 6
+    for bad in (whole, whole[:20_000].view(np.int32)):
+        with pytest.raises(ValueError, match="out: must be 20000 values of uint32"):
+            encode(values, 0.4, one(20_000, 2.0), 5, KEY, bad)
+
+
+def test_a_mean_is_the_sum_by_the_weight() -> None:
+    values = np.random.default_rng(5).standard_normal(30_000)
+    segments = [Segment("a", 10_000, 4.0), Segment("b", 20_000, 9.0)]
+    total = sum(
+        (encode(values, w, segments, 3, key_of(i)).vector for i, w in enumerate((0.2, 0.5))),
+        np.zeros(30_000, np.uint32),
+    )
+    mean = decode(total, segments, 3, 0.7)
+    np.testing.assert_allclose(mean, decode(total, segments, 3) / 0.7, rtol=1e-15)
+    np.testing.assert_allclose(mean, values, atol=3e-8)
+    rounded = decode(total, segments, 3, 0.7, np.float32)
+    assert rounded.dtype == np.float32
+    np.testing.assert_array_equal(rounded, mean.astype(np.float32))
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight: must be above 0 and finite"):
+            decode(total, segments, 3, bad)
+
+
 def test_the_number_of_sites_is_that_of_the_encoding() -> None:
     """The failing twin: decoded with the number that is left, the sum is wrong by their ratio."""
     total = encode(np.full(4, 0.5), 1.0, one(4), 10, KEY).vector

@@ -195,6 +195,31 @@ def test_flips_and_swaps_show_in_the_checksum(size: int, chance: object) -> None
     assert masking.checksum(vector.copy()) == before
 
 
+@pytest.mark.parametrize("size", [0, 1, 4096, 131_071, 131_072, 300_001])
+def test_a_vector_is_added_and_hashed_in_one_pass(size: int) -> None:
+    rng = np.random.default_rng(size)
+    total, vector = (rng.integers(0, 2**32, size, dtype=np.uint32) for _ in range(2))
+    expected = total + vector
+    vector.flags.writeable = False
+    assert masking.add_vector(total, vector) == masking.checksum(vector)
+    np.testing.assert_array_equal(total, expected)
+
+
+def test_other_vectors_are_not_added() -> None:
+    total = zeros(8)
+    for vector, message in (
+        (zeros(9), "must be 8 values as the sum, got 9"),
+        (zeros(8).astype(np.int32), "must be one-dimensional"),
+        (zeros(16)[::2], "must be one-dimensional"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            masking.add_vector(total, vector)
+    assert not total.any()
+    total.flags.writeable = False
+    with pytest.raises(ValueError, match="sum: must be writeable"):
+        masking.add_vector(total, zeros(8))
+
+
 def test_the_checksum_of_a_long_vector_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     vector = np.arange(10_001, dtype=np.uint32)
     whole = masking.checksum(vector)

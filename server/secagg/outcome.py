@@ -1,0 +1,93 @@
+"""How a secure sum begins, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from fedge.server.members import Member
+from fedge.server.verdicts import Rejection
+from fedge.shared.secagg import messages
+from fedge.shared.secagg.transcript import Purpose
+
+#: What each exchange is called where people read of it.
+NAMES: Final = {
+    messages.SHARE: "share",
+    messages.MASKED: "masked",
+    messages.COMMIT: "commit",
+    messages.UNMASK: "unmask",
+}
+#: Values of a masked vector that are kept to be shown.
+SAMPLE: Final = 1024
+
+
+@dataclass(frozen=True)
+class Begin:
+    """How a sum begins.
+
+    Attributes:
+        purpose: what is summed.
+        server_round: of the run.
+        length: coordinates of its vector.
+        messages: exchange 0's requests to some members, in their order, for an attempt's number.
+    """
+
+    purpose: Purpose
+    server_round: int
+    length: int
+    messages: Callable[[list[Member], int], list[Message]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sum that was opened.
+
+    Attributes:
+        sites: whose vectors are in it, sorted.
+        sharers: how many shared, by which the scale is chosen.
+        threshold: how many had to stay.
+        total: modulo 2^32, without masks.
+    """
+
+    sites: tuple[str, ...]
+    sharers: int
+    threshold: int
+    total: NDArray[np.uint32]
+
+
+@dataclass
+class Outcome:
+    """What came of the exchanges.
+
+    Attributes:
+        opened: a sum for each group that was opened.
+        failed: why the others were not, a line each.
+        lost: by attempt: who dropped out, at which exchange, and why.
+        attempts: that were made.
+        sent, received: bytes.
+        sample: the first values of one masked vector, as it came.
+    """
+
+    opened: list[Opened] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    attempts: int = 0
+    sent: int = 0
+    received: int = 0
+    sample: list[int] = field(default_factory=list)
+    out: dict[str, Rejection] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[str]:
+        """Whose vectors are in a sum that was opened."""
+        return sorted(site for opened in self.opened for site in opened.sites)
+
+    def rejections(self, asked: Sequence[Member]) -> list[Rejection]:
+        """Why those who were asked are in none of the sums."""
+        within = set(self.sites)
+        return [self.out[m.site] for m in asked if m.site not in within and m.site in self.out]

@@ -1,0 +1,150 @@
+"""Sites that deviate: what they mask, share or say is found out, or does no harm to the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+
+def liar(made, site, values):
+    """Let a site mask a vector of its own making."""
+
+    class Lie:
+        def encode(self, sites, rounding_key):
+            return values(self.of.encode(sites, rounding_key))
+
+    worker, real = made.workers[site], made.workers[site]._secure.train
+
+    def train(*arguments):
+        told = real(*arguments)
+        session = worker._secure._answers._open["train"].session
+        lie = Lie()
+        lie.of, session._contribution = session._contribution, lie
+        return told
+
+    worker._secure.train = train
+
+
+@pytest.mark.parametrize("what", ["noise", "counter", "update"])
+def test_a_site_that_masks_garbage_is_found_in_the_sum(rig, what):
+    made = rig()
+
+    def values(honest):
+        found = honest.copy()
+        if what == "noise":
+            return np.random.default_rng(1).integers(0, 2**32, honest.size, dtype=np.uint32)
+        if what == "counter":
+            found[-6:] = 2**31
+        else:
+            found[:22] = 2**28
+        return found
+
+    liar(made, "site-3", values)
+    found = made.train()
+    assert found.result is None
+    assert found.reason.startswith("FE-510 secure sums: must be 1, got 0 (FE-511 ")
+    assert "range" in found.reason
+    assert found.facts["attempts"] == 1
+
+
+def test_a_wrong_share_is_named_and_the_sum_opened_all_the_same(rig):
+    made = rig()
+
+    def wrong(content):
+        values = content["secagg"]
+        values["shares"] = bytes(33) + values["shares"][33:]
+
+    made.fault("site-4", "unmask", wrong)
+    found = made.train()
+    made.check(found.result, list(made.workers))
+    assert found.facts["lost"] == [
+        {
+            "site": "site-4",
+            "exchange": "unmask",
+            "attempt": 1,
+            "reason": "its shares are not those it was given",
+        }
+    ]
+
+
+def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
+    made = rig()
+
+    def forged(content):
+        bundle = content["secagg"]["bundle"]
+        content["secagg"]["bundle"] = bundle[:-1] + bytes([bundle[-1] ^ 1])
+
+    made.fault("site-2", "begin", forged)
+    found = made.train()
+    left = [site for site in made.workers if site != "site-2"]
+    made.check(found.result, left)
+    assert found.facts["attempts"] == 2
+    told = [(lost["site"], lost["reason"]) for lost in found.facts["lost"]]
+    assert all((site, "finds fault with site-2, FE-422") in told for site in left)
+    assert told[-1] == ("site-2", "left out, as 5 sites find fault with it")
+    (rejected,) = found.outcome.rejections(made.members)
+    assert (rejected.site, rejected.code, rejected.outcome) == ("site-2", 411, "rejected")
+    assert rejected.reason == "share: left out, as 5 sites find fault with it"
+    assert len(made.asked("begin", "site-2")) == 1
+
+
+def test_of_one_accuser_and_one_accused_neither_is_asked_again(rig):
+    made = rig()
+    size = 2 * 33 + 16
+
+    def broken(content):
+        # The first box is for site-1: it alone finds fault with it.
+        boxes = content["secagg"]["boxes"]
+        content["secagg"]["boxes"] = bytes(size) + boxes[size:]
+
+    made.fault("site-2", "share", broken)
+    made.fault("site-3", "masked", "error", times=1)
+    found = made.train()
+    made.check(found.result, ["site-3", "site-4", "site-5", "site-6"])
+    assert found.facts["attempts"] == 2
+    why = {r.site: r.reason for r in found.outcome.rejections(made.members)}
+    assert why == {
+        "site-1": "masked: finds fault with site-2, FE-425",
+        "site-2": "masked: left out, as 1 site finds fault with it",
+    }
+
+
+def test_a_blame_without_consequences_excludes_nobody(rig):
+    made = rig()
+    accuse = {"blamed": "site-5\n[red]", "code": 900}
+    made.fault("site-1", "masked", lambda content: content["secagg"].update(accuse))
+    found = made.train()
+    made.check(found.result, [f"site-{i}" for i in range(2, 7)])
+    (lost,) = found.facts["lost"]
+    assert lost["reason"] == "finds fault with site-5?[red], without a number"
+
+
+def test_where_too_few_would_be_left_nobody_is_asked_again(rig):
+    made = rig(count=3)
+    made.fault("site-1", "masked", lambda c: c["secagg"].update({"blamed": "site-2", "code": 425}))
+    found = made.train()
+    assert found.result is None
+    assert "sites: must be at least 3, got 1" in found.reason
+    assert found.facts["attempts"] == 1
+
+
+@pytest.mark.parametrize("key", ["site", "run-id"])
+def test_an_answer_of_another_site_or_run_does_not_count(rig, key):
+    made = rig()
+    made.fault("site-6", "masked", lambda content: content["config"].update({key: "site-1"}))
+    found = made.train()
+    made.check(found.result, [f"site-{i}" for i in range(1, 6)])
+    assert found.facts["lost"][0]["reason"].startswith("must answer as this site in this run")
+
+
+def test_a_vector_damaged_on_the_way_is_not_added(rig):
+    made = rig()
+
+    def damage(content):
+        array = content["arrays"]["masked"]
+        array.data = array.data[:-1] + bytes([array.data[-1] ^ 1])
+
+    made.fault("site-6", "masked", damage)
+    found = made.train()
+    made.check(found.result, [f"site-{i}" for i in range(1, 6)])
+    assert "checksum" in found.facts["lost"][0]["reason"]

@@ -1,0 +1,102 @@
+"""Where everything lies in a masked vector: parameters, then what travels with them, then counters."""
+
+import numpy as np
+import pytest
+
+from fedge.shared.secagg import layout, limbs
+from fedge.shared.secagg.layout import Bounds, Placed
+
+BOUNDS = Bounds(10.0, 4.0, 100.0, 1000)
+SHAPES = {"w": (2, 3), "mean": (3,), "b": (), "var": (3,)}
+
+
+def tensors(of):
+    draw = np.random.default_rng(5)
+    return {t.name: draw.normal(size=t.shape).astype(np.float32) for t in of.tensors}
+
+
+def test_parameters_come_first_whatever_their_place_in_the_network():
+    of = layout.of_training(SHAPES, ["b", "w"], BOUNDS, control=False)
+    assert of.tensors == (
+        Placed("w", (2, 3), 0, 6),
+        Placed("b", (), 6, 1),
+        Placed("mean", (3,), 7, 3),
+        Placed("var", (3,), 10, 3),
+    )
+    assert [(s.name, s.size, s.bound) for s in of.segments] == [
+        ("update", 7, 4.0),
+        ("state", 6, 100.0),
+    ]
+    assert of.values == 13
+    assert of.length == 13 + 3 * 6
+
+
+def test_without_state_there_is_one_segment():
+    of = layout.of_training({"w": (2,)}, ["w"], BOUNDS, control=False)
+    assert [s.name for s in of.segments] == ["update"]
+
+
+def test_control_variates_follow_one_a_tensor():
+    of = layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
+    assert [t.name for t in of.tensors[4:]] == [f"control/{n}" for n in SHAPES]
+    assert of.values == 26
+    assert sum(s.size for s in of.segments) == 26
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_tensors_come_back_as_they_were(control):
+    of = layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=control)
+    given = tensors(of)
+    flat = of.flatten(given | {"steps": np.array(3)})
+    assert flat.shape == (of.values,)
+    assert flat.dtype == np.float32
+    found = of.unflatten(flat)
+    assert list(found) == [t.name for t in of.tensors]
+    assert all(
+        np.array_equal(found[n], given[n]) and found[n].shape == given[n].shape for n in given
+    )
+
+
+def test_the_widest_type_is_kept():
+    of = layout.of_training({"w": (1,), "v": (1,)}, ["w", "v"], BOUNDS, control=False)
+    given = {"w": np.array([1 + 1e-12]), "v": np.ones(1, np.float32)}
+    assert of.flatten(given).tolist() == [1 + 1e-12, 1.0]
+    halves = {"w": np.ones(1, np.float16), "v": np.ones(1, np.float16)}
+    assert of.flatten(halves).dtype == np.float32
+
+
+def test_counters_of_a_training_sum_have_room_for_every_site():
+    of = layout.of_training(SHAPES, ["w"], BOUNDS, control=False)
+    found = {c.name: (c.low, c.high, c.fraction_bits) for c in of.counters}
+    assert found == {
+        "sites": (0, 1, 0),
+        "examples": (0, 1000, 0),
+        "loss": (0, 2**39, 20),
+        "saturated": (0, 2**39, 0),
+        "clipped": (0, 1, 0),
+        "capped": (0, 1, 0),
+    }
+
+
+def test_an_evaluation_is_counters_alone_and_none_of_them_is_the_layouts_own():
+    of = layout.of_evaluation(["examples", "sites"])
+    assert (of.values, of.segments, of.tensors) == (0, (), ())
+    assert [c.name for c in of.counters] == ["sites", "task/examples", "task/sites"]
+    given = layout.task_counters({"examples": 3.0, "sites": 9.0}) | {"sites": 1}
+    total = limbs.encode_counters(given, of.counters)
+    found = limbs.decode_counters(total, of.counters, 1)
+    assert layout.from_task_counters(found, ["examples", "sites"]) == {"examples": 3, "sites": 9}
+
+
+def test_statistics_have_two_sums_a_column_with_either_sign():
+    of = layout.of_statistics(2)
+    assert [c.name for c in of.counters] == [
+        "sites",
+        "examples",
+        "feature-total-0",
+        "feature-total-1",
+        "feature-total-of-squares-0",
+        "feature-total-of-squares-1",
+    ]
+    assert {(c.low, c.high, c.fraction_bits) for c in of.counters[2:]} == {(-(2**23), 2**23, 36)}
+    assert layout.of_statistics(0).length == 6
