@@ -165,7 +165,7 @@ def status(home: Path) -> dict[str, Any]:
     except FedgeError as error:
         worker, problem = None, str(error)
     else:
-        problem = ""
+        problem = _unserved(home, site.site.task)
     # What Flower's node last said of itself counts only while the line is there.
     relay = "supernode" in services
     node = services.get("supernode", {}).get("state") == "ready"
@@ -183,8 +183,21 @@ def status(home: Path) -> dict[str, Any]:
         "services": services,
         "worker": worker,
         "worker_problem": problem,
-        "healthy": running and all(wanted) and not told.get("problem"),
+        "healthy": running and all(wanted) and not told.get("problem") and not problem,
     }
+
+
+def _unserved(home: Path, task: str) -> str:
+    """Why the worker, though it answers, serves nothing; empty where it does, or where the policy is another user's."""
+    try:
+        allowed = policy.read(home)
+    except DeployError:
+        return ""
+    except FedgeError as error:
+        return str(error)
+    if task in allowed.tasks:
+        return ""
+    return f"FE-418 policy.toml: tasks must hold {task}, or nothing is served"
 
 
 def _as_of_now(link: dict[str, Any]) -> dict[str, Any]:
@@ -210,9 +223,9 @@ def status_text(found: Mapping[str, Any]) -> str:
         )
     if found["problem"]:
         lines.append(f"problem    {found['problem']}")
-    if worker is None:
-        lines.append(f"worker     {found['worker_problem']}")
-    else:
+    if found["worker_problem"]:
+        lines.append(f"problem    {found['worker_problem']}")
+    if worker is not None:
         lines.append(
             f"serves     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
         )

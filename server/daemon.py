@@ -56,7 +56,7 @@ def run(home: Path) -> int:
     homes.log_to_stderr()
     with homes.lock(home):
         # What a daemon that was killed has left is given the time to end, and its port with it.
-        homes.end(home)
+        homes.clear(home)
         daemon = ServerDaemon(home, settings)
         daemon.supervisor.run()
     return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130

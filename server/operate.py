@@ -81,8 +81,11 @@ def _directory(home: Path, name: str) -> Path:
     return path
 
 
-def resume(home: Path, name: str) -> None:
+def resume(home: Path, name: str) -> str:
     """Let a stopped run go on where its journal ends.
+
+    Returns:
+        What becomes of it, for people.
 
     Raises:
         DeployError: 914, no such run.
@@ -92,23 +95,29 @@ def resume(home: Path, name: str) -> None:
     prepare(path, RunDirectory(path).load_config(), resume=True)
     # A request to stop that nobody has seen yet was taken back.
     (path / STOP_REQUEST).unlink(missing_ok=True)
+    return f"{name} is {state_of(path)}" if state_of(path) == "finished" else f"{name} goes on"
 
 
-def stop(home: Path, name: str | None = None) -> None:
+def stop(home: Path, name: str | None = None) -> str:
     """Ask a run to end after what it is doing, or end the server.
+
+    Returns:
+        What becomes of it, for people.
 
     Raises:
         DeployError: 911, the server does not run; 914, no such run.
     """
     if name is not None:
         path = _directory(home, name)
-        if state_of(path) == "unfinished":
-            (path / STOP_REQUEST).touch()
-        return
+        if state_of(path) != "unfinished":
+            return f"{name} is {state_of(path)} already"
+        (path / STOP_REQUEST).touch()
+        return f"{name} stops after what it is doing"
     server_file.load(home)
     if not homes.held(home):
         raise DeployError(911, f"{home}: must be run by a daemon, got none")
     homes.end(home)
+    return "the server has ended"
 
 
 def runs(home: Path) -> list[dict[str, Any]]:
@@ -147,6 +156,7 @@ def status(home: Path) -> dict[str, Any]:
         days, problem = None, str(error)
     return {
         "running": running,
+        "healthy": running and days is not None and days > 0,
         "address": settings.server.address,
         "listen": settings.server.listen,
         "certificate": {"days_left": days, "problem": problem},
@@ -188,6 +198,9 @@ def runs_text(found: Sequence[Mapping[str, Any]]) -> str:
         if state == "unfinished" and not run["task"]:
             state = "gathering" if run["begun"] else "queued"
         lines.append(f"{run['name']:32} {state:10} {rounds:>9}  {run['task'] or ''}{why}")
+        if run["stopped"] and run["stopped"].get("message"):
+            lines.append(f"  {str(run['stopped']['message'])[:300]}")
+            lines.append(f"  mend the cause, then: fedge server resume {run['name']}")
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
     107: Entry("the output cannot be written", "Make room, or write elsewhere."),
     201: Entry(
         "a configuration value is not allowed",
-        "See the key's range in `fedge config schema`.",
+        "See the key's range in `fedge config schema`, of a home's files in docs/reference/site-files.md.",
     ),
     202: Entry(
         "unknown configuration key", "Use the nearest known key, or see `fedge config schema`."
@@ -63,14 +63,16 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     206: Entry(
         "the output directory is not empty",
-        "Choose a new --out, or add --resume to continue the run in it.",
+        "Choose another --out (or --name), or continue the run that is there: --resume, `fedge server resume`.",
     ),
     207: Entry(
         "the run in the directory was started with another configuration",
         "Resume with the same configuration, or choose a new --out.",
     ),
     208: Entry("the run directory is in use", "Wait for the other process, or stop it."),
-    209: Entry("not a run directory", "Name a directory that `fedge simulate --out` has written."),
+    209: Entry(
+        "not a run directory", "Name a directory that `fedge simulate` or `fedge up` has written."
+    ),
     210: Entry(
         "the run directory cannot be written",
         "Choose an --out that this user may write, with room on its disk.",
@@ -244,11 +246,18 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Pass the statistics.json that the site's worker wrote; none where verify asks for none.",
     ),
     901: Entry(
-        "not a home of a server or site", "Make one with `fedge server init` or `site init`."
+        "not a home of a server or site",
+        "Mend the path that the message names, or make a home with `fedge server init` or `site init`.",
     ),
-    902: Entry("the home is in use", "Stop the other process, see `status`."),
+    902: Entry(
+        "the home is in use",
+        "Stop the other process: `stop` of a server or site, `fedge down` of a local federation.",
+    ),
     903: Entry("the home exists already", "Choose another --home; keys are never overwritten."),
-    904: Entry("the address cannot be used", "Choose a free port and an address of this machine."),
+    904: Entry(
+        "the address cannot be used",
+        "Give host:port, with a free port and an address of this machine.",
+    ),
     905: Entry("a process did not become ready", "Read the log that the message names."),
     906: Entry("a process keeps dying", "Read the log that the message names."),
     907: Entry(
@@ -261,11 +270,13 @@ CATALOGUE: Final[dict[int, Entry]] = {
     909: Entry("the TLS front is missing", "Install nginx, or serve loopback addresses only."),
     910: Entry("the TLS front refuses its configuration", "Read the line that the message quotes."),
     911: Entry(
-        "the daemon is not running", "Start it with `fedge server start` or `fedge site start`."
+        "the daemon is not running",
+        "Start it with `fedge server start` or `fedge site start`, if it should run.",
     ),
     912: Entry("the server cannot be reached", "Check the address, the link and the firewall."),
     913: Entry(
-        "the server does not know this site", "Give site.pub to the server: `fedge server admit`."
+        "the server does not know this site",
+        "Give site.pub to the server: `fedge server admit`; `fedge server status` lists whom it knows.",
     ),
     914: Entry("no such run", "See `fedge server runs`."),
     915: Entry("a command of Flower failed", "Read what it said; it is quoted in the message."),

@@ -296,8 +296,13 @@ def down(out: Path) -> int:
 
     Returns:
         How many processes were ended.
+
+    Raises:
+        ConfigError: 209, no federation ran there.
     """
     out = out.absolute()
+    if not (out / "federation").is_dir():
+        raise ConfigError(209, f"{out}: must be a run directory of `fedge up`, got none")
     ended = homes.end(out / "federation", grace=2 * DAEMON_GRACE)
     # Whoever was being started in between is named by now.
     return ended + _sweep(out) + _sweep(out)

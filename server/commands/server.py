@@ -102,20 +102,24 @@ def _run(arguments: Namespace) -> int:
         case "status":
             status = operate.status(arguments.home)
             say(status, operate.status_text(status))
+            # As `fedge site status` does, so that one monitor fits both.
+            return 0 if status["healthy"] else 1
         case "runs":
             runs = operate.runs(arguments.home)
             say(runs, operate.runs_text(runs))
         case "resume":
-            operate.resume(arguments.home, arguments.run)
+            say(None, operate.resume(arguments.home, arguments.run))
         case "stop":
-            operate.stop(arguments.home, arguments.run)
+            say(None, operate.stop(arguments.home, arguments.run))
         case "admit" | "expel":
             from fedge.server import register
 
             if arguments.action == "admit":
                 register.admit(arguments.home, arguments.site, arguments.key)
+                say(None, f"{arguments.site} admitted; it may connect within half a minute")
             else:
                 register.expel(arguments.home, arguments.site)
+                say(None, f"{arguments.site} expelled; its connection ends within half a minute")
         case "renew":
             from fedge.server import certificates
 

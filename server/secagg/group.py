@@ -63,6 +63,8 @@ class Group:
             for site, near in zip(self.sites, indices, strict=True)
         }
         self.threshold = graph.threshold(len(self.sites))
+        # What every site is told alike is put together once.
+        self._bundled = self._signed = b""
         if not self.total.size:
             self.total = np.zeros(self.length, np.uint32)
 
@@ -80,7 +82,9 @@ class Group:
 
     def share_values(self) -> dict[str, bytes]:
         """What every site is told: all bundles."""
-        return {messages.BUNDLES: messages.joined(list(self.bundles.values()))}
+        if not self._bundled:
+            self._bundled = messages.joined(list(self.bundles.values()))
+        return {messages.BUNDLES: self._bundled}
 
     def take_share(self, site: str, values: ConfigRecord) -> None:
         """A site's commitment and boxes.
@@ -103,10 +107,10 @@ class Group:
     def masked_values(self, site: str) -> dict[str, bytes]:
         """What one site is told: who shared, with the boxes for it."""
         told = [
-            Sharer(s.site, s.commitment, s.signature, self.boxes[s.site].get(site, b""))
-            for s in sorted(self.sharers.values(), key=lambda s: s.site)
+            self.sharers[peer].encode_with(self.boxes[peer].get(site, b""))
+            for peer in sorted(self.sharers)
         ]
-        return {messages.SHARERS: messages.joined(told)}
+        return {messages.SHARERS: b"".join(told)}
 
     def take_masked(self, site: str, content: RecordDict) -> NDArray[np.uint32]:
         """Add a site's vector to the sum.
@@ -143,13 +147,16 @@ class Group:
             ValueError: malformed.
         """
         self.signatures[site] = messages.data(values, messages.SIGNATURE, 64, 64)
+        self._signed = b""
 
     # Exchange 4.
 
     def unmask_values(self) -> dict[str, bytes]:
         """What every survivor is told: that the others signed."""
-        signed = [Signed(site, s) for site, s in sorted(self.signatures.items())]
-        return {messages.SIGNATURES: messages.joined(signed)}
+        if not self._signed:
+            signed = [Signed(site, s) for site, s in sorted(self.signatures.items())]
+            self._signed = messages.joined(signed)
+        return {messages.SIGNATURES: self._signed}
 
     def holds(self, site: str) -> list[str]:
         """Of whom a site holds shares, sorted."""

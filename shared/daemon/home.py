@@ -119,6 +119,12 @@ def end(home: Path, grace: float = 15.0) -> int:
     return ended
 
 
+def clear(home: Path) -> None:
+    """End what a daemon that was killed has left, and forget what it last said: it is true no more."""
+    end(home)
+    (home / "status.json").unlink(missing_ok=True)
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that nobody listens on now."""
     with socket.socket() as probe:

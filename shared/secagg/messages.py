@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -90,9 +91,11 @@ class Sharer:
 
     def encode(self) -> bytes:
         """As one text."""
-        name = self.site.encode()
-        size = len(self.box).to_bytes(1, "big")
-        return bytes([len(name)]) + name + self.commitment + self.signature + size + self.box
+        return self.encode_with(self.box)
+
+    def encode_with(self, box: bytes) -> bytes:
+        """As one text for the reader of another box."""
+        return _head(self.site, self.commitment, self.signature) + bytes([len(box)]) + box
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,13 @@ def vector_record(vector: NDArray[np.uint32]) -> ArrayRecord:
     return ArrayRecord(
         {VECTOR: Array(dtype="uint32", shape=raw.shape, stype="raw", data=raw.tobytes())}
     )
+
+
+@lru_cache(maxsize=transcript.MOST_SITES)
+def _head(site: str, commitment: bytes, signature: bytes) -> bytes:
+    """What of a sharer is the same for every reader."""
+    name = site.encode()
+    return bytes([len(name)]) + name + commitment + signature
 
 
 def _name(raw: bytes, at: int) -> tuple[str, int]:

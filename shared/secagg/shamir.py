@@ -9,6 +9,7 @@ Python's integers do not compute in constant time; whoever measures this process
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,15 +176,8 @@ def _weights(xs: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _distances(xs: Sequence[int]) -> list[int]:
-    """For each x_i the product of all x_j - x_i."""
-    found = []
-    for i, x in enumerate(xs):
-        product = 1
-        for j, other in enumerate(xs):
-            if i != j:
-                product = product * (other - x) % PRIME
-        found.append(product)
-    return found
+    """For each x_i the product of all x_j - x_i, which are small: one remainder is enough."""
+    return [math.prod([other - x for other in xs if other != x]) % PRIME for x in xs]
 
 
 def _inverses(values: Sequence[int]) -> list[int]:
@@ -295,7 +289,7 @@ def _off(points: Mapping[int, int], good: tuple[int, ...]) -> set[int]:
     wrong = set()
     for x in points.keys() - set(good):
         # The value at 0 of the polynomial moved by x.
-        nodes = tuple((g - x) % PRIME for g in good)
+        nodes = tuple(g - x for g in good)
         value = sum(w * points[g] for w, g in zip(_weights.__wrapped__(nodes), good, strict=True))
         if value % PRIME != points[x]:
             wrong.add(x)

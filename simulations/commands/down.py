@@ -19,7 +19,8 @@ def _run(arguments: Namespace) -> int:
 
     from fedge.simulations.federation import down
 
-    sys.stdout.write(f"{down(arguments.out)} processes ended\n")
+    count = down(arguments.out)
+    sys.stdout.write(f"{count} {'process' if count == 1 else 'processes'} ended\n")
     return 0
 
 

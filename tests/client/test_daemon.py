@@ -465,10 +465,11 @@ def test_an_old_look_at_the_server_is_none_where_the_next_one_hangs(
             raise ValueError("a check that fails")
 
     monkeypatch.setattr(daemon.link_check, "write", write)
-    monkeypatch.setattr(daemon, "LINK_WITHIN", 0.3)
+    # Only the look that hangs may meet the deadline, however busy the machine is.
+    monkeypatch.setattr(daemon, "LINK_WITHIN", 0.3 if how == "hangs" else 30.0)
     made = SiteDaemon(home, site_file.load(home), "worker")
     made.supervisor.services.clear()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
 
     def tick() -> None:
         made._watch_link()

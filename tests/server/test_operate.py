@@ -250,16 +250,17 @@ def test_runs_as_people_read_them() -> None:
 def test_the_commands_print_text_and_json(
     home: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*words: str) -> str:
-        assert main(["server", *words, "--home", str(home)]) == 0
+    def said(*words: str, status: int = 0) -> str:
+        assert main(["server", *words, "--home", str(home)]) == status
         return capsys.readouterr().out
 
     assert json.loads(said("submit", str(config), "--name", "one", "--json")) == {"run": "one"}
     assert said("submit", str(config), "--name", "two") == "two\n"
     assert [run["name"] for run in json.loads(said("runs", "--json"))] == ["one", "two"]
-    assert json.loads(said("status", "--json"))["running"] is False
-    assert "not running" in said("status")
-    assert said("stop", "one") == ""
+    # A monitor sees from the exit status alone that the server is down.
+    assert json.loads(said("status", "--json", status=1))["running"] is False
+    assert "not running" in said("status", status=1)
+    assert said("stop", "one") == "one stops after what it is doing\n"
     assert main(["server", "stop", "../x", "--home", str(home)]) == 1
     assert capsys.readouterr().err.startswith("FE-914")
 

@@ -59,7 +59,8 @@ def test_one_line_holds_number_message_and_remedy():
     line = one_line(ConfigError(206, "runs/a: must be empty, got 3 files"))
     assert line == (
         "FE-206 runs/a: must be empty, got 3 files. "
-        "Remedy: Choose a new --out, or add --resume to continue the run in it."
+        "Remedy: Choose another --out (or --name), or continue the run that is there: --resume, "
+        "`fedge server resume`."
     )
 
 
