@@ -113,7 +113,7 @@ def shell(tmp_path, edge_env):
             env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **environment},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=480,
         )
 
     run.work = work

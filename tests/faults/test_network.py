@@ -41,7 +41,7 @@ NOT_COMPLETE = ("connected, but its reply was not complete", "connected, but no 
 
 
 #: Seconds between the beginnings of two scenes: their processes shall not all start at once.
-APART = 10.0
+APART = 20.0
 
 
 def submit(

@@ -87,7 +87,7 @@ def test_a_deployed_run_is_the_simulated_one(
 ) -> None:
     out = tmp_path / "run"
     with chaos.federation(config, out) as live:
-        live.wait(lambda: live.committed() >= 1, 120, "round 1")
+        live.wait(lambda: live.committed() >= 1, 300, "round 1")
         known = _processes(out)
         # Each site has a daemon, a node and a worker of its own; the relay's processes know no torch.
         for site in ("site-1", "site-2", "site-3"):
@@ -138,7 +138,7 @@ def test_a_killed_parent_leaves_nothing_and_the_run_goes_on(
 ) -> None:
     out = tmp_path / "run"
     with chaos.federation(config, out) as live:
-        live.wait(lambda: live.committed() >= 1, 120, "round 1")
+        live.wait(lambda: live.committed() >= 1, 300, "round 1")
         known = _processes(out)
         live.process.send_signal(signal.SIGKILL)
         live.process.wait(10)
@@ -155,7 +155,7 @@ def test_down_ends_a_running_federation(
 ) -> None:
     out = tmp_path / "run"
     with chaos.federation(config, out) as live:
-        live.wait(lambda: live.committed() >= 1, 120, "round 1")
+        live.wait(lambda: live.committed() >= 1, 300, "round 1")
         known = _processes(out)
         second = subprocess.run(
             [*FEDGE, "up", "--config", str(config), "--out", str(out), "--resume"],
