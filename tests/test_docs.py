@@ -121,6 +121,7 @@ def shell(tmp_path, edge_env):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [p for p in WITH_SHELL if p.name != "add-a-task.md"], ids=name_of)
 def test_the_shell_blocks_of_a_page_run(shell, page):
     done = shell(script(page))
@@ -129,6 +130,7 @@ def test_the_shell_blocks_of_a_page_run(shell, page):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_block_that_fails_is_noticed(shell):
     assert (
         shell("set -euo pipefail\nfedge config check nowhere.toml | cat\necho reached").returncode
@@ -137,6 +139,7 @@ def test_a_block_that_fails_is_noticed(shell):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_task_of_the_page_can_be_added(shell):
     page = ROOT / "docs" / "how-to" / "add-a-task.md"
     source = shell.work / "wine"
