@@ -28,16 +28,11 @@ from fedge.client.answered import Answered
 from fedge.client.requests import Address
 from fedge.client.secure_answers import SecureAnswers
 from fedge.server import results
+from fedge.server.secagg import mean
 from fedge.server.secagg.group import Group
+from fedge.server.secagg.outcome import Opened
 from fedge.shared import protocol
-from fedge.shared.secagg import (
-    encoding,
-    graph,
-    layout,
-    limbs,
-    messages,
-    transcript,
-)
+from fedge.shared.secagg import graph, messages, transcript
 
 # Beside this file; named here as a test loads this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -181,7 +176,7 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         total, wrong = clock.time("unmask", group.unmask)
         if wrong or not np.array_equal(total, plain * np.uint32(len(alive))):
             raise RuntimeError("secure sum: must be the sum of what was sent, got another")
-        found = clock.time("decode", lambda: _decode(work, total, n, len(alive)))
+        found = clock.time("decode", lambda: _decode(work, total, n, alive))
     if not all(np.allclose(found[k].numpy(), a, atol=1e-6) for k, a in work.trained.items()):
         raise RuntimeError("weights: must be those that every site trained, got others")
     return clock.timing()
@@ -204,6 +199,8 @@ def _hear_share(group: Group, name: str, reply: ConfigRecord) -> None:
 def _hear_masked(group: Group, uploads: list[tuple[str, RecordDict]]) -> None:
     for name, content in uploads:
         group.take_masked(name, content)
+    if group.add_masked():
+        raise RuntimeError("masked vector: must be whole, got a damaged one")
 
 
 def _hear_commit(group: Group, alive: list[str], reply: ConfigRecord) -> None:
@@ -218,18 +215,11 @@ def _hear_shares(group: Group, replies: Mapping[str, ConfigRecord]) -> None:
         group.take_unmask(name, reply)
 
 
-def _decode(work: Work, total: Vector, sharers: int, sites: int) -> ArrayRecord:
+def _decode(work: Work, total: Vector, sharers: int, sites: list[str]) -> ArrayRecord:
     """As ``SecureSums`` and FedAvg: counters, mean update, its norm, new weights, the next round's record."""
-    of = work.of
-    counted = limbs.decode_counters(total[of.values :], of.counters, sites)
-    weight = counted[layout.EXAMPLES] / BOUNDS.weight_cap
-    flat = encoding.decode(total[: of.values], of.segments, sharers, weight, np.float32)
-    if not np.linalg.norm(flat) <= BOUNDS.clipping_bound * 1.001:
-        raise RuntimeError("secure sum: must be within its bound, got more")
-    mean = of.unflatten(flat)
-    for name, change in mean.items():
-        change += work.received[name]
-    return results.record(mean)
+    opened = Opened(tuple(sites), sharers, graph.threshold(sharers), total)
+    found, _ = mean.mean_weights(work.of, opened, BOUNDS, work.received)
+    return results.record(found.mean)
 
 
 def _bytes(content: RecordDict) -> int:

@@ -29,6 +29,7 @@ from fedge.shared.secagg.layout import Bounds
 from fedge.shared.secagg.messages import BEGIN, STEPS
 from fedge.shared.secagg.transcript import Attempt, Purpose
 
+_NO_KEYS: Final = 426
 log = logging.getLogger(__name__)
 
 _PURPOSE_OF: Final[Mapping[str, Purpose]] = {kind: purpose for purpose, kind in BEGIN.items()}
@@ -142,7 +143,8 @@ class SecureAnswers:
             Records of the reply; the name of a peer and a number where the fault is with that peer.
 
         Raises:
-            SiteError: 422, the server deviates, and the session is over; 423, 424, 414.
+            SiteError: 422, the server deviates, and the session is over; 426, this process has begun no such sum, as
+                its secrets went with the one before; 423, 424, 414.
         """
         values = _values(content)
         name = values.get(messages.PURPOSE)
@@ -152,7 +154,12 @@ class SecureAnswers:
         opened = self._open.get(purpose)
         number = _integer(values, messages.ATTEMPT, 1, 1000)
         asked = (address.run_id, address.server_round, number)
-        if opened is None or asked != _identity(opened.session.attempt):
+        if opened is None:
+            raise SiteError(
+                _NO_KEYS,
+                f"{purpose}: must have been begun by this worker, got {asked[0]} {asked[1:]}",
+            )
+        if asked != _identity(opened.session.attempt):
             raise deviates("attempt", "be the one that this site has begun", asked)
         digest = hashlib.sha256(
             json.dumps(dict(values), sort_keys=True, default=job.no_json).encode()

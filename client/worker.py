@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedge.client import device as devices
@@ -37,6 +37,7 @@ from fedge.shared.arrays import NDArrays, Spec, specs
 from fedge.shared.config import TrainSection
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
+from fedge.shared.npy import encode
 from fedge.shared.preprocess import Standardise
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
@@ -372,7 +373,7 @@ class SiteWorker:
             content[messages.SECURE] = values
         if arrays is not None:
             content[protocol.ARRAYS] = ArrayRecord(
-                {n: Array(np.asarray(a)) for n, a in arrays.items()}
+                {n: encode(np.asarray(a)) for n, a in arrays.items()}
             )
         return content
 

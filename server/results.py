@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
+from fedge.shared.npy import encode
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class Singles:
 
 @dataclass(frozen=True)
 class Summed:
-    """One sum over sites.
+    """One sum over sites, as the mean that it gives.
 
     Attributes:
         sites: who is in it.
-        total: sum of ``num_examples * arrays`` over the sites.
+        mean: sum of ``num_examples * arrays`` over the sites, by ``weight``; in float64 or the model's types.
         weight: sum of ``num_examples``.
         loss_total: sum of ``num_examples * train_loss``.
     """
 
     sites: tuple[str, ...]
-    total: NDArrays
+    mean: NDArrays
     weight: int
     loss_total: float
 
@@ -73,21 +74,22 @@ NUM_SITES = "num-sites"
 
 def summed(updates: tuple[Update, ...]) -> Summed:
     """Add updates in the order given, in float64."""
-    names = updates[0].arrays
+    weight = sum(u.num_examples for u in updates)
     return Summed(
         sites=tuple(u.site for u in updates),
-        total={
+        mean={
             k: np.sum([u.num_examples * u.arrays[k].astype(np.float64) for u in updates], axis=0)
-            for k in names
+            / weight
+            for k in updates[0].arrays
         },
-        weight=sum(u.num_examples for u in updates),
+        weight=weight,
         loss_total=sum(u.num_examples * (u.train_loss or 0.0) for u in updates),
     )
 
 
 def record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Flower's record of named arrays."""
-    return ArrayRecord({name: Array(np.asarray(a)) for name, a in arrays.items()})
+    return ArrayRecord({name: encode(np.asarray(a)) for name, a in arrays.items()})
 
 
 def _reply(
@@ -169,7 +171,7 @@ def train_loss(result: RoundResult) -> float | None:
 def _summed_reply(
     request: Message, of: Summed, dtypes: Mapping[str, str], *, with_loss: bool
 ) -> Message:
-    mean = {k: _rounded(t / of.weight, k, dtypes) for k, t in of.total.items()}
+    mean = {k: _rounded(m, k, dtypes) for k, m in of.mean.items()}
     loss = of.loss_total / of.weight if with_loss else None
     return _reply(request, mean, of.weight, loss, len(of.sites))
 

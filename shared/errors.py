@@ -157,6 +157,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "a peer's share does not open",
         "Look at the site that the message names; the round is tried again with new keys.",
     ),
+    426: Entry(
+        "the site has no keys of this secure sum",
+        "None needed where the site's worker was started anew; the next attempt or round has new keys.",
+    ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(
         "a required site is missing", "Bring the site back, or take it off round.require-sites."

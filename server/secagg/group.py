@@ -56,6 +56,8 @@ class Group:
     def __post_init__(self) -> None:
         self.bundles = dict(sorted(self.bundles.items()))
         self.sites = list(self.bundles)
+        # Where each site's shares lie.
+        self._x = {site: x for x, site in enumerate(self.sites, 1)}
         self.t = transcript.transcript(self.attempt, list(self.bundles.values()))
         indices = graph.neighbours(self.t, len(self.sites))
         self.neighbours = {
@@ -63,10 +65,11 @@ class Group:
             for site, near in zip(self.sites, indices, strict=True)
         }
         self.threshold = graph.threshold(len(self.sites))
+        self._heard: dict[str, tuple[NDArray[np.uint32], int]] = {}
         # What every site is told alike is put together once.
         self._bundled = self._signed = b""
         if not self.total.size:
-            self.total = np.zeros(self.length, np.uint32)
+            self.total = masking.zeros(self.length)
 
     def require(self, left: Iterable[str], exchange: str) -> None:
         """Go on only with as many sites as the clients will ask for.
@@ -113,13 +116,13 @@ class Group:
         return {messages.SHARERS: b"".join(told)}
 
     def take_masked(self, site: str, content: RecordDict) -> NDArray[np.uint32]:
-        """Add a site's vector to the sum.
+        """A site's vector, which ``add_masked`` will add to the sum.
 
         Returns:
             It, as it came.
 
         Raises:
-            ValueError: it is malformed or damaged; the sum is as it was.
+            ValueError: malformed.
         """
         values = messages.values_of(content)
         messages.data(values, messages.SIGNATURE, 64, 64)
@@ -128,11 +131,24 @@ class Group:
             raise ValueError(f"must hold one array, {messages.VECTOR}, got another")
         vector = decode_raw(arrays[messages.VECTOR], self.length, np.dtype("<u4"))
         told = int.from_bytes(messages.data(values, messages.CHECKSUM, 8, 8), "big")
-        if masking.add_vector(self.total, vector) != told:
-            np.subtract(self.total, vector, out=self.total)
-            raise ValueError("masked vector: must have the checksum that was signed, got another")
-        self.survivors = sorted([*self.survivors, site])
+        self._heard[site] = (vector, told)
         return vector
+
+    def add_masked(self) -> dict[str, str]:
+        """Add what was heard since the last call; who is in the sum survives.
+
+        Returns:
+            By site: what is wrong with a vector. It is not in the sum.
+        """
+        heard, self._heard = self._heard, {}
+        wrong: dict[str, str] = {}
+        found = masking.add_vectors(self.total, [vector for vector, _ in heard.values()])
+        for (site, (vector, told)), value in zip(heard.items(), found, strict=True):
+            if value != told:
+                np.subtract(self.total, vector, out=self.total)
+                wrong[site] = "masked vector: must have the checksum that was signed, got another"
+        self.survivors = sorted({*self.survivors, *heard} - wrong.keys())
+        return wrong
 
     # Exchange 3.
 
@@ -176,7 +192,7 @@ class Group:
         }
 
     def unmask(self) -> tuple[NDArray[np.uint32], set[str]]:
-        """Take the masks off the sum.
+        """Take the masks off the sum, in place: it can be done once.
 
         Returns:
             The sum of the survivors' vectors, and the sites whose shares were wrong.
@@ -193,7 +209,7 @@ class Group:
                 continue
             pair = agreement.Pair.from_private(self._recover(site, wrong))
             masks += [self._pair_mask(pair, site, p) for p in self.neighbours[site] if p in alive]
-        total = self.total.copy()
+        total, self.total = self.total, np.zeros(0, np.uint32)
         masking.add_masks(total, masks)
         return total, wrong
 
@@ -209,7 +225,7 @@ class Group:
         """A lost site's mask key, or a survivor's seed, whichever was asked for."""
         holders = sorted({site, *self.neighbours[site]})
         given = {
-            self.sites.index(holder) + 1: self.shares[holder][site]
+            self._x[holder]: self.shares[holder][site]
             for holder in holders
             if site in self.shares.get(holder, {})
         }

@@ -201,6 +201,9 @@ class SecureSum:
 
         self._hear(result, members, NAMES[kind], outcome, take)
         for trial in {id(t): t for t in of.values()}.values():
+            if trial.group is not None and kind == messages.MASKED:
+                for site, why in trial.group.add_masked().items():
+                    self._lose(outcome, site, NAMES[kind], why, 411)
             for peer in trial.check(kind, self._min_sites):
                 count = len(trial.blames[peer])
                 who = "1 site finds" if count == 1 else f"{count} sites find"

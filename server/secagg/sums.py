@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
-from numpy.typing import NDArray
 
 from fedge.server import requests
 from fedge.server.members import Member
 from fedge.server.results import Groups, Summed
+from fedge.server.secagg import mean
 from fedge.server.secagg.ledger import Ledger
-from fedge.server.secagg.outcome import SAMPLE, Begin, Opened, Outcome
+from fedge.server.secagg.outcome import Begin, Outcome
 from fedge.server.secagg.secure_sum import SecureSum
 from fedge.server.talk import Talk
 from fedge.shared import protocol
@@ -24,14 +24,12 @@ from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import Statistics
-from fedge.shared.secagg import encoding, layout, limbs, messages, transcript
+from fedge.shared.secagg import layout, messages, transcript
 from fedge.shared.secagg.layout import Bounds, Layout
 from fedge.shared.tasks.columns import column_bounds
 from fedge.shared.tasks.task import Task
 
-_FAILED, _OUT_OF_RANGE = 510, 511
-#: Beyond what an honest sum may reach, by rounding alone.
-_SLACK = 1.001
+_FAILED = 510
 
 Compose = Callable[[list[Member], ConfigRecord], list[Message]]
 
@@ -41,7 +39,7 @@ class Trained:
     """What came of a round's updates.
 
     Attributes:
-        result: the sum, or one a group, as weights times examples; None where there is none.
+        result: the mean weights, or one mean a group; None where there is none.
         outcome: of the exchanges.
         facts: for the round's line.
         reason: why there is no sum.
@@ -112,7 +110,7 @@ class SecureSums:
         facts = _facts(outcome)
         for opened in outcome.opened:
             try:
-                made, counted = self._weights(of, opened, current)
+                made, counted = mean.mean_weights(of, opened, self._bounds, current)
             except RunError as error:
                 outcome.failed.append(str(error))
                 continue
@@ -126,7 +124,7 @@ class SecureSums:
             reason = f"FE-{_FAILED} secure sums: must be {wanted}, got {len(sums)} ({words})"
             return Trained(None, outcome, facts, reason)
         result = sums[0] if wanted == 1 else Groups(tuple(sums))
-        return Trained(result, outcome, facts, None, self._seen(of, outcome, sums[0], current))
+        return Trained(result, outcome, facts, None, _seen(of, outcome, sums[0], current))
 
     def evaluate(
         self, server_round: int, asked: list[Member], compose: Compose
@@ -136,7 +134,7 @@ class SecureSums:
         outcome = self._run(server_round, "evaluate", of, [asked], compose)
         for opened in outcome.opened:
             try:
-                counted = _counted(of, opened)
+                counted = mean.counted(of, opened)
             except RunError as error:
                 outcome.failed.append(str(error))
                 continue
@@ -163,7 +161,7 @@ class SecureSums:
         outcome = self._run(0, "statistics", of, [asked], compose)
         if not outcome.opened:
             raise RunError(_FAILED, f"statistics: must be summed, got {'; '.join(outcome.failed)}")
-        counted = _counted(of, outcome.opened[0])
+        counted = mean.counted(of, outcome.opened[0])
         if not counted[layout.EXAMPLES]:
             raise RunError(_FAILED, "statistics: must be of 1 example or more, got none")
         units = np.array([bound.unit for bound in bounds])
@@ -217,83 +215,6 @@ class SecureSums:
         random.Random(hashlib.sha256(words).digest()).shuffle(drawn)  # noqa: S311 - reproducible by intent
         return [sorted(drawn[i::count], key=lambda m: m.site) for i in range(count)]
 
-    def _weights(
-        self, of: Layout, opened: Opened, current: NDArrays
-    ) -> tuple[Summed, Mapping[str, float]]:
-        """A sum of weighted updates as a sum of weighted weights.
-
-        Raises:
-            RunError: 511, it is not a sum of what sites may send; 510, of no examples.
-        """
-        counted = _counted(of, opened)
-        examples, sites = int(counted[layout.EXAMPLES]), len(opened.sites)
-        if examples < 1:
-            raise RunError(_FAILED, "examples: must be at least 1 over all sites, got none")
-        if examples > sites * self._bounds.weight_cap:
-            raise _out_of_range("examples")
-        weight = examples / self._bounds.weight_cap
-        flat = encoding.decode(opened.total[: of.values], of.segments, opened.sharers)
-        steps = sites / encoding.scale(of.segments[0].bound, opened.sharers)
-        update = flat[: of.segments[0].size]
-        most = self._bounds.clipping_bound * weight * _SLACK + steps * np.sqrt(update.size)
-        if not float(np.linalg.norm(update)) <= most:
-            raise _out_of_range("update")
-        return (
-            Summed(
-                opened.sites,
-                self._totals(of, flat / weight, current, examples),
-                examples,
-                counted[layout.LOSS],
-            ),
-            counted,
-        )
-
-    def _seen(
-        self, of: Layout, outcome: Outcome, opened: Summed, current: NDArrays
-    ) -> dict[str, list[float]]:
-        change = {t.name: opened.total[t.name] / opened.weight for t in of.tensors}
-        change |= {name: a - current[name] for name, a in change.items() if name in current}
-        update = of.flatten(change)[: min(of.segments[0].size, SAMPLE)]
-        return {
-            "masked": [float(v) for v in outcome.sample[: update.size]],
-            "opened": [float(v) for v in update],
-        }
-
-    def _totals(
-        self, of: Layout, mean: NDArray[np.float64], current: NDArrays, examples: int
-    ) -> NDArrays:
-        """Mean changes as sums of weights; what is not aggregated stays as it is."""
-        changes = of.unflatten(mean)
-        totals: NDArrays = {}
-        for name, a in current.items():
-            change = changes.pop(name, None)
-            kept = a.astype(np.float64)
-            totals[name] = examples * (kept if change is None else kept + change)
-        # What is left are SCAFFOLD's changes, which are no difference to anything.
-        return totals | {name: examples * change for name, change in changes.items()}
-
-
-def _counted(of: Layout, opened: Opened) -> dict[str, float]:
-    """The exact counters of a sum.
-
-    Raises:
-        RunError: 511, they are not a sum of what these sites may send.
-    """
-    sites = len(opened.sites)
-    try:
-        counted = limbs.decode_counters(opened.total[of.values :], of.counters, sites)
-    except ValueError:
-        raise _out_of_range("counters") from None
-    if counted[layout.SITES] != sites:
-        raise _out_of_range("counters")
-    return dict(counted)
-
-
-def _out_of_range(what: str) -> RunError:
-    return RunError(
-        _OUT_OF_RANGE, f"secure sum: {what} must be in the range that its sites have, got another"
-    )
-
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
     """What the round's line says of a secure sum."""
@@ -303,3 +224,10 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
         "threshold": first.threshold if first else None,
         "lost": outcome.lost,
     }
+
+
+def _seen(
+    of: Layout, outcome: Outcome, opened: Summed, current: NDArrays
+) -> dict[str, list[float]]:
+    update = mean.sample(of, opened, current)
+    return {"masked": [float(v) for v in outcome.sample[: len(update)]], "opened": update}

@@ -17,6 +17,8 @@ from functools import lru_cache
 from itertools import chain, combinations, islice, pairwise, repeat, zip_longest
 from typing import Final
 
+import numpy as np
+
 PRIME: Final = 2**256 + 297
 SECRET_BYTES: Final = 32
 SHARE_BYTES: Final = 33
@@ -25,6 +27,11 @@ MAX_X: Final = 2**16
 #: Most positions that ``recover`` guesses at: 2 of 90 are 4005, the most that 3 wrong ones among threshold + 4 of 128
 #: holders ask for.
 MAX_GUESSES: Final = 4096
+
+
+_PARITY_BYTES: Final = 16
+#: Steps of Horner's rule between remainders: by then a number has grown by 256 bits at most.
+_STEPS: Final = 16
 
 
 class UnrecoverableError(ValueError):
@@ -62,14 +69,8 @@ def split(secret: bytes, threshold: int, xs: Sequence[int]) -> dict[int, bytes]:
         _require_x(x)
     # Highest power first, as Horner's rule wants them.
     coefficients = [secrets.randbelow(PRIME) for _ in range(threshold - 1)]
-    constant = int.from_bytes(secret, "big")
-    shares = {}
-    for x in xs:
-        value = 0
-        for coefficient in coefficients:
-            value = (value * x + coefficient) % PRIME
-        shares[x] = ((value * x + constant) % PRIME).to_bytes(SHARE_BYTES, "big")
-    return shares
+    coefficients.append(int.from_bytes(secret, "big"))
+    return {x: _value(coefficients, x).to_bytes(SHARE_BYTES, "big") for x in xs}
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
@@ -119,16 +120,17 @@ def recover(
     if len(points) < threshold:
         raise UnrecoverableError(f"shares: must be {threshold} well-formed ones, got {len(points)}")
     xs, values = tuple(points), list(points.values())
-    first = _at_zero(xs[:threshold], values[:threshold])
-    right = first is not None and is_right(first)
-    if right and first is not None and _is_consistent(xs, values, threshold):
-        return Recovered(first, tuple(sorted(malformed)))
+    # All shares give the secret as the first ones do, if they are right, and need the same numbers as the check below.
+    whole = _at_zero(xs, values)
+    if whole is not None and is_right(whole) and _is_consistent(xs, values, threshold):
+        return Recovered(whole, tuple(sorted(malformed)))
     for wrong in _candidates(xs, values, threshold):
         good = tuple(x for x in xs if x not in wrong)[:threshold]
         secret = _at_zero(good, [points[x] for x in good])
         if secret is not None and is_right(secret):
             return Recovered(secret, tuple(sorted(malformed | _off(points, good))))
-    if right and first is not None:
+    first = _at_zero(xs[:threshold], values[:threshold])
+    if first is not None and is_right(first):
         return Recovered(first, tuple(sorted(malformed | _off(points, xs[:threshold]))))
     raise UnrecoverableError(
         f"shares: must hold {threshold} right ones that can be found, got {len(shares)} shares"
@@ -167,17 +169,29 @@ def _at_zero(xs: tuple[int, ...], values: Sequence[int]) -> bytes | None:
 
 @lru_cache(maxsize=512)
 def _weights(xs: tuple[int, ...]) -> tuple[int, ...]:
-    """Lagrange's weights at 0: the product of all x_j, by x_i and by all x_j - x_i."""
-    product = 1
-    for x in xs:
-        product = product * x % PRIME
-    inverses = _inverses([x * d % PRIME for x, d in zip(xs, _distances(xs), strict=True)])
-    return tuple(product * inverse % PRIME for inverse in inverses)
+    """Lagrange's weights at 0: the product of all x_j but x_i, by all x_j - x_i."""
+    product = math.prod(xs)
+    return tuple(product // x * v % PRIME for x, v in zip(xs, _dual(xs), strict=True))
+
+
+def _value(coefficients: Sequence[int], x: int) -> int:
+    """A polynomial at x, highest power first."""
+    value = 0
+    for start in range(0, len(coefficients), _STEPS):
+        for coefficient in coefficients[start : start + _STEPS]:
+            value = value * x + coefficient
+        value %= PRIME
+    return value
 
 
 def _distances(xs: Sequence[int]) -> list[int]:
-    """For each x_i the product of all x_j - x_i, which are small: one remainder is enough."""
-    return [math.prod([other - x for other in xs if other != x]) % PRIME for x in xs]
+    """For each x_i the product of all x_j - x_i, which are small: three at a time fit into 64 bits."""
+    at = np.array(xs, np.int64)
+    apart = np.ones((len(xs), -(-len(xs) // 3) * 3), np.int64)
+    apart[:, : len(xs)] = at - at[:, None]
+    np.fill_diagonal(apart, 1)
+    products: list[list[int]] = apart.reshape(len(xs), -1, 3).prod(axis=2).tolist()
+    return [math.prod(row) % PRIME for row in products]
 
 
 def _inverses(values: Sequence[int]) -> list[int]:
@@ -203,18 +217,17 @@ def _dual(xs: tuple[int, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=128)
 def _parity(xs: tuple[int, ...], threshold: int) -> tuple[int, ...]:
     """One random combination of all parity checks, so that one sum tells whether every share fits."""
-    factors = [secrets.randbelow(PRIME) for _ in range(len(xs) - threshold)]
-    found = []
-    for x, multiplier in zip(xs, _dual(xs), strict=True):
-        value = 0
-        for factor in factors:
-            value = (value * x + factor) % PRIME
-        found.append(value * multiplier % PRIME)
-    return tuple(found)
+    spare = len(xs) - threshold
+    drawn = secrets.token_bytes(_PARITY_BYTES * spare)
+    factors = [
+        int.from_bytes(drawn[i * _PARITY_BYTES : (i + 1) * _PARITY_BYTES], "big")
+        for i in range(spare)
+    ]
+    return tuple(_value(factors, x) * v % PRIME for x, v in zip(xs, _dual(xs), strict=True))
 
 
 def _is_consistent(xs: tuple[int, ...], values: Sequence[int], threshold: int) -> bool:
-    """Whether all shares lie on one polynomial; mistaken once in 2^256."""
+    """Whether all shares lie on one polynomial; mistaken once in 2^128."""
     if len(xs) == threshold:
         return True
     return sum(c * v for c, v in zip(_parity(xs, threshold), values, strict=True)) % PRIME == 0
@@ -274,13 +287,8 @@ def _locate(syndromes: Sequence[int], xs: Sequence[int]) -> frozenset[int] | Non
         current = updated
     if 2 * length > len(syndromes):
         return None
-    roots = set()
-    for x in xs:
-        value = 0
-        for coefficient in islice(chain(current, repeat(0)), length + 1):
-            value = (value * x + coefficient) % PRIME
-        if value == 0:
-            roots.add(x)
+    coefficients = list(islice(chain(current, repeat(0)), length + 1))
+    roots = {x for x in xs if _value(coefficients, x) == 0}
     return frozenset(roots) if len(roots) == length else None
 
 

@@ -144,6 +144,7 @@ class Server:
             reply = self.tell(site, messages.MASKED, self.group.masked_values(site), change)
             if reply is not None:
                 self.group.take_masked(site, reply)
+        self.group.add_masked()
         return self
 
     def commit(self, change: Change | None = None) -> Server:

@@ -115,7 +115,8 @@ def test_both_sides_are_compared_with_their_bytes(comparison):
 
 def row(who, ratio, goal, upload=(400, 800)):
     size = {"n": 10, "degree": 9, "d": 10**7, "dropped": 0.0}
-    seconds = {"fedge_seconds": 1.0, "flower_seconds": ratio, "ratio": ratio, "goal": goal}
+    seconds = {"fedge_seconds": 1.0, "one_thread_seconds": 2.0, "flower_seconds": ratio}
+    seconds |= {"ratio": ratio, "one_thread_ratio": ratio / 2, "goal": goal}
     sent = {"fedge_upload_bytes": upload[0], "flower_upload_bytes": upload[1]}
     return {"who": who} | size | seconds | sent
 

@@ -96,6 +96,7 @@ class Sites:
             self.group.take_share(name, values)
         elif kind == messages.MASKED:
             self.group.take_masked(name, reply)
+            assert self.group.add_masked() == {}
         elif kind == messages.COMMIT:
             self.group.take_commit(name, values)
         else:
@@ -207,7 +208,7 @@ def test_another_attempt_is_refused_and_leaves_the_open_one_alone(sites, changes
 @pytest.mark.parametrize("changes", [{"purpose": "train"}, {"purpose": "statistics"}])
 def test_another_purpose_has_no_attempt_here(sites, changes):
     sites.begin()
-    refused(422, sites.step, messages.SHARE, "north", **changes)
+    refused(426, sites.step, messages.SHARE, "north", **changes)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_an_answered_round_is_refused_after_a_restart(sites):
     sites.begin().opened()
     again = Sites(sites.home)
     refused(423, again.begin, 1)
-    refused(422, again.answers["north"].step, messages.UNMASK, sites.request({}), ADDRESS)
+    refused(426, again.answers["north"].step, messages.UNMASK, sites.request({}), ADDRESS)
     assert again.begin(1, Address("run-2", 2)).opened()["sites"] == 3
 
 
@@ -291,7 +292,7 @@ def test_a_round_that_was_not_answered_is_begun_anew_after_a_restart(sites):
     """The secrets are gone with the process, and so are the shares that they would have opened."""
     sites.begin().until(messages.UNMASK)
     again = Sites(sites.home)
-    refused(422, again.answers["north"].step, messages.UNMASK, sites.request({}), ADDRESS)
+    refused(426, again.answers["north"].step, messages.UNMASK, sites.request({}), ADDRESS)
     assert again.begin(2).opened()["sites"] == 3
 
 

@@ -100,6 +100,7 @@ class Round:
                 "arrays": messages.vector_record(out.vector),
             }
             self.group.take_masked(n, records)
+        assert self.group.add_masked() == {}
         self.group.require(self.group.survivors, "masked")
         return self
 

@@ -65,12 +65,12 @@ def test_the_sum_is_weighted_by_examples(model: Arrays, sites):
     assert made.weight == 10 + 17
     assert made.loss_total == pytest.approx(10 * 0.2 + 17 * 0.3)
     expected = 10 * updates[0].arrays["wide"] + 17 * updates[1].arrays["wide"]
-    np.testing.assert_allclose(made.total["wide"], expected, rtol=1e-15)
+    np.testing.assert_allclose(made.mean["wide"], expected / 27, rtol=1e-15)
 
 
 def test_an_integer_mean_is_rounded_not_cut_off(counted: Arrays):
-    total = {k: 3.0 * a for k, a in counted.items()} | {"batches": np.asarray(3 * 4.9)}
-    result = Summed(("site-1", "site-2"), total, 3, 0.0)
+    mean = {k: 1.0 * a for k, a in counted.items()} | {"batches": np.asarray(4.9)}
+    result = Summed(("site-1", "site-2"), mean, 3, 0.0)
     made = aggregate(built("FedAvg", {}), 1, result, counted, with_loss=False)
     assert made["batches"] == 5
     assert made["batches"].dtype == np.int64

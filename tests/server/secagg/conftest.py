@@ -225,9 +225,7 @@ class Rig:
         assert found.weight == weight
         assert found.loss_total == pytest.approx(loss, abs=1e-4)
         for name, expected in mean.items():
-            np.testing.assert_allclose(
-                found.total[name] / found.weight, expected, atol=2e-7, rtol=0
-            )
+            np.testing.assert_allclose(found.mean[name], expected, atol=2e-7, rtol=0)
 
     def asked(self, exchange: str, site: str | None = None) -> list[RecordDict]:
         """Requests of an exchange."""

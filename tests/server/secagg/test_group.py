@@ -64,6 +64,7 @@ class Sites:
             self.group.take_share(n, self.share(n))
         for n in (n for n in NAMES if n not in lost):
             self.group.take_masked(n, self.masked(n))
+        assert self.group.add_masked() == {}
         return self
 
     def until_committed(self, lost=()):
@@ -206,8 +207,6 @@ def test_a_damaged_or_malformed_vector_is_not_added():
     moved = good[::-1].copy()
     arrays = messages.vector_record(good)
     bad = [
-        masked_reply(moved, right),
-        masked_reply(good, right ^ 1),
         masked_reply(good[:-1], masking.checksum(good[:-1])),
         masked_reply(good, right, arrays=ArrayRecord()),
         masked_reply(good, right, arrays=ArrayRecord({"other": arrays["masked"]})),
@@ -222,9 +221,17 @@ def test_a_damaged_or_malformed_vector_is_not_added():
     for content in bad:
         with pytest.raises(ValueError, match="must"):
             sites.group.take_masked("site-0", content)
+    assert sites.group.add_masked() == {}
     assert not sites.group.total.any()
     assert sites.group.survivors == []
+    sites.group.take_masked("site-1", masked_reply(moved, right))
     assert (sites.group.take_masked("site-0", masked_reply(good, right)) == good).all()
+    sites.group.take_masked("site-2", masked_reply(good, right ^ 1))
+    assert set(sites.group.add_masked()) == {"site-1", "site-2"}
+    assert sites.group.survivors == ["site-0"]
+    assert (sites.group.total == good).all()
+    # Each is added once.
+    assert sites.group.add_masked() == {}
     assert (sites.group.total == good).all()
 
 

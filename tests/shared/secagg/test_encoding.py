@@ -286,9 +286,13 @@ def test_a_mean_is_the_sum_by_the_weight() -> None:
     mean = decode(total, segments, 3, 0.7)
     np.testing.assert_allclose(mean, decode(total, segments, 3) / 0.7, rtol=1e-15)
     np.testing.assert_allclose(mean, values, atol=3e-8)
-    rounded = decode(total, segments, 3, 0.7, np.float32)
-    assert rounded.dtype == np.float32
-    np.testing.assert_array_equal(rounded, mean.astype(np.float32))
+    rounded = np.empty(30_000, np.float32)
+    assert decode(total, segments, 3, 0.7, rounded) is rounded
+    # Three roundings: of the number of steps, of their product, and of a step itself.
+    np.testing.assert_allclose(rounded, mean, rtol=3 * 2**-24)
+    for room in (rounded[1:], rounded.astype(np.float16)):
+        with pytest.raises(ValueError, match="out: must be 30000 floats"):
+            decode(total, segments, 3, 0.7, room)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weight: must be above 0 and finite"):
             decode(total, segments, 3, bad)

@@ -7,11 +7,12 @@ import hashlib
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedge.shared.secagg import masking
+from fedge.shared.secagg import cores, masking
 
 KEY = bytes(range(32))
 OTHER = bytes(32)
@@ -169,7 +170,7 @@ def test_a_vector_beyond_the_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_the_checksum_is_frozen() -> None:
     vector = zeros(100_003)
     masking.add_masks(vector, [(KEY, 1)])
-    assert masking.checksum(vector) == 14840352979172306212
+    assert masking.checksum(vector) == 115176557266166830
     assert masking.checksum(vector[:0]) == 5985155243783304889
     assert len({masking.checksum(zeros(n)) for n in range(9)}) == 9
 
@@ -195,14 +196,49 @@ def test_flips_and_swaps_show_in_the_checksum(size: int, chance: object) -> None
     assert masking.checksum(vector.copy()) == before
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 131_071, 131_072, 300_001])
-def test_a_vector_is_added_and_hashed_in_one_pass(size: int) -> None:
+@pytest.mark.parametrize("size", [0, 1, 4096, 131_071, 131_072, 300_001, masking.PART + 1])
+def test_vectors_are_added_and_hashed_in_one_pass(size: int) -> None:
     rng = np.random.default_rng(size)
-    total, vector = (rng.integers(0, 2**32, size, dtype=np.uint32) for _ in range(2))
-    expected = total + vector
-    vector.flags.writeable = False
-    assert masking.add_vector(total, vector) == masking.checksum(vector)
+    total, *vectors = (rng.integers(0, 2**32, size, dtype=np.uint32) for _ in range(4))
+    expected = total + vectors[0] + vectors[1] + vectors[2]
+    for vector in vectors:
+        vector.flags.writeable = False
+    assert masking.add_vectors(total, vectors) == [masking.checksum(v) for v in vectors]
     np.testing.assert_array_equal(total, expected)
+    assert masking.add_vectors(total, []) == []
+
+
+@pytest.mark.parametrize("size", [masking.PART - 1, masking.PART, 3 * masking.PART + 5])
+def test_any_number_of_threads_computes_the_same(size: int) -> None:
+    found = []
+    before = cores.threads()
+    for count in (1, 2, 5):
+        cores.use_threads(count)
+        vector = masking.zeros(size)
+        masking.add_masks(vector, [(KEY, 1), (OTHER, -1)])
+        total = masking.zeros(size)
+        found.append((vector.tobytes(), *masking.add_vectors(total, [vector, vector])))
+    cores.use_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+def test_each_part_has_a_keystream_of_its_own() -> None:
+    vector = masking.zeros(2 * masking.PART + 3)
+    masking.add_masks(vector, [(KEY, 1)])
+    for part in range(3):
+        made = vector[part * masking.PART : (part + 1) * masking.PART]
+        nonce = part.to_bytes(12, "little")
+        expected = AESGCM(KEY).encrypt(nonce, bytes(made.nbytes), None)[:-16]
+        assert made.tobytes() == expected
+
+
+@pytest.mark.parametrize("size", [0, 5, 2**18, 2**19, 10**6])
+def test_new_vectors_are_zero_and_writeable(size: int) -> None:
+    vector = masking.zeros(size)
+    assert vector.shape == (size,)
+    assert vector.dtype == np.uint32
+    assert not vector.any()
+    vector += 1
 
 
 def test_other_vectors_are_not_added() -> None:
@@ -213,15 +249,16 @@ def test_other_vectors_are_not_added() -> None:
         (zeros(16)[::2], "must be one-dimensional"),
     ):
         with pytest.raises(ValueError, match=message):
-            masking.add_vector(total, vector)
+            masking.add_vectors(total, [zeros(8) + np.uint32(1), vector])
     assert not total.any()
     total.flags.writeable = False
     with pytest.raises(ValueError, match="sum: must be writeable"):
-        masking.add_vector(total, zeros(8))
+        masking.add_vectors(total, [zeros(8)])
 
 
-def test_the_checksum_of_a_long_vector_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    vector = np.arange(10_001, dtype=np.uint32)
-    whole = masking.checksum(vector)
-    monkeypatch.setattr(masking, "_HASHED_BYTES", 4096)
-    assert masking.checksum(vector) == whole
+def test_the_checksum_of_a_long_vector_tells_its_parts_apart() -> None:
+    vector = masking.zeros(3 * masking.PART)
+    vector[: masking.PART] = 7
+    swapped = np.roll(vector, masking.PART)
+    assert masking.checksum(vector) != masking.checksum(swapped)
+    assert masking.checksum(vector) != masking.checksum(vector[: -masking.PART])
