@@ -112,12 +112,12 @@ def _curve(curve: Curve, frame: Frame) -> str:
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Those of the measured places whose texts do not touch."""
+    """Those of the measured places whose texts do not touch, the last one among them."""
     kept: list[float] = []
-    for value in values:
-        if not kept or value >= 1.4 * kept[-1]:
+    for value in reversed(values):
+        if not kept or 2.4 * value <= kept[-1]:
             kept.append(value)
-    return kept
+    return kept[::-1]
 
 
 def _power(exponent: int) -> str:

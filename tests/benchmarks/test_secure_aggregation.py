@@ -207,3 +207,13 @@ def test_a_power_law_is_a_straight_line(cost):
         "100",
         "10³",
     ]
+
+
+def test_the_plots_in_the_docs_are_of_the_results(cost):
+    rows = json.loads(cost.RESULTS.read_text())["rows"]
+    for name, picture in cost.pictures(rows).items():
+        assert (cost.IMAGES / name).read_text(encoding="utf-8") == picture, (
+            "run secure_cost.py --draw"
+        )
+    assert {row["n"] for row in rows} == set(cost.SITES)
+    assert {row["d"] for row in rows} == set(cost.PARAMETERS)

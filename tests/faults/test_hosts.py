@@ -1,4 +1,7 @@
-"""A site's whole host dies, the SuperLink is away, a line is too slow for Flower: all in words, nothing for ever."""
+"""A site's whole host dies, the SuperLink is away, a line is too slow for Flower: all in words, nothing for ever.
+
+Every scene has a federation of its own; as they wait more than they work, all are played at once.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import Future
 
 import pytest
 
 from .deployment import LOST, SILENCE, Deployment, Told
 from .proxy import FaultProxy
+from .scenes import playing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,15 +38,7 @@ max-skipped = 1000
 """
 
 
-@pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    with Deployment(tmp_path / "d") as found:
-        yield found
-
-
-def test_a_host_that_dies_is_told_within_75_s_is_not_waited_for_and_takes_part_again(
-    deployment: Deployment,
-) -> None:
+def host_dies(deployment: Deployment) -> None:
     for name in ("one", "two"):
         deployment.admit(name)
     deployment.start("server", "one", "two")
@@ -78,9 +74,7 @@ def test_a_host_that_dies_is_told_within_75_s_is_not_waited_for_and_takes_part_a
     assert told.longest_silence() < SILENCE
 
 
-def test_a_superlink_that_is_away_for_40_s_is_told_and_the_run_goes_on(
-    deployment: Deployment,
-) -> None:
+def superlink_is_away(deployment: Deployment) -> None:
     deployment.admit("one")
     deployment.start("server", "one")
     told = Told(deployment.submit(CONFIG.format(rounds=1000, sites=1, deadline=120)))
@@ -101,7 +95,7 @@ def test_a_superlink_that_is_away_for_40_s_is_told_and_the_run_goes_on(
     assert time.time() - back < 90
 
 
-def test_20_s_each_way_leave_a_site_out_in_words(deployment: Deployment) -> None:
+def latency_of_20_s(deployment: Deployment) -> None:
     """TLS alone takes 40 s there and Flower's client waits for 30: such a site never connects."""
     with FaultProxy(("127.0.0.1", deployment.port), latency=20.0) as proxy:
         deployment.admit("near")
@@ -115,3 +109,23 @@ def test_20_s_each_way_leave_a_site_out_in_words(deployment: Deployment) -> None
         assert told.longest_silence() < SILENCE
         assert proxy.connections > 0
         assert "fedge" in (deployment.folder / "far.log").read_text(encoding="utf-8")
+
+
+SCENES = {
+    "a host that dies is told within 75 s, is not waited for, and takes part again": host_dies,
+    "a superlink that is away for 40 s is told, and the run goes on": superlink_is_away,
+    "20 s each way leave a site out in words": latency_of_20_s,
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    with playing(request, SCENES, tmp_path_factory.mktemp) as found:
+        yield found
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_words_and_an_end(scenes: dict[str, Future[None]], scene: str) -> None:
+    scenes[scene].result()

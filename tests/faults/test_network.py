@@ -5,16 +5,15 @@ Every scene has a federation of its own; as they wait more than they work, all a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
 from . import wide_task
 from .deployment import LOST, SILENCE, Deployment, Told
 from .proxy import FaultProxy
+from .scenes import playing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,10 +37,6 @@ max-skipped = 1000
 """
 #: How a site that is connected may miss a deadline.
 NOT_COMPLETE = ("connected, but its reply was not complete", "connected, but no reply within")
-
-
-#: Seconds between the beginnings of two scenes: their processes shall not all start at once.
-APART = 20.0
 
 
 def submit(
@@ -121,46 +116,22 @@ def goes_silent(deployment: Deployment) -> None:
         assert told.longest_silence() < SILENCE
 
 
-SCENES: dict[str, Callable[[Deployment], None]] = {
-    "test_latency_of_2_s": latency_of_2_s,
-    "test_4_mbit_a_second_and_a_model_of_9_mb": narrow,
-    "test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes": goes_silent,
-    "test_a_reset_every_5_s": a_reset_every_5_s,
+SCENES = {
+    "latency of 2 s": latency_of_2_s,
+    "4 Mbit a second and a model of 9 MB": narrow,
+    "goes silent, is told within 75 s, and the round closes": goes_silent,
+    "a reset every 5 s": a_reset_every_5_s,
 }
-
-
-def play(scene: Callable[[Deployment], None], folder: Path, wait: float) -> None:
-    time.sleep(wait)
-    with Deployment(folder / "d", wide_task.write(folder / "packages")) as deployment:
-        scene(deployment)
 
 
 @pytest.fixture(scope="module")
 def scenes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[None]]]:
-    """The scenes whose tests are to run, under way."""
-    wanted = [name for name in SCENES if name in {item.name for item in request.session.items}]
-    with ThreadPoolExecutor(len(SCENES)) as pool:
-        yield {
-            name: pool.submit(play, SCENES[name], tmp_path_factory.mktemp(name[:20]), i * APART)
-            for i, name in enumerate(wanted)
-        }
+    with playing(request, SCENES, tmp_path_factory.mktemp, wide_task.write) as found:
+        yield found
 
 
-def test_latency_of_2_s(scenes: dict[str, Future[None]]) -> None:
-    scenes["test_latency_of_2_s"].result()
-
-
-def test_a_reset_every_5_s(scenes: dict[str, Future[None]]) -> None:
-    scenes["test_a_reset_every_5_s"].result()
-
-
-def test_4_mbit_a_second_and_a_model_of_9_mb(scenes: dict[str, Future[None]]) -> None:
-    scenes["test_4_mbit_a_second_and_a_model_of_9_mb"].result()
-
-
-def test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes(
-    scenes: dict[str, Future[None]],
-) -> None:
-    scenes["test_a_line_that_goes_silent_is_told_within_75_s_and_the_round_closes"].result()
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_bad_line(scenes: dict[str, Future[None]], scene: str) -> None:
+    scenes[scene].result()

@@ -110,12 +110,10 @@ def test_a_deployed_run_is_the_simulated_one(
     assert len(keys) == 3
 
 
-# Coordinator, SuperLink, worker, client process and a whole site; benchmarks/chaos.py has them all.
+# Coordinator, SuperLink, client process and a whole site; benchmarks/chaos.py has them all.
 PART = (
-    "coordinator at one-received",
     "coordinator at mid-checkpoint",
     "superlink at after-dispatch",
-    "worker, training",
     "flwr-clientapp",
     "site, trained",
 )
