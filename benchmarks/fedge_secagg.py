@@ -32,6 +32,7 @@ from fedge.server.secagg import mean
 from fedge.server.secagg.group import Group
 from fedge.server.secagg.outcome import Opened
 from fedge.shared import protocol
+from fedge.shared.config import AdmissionSection
 from fedge.shared.secagg import graph, messages, transcript
 
 # Beside this file; named here as a test loads this file by its path.
@@ -218,7 +219,7 @@ def _hear_shares(group: Group, replies: Mapping[str, ConfigRecord]) -> None:
 def _decode(work: Work, total: Vector, sharers: int, sites: list[str]) -> ArrayRecord:
     """As ``SecureSums`` and FedAvg: counters, mean update, its norm, new weights, the next round's record."""
     opened = Opened(tuple(sites), sharers, graph.threshold(sharers), total)
-    found, _ = mean.mean_weights(work.of, opened, BOUNDS, work.received)
+    found, _ = mean.mean_weights(work.of, opened, BOUNDS, work.received, AdmissionSection())
     return results.record(found.mean)
 
 

@@ -80,6 +80,8 @@ def training(
     trained: NDArrays | None,
     num_examples: int,
     loss: float,
+    *,
+    private: bool = False,
 ) -> Contribution:
     """The contribution of a training round.
 
@@ -90,10 +92,13 @@ def training(
         trained: the site's, with SCAFFOLD's changes under ``control/``; None where it has no examples.
         num_examples: it trained on.
         loss: mean over them.
+        private: every site that has examples weighs the same, and says neither their number nor the loss.
 
     Raises:
         SiteError: 401, the update or the loss is not finite; 404, a tensor is missing, or of another shape or type.
     """
+    if private and trained is not None:
+        num_examples, loss = bounds.weight_cap, 0.0
     capped = min(num_examples, bounds.weight_cap)
     counters: dict[str, float] = {
         layout.SITES: 1,

@@ -15,11 +15,13 @@ from typing import Annotated, Final
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field
 
+from fedge.client import privacy_policy
+from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol, toml_file
-from fedge.shared.config import Section
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.secagg import messages
+from fedge.shared.section import Section
 
 FILE: Final = "policy.toml"
 
@@ -83,6 +85,7 @@ class Policy(Section):
         1024, ge=1, le=1_048_576, description="largest request that is read, in MiB"
     )
     secure_aggregation: SecurePolicy = SecurePolicy()
+    privacy: PrivacyPolicy = PrivacyPolicy()
 
 
 def approve(policy: Policy, bundle: str) -> None:
@@ -133,6 +136,7 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
         if standardise != "site":
             wanted = "site while share-statistics is false"
             raise _refusal(protocol.STANDARDISE, wanted, standardise)
+    privacy_policy.allow(policy.privacy, kind, config)
     if kind in _COHORTS:
         cohort = config.get(protocol.COHORT, 0)
         if type(cohort) is not int or cohort < policy.min_cohort:
@@ -242,6 +246,19 @@ min-sites = {min_sites}
 # Largest L2 norm to which the server may have an update clipped, and most examples that the site may weigh.
 max-clipping-bound = {max_clipping_bound}
 max-weight-cap = {max_weight_cap}
+
+[privacy]
+# Whether the site takes part under differential privacy only.
+required = {private}
+# Name of this site's data in its ledger: all runs on them spend of one budget, whoever asks. The site stops before the
+# round that would exceed it.
+study = "{study}"
+epsilon = {epsilon}
+delta = {delta}
+# Whose epsilon counts: the server's, which sees who takes part, or that of the model's readers (consumers).
+against = "{against}"
+# Whether counts over held-out examples may leave without noise where privacy is required.
+share-metrics = {share_metrics}
 """
 
 
@@ -256,6 +273,7 @@ def write(
     share_statistics: bool = True,
     device: str = "auto",
     secure: SecurePolicy | None = None,
+    privacy: PrivacyPolicy | None = None,
 ) -> Policy:
     """Write a home's policy with comments, replacing what was there.
 
@@ -269,6 +287,7 @@ def write(
         share_statistics: whether sums over features may leave the site.
         device: where to compute.
         secure: terms of secure aggregation; not required where None.
+        privacy: terms of differential privacy; not required where None.
 
     Raises:
         ConfigError: 201, a value is not allowed; the file is then not written.
@@ -280,7 +299,7 @@ def write(
         "share-statistics": share_statistics,
         "device": device,
     }
-    secure = secure or SecurePolicy()
+    secure, privacy = secure or SecurePolicy(), privacy or PrivacyPolicy()
     toml_file.check({**given, **others}, Policy, FILE)
     text = _TEXT.format(
         **{key: _list(values) for key, values in given.items()},
@@ -292,6 +311,12 @@ def write(
         min_sites=secure.min_sites,
         max_clipping_bound=secure.max_clipping_bound,
         max_weight_cap=secure.max_weight_cap,
+        private=str(privacy.required).lower(),
+        study=privacy.study,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        against=privacy.against,
+        share_metrics=str(privacy.share_metrics).lower(),
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(home / FILE, text.encode())

@@ -69,6 +69,8 @@ class SecureWork:
         received: NDArrays,
         fit: Callable[[], tuple[NDArrays, float]] | None,
         num_examples: int,
+        *,
+        private: bool = False,
     ) -> ConfigRecord:
         """Begin the sum of a round's updates; a further attempt at the same round trains nothing anew.
 
@@ -79,6 +81,7 @@ class SecureWork:
             received: its weights.
             fit: trains, and gives weights and loss; None where the site has no examples.
             num_examples: that it trains on.
+            private: the weights are noised, and neither loss nor number of examples may be told.
         """
         bounds = secure_answers.bounds_of(request)
         job = jobs.of(protocol.TRAIN, request)
@@ -89,7 +92,9 @@ class SecureWork:
                 return known[2]
             of = layout.of_training(self._shapes, self._parameters, bounds, control=what.control)
             trained, loss = fit() if fit else (None, 0.0)
-            made = contribution.training(of, bounds, received, trained, num_examples, loss)
+            made = contribution.training(
+                of, bounds, received, trained, num_examples, loss, private=private
+            )
             self._trained = (job, what.accepted_round, made)
             return made
 

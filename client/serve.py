@@ -78,7 +78,15 @@ def main(home: Path, *, with_parent: bool = False) -> int:
         try:
             data = _data(site, task)
             anchors = _anchors(site.site.name, home, policies)
-            worker = SiteWorker(site.site.name, task, data, home.absolute(), device, anchors)
+            worker = SiteWorker(
+                site.site.name,
+                task,
+                data,
+                home.absolute(),
+                device,
+                anchors,
+                lambda: policies.current().privacy,
+            )
         except MemoryError:
             raise SiteError(416, "data: must fit into policy.memory-gib, got more") from None
         if site.site.task not in allowed.tasks:

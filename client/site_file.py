@@ -12,8 +12,8 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from fedge.shared import toml_file
-from fedge.shared.config import FilePath, Section, SiteName
 from fedge.shared.durable import write_atomically
+from fedge.shared.section import FilePath, Section, SiteName
 
 FILE: Final = "site.toml"
 

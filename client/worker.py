@@ -26,6 +26,9 @@ from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData
 from fedge.client.draws import seed_of
 from fedge.client.evaluate import counters, mean_loss
+from fedge.client.privacy import SitePrivacy, simulated
+from fedge.client.privacy_policy import PrivacyPolicy, section_of
+from fedge.client.private_work import PrivateWork, Round
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import is_secure
 from fedge.client.secure_session import Anchors
@@ -39,6 +42,7 @@ from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.npy import encode
 from fedge.shared.preprocess import Standardise
+from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
 
@@ -59,6 +63,7 @@ class SiteWorker:
         home: folder of this site alone, for what outlives the process.
         device: where network and examples lie; replies are always of the CPU.
         anchors: the site's own for secure aggregation; without them it takes part in none.
+        privacy: on which terms the site's data may be learnt from; those of a simulation where not given.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class SiteWorker:
         home: Path,
         device: torch.device = devices.CPU,
         anchors: Anchors | None = None,
+        privacy: Callable[[], PrivacyPolicy] | None = None,
     ) -> None:
         self.site = site
         self.task = task
@@ -90,6 +96,7 @@ class SiteWorker:
         floats = {n: s.shape for n, s in self._control_specs.items()}
         trained = [name for name, _ in self._network.named_parameters()]
         self._secure = SecureWork(task, floats, trained, anchors, home)
+        self._private = PrivateWork(task, SitePrivacy(home, privacy or simulated))
 
     def warm_up(self) -> None:
         """Let torch import its compiler, as it does with the first optimiser; no request should pay for that."""
@@ -202,6 +209,9 @@ class SiteWorker:
         prefixed = {protocol.CONTROL_PREFIX + name: spec for name, spec in own_specs.items()}
         received = requests.arrays(request, self._specs | prefixed)
         fit, _ = self._prepare(terms)
+        section = section_of(config)
+        if section.mechanism != "off":
+            return self._train_privately(section, request, terms, what, received, fit)
         if is_secure(request):
             # A site that has no examples takes part with nothing: the others need not know.
             fitted = partial(self._fit, terms, what, received, fit) if len(fit.y) else None
@@ -213,6 +223,37 @@ class SiteWorker:
             protocol.TRAIN_LOSS: loss,
         }
         return self._reply(terms.address, MetricRecord({**metrics}), trained)
+
+    def _train_privately(
+        self,
+        section: PrivacySection,
+        request: RecordDict,
+        terms: Terms,
+        what: Training,
+        received: NDArrays,
+        fit: Examples,
+    ) -> RecordDict:
+        if self._statistics is not None and section.statistics == "off":
+            raise requests.refuse(
+                "privacy.statistics", "unprotected for a task that standardises", "off"
+            )
+        round_ = Round(request, terms.address, section, what, fit)
+
+        def trained() -> NDArrays:
+            self._load(received)
+            self._private.take_steps(self._network, round_)
+            return self._weights(terms.address.server_round)
+
+        if is_secure(request):
+            fitted = partial(self._private.charged, round_, trained) if len(fit.y) else None
+            # Neither the loss nor how many examples there are is told.
+            bundle = self._secure.train(
+                request, terms, what, received, fitted, len(fit.y), private=True
+            )
+            return self._reply(terms.address, bundle)
+        return self._private.answer(
+            round_, lambda metrics: self._reply(terms.address, metrics, trained())
+        )
 
     def _fit(
         self, terms: Terms, what: Training, received: NDArrays, fit: Examples
@@ -266,13 +307,7 @@ class SiteWorker:
                 proximal_mu=what.proximal_mu,
                 correction={name: server[name] - own[name] for name in own},
             )
-        trained = {
-            n: t.detach().cpu().clone().numpy() for n, t in self._network.state_dict().items()
-        }
-        if not all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
-            raise SiteError(
-                401, f"round {server_round}: the trained weights must be finite, got others"
-            )
+        trained = self._weights(server_round)
         change: NDArrays = {}
         if what.control:
             # Tensors that no step changes (buffers) keep their variate.
@@ -282,6 +317,16 @@ class SiteWorker:
             )
             change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).cpu().numpy() for n in new}
         return trained | change, outcome.loss
+
+    def _weights(self, server_round: int) -> NDArrays:
+        trained = {
+            n: t.detach().cpu().clone().numpy() for n, t in self._network.state_dict().items()
+        }
+        if not all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
+            raise SiteError(
+                401, f"round {server_round}: the trained weights must be finite, got others"
+            )
+        return trained
 
     def _evaluate(self, request: RecordDict) -> RecordDict:
         terms = requests.terms(requests.config_of(request, self.task.name), self._columns)

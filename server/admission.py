@@ -30,13 +30,17 @@ from fedge.server.verdicts import (
 )
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
-from fedge.shared.config import SITE_NAME, AdmissionSection
+from fedge.shared.config import AdmissionSection
 from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.preprocess import Statistics
+from fedge.shared.section import SITE_NAME
 from fedge.shared.tasks.columns import Bound
 
 #: More values than any task reports; and the farthest that an integer tensor may move in a round.
 _MOST_METRICS, _COUNTER_STEP = 64, 1e9
+_MOST_EPSILON = 1e9
+_SPENT = (protocol.EPSILON_CONSUMERS, protocol.EPSILON_SERVER)
+_PRIVATE = (protocol.NUM_EXAMPLES, *_SPENT)
 
 
 #: How far above the median of a round a loss may lie that decides a weight; and the least median taken for that.
@@ -63,7 +67,9 @@ def admit_train(reply: Message, site: str, registered: int, expected: Expected) 
         num_examples = _num_examples(metrics, registered)
         loss, drops = _train_metrics(metrics, site, expected)
         decoded = _arrays(arrays, expected)
-        return Verdict(update=Update(site, decoded, num_examples, loss), drops=drops)
+        spent, more = _epsilon(metrics, site) if expected.private else (None, [])
+        update = Update(site, decoded, num_examples, loss, spent)
+        return Verdict(update=update, drops=[*drops, *more])
     except _RefusedError as refused:
         return Verdict(rejection=Rejection(site, refused.code, refused.outcome, refused.reason))
 
@@ -227,14 +233,26 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _epsilon(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | None, list[Drop]]:
+    """What the site says to have spent; figures that cannot be are left out, and the update counts."""
+    both = [_number(metrics.get(key)) for key in _SPENT]
+    if all(value is not None and 0 <= value <= _MOST_EPSILON for value in both):
+        return (float(both[0] or 0.0), float(both[1] or 0.0)), []
+    reason = f"must be 0 to {_MOST_EPSILON:g}"
+    return None, [Drop(site, key, reason) for key in _SPENT]
+
+
 def _train_metrics(
     metrics: MetricRecord, site: str, expected: Expected
 ) -> tuple[float | None, list[Drop]]:
+    known = _PRIVATE if expected.private else (protocol.NUM_EXAMPLES, protocol.TRAIN_LOSS)
     drops = [
         Drop(site, printable(key), "not a metric of this task")
         for key in metrics
-        if key not in (protocol.NUM_EXAMPLES, protocol.TRAIN_LOSS)
+        if key not in known
     ]
+    if expected.private:
+        return None, drops
     raw = metrics.get(protocol.TRAIN_LOSS)
     loss, bound = _number(raw), expected.policy.max_loss
     if loss is not None and 0 <= loss <= bound:

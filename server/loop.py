@@ -96,8 +96,12 @@ class Loop:
             result, reason = self._train_in_secret(self.sums, server_round, names, tally)
         if reason is None:
             reason = self._aggregate(server_round, result)
-        every = self.config.run.evaluate_every
-        if server_round % every == 0 or server_round == self.config.run.rounds:
+        every, privacy = self.config.run.evaluate_every, self.config.privacy
+        told = privacy.mechanism == "off" or privacy.metrics != "off"
+        if not told:
+            # Exact counts over held-out examples would be a release without noise.
+            tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": {}}
+        elif server_round % every == 0 or server_round == self.config.run.rounds:
             self._evaluate(server_round, set(results.sites(result)), tally)
         line = tally.line(
             server_round, reason, result, digest(self.arrays), time.monotonic() - started
@@ -157,7 +161,12 @@ class Loop:
             messages = self._compose(server_round, asked)
             sent = messages[0].content.array_records[protocol.ARRAYS]
             expected = Expected(
-                self.run_id, server_round, _numpy(sent), self.config.admission, needs_loss
+                self.run_id,
+                server_round,
+                _numpy(sent),
+                self.config.admission,
+                needs_loss,
+                private=self.config.privacy.mechanism != "off",
             )
             reach("before-dispatch", server_round)
             result = self.talk.ask(server_round, "train", asked, messages)

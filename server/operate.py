@@ -14,9 +14,9 @@ from fedge.server import certificates, server_file
 from fedge.server.coordinators import STOP_REQUEST, in_order
 from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import config_file
-from fedge.shared.config import SITE_NAME
 from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError, FedgeError
+from fedge.shared.section import SITE_NAME
 from fedge.shared.tasks.registry import get_task
 
 

@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedge.shared.bounded import read_bounded, reason
-from fedge.shared.config import SITE_NAME
 from fedge.shared.durable import flush_folder, write_atomically
 from fedge.shared.errors import DeployError, SiteError
+from fedge.shared.section import SITE_NAME
 
 #: Most sites that one server knows.
 MOST_SITES: Final = 10_000

@@ -106,6 +106,8 @@ def settings(
         protocol.THREADS: config.run.threads,
         protocol.STANDARDISE: config.data.standardise,
     }
+    if config.privacy.mechanism != "off":
+        values[protocol.PRIVACY] = config.privacy.model_dump_json(by_alias=True)
     for step in steps:
         if isinstance(step, Standardise) and step.mean:
             values[protocol.FEATURE_MEAN], values[protocol.FEATURE_STD] = (

@@ -26,13 +26,16 @@ class Update:
     Attributes:
         arrays: the site's weights (not their difference), in the model's order.
         num_examples: training examples, the weight of the mean.
-        train_loss: mean loss, or None where the site's figure was dropped.
+        train_loss: mean loss, or None where the site's figure was dropped, or told by nobody.
+        epsilon: what the site's study has spent against the model's readers and against the server, as it says;
+            None without differential privacy.
     """
 
     site: str
     arrays: NDArrays
     num_examples: int
     train_loss: float | None
+    epsilon: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,13 @@ def examples(result: RoundResult) -> dict[str, int]:
     if isinstance(result, Singles):
         return {u.site: u.num_examples for u in result.updates}
     return {}
+
+
+def epsilon(result: RoundResult) -> dict[str, tuple[float, float]]:
+    """What each site has spent, where they say it."""
+    if not isinstance(result, Singles):
+        return {}
+    return {u.site: u.epsilon for u in result.updates if u.epsilon is not None}
 
 
 def train_loss(result: RoundResult) -> float | None:

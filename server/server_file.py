@@ -10,10 +10,10 @@ import tomli_w
 from pydantic import Field
 
 from fedge.shared import toml_file
-from fedge.shared.config import Section
 from fedge.shared.daemon.home import free_port, split_address
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError
+from fedge.shared.section import Section
 
 NAME = "server.toml"
 

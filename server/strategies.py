@@ -17,8 +17,8 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
 from fedge.server.results import NUM_SITES, record
-from fedge.shared import config as cfg
 from fedge.shared import protocol
+from fedge.shared import strategy_sections as cfg
 from fedge.shared.arrays import NDArrays
 
 # The cohort is chosen before a strategy is asked: everybody whom it sees takes part.

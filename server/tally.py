@@ -106,4 +106,9 @@ class Tally:
             "bytes": {"sent": self.sent, "received": self.received},
             "model_sha256": model_sha256,
         }
+        if epsilon := results.epsilon(result):
+            line["privacy"] = {
+                site: {"consumers": consumers, "server": server}
+                for site, (consumers, server) in epsilon.items()
+            }
         return line if self.secure is None else line | {"secure": self.secure}

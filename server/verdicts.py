@@ -70,6 +70,7 @@ class Expected:
         policy: bounds.
         needs_loss: the strategy weighs by the training loss, so a bad one rejects the update.
         counters: names that an evaluation may hold.
+        private: the sites train under differential privacy: they tell no loss, but what they have spent.
     """
 
     run_id: str
@@ -78,6 +79,7 @@ class Expected:
     policy: AdmissionSection
     needs_loss: bool = False
     counters: tuple[str, ...] = ()
+    private: bool = False
 
 
 @dataclass(frozen=True)

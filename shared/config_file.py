@@ -16,9 +16,10 @@ from typing import Any, Final, TypeAlias, get_args
 import tomli_w
 from pydantic import ValidationError
 
-from fedge.shared.config import Config, StrategySection
+from fedge.shared.config import Config
 from fedge.shared.config_errors import shown, worded
 from fedge.shared.errors import ConfigError
+from fedge.shared.strategy_sections import StrategySection
 
 #: Largest configuration file read, in bytes.
 LARGEST_FILE: Final = 1 << 20

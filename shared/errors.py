@@ -77,6 +77,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the run directory cannot be written",
         "Choose an --out that this user may write, with room on its disk.",
     ),
+    211: Entry(
+        "the task cannot be learnt under this privacy mechanism",
+        "Change what the message names, in the task or in [privacy]; see docs/explanation/privacy.md.",
+    ),
     301: Entry("a data file is missing", "Point data.path at the folder that holds the files."),
     302: Entry("a data file does not follow its format", "Mend the row that the message names."),
     303: Entry(
@@ -160,6 +164,15 @@ CATALOGUE: Final[dict[int, Entry]] = {
     426: Entry(
         "the site has no keys of this secure sum",
         "None needed where the site's worker was started anew; the next attempt or round has new keys.",
+    ),
+    427: Entry(
+        "the privacy budget would be exceeded",
+        "Leave the study here, or let the site's owner raise privacy.epsilon in policy.toml; "
+        "`fedge privacy ledger` shows what is spent.",
+    ),
+    428: Entry(
+        "the privacy ledger cannot be relied on",
+        "Restore privacy.sqlite from the site's backup; without it nothing is known of what was spent.",
     ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(

@@ -11,9 +11,9 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from fedge.shared.bounded import read_bounded, reason
-from fedge.shared.config import Section
 from fedge.shared.config_errors import worded
 from fedge.shared.errors import ConfigError, DeployError
+from fedge.shared.section import Section
 
 LARGEST_FILE: Final = 1 << 20
 

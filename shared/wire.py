@@ -29,6 +29,8 @@ MAX_DIMENSIONS: Final = 32
 MAX_FRAME: Final = 64 * 2**30
 
 _LENGTH: Final = struct.Struct(">Q")
+#: Before a frame's body.
+LENGTH_BYTES: Final = _LENGTH.size
 _HEADER: Final = struct.Struct(">I")
 #: Bytes taken from the socket at a time, so that a claimed length allocates nothing.
 _PIECE: Final = 1 << 20

@@ -24,6 +24,7 @@ from fedge.server.progress import Listener, Silent
 from fedge.server.run_directory import RunDirectory, prepare
 from fedge.server.secagg.ledger import Ledger
 from fedge.shared.config import Config
+from fedge.shared.privacy.fitness import require_fit
 from fedge.shared.tasks.check import check
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
@@ -63,6 +64,7 @@ def simulate(
     if not RunDirectory(out).says_finished():
         # Task and data come first: where they fail, no directory is begun that a second try would find in use.
         check(task)
+        require_fit(config.privacy, task)
         shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:

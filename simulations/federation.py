@@ -100,12 +100,14 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     from fedge.client import share
     from fedge.client.data import site_shares
     from fedge.server import finish
+    from fedge.shared.privacy.fitness import require_fit
     from fedge.shared.tasks.check import check
     from fedge.shared.tasks.registry import get_task
 
     task = get_task(config.task.name)
     if not RunDirectory(out).says_finished():
         check(task)
+        require_fit(config.privacy, task)
     shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedge.server.results import Summed
 from fedge.server.secagg.outcome import SAMPLE, Opened
 from fedge.shared.arrays import NDArrays
+from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import RunError
 from fedge.shared.secagg import cores, encoding, layout, limbs
 from fedge.shared.secagg.layout import Bounds, Layout, Placed
@@ -40,7 +41,7 @@ def counted(of: Layout, opened: Opened) -> dict[str, float]:
 
 
 def mean_weights(
-    of: Layout, opened: Opened, bounds: Bounds, current: NDArrays
+    of: Layout, opened: Opened, bounds: Bounds, current: NDArrays, policy: AdmissionSection
 ) -> tuple[Summed, Mapping[str, float]]:
     """A sum of weighted updates as the weighted mean of the sites' weights.
 
@@ -49,6 +50,7 @@ def mean_weights(
         opened: the sum. Its memory becomes the mean's: it can be read once.
         bounds: that the sites kept.
         current: the round's weights. What is not aggregated stays as it is here.
+        policy: of the gate, which sees no single update: its bounds are held against the mean.
 
     Returns:
         The mean, each tensor in the type that it has in ``current``, and the sum's counters.
@@ -67,6 +69,11 @@ def mean_weights(
     steps = sites / encoding.scale(of.segments[0].bound, opened.sharers)
     if not norm <= bounds.clipping_bound * _SLACK + steps / weight * of.segments[0].size ** 0.5:
         raise _out_of_range("update")
+    if not norm <= policy.max_update_norm:
+        raise _beyond("update", norm, "admission.max-update-norm", policy.max_update_norm)
+    loss = counters[layout.LOSS] / examples
+    if not 0 <= loss <= policy.max_loss:
+        raise _beyond("loss", loss, "admission.max-loss", policy.max_loss)
     # In the order of the round's weights, what came in addition after them.
     ordered = {name: mean.pop(name, a) for name, a in current.items()} | mean
     return Summed(opened.sites, ordered, examples, counters[layout.LOSS]), counters
@@ -149,4 +156,11 @@ def _segments(of: Layout) -> list[encoding.Segment]:
 def _out_of_range(what: str) -> RunError:
     return RunError(
         _OUT_OF_RANGE, f"secure sum: {what} must be in the range that its sites have, got another"
+    )
+
+
+def _beyond(what: str, value: float, key: str, bound: float) -> RunError:
+    return RunError(
+        _OUT_OF_RANGE,
+        f"secure sum: mean {what} must be at most {key}, {bound:g}, got {value:.4g}",
     )

@@ -30,6 +30,8 @@ from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle
 
 _log = logging.getLogger(__name__)
 
+_UNVOUCHED = 421
+
 
 class SecureSum:
     """Runs sums over members.
@@ -48,6 +50,8 @@ class SecureSum:
         self._talk, self._ledger = talk, ledger
         self._min_sites = max(min_sites, FEWEST_SITES)
         self._attempts, self._deadline = attempts, deadline
+        # For whom the sites' rosters do not vouch: that does not change from one sum to the next.
+        self._unvouched: set[str] = set()
 
     def run(self, begin: Begin, groups: Sequence[list[Member]]) -> Outcome:
         """Sum over each group of members.
@@ -65,27 +69,39 @@ class SecureSum:
             self._tell_lost(groups, kept, outcome)
             self._open(begin, kept, members, outcome)
         left = [list(some) for some in groups if not any(m.site in done for m in some)]
-        for attempt in range(self._attempts):
+        left = [self._vouched(some, outcome) for some in left]
+        tried = 0
+        while tried < self._attempts:
             # A sum that was about to be opened and was not is lost for good: then no other is opened for nothing.
             if not left or len(outcome.opened) < len(kept):
                 break
             if few := [len(some) for some in left if len(some) < self._min_sites]:
                 outcome.failed.append(f"sites: must be at least {self._min_sites}, got {few[0]}")
                 break
-            if attempt:
+            if outcome.failed:
                 _log.warning(
                     "round %d: %s; tried again", begin.server_round, "; ".join(outcome.failed)
                 )
             number = self._ledger.next_attempt(begin.purpose, begin.server_round)
             outcome.attempts += 1
             outcome.failed = []
+            known = len(self._unvouched)
             committed, left = self._attempt(begin, number, left, outcome)
+            # Each site that is found out this way costs an attempt, so those are not counted; there are only so many.
+            tried += len(self._unvouched) == known
             if committed:
                 self._ledger.keep(committed)
                 kept += committed
                 reach("before-unmask", begin.server_round)
                 self._open(begin, committed, members, outcome)
         return outcome
+
+    def _vouched(self, some: list[Member], outcome: Outcome) -> list[Member]:
+        """Members without those whom no roster vouches for."""
+        for member in some:
+            if member.site in self._unvouched:
+                self._lose(outcome, member.site, "begin", "left out, as no roster vouches for it")
+        return [m for m in some if m.site not in self._unvouched]
 
     def settled(self) -> None:
         """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
@@ -193,6 +209,8 @@ class SecureSum:
             if isinstance(values, ConfigRecord) and messages.BLAMED in values:
                 peer = str(values.get(messages.BLAMED))
                 of[site].blames.setdefault(peer, set()).add(site)
+                if values.get(messages.CODE) == _UNVOUCHED:
+                    of[site].unvouched.add(peer)
                 raise ValueError(f"finds fault with {printable(peer)}, {_code(values)}")
             if group is not None:
                 heard = hear(group, site, content)
@@ -206,6 +224,8 @@ class SecureSum:
                     self._lose(outcome, site, NAMES[kind], why, 411)
             for peer in trial.check(kind, self._min_sites):
                 count = len(trial.blames[peer])
+                if count > 1 and peer in trial.unvouched:
+                    self._unvouched.add(peer)
                 who = "1 site finds" if count == 1 else f"{count} sites find"
                 self._lose(outcome, peer, NAMES[kind], f"left out, as {who} fault with it")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,15 @@ from fedge.shared.errors import RunError
 from fedge.shared.preprocess import Statistics
 from fedge.shared.secagg import layout, messages, transcript
 from fedge.shared.secagg.layout import Bounds, Layout
+from fedge.shared.strategy_sections import COMPARING, least_replies
 from fedge.shared.tasks.columns import column_bounds
 from fedge.shared.tasks.task import Task
 
+_log = logging.getLogger(__name__)
+
 _FAILED = 510
+#: Sites of a failed sum that are named.
+_NAMED = 8
 
 Compose = Callable[[list[Member], ConfigRecord], list[Message]]
 
@@ -110,21 +116,41 @@ class SecureSums:
         facts = _facts(outcome)
         for opened in outcome.opened:
             try:
-                made, counted = mean.mean_weights(of, opened, self._bounds, current)
+                made, counted = mean.mean_weights(
+                    of, opened, self._bounds, current, self._config.admission
+                )
             except RunError as error:
-                outcome.failed.append(str(error))
+                outcome.failed.append(f"{', '.join(opened.sites[:_NAMED])}: {error}")
                 continue
             sums.append(made)
             for name in (layout.CLIPPED, layout.CAPPED, layout.SATURATED):
                 facts[name] = facts.get(name, 0) + int(counted[name])
         facts["groups"] = [list(s.sites) for s in sums]
-        wanted = len(groups)
-        if len(sums) < wanted:
-            words = "; ".join(outcome.failed)[:400]
-            reason = f"FE-{_FAILED} secure sums: must be {wanted}, got {len(sums)} ({words})"
+        facts["groups_failed"] = len(groups) - len(sums)
+        words = "; ".join(outcome.failed)[:400]
+        if len(sums) < self._least(len(groups)):
+            least = self._least(len(groups))
+            reason = f"FE-{_FAILED} secure sums: must be {least}, got {len(sums)} ({words})"
             return Trained(None, outcome, facts, reason)
-        result = sums[0] if wanted == 1 else Groups(tuple(sums))
+        if len(sums) < len(groups):
+            # What a robust statistic is for: a bad group is left out, and the others are compared.
+            _log.warning("round %d: goes on without a group (%s)", server_round, words)
+        self._warn(server_round, facts)
+        result = sums[0] if len(groups) == 1 else Groups(tuple(sums))
         return Trained(result, outcome, facts, None, _seen(of, outcome, sums[0], current))
+
+    def _least(self, groups: int) -> int:
+        """Sums without which a round makes no model."""
+        chosen = self._config.strategy
+        return least_replies(chosen) if isinstance(chosen, COMPARING) else groups
+
+    @staticmethod
+    def _warn(server_round: int, facts: dict[str, Any]) -> None:
+        """Say where bounds have changed what the sites learnt: the model is then not the plain one."""
+        cut = {name: facts[name] for name in (layout.CLIPPED, layout.SATURATED) if facts.get(name)}
+        if cut:
+            told = ", ".join(f"{name} {count}" for name, count in cut.items())
+            _log.warning("round %d: bounds have changed updates (%s)", server_round, told)
 
     def evaluate(
         self, server_round: int, asked: list[Member], compose: Compose

@@ -17,8 +17,8 @@ from typing import Final, Literal, TypeAlias
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedge.shared.config import SITE_NAME
 from fedge.shared.secagg.agreement import framed
+from fedge.shared.section import SITE_NAME
 
 Purpose: TypeAlias = Literal["statistics", "train", "evaluate"]
 

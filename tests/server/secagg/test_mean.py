@@ -8,11 +8,13 @@ import pytest
 from fedge.client.contribution import Contribution
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
+from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import RunError
 from fedge.shared.secagg import encoding, layout
 from fedge.shared.secagg.layout import Bounds
 
 BOUNDS = Bounds(clipping_bound=2000.0, value_bound=4.0, state_bound=100.0, weight_cap=100)
+GATE = AdmissionSection(**{"max-update-norm": 1e4})
 SHAPES = {
     "wide": (300, 401),
     "state": (5,),
@@ -55,7 +57,7 @@ def test_a_sum_is_scaled_by_who_shared_and_counted_by_who_is_in_it():
     of, before = of_training(), current()
     some = [contribution(of, 0.5), contribution(of, -0.25), contribution(of, 0.5, examples=25)]
     # Six had shared, three are left.
-    summed, counters = mean.mean_weights(of, opened(some, 6), BOUNDS, before)
+    summed, counters = mean.mean_weights(of, opened(some, 6), BOUNDS, before, GATE)
     assert summed.weight == counters["examples"] == 125
     assert summed.loss_total == pytest.approx(75.0)
     change = (50 * 0.5 - 50 * 0.25 + 25 * 0.5) / 125
@@ -74,7 +76,7 @@ def test_a_sum_is_scaled_by_who_shared_and_counted_by_who_is_in_it():
 def test_control_variates_change_by_themselves():
     of, before = of_training(control=True), current()
     some = [contribution(of, 0.5) for _ in range(3)]
-    summed, _ = mean.mean_weights(of, opened(some), BOUNDS, before)
+    summed, _ = mean.mean_weights(of, opened(some), BOUNDS, before, GATE)
     added = [name for name in summed.mean if name not in before]
     assert len(added) == len(SHAPES)
     for name in added:
@@ -89,7 +91,7 @@ def test_counters_that_cannot_be_are_refused(counters, code):
     of = of_training()
     some = [contribution(of, 0.0, **counters) for _ in range(3)]
     with pytest.raises(RunError) as caught:
-        mean.mean_weights(of, opened(some), BOUNDS, current())
+        mean.mean_weights(of, opened(some), BOUNDS, current(), GATE)
     assert caught.value.code == code
 
 
@@ -103,17 +105,35 @@ def test_an_update_beyond_what_clipping_allows_is_refused():
         for one in some:
             one.values[of.segments[0].size :] = 50.0
         if fits:
-            mean.mean_weights(of, opened(some), bounds, current())
+            mean.mean_weights(of, opened(some), bounds, current(), GATE)
             continue
         with pytest.raises(RunError) as caught:
-            mean.mean_weights(of, opened(some), bounds, current())
+            mean.mean_weights(of, opened(some), bounds, current(), GATE)
         assert caught.value.code == 511
         assert "update must be in the range" in caught.value.message
 
 
 def test_the_sample_is_of_the_update_s_first_values():
     of, before = of_training(), current()
-    summed, _ = mean.mean_weights(of, opened([contribution(of, 0.25)] * 3), BOUNDS, before)
+    summed, _ = mean.mean_weights(of, opened([contribution(of, 0.25)] * 3), BOUNDS, before, GATE)
     found = mean.sample(of, summed, before)
     assert len(found) == mean.SAMPLE
     assert found == pytest.approx([0.25] * mean.SAMPLE, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate", "says"),
+    [
+        (
+            {"max-update-norm": 80.0},
+            "mean update must be at most admission.max-update-norm, 80, got",
+        ),
+        ({"max-update-norm": 1e4, "max-loss": 0.4}, "mean loss must be at most admission.max-loss"),
+    ],
+)
+def test_the_gate_s_bounds_are_held_against_the_mean(gate, says):
+    of = of_training()
+    ready = opened([contribution(of, 0.25)] * 3)
+    with pytest.raises(RunError, match=says) as caught:
+        mean.mean_weights(of, ready, BOUNDS, current(), AdmissionSection(**gate))
+    assert caught.value.code == 511

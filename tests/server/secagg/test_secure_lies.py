@@ -42,7 +42,8 @@ def test_a_site_that_masks_garbage_is_found_in_the_sum(rig, what):
     liar(made, "site-3", values)
     found = made.train()
     assert found.result is None
-    assert found.reason.startswith("FE-510 secure sums: must be 1, got 0 (FE-511 ")
+    assert found.reason.startswith("FE-510 secure sums: must be 1, got 0 (site-1, site-2, ")
+    assert "FE-511" in found.reason
     assert "range" in found.reason
     assert found.facts["attempts"] == 1
 
@@ -86,6 +87,67 @@ def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
     assert (rejected.site, rejected.code, rejected.outcome) == ("site-2", 411, "rejected")
     assert rejected.reason == "share: left out, as 5 sites find fault with it"
     assert len(made.asked("begin", "site-2")) == 1
+
+
+def test_a_group_with_garbage_is_left_out_where_enough_others_can_be_compared(rig, caplog):
+    strategy = {"strategy": {"name": "FedMedian"}}
+    for count, groups, goes_on in ((12, 4, True), (9, 3, False)):
+        made = rig(count=count, groups=groups, sections=strategy)
+        bad = next(
+            [m.site for m in some]
+            for some in made.sums._groups(1, made.members)
+            if any(m.site == "site-5" for m in some)
+        )
+        liar(
+            made,
+            "site-5",
+            lambda honest: np.random.default_rng(1).integers(0, 2**32, honest.size, np.uint32),
+        )
+        found = made.train()
+        assert found.facts["groups_failed"] == 1
+        assert all("site-5" not in group for group in found.facts["groups"])
+        if goes_on:
+            assert len(found.result.groups) == 3
+            assert f"without a group ({', '.join(bad)}: FE-511" in caplog.text
+        else:
+            assert found.result is None
+            assert ", ".join(bad) in found.reason
+
+
+def test_sites_without_a_voucher_cost_their_attempts_once_a_run(rig):
+    """Revoked or expired, they are found out one by one, and three attempts would never be enough for four."""
+    made = rig(count=9)
+    revoked = ["site-6", "site-7", "site-8", "site-9"]
+    for site in (s for s in made.workers if s not in revoked):
+
+        def accuse(content):
+            there = content["secagg"]
+            left = [s for s in revoked if s in asked]
+            if left:
+                for key in list(there):
+                    del there[key]
+                there.update({"blamed": left[0], "code": 421})
+
+        made.fault(site, "share", accuse)
+    asked: list[str] = []
+    real = made.sums._run
+
+    def run(server_round, purpose, of, groups, compose):
+        def composed(some, secure):
+            asked[:] = [m.site for m in some]
+            return compose(some, secure)
+
+        return real(server_round, purpose, of, groups, composed)
+
+    made.sums._run = run
+    found = made.train()
+    made.check(found.result, [s for s in made.workers if s not in revoked])
+    assert found.facts["attempts"] == 5
+    found = made.train(2)
+    assert found.facts["attempts"] == 1
+    assert {lost["reason"] for lost in found.facts["lost"]} == {
+        "left out, as no roster vouches for it"
+    }
 
 
 def test_of_one_accuser_and_one_accused_neither_is_asked_again(rig):

@@ -1,0 +1,165 @@
+"""What a site gives out under differential privacy: charged before it is made, and sent again as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from flwr.app import RecordDict
+
+from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.client.requests import Address
+from fedge.shared import protocol, wire
+from fedge.shared.durable import write_atomically
+from fedge.shared.errors import DeployError
+from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.privacy.ledger import FILE, Budget, Charge, Ledger, Spent, Unit
+from fedge.shared.secagg import job
+
+log = logging.getLogger(__name__)
+
+#: Folder of a site's home with the last reply that was charged.
+FOLDER: Final = "privacy"
+_DIGEST_BYTES: Final = 32
+
+
+def simulated() -> PrivacyPolicy:
+    """The terms of a simulated site, which has no owner."""
+    return PrivacyPolicy(epsilon=1e9)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a noised reply answers.
+
+    Attributes:
+        kind: the message type.
+        address: run and round.
+        digest: SHA-256 of what is asked of every site alike.
+    """
+
+    kind: str
+    address: Address
+    digest: bytes
+
+    @classmethod
+    def of(cls, kind: str, request: RecordDict, address: Address) -> Asked:
+        """The request's own.
+
+        Raises:
+            SiteError: 414, a value in it has no canonical text.
+        """
+        return cls(kind, address, job.of(kind, request))
+
+
+class SitePrivacy:
+    """The ledger of one site, its noise, and the last reply that was paid for.
+
+    Args:
+        home: folder of this site alone.
+        policy: of the site, as it is now.
+    """
+
+    def __init__(self, home: Path, policy: Callable[[], PrivacyPolicy]) -> None:
+        self._home, self._policy = home, policy
+        self.entropy = Entropy()
+
+    def answer(
+        self,
+        asked: Asked,
+        unit: Unit,
+        mechanism: str,
+        release: Release,
+        make: Callable[[Spent], RecordDict],
+    ) -> RecordDict:
+        """A reply with noise in it, which is charged before it is made.
+
+        The very same request is answered with the very same reply, also by another process: that tells nothing more,
+        and costs nothing. Where the reply was lost, new noise is a new charge.
+
+        Args:
+            asked: the request.
+            unit: what the noise hides.
+            mechanism: its name.
+            release: what the reply gives out.
+            make: the reply, when it is paid for.
+
+        Raises:
+            SiteError: 427, the budget would be exceeded; 428, the ledger cannot be relied on.
+        """
+        kept = self._kept(asked)
+        if kept is not None:
+            log.info("%s: asked again, answered as before", asked.kind)
+            return kept
+        spent = self.charge(asked, unit, mechanism, release)
+        reply = make(spent)
+        self._keep(asked, reply)
+        return reply
+
+    def charge(self, asked: Asked, unit: Unit, mechanism: str, release: Release) -> Spent:
+        """Write down what is about to be given out.
+
+        Raises:
+            SiteError: 427, the budget would be exceeded; 428, the ledger cannot be relied on.
+        """
+        policy = self._policy()
+        charge = Charge(
+            policy.study,
+            unit,
+            asked.address.run_id,
+            asked.address.server_round,
+            "train" if asked.kind == protocol.TRAIN else "evaluate",
+            0,
+            mechanism,
+            release,
+            policy.delta,
+            asked.digest.hex(),
+        )
+        spent = self._ledger().charge(charge, Budget(policy.epsilon, policy.delta, policy.against))
+        log.info(
+            "%s: charged to %s, epsilon is %.4f against the model's readers, %.4f against the server",
+            asked.kind, policy.study, spent.consumers, spent.server,
+        )  # fmt: skip
+        return spent
+
+    def digest(self) -> str:
+        """The ledger's chain at the study's newest charge."""
+        return self._ledger().digest(self._policy().study)
+
+    def _ledger(self) -> Ledger:
+        path = self._home / FILE
+        try:
+            return Ledger(path)
+        except DeployError:
+            # There never was one. One that is gone is another error.
+            self._home.mkdir(parents=True, exist_ok=True)
+            return Ledger.create(path)
+
+    @property
+    def _path(self) -> Path:
+        return self._home / FOLDER / "last-reply"
+
+    def _kept(self, asked: Asked) -> RecordDict | None:
+        try:
+            found = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, frame = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
+        if digest != asked.digest:
+            return None
+        try:
+            reply = wire.decode_reply(frame)
+        except wire.WireError:
+            log.warning("%s: a kept reply is damaged, so it is made anew", asked.kind)
+            return None
+        return reply if isinstance(reply, RecordDict) else None
+
+    def _keep(self, asked: Asked, reply: RecordDict) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the frame's length, which the reader of a socket takes off.
+        frame = b"".join(wire.encode_reply(reply))[wire.LENGTH_BYTES :]
+        write_atomically(self._path, asked.digest + frame)

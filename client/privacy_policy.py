@@ -1,0 +1,84 @@
+"""``[privacy]`` of policy.toml: on which terms the site's data may be learnt from."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from flwr.app import ConfigRecord
+from pydantic import Field, ValidationError
+
+from fedge.client import requests
+from fedge.shared import protocol
+from fedge.shared.errors import SiteError
+from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.section import Section
+
+_REFUSED: Final = 418
+_LARGEST_SECTION: Final = 10_000
+
+
+class PrivacyPolicy(Section):
+    """On which terms the site's data may be learnt from."""
+
+    required: bool = Field(
+        False, description="whether the site takes part under differential privacy only"
+    )
+    study: str = Field(
+        "default",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}$",
+        description="name of the site's data in its ledger; all runs on them spend of one budget, whoever asks",
+    )
+    epsilon: float = Field(
+        10.0, ge=0, le=1e9, description="most that all runs of the study may spend together"
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is reckoned")
+    against: Literal["server", "consumers"] = Field(
+        "server",
+        description="whose epsilon the budget bounds: the server's, which sees who takes part, or the model's readers'",
+    )
+    share_metrics: bool = Field(
+        False,
+        description="whether counts over held-out examples may leave without noise where privacy is required",
+    )
+
+
+def section_of(config: ConfigRecord) -> PrivacySection:
+    """The mechanism that a request asks for; off where it names none.
+
+    Raises:
+        SiteError: 414, it cannot be read.
+    """
+    text = config.get(protocol.PRIVACY)
+    if text is None:
+        return PrivacySection()
+    if not isinstance(text, str) or len(text) > _LARGEST_SECTION:
+        raise requests.refuse(protocol.PRIVACY, "a section as JSON", type(text).__name__)
+    try:
+        return PrivacySection.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in (protocol.PRIVACY, *first["loc"]))
+        raise SiteError(414, f"{where}: {first['msg'][:200]}") from None
+
+
+def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
+    """Hold a request against the policy.
+
+    Raises:
+        SiteError: 418, the site's owner does not allow it; 414, it cannot be read.
+    """
+    if not policy.required:
+        return
+    asked = section_of(config)
+    if asked.mechanism == "off" and kind in (protocol.TRAIN, protocol.EVALUATE):
+        raise _refusal(kind, "under differential privacy", "without")
+    if kind == protocol.EVALUATE and not policy.share_metrics:
+        raise _refusal(kind, "left out while privacy.share-metrics is false", "asked for")
+    if kind == protocol.REGISTER and config.get(protocol.STANDARDISE) != "site":
+        raise _refusal(
+            protocol.STANDARDISE, "site while privacy is required", config.get(protocol.STANDARDISE)
+        )
+
+
+def _refusal(key: str, wanted: str, got: object) -> SiteError:
+    return SiteError(_REFUSED, f"{key}: must be {wanted} by policy.toml, got {str(got)[:80]!r}")

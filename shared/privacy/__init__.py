@@ -1,0 +1,1 @@
+"""Differential privacy: noise, what it is worth, and what has been spent."""
