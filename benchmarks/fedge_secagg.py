@@ -2,8 +2,10 @@
 
 The client's part goes through ``SecureAnswers``, as in a site's worker: job hash over the weights received, update and
 clipping, keys, signatures, boxes, encoding, masks, checksum, the records that travel. The server's part is a ``Group``
-that reads every reply and writes every request, then what ``SecureSums`` makes of the sum: decoded, divided, added to
-the weights. Peers are made here by hand, with real keys; that is not timed, and neither are training and transport.
+that hashes the job, reads every reply and writes every request, then what ``SecureSums`` makes of the sum: decoded,
+divided, added to the weights. Peers are made here by hand, with real keys; that is not timed, and neither are training
+and transport, nor the writing of the masked sum to the disk, by which a round survives a crash: Flower's server writes
+nothing.
 
 Used by secure_aggregation.py and secure_cost.py.
 """
@@ -33,7 +35,7 @@ from fedge.server.secagg.group import Group
 from fedge.server.secagg.outcome import Opened
 from fedge.shared import protocol
 from fedge.shared.config import AdmissionSection
-from fedge.shared.secagg import graph, messages, transcript
+from fedge.shared.secagg import graph, job, messages, transcript
 
 # Beside this file; named here as a test loads this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -153,6 +155,8 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         lost = {list(sites)[i * n // round(n * dropped)] for i in range(round(n * dropped))}
         alive = [name for name in sites if name not in lost]
         plain = work.contribute().encode(n, os.urandom(32))
+        # What every site was asked for goes into T.
+        clock.time("begin", lambda: job.of(protocol.TRAIN, work.request))
         group = clock.time("begin", lambda: _group(work, sites))
         shares = shares_of(group, sites, lost)
         for name in sites:

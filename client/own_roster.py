@@ -9,6 +9,7 @@ is refused. ``signing.key`` is the site's own key, whose public half the roster 
 from __future__ import annotations
 
 import re
+import stat
 import threading
 from datetime import date
 from pathlib import Path
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedge.shared import signing
 from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.durable import write_atomically
-from fedge.shared.errors import BundleError, DeployError, FedgeError, SiteError
+from fedge.shared.errors import BundleError, DeployError, FedgeError, ReleaseError, SiteError
 from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
 
 FILE: Final = "roster.json"
@@ -98,9 +99,15 @@ def own_key(home: Path) -> Ed25519PrivateKey:
     """The key by which the roster knows this site.
 
     Raises:
-        ReleaseError: 602, ``signing.key`` cannot be read or holds something else.
+        ReleaseError: 602, ``signing.key`` cannot be read, holds something else, or is open to other users.
     """
-    return signing.load_private(home / KEY)
+    path = home / KEY
+    private = signing.load_private(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        # Whoever reads it speaks for this site, the relay too.
+        raise ReleaseError(602, f"{path}: must be readable by its owner only, got {mode:04o}")
+    return private
 
 
 def require_own(roster: Roster, site: str, private: Ed25519PrivateKey, today: date) -> None:
@@ -118,12 +125,15 @@ def require_own(roster: Roster, site: str, private: Ed25519PrivateKey, today: da
     try:
         listed: Ed25519PublicKey = roster.key_of(site, today)
     except SiteError as error:
-        raise DeployError(_NOT_OURS, error.message) from None
+        entry = roster.sites.get(site)
+        # The key alone is taken back, not the site: with another one it can come back.
+        more = "; make a new key first" if entry is not None and entry.revoked else ""
+        raise DeployError(_NOT_OURS, error.message + more) from None
     found, wanted = signing.key_id(private.public_key()), signing.key_id(listed)
     if found != wanted:
         raise DeployError(
             _NOT_OURS,
-            f"site {site}: must have the key {wanted[:16]}… of the roster, got {found[:16]}…",
+            f"site {site}: must have the key with the key id {wanted[:16]}… of the roster, got {found[:16]}…",
         )
 
 

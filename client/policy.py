@@ -44,6 +44,15 @@ class SecurePolicy(Section):
     max_clipping_bound: float = Field(
         100.0, gt=0, le=1e6, description="largest L2 norm to which an update is clipped"
     )
+    max_value_bound: float = Field(
+        1_000.0, gt=0, le=1e6, description="largest bound of a single parameter's change"
+    )
+    max_state_bound: float = Field(
+        10_000.0,
+        gt=0,
+        le=1e6,
+        description="largest bound of the change of a value that is no parameter, which no norm clips",
+    )
     max_weight_cap: int = Field(
         2**23, ge=1, le=2**23, description="most examples that the site may weigh"
     )
@@ -147,6 +156,8 @@ def _allow_secure(policy: SecurePolicy, secure: ConfigRecord) -> None:
     """Hold the bounds of a secure sum, where a request states them, against the policy."""
     for key, most in (
         (messages.CLIPPING_BOUND, policy.max_clipping_bound),
+        (messages.VALUE_BOUND, policy.max_value_bound),
+        (messages.STATE_BOUND, policy.max_state_bound),
         (messages.WEIGHT_CAP, policy.max_weight_cap),
     ):
         value = secure.get(key, 0)

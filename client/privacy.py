@@ -16,8 +16,9 @@ from fedge.shared import protocol, wire
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError
 from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.charges import Budget, Charge, Spent, Unit
 from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.ledger import FILE, Budget, Charge, Ledger, Spent, Unit
+from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.secagg import job
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ class PrivacyPolicy(Section):
     epsilon: float = Field(
         10.0, ge=0, le=1e9, description="most that all runs of the study may spend together"
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is reckoned")
+    delta: float = Field(1e-5, ge=1e-10, lt=1, description="at which epsilon is reckoned")
     against: Literal["server", "consumers"] = Field(
         "server",
         description="whose epsilon the budget bounds: the server's, which sees who takes part, or the model's readers'",

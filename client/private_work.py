@@ -16,7 +16,7 @@ from fedge.client.train import Examples
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.ledger import Spent
+from fedge.shared.privacy.charges import Spent
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.tasks.task import Task
 

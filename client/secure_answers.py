@@ -124,8 +124,10 @@ class SecureAnswers:
                 )
         attempt = Attempt(job.of(kind, content), address.run_id, purpose, server_round, number)
         given = contribution()
-        if last is not None:
-            last.session.wipe()
+        # Whatever was open is over: a server that asks for the next sum has had, or has lost, the one before. What was
+        # answered stays: one that died since may ask for it again.
+        for opened in self._open.values():
+            opened.session.wipe()
 
         def note() -> None:
             self._answered.note(address.run_id, purpose, server_round)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -232,9 +233,7 @@ class Census:
             known = "; ".join(f"no {site} ({self.known_of(site)})" for site in missing)
             raise RunError(
                 502,
-                f"round.require-sites: must be registered, got {known}; {nameless}"[:800].rstrip(
-                    "; "
-                ),
+                _cut(f"round.require-sites: must be registered, got {known}; {nameless}", 800),
             )
         if len(members) < config.min_sites:
             why = "; ".join(
@@ -242,7 +241,7 @@ class Census:
             )
             raise RunError(
                 501,
-                f"sites: must be at least {config.min_sites}, got {len(members)} {why[:300]}".rstrip(),
+                _cut(f"sites: must be at least {config.min_sites}, got {len(members)}: {why}", 800),
             )
 
     def _nameless(self) -> list[Rejection]:
@@ -260,3 +259,8 @@ class Census:
         """What the sites said of their features, in their names' order; nothing where no task asks, or under masks."""
         found = (r.statistics for _, (_, r) in sorted(self.admitted.items()))
         return [part for part in found if part is not None]
+
+
+def _cut(text: str, longest: int) -> str:
+    """A list of reasons without what hangs at its end where it is empty, cut between words where it is too long."""
+    return textwrap.shorten(text.rstrip(":; "), longest, placeholder=" …")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedge.server.coordinators import STOP_REQUEST, in_order
 from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import config_file
 from fedge.shared.daemon import home as homes
-from fedge.shared.errors import DeployError, FedgeError
+from fedge.shared.errors import DeployError, FedgeError, RunError
 from fedge.shared.section import SITE_NAME
 from fedge.shared.tasks.registry import get_task
 
@@ -90,8 +91,15 @@ def resume(home: Path, name: str) -> str:
     Raises:
         DeployError: 914, no such run.
         ConfigError: 208, it runs already.
+        RunError: 503, all its rounds are played, and none made a model.
     """
     path = _directory(home, name)
+    told = _json(path / "run.json")
+    if state_of(path) == "stopped" and _over(told):
+        raise RunError(
+            503,
+            f"run {name}: must have a round left, got {told['rounds_done']} of {told['rounds']} played and no model",
+        )
     prepare(path, RunDirectory(path).load_config(), resume=True)
     # A request to stop that nobody has seen yet was taken back.
     (path / STOP_REQUEST).unlink(missing_ok=True)
@@ -138,6 +146,7 @@ def runs(home: Path) -> list[dict[str, Any]]:
                 "sites": len(told.get("sites") or {}),
                 "begun": (path / "journal.db").is_file(),
                 "stopped": stopped or None,
+                "over": bool(stopped) and _over(told),
                 "directory": str(path),
             }
         )
@@ -199,9 +208,31 @@ def runs_text(found: Sequence[Mapping[str, Any]]) -> str:
             state = "gathering" if run["begun"] else "queued"
         lines.append(f"{run['name']:32} {state:10} {rounds:>9}  {run['task'] or ''}{why}")
         if run["stopped"] and run["stopped"].get("message"):
-            lines.append(f"  {str(run['stopped']['message'])[:300]}")
-            lines.append(f"  mend the cause, then: fedge server resume {run['name']}")
+            message = textwrap.shorten(str(run["stopped"]["message"]), 300, placeholder=" …")
+            lines.append(f"  {message}")
+            lines.append(f"  {_advice(run)}")
     return "\n".join(lines)
+
+
+def _advice(run: Mapping[str, Any]) -> str:
+    if run.get("over"):
+        return "the run is over without a model; mend the cause, then submit a new one"
+    played = run["rounds"] is not None and run["rounds_done"] >= run["rounds"]
+    more = " (no round is left: it writes the model)" if played else ""
+    return f"mend the cause, then: fedge server resume {run['name']}{more}"
+
+
+def _over(told: Mapping[str, Any]) -> bool:
+    """Whether run.json tells of a run without a round left and without a model: nothing can come of it any more.
+
+    Where a round made a model, resuming writes the results.
+    """
+    sites, rounds, done = told.get("sites"), told.get("rounds"), told.get("rounds_done")
+    if not (isinstance(sites, dict) and isinstance(rounds, int) and isinstance(done, int)):
+        return False
+    return done >= rounds and not any(
+        site.get("rounds") for site in sites.values() if isinstance(site, dict)
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

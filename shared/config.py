@@ -114,7 +114,11 @@ class RoundSection(Section):
     """What makes a round, and how long it may take."""
 
     fraction_train: float = Field(
-        1.0, gt=0, le=1, description="share of the registered sites invited to train"
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the registered sites invited to train, but at least min-sites of them, "
+        "and secure-aggregation.min-sites times groups under masks",
     )
     min_sites: int = Field(
         2, ge=1, le=100_000, description="admitted updates without which a round makes no model"
@@ -174,7 +178,7 @@ class SecureAggregationSection(Section):
         10.0, gt=0, le=1e6, description="L2 norm to which a longer update is scaled down"
     )
     value_bound: float = Field(
-        4.0,
+        10.0,
         gt=0,
         le=1e6,
         description="largest change of one parameter in a round; larger ones saturate, and are counted",
@@ -241,6 +245,11 @@ class Config(Section):
                     f"secure-aggregation.groups: must be at least {least} with {chosen.name}, which compares"
                     f" replies and sees one a group, got {secure.groups}"
                 )
+        elif secure.groups > 1:
+            yield (
+                f"secure-aggregation.groups: must be 1 with {chosen.name}, which adds all replies: a sum over more"
+                f" sites hides each better, got {secure.groups}"
+            )
         if self.data.partition != "natural":
             most = self.sites.count // secure.groups
             if secure.min_sites > most:

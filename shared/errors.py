@@ -38,7 +38,10 @@ class Entry:
 
 CATALOGUE: Final[dict[int, Entry]] = {
     101: Entry("a command's extra is not installed", "Run the pip command that the message names."),
-    102: Entry("unknown command or option", "See --help of the command."),
+    102: Entry(
+        "unknown command or option",
+        "Do what the message asks; --help of the command says what it takes.",
+    ),
     103: Entry("interrupted", "Run the command again; a run continues with --resume."),
     104: Entry(
         "unexpected failure inside fedge", "Run again with FEDGE_DEBUG=1 and report the trace."
@@ -50,7 +53,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     107: Entry("the output cannot be written", "Make room, or write elsewhere."),
     201: Entry(
         "a configuration value is not allowed",
-        "See the key's range in `fedge config schema`, of a home's files in docs/reference/site-files.md.",
+        "Mend what the message names; a key's range is in `fedge config schema`, "
+        "that of a home's files in docs/reference/site-files.md.",
     ),
     202: Entry(
         "unknown configuration key", "Use the nearest known key, or see `fedge config schema`."
@@ -131,7 +135,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     418: Entry(
         "the site's policy does not allow this",
-        "Ask the site to allow it in its policy.toml, or leave the site out.",
+        "Ask for what the site's policy allows, for instance with secure-aggregation.enabled=true; "
+        "else have the site change its policy.toml, or leave it out.",
     ),
     419: Entry(
         "the Flower bundle is not one that the site approved",
@@ -172,7 +177,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     428: Entry(
         "the privacy ledger cannot be relied on",
-        "Restore privacy.sqlite from the site's backup; without it nothing is known of what was spent.",
+        "Restore privacy.sqlite from the newest backup, and count what was sent since as spent; if it is only locked, "
+        "end the other process.",
     ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(
@@ -180,7 +186,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     503: Entry(
         "too many rounds in a row without a new model",
-        "Read rounds.jsonl for the reasons, mend the sites, resume.",
+        "Read rounds.jsonl for the reasons and mend the sites; then resume, "
+        "or submit a new run where no round is left.",
     ),
     504: Entry(
         "the journal or a checkpoint is damaged",
@@ -210,7 +217,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     601: Entry("the key file exists", "Choose another path; keys are never overwritten."),
     602: Entry(
-        "the key cannot be read", "Give an Ed25519 key in PEM, as `fedge keys new` writes it."
+        "the key cannot be read",
+        "Give an Ed25519 key in PEM as `fedge keys new` writes it, readable by its owner alone (chmod 600).",
     ),
     603: Entry(
         "the exported model disagrees with the trained one",
@@ -219,7 +227,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
     604: Entry(
         "the exported model cannot be timed", "Install fedge[edge] beside fedge, and try again."
     ),
-    605: Entry("the output exists", "Choose another --out, or delete the file."),
+    605: Entry(
+        "the output exists",
+        "Do what the message says; where it says nothing, choose another --out, or delete the file.",
+    ),
     606: Entry(
         "the output cannot be written", "Choose a folder that exists and that you may write to."
     ),
@@ -300,13 +311,18 @@ CATALOGUE: Final[dict[int, Entry]] = {
     916: Entry(
         "the site is known already", "Choose another name, or `fedge server expel` it first."
     ),
-    917: Entry("the roster is not usable", "Install the roster.json that the consortium signed."),
+    917: Entry(
+        "the roster is not usable",
+        "Install the roster.json that the consortium signed and its key as consortium.pub; "
+        "restore a damaged roster-seen.json from a backup.",
+    ),
     918: Entry(
         "the roster is older than one the site has seen", "Install the consortium's newest roster."
     ),
     919: Entry(
         "the site is not in the roster",
-        "Give signing.key.pub to the consortium: `fedge roster add`, then `fedge roster sign`.",
+        "Where signing.key is missing or revoked, make one (`fedge keys new`); then give signing.key.pub "
+        "to the consortium: `fedge roster add`, `fedge roster sign`.",
     ),
 }
 

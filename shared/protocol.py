@@ -35,7 +35,9 @@ THREADS: Final = "threads"  # int
 FEATURE_MEAN: Final = "feature-mean"  # list[float], where the task standardises over all sites
 FEATURE_STD: Final = "feature-std"  # list[float]
 
-PRIVACY: Final = "privacy"  # str, JSON of privacy.section.PrivacySection; none where the mechanism is off
+PRIVACY: Final = (
+    "privacy"  # str, JSON of privacy.section.PrivacySection; none where the mechanism is off
+)
 
 # Keys of CONFIG, requests to train.
 SETTINGS: Final = "train"  # str, JSON of config.TrainSection
@@ -53,7 +55,9 @@ NUM_EXAMPLES: Final = "num-examples"  # int
 TRAIN_LOSS: Final = "train-loss"  # float
 NUM_TRAIN_EXAMPLES: Final = "num-train-examples"  # int, when registering
 NUM_TEST_EXAMPLES: Final = "num-test-examples"  # int, when registering
-EPSILON_CONSUMERS: Final = "epsilon-consumers"  # float, what the site's study has spent, under privacy only
+EPSILON_CONSUMERS: Final = (
+    "epsilon-consumers"  # float, what the site's study has spent, under privacy only
+)
 EPSILON_SERVER: Final = "epsilon-server"  # float
 FEATURE_TOTAL: Final = "feature-total"  # list[float], when registering
 FEATURE_TOTAL_OF_SQUARES: Final = "feature-total-of-squares"  # list[float], when registering

@@ -137,6 +137,24 @@ def content(roster: Draft | Roster) -> bytes:
     return signing.canonical_json(tree_of(roster, str))
 
 
+def require_apart(draft: Draft, public: Ed25519PublicKey) -> None:
+    """Check that the key which is to sign is no site's, lest one secret speak for both.
+
+    A revoked entry may hold it: nobody believes that one.
+
+    Raises:
+        UsageError: 102, a site is listed with this key.
+    """
+    raw = public.public_bytes(Encoding.Raw, PublicFormat.Raw)
+    for site, entry in draft.sites.items():
+        if entry.raw == raw and not entry.revoked:
+            raise UsageError(
+                102,
+                f"site {site}: must have a key of its own, got the one that signs the roster; "
+                "revoke it and add the site's, or sign with the consortium's key",
+            )
+
+
 def sign(draft: Draft, private: Ed25519PrivateKey) -> bytes:
     """The content of ``roster.json``; the same draft and key give the same bytes."""
     return signing.sign(content(draft), private, payload_type=PAYLOAD_TYPE)
@@ -178,6 +196,7 @@ __all__ = [
     "entry_of",
     "new",
     "open_roster",
+    "require_apart",
     "revoke",
     "sign",
 ]

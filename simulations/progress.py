@@ -31,6 +31,8 @@ EXTREMES: Final = 4
 #: Lines about rounds in which a site is missing, and the width of a reason there.
 MAX_ABSENCES: Final = 12
 REASON_WIDTH: Final = 52
+#: Largest epsilon that the server takes from a site.
+MOST_EPSILON: Final = 1e9
 
 
 def _printable(name: str, width: int = NAME_WIDTH) -> str:
@@ -311,11 +313,31 @@ def absences(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*told[:MAX_ABSENCES], "… see the report for all rounds"]
 
 
+def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line with the largest epsilons that the sites told last; none where nobody told any."""
+    latest: dict[str, tuple[float, float]] = {}
+    for line in rounds:
+        told = line.get("privacy")
+        for site, values in told.items() if isinstance(told, Mapping) else ():
+            consumers, server = (_finite(_get(values, key)) for key in ("consumers", "server"))
+            if consumers is None or server is None:
+                continue
+            if all(0 <= epsilon <= MOST_EPSILON for epsilon in (consumers, server)):
+                latest[site] = consumers, server
+    if not latest:
+        return []
+    largest = (max(values) for values in zip(*latest.values(), strict=True))
+    # Decimals as `fedge privacy ledger` has them.
+    to_readers, to_server = (f"{v:.4f}" if v < 100_000 else f"{v:.4g}" for v in largest)
+    told_by = f"{len(latest)} site{'' if len(latest) == 1 else 's'}"
+    return [f"epsilon  readers {to_readers}, server {to_server} (largest, as told by {told_by})"]
+
+
 def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
     """The result by site as text, at most 80 wide; with more than 12 sites the weakest and the strongest.
 
-    Sites of the run that the last evaluation lacks come after those that it has; rounds that lacked a site, with the
-    reason, come last.
+    Sites of the run that the last evaluation lacks come after those that it has; then what was spent, under
+    differential privacy; rounds that lacked a site, with the reason, come last.
 
     Args:
         metrics: as written to metrics.json.
@@ -380,5 +402,6 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
         every = _over_rounds(rounds, "pooled", lead)
         spark = sparkline(every, min(every, default=0.0), max(every, default=1.0))
     lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled, spark))
+    lines += spent(rounds)
     lines += absences(rounds)
     return "\n".join(lines)

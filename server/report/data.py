@@ -46,7 +46,7 @@ class Refusal:
 class Round:
     """One line of rounds.jsonl. Metrics are finite; those that were not measured are absent.
 
-    ``secure`` is what it says of a secure sum, as it is.
+    ``secure`` is what it says of a secure sum, as it is; ``privacy`` what each site says to have spent.
     """
 
     number: int
@@ -65,6 +65,7 @@ class Round:
     sent: float | None
     received: float | None
     secure: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ def parse_round(line: Mapping[str, Any]) -> Round | None:
         sent=number(moved.get("sent")),
         received=number(moved.get("received")),
         secure=mapping(line.get("secure")),
+        privacy={s: numbers(v) for s, v in mapping(line.get("privacy")).items()},
     )
 
 

@@ -18,6 +18,8 @@ from fedge.server.report.device import device
 from fedge.server.report.format import esc
 from fedge.server.report.learning import learning
 from fedge.server.report.participation import participation
+from fedge.server.report.privacy import WORDS as PRIVACY_WORDS
+from fedge.server.report.privacy import privacy, private
 from fedge.server.report.release import hash_html, release
 from fedge.server.report.secure import WORDS, secure
 from fedge.server.report.sites import site_results
@@ -78,6 +80,7 @@ def _provenance(run: Run) -> str:
             f'<pre tabindex="0">{shown}{more}</pre></details>'
         )
     glossary = (*GLOSSARY, *WORDS) if run.masked else GLOSSARY
+    glossary = (*glossary, *PRIVACY_WORDS) if private(run) else glossary
     words = fmt.definitions((term, esc(meaning)) for term, meaning in glossary)
     body += f"<details class='card glossary'><summary>Words used here</summary>{words}</details>"
     return fmt.section("origin", "Origin and configuration", "", body)
@@ -110,12 +113,22 @@ def render(run_dir: Path) -> str:
         site_results(run),
         participation(run),
         secure(run),
+        privacy(run),
         cost(run),
         release(run),
         device(run),
     ]
-    names = ("learning", "sites", "participation", "secure", "cost", "release", "device")
-    titles = ("Learning", "Sites", "Participation", "Masked sums", "Cost", "Bundle", "Device")
+    names = ("learning", "sites", "participation", "secure", "privacy", "cost", "release", "device")
+    titles = (
+        "Learning",
+        "Sites",
+        "Participation",
+        "Masked sums",
+        "Privacy",
+        "Cost",
+        "Bundle",
+        "Device",
+    )
     links = [(n, t) for n, t, body in zip(names, titles, sections, strict=True) if body]
     links.append(("origin", "Origin"))
     when = run.ended if run.finished and run.ended else run.started

@@ -6,6 +6,8 @@ from fedge.server.report import format as fmt
 from fedge.server.report.data import Run, mapping, number
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.participation import in_words, tally
+from fedge.server.report.privacy import in_brief as spent_in_brief
+from fedge.server.report.privacy import unevaluated
 from fedge.server.report.release import parity
 from fedge.server.report.secure import in_brief
 from fedge.server.report.sites import not_evaluated, with_value
@@ -31,7 +33,8 @@ def headline(run: Run) -> str:
     for values, words in ((run.site_mean, "site mean"), (run.pooled, "pooled")):
         if lead in values:
             results.append(f"{metric_value(lead, values[lead])} {words}")
-    reached = f"{' and '.join(results)} {metric_name(lead)}" if results else "not evaluated yet"
+    nothing = "not evaluated, for privacy's sake" if unevaluated(run) else "not evaluated yet"
+    reached = f"{' and '.join(results)} {metric_name(lead)}" if results else nothing
     if run.finished:
         return f"{run.strategy} trained {run.task} across {sites} in {fmt.plural(done, 'round')}: {reached}."
     progress = f"{done} of {fmt.plural(run.planned, 'round')} done"
@@ -132,7 +135,7 @@ def _security(run: Run) -> list[str]:
         if others
         else "No reply was rejected, late or missing."
     ]
-    said += in_brief(run)
+    said += [*in_brief(run), *spent_in_brief(run)]
     if run.release:
         said.append("The model is released as a bundle signed with Ed25519.")
         verified = run.edge.get("verified")
@@ -155,6 +158,8 @@ def _clinical(run: Run) -> list[str]:
             "No site's own result is known to the server.",
             *_agreement(run),
         ]
+    if not measured and (why := unevaluated(run)):
+        return [f"No site evaluates, {why}.", *_agreement(run)]
     if not measured:
         return ["No site has been evaluated yet."]
     name = metric_name(lead)

@@ -31,6 +31,16 @@ from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle
 _log = logging.getLogger(__name__)
 
 _UNVOUCHED = 421
+#: With which a site may find fault with a peer: its voucher, its signatures, its share.
+_FAULTS = (_UNVOUCHED, 422, 425)
+
+
+class _FaultFoundError(ValueError):
+    """A site finds fault with a peer, by the number that it gives; any other number stands for a malformed reply."""
+
+    def __init__(self, why: str, code: object) -> None:
+        super().__init__(why)
+        self.code = code if type(code) is int and code in _FAULTS else 411
 
 
 class SecureSum:
@@ -100,7 +110,8 @@ class SecureSum:
         """Members without those whom no roster vouches for."""
         for member in some:
             if member.site in self._unvouched:
-                self._lose(outcome, member.site, "begin", "left out, as no roster vouches for it")
+                why = "left out, as no roster vouches for it"
+                self._lose(outcome, member.site, "begin", why, _UNVOUCHED)
         return [m for m in some if m.site not in self._unvouched]
 
     def settled(self) -> None:
@@ -211,7 +222,8 @@ class SecureSum:
                 of[site].blames.setdefault(peer, set()).add(site)
                 if values.get(messages.CODE) == _UNVOUCHED:
                     of[site].unvouched.add(peer)
-                raise ValueError(f"finds fault with {printable(peer)}, {_code(values)}")
+                why = f"finds fault with {printable(peer)}, {_code(values)}"
+                raise _FaultFoundError(why, values.get(messages.CODE))
             if group is not None:
                 heard = hear(group, site, content)
                 if isinstance(heard, np.ndarray) and not outcome.sample:
@@ -227,7 +239,10 @@ class SecureSum:
                 if count > 1 and peer in trial.unvouched:
                     self._unvouched.add(peer)
                 who = "1 site finds" if count == 1 else f"{count} sites find"
-                self._lose(outcome, peer, NAMES[kind], f"left out, as {who} fault with it")
+                told = [outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out]
+                code = max(sorted(set(told), reverse=True), key=told.count, default=411)
+                why = f"left out, as {who} fault with it"
+                self._lose(outcome, peer, NAMES[kind], why, code)
 
     def _open(
         self, begin: Begin, groups: list[Group], members: Mapping[str, Member], outcome: Outcome
@@ -305,7 +320,8 @@ class SecureSum:
                     _require_answer(reply.content, member.site, self._talk.run_id)
                     take(member.site, reply.content)
                 except ValueError as error:
-                    self._lose(outcome, member.site, exchange, printable(str(error), 160), 411)
+                    code = error.code if isinstance(error, _FaultFoundError) else 411
+                    self._lose(outcome, member.site, exchange, printable(str(error), 160), code)
 
     def _lose(
         self,

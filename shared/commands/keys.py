@@ -1,4 +1,4 @@
-"""`fedge keys`: the keys that sign bundles."""
+"""`fedge keys`: the keys that sign bundles and rosters, and by which sites are known in a roster."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from fedge.shared.command import Command
 
 _EXAMPLE = "example:\n  fedge keys new release.key"
+_SHOW_EXAMPLE = "example:\n  fedge keys show release.key.pub"
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -23,14 +24,27 @@ def _arguments(parser: ArgumentParser) -> None:
         allow_abbrev=False,
     )
     new.add_argument("path", type=Path, metavar="PATH", help="of the private key; must not exist")
-    new.add_argument("--json", action="store_true", help="print one JSON object")
+    show = actions.add_parser(
+        "show",
+        help="print the id of a public key",
+        description="Print a public key's id, to compare with its owner by telephone.",
+        epilog=_SHOW_EXAMPLE,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    show.add_argument("path", type=Path, metavar="KEY.pub", help="a public key")
+    for action in (new, show):
+        action.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.shared.signing import new_key, public_path
+    from fedge.shared.signing import key_id, load_public, new_key, public_path
 
     path: Path = arguments.path
-    found = {"private": str(path), "public": str(public_path(path)), "key_id": new_key(path)}
+    if arguments.action == "show":
+        found = {"public": str(path), "key_id": key_id(load_public(path))}
+    else:
+        found = {"private": str(path), "public": str(public_path(path)), "key_id": new_key(path)}
     if arguments.json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:
@@ -41,7 +55,7 @@ def _run(arguments: Namespace) -> int:
 
 
 COMMAND = Command(
-    summary="make the keys that sign bundles",
+    summary="make the keys that sign bundles and rosters, and show their ids",
     extra="edge",
     arguments=_arguments,
     run=_run,

@@ -6,14 +6,15 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge.shared.command import Command
+from fedge.shared.commands import privacy_ledger
 
 if TYPE_CHECKING:
     from fedge.shared.privacy.accounting import Release
 
 _EXAMPLE: Final = (
     "example:\n"
-    "  fedge privacy epsilon --noise-multiplier 1 --sampling-rate 0.1 --steps 100 --delta 1e-5\n"
-    "  fedge privacy calibrate --epsilon 1 --delta 1e-5 --sampling-rate 0.1 --steps 100"
+    "  fedge privacy epsilon --noise-multiplier 1 --sampling-rate 0.1 \\\n    --steps 100 --delta 1e-5\n"
+    "  fedge privacy calibrate --epsilon 1 --sampling-rate 0.1 \\\n    --steps 100 --delta 1e-5"
 )
 #: Of what is printed; a noise multiplier is rounded up to it.
 _DECIMALS: Final = 4
@@ -47,8 +48,7 @@ def _arguments(parser: ArgumentParser) -> None:
             "--steps", metavar="T", type=int, default=1, help="how many releases (default: 1)"
         )
         action.add_argument("--json", action="store_true", help="print one JSON object")
-    # from fedge.shared.commands import privacy_ledger  # ledger
-    # privacy_ledger.add(actions)  # ledger
+    privacy_ledger.add(actions)
 
 
 def _action(actions: Any, name: str, text: str, first: str) -> ArgumentParser:
@@ -69,8 +69,8 @@ def _run(arguments: Namespace) -> int:
 
     from fedge.shared.errors import UsageError
 
-    # if arguments.action == "ledger":  # ledger
-    #     return privacy_ledger.run(arguments)  # ledger
+    if arguments.action == "ledger":
+        return privacy_ledger.run(arguments)
     try:
         found = _epsilon(arguments) if arguments.action == "epsilon" else _calibrate(arguments)
     except ValueError as error:

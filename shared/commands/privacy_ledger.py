@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-    from fedge.shared.privacy.ledger import Entry
+    from fedge.shared.privacy.charges import Entry
 
 #: Runs of a study and unit that are shown, the newest, unless all are asked for.
 MAX_RUNS: Final = 30
@@ -169,12 +169,12 @@ def _study(
 
 def _after(entries: Sequence[Entry], delta: float) -> tuple[float, float]:
     """Epsilon after the last of these, against consumers and server."""
-    from fedge.shared.privacy.ledger import reckon
+    from fedge.shared.privacy.reckoning import reckon
 
     last = entries[-1]
     if last.epsilon_delta == delta:
         return last.epsilon_consumers, last.epsilon_server
-    return reckon((entry.charge.release for entry in entries), delta)
+    return reckon((entry.charge.release for entry in entries), delta, last.charge.unit)
 
 
 def _run(entries: Sequence[Entry], after: tuple[float, float]) -> dict[str, Any]:

@@ -114,7 +114,9 @@ def _new(arguments: Namespace) -> dict[str, Any]:
 
     path: Path = arguments.path
     if path.exists() or path.is_symlink():
-        raise ReleaseError(605, f"{path}: must not exist yet")
+        raise ReleaseError(
+            605, f"{path}: must not exist yet; `fedge roster add` and `revoke` change a draft"
+        )
     draft = roster.new(arguments.consortium)
     roster_file.write_draft(path, draft)
     return _summary(path, draft)
@@ -123,18 +125,21 @@ def _new(arguments: Namespace) -> dict[str, Any]:
 def _edit(arguments: Namespace, today: date) -> dict[str, Any]:
     from fedge.shared import roster, roster_file
     from fedge.shared.errors import UsageError
-    from fedge.shared.signing import load_public
+    from fedge.shared.signing import key_id, load_public
 
     path: Path = arguments.path
     draft = roster_file.read_draft(path)
+    more: dict[str, Any] = {}
     if arguments.action == "revoke":
         draft = roster.revoke(draft, arguments.site)
     elif arguments.expires < today:
         raise UsageError(102, f"--expires: must be today or later, got {arguments.expires}")
     else:
-        draft = roster.add(draft, arguments.site, load_public(arguments.key), arguments.expires)
+        public = load_public(arguments.key)
+        draft = roster.add(draft, arguments.site, public, arguments.expires)
+        more = {"site": arguments.site, "key_id": key_id(public)}
     roster_file.write_draft(path, draft)
-    return _summary(path, draft)
+    return {**_summary(path, draft), **more}
 
 
 def _sign(arguments: Namespace) -> dict[str, Any]:
@@ -148,6 +153,7 @@ def _sign(arguments: Namespace) -> dict[str, Any]:
     private = load_private(arguments.key)
     out: Path = arguments.out or arguments.path.with_suffix(".json")
     _check_newer(out, draft, private)
+    roster.require_apart(draft, private.public_key())
     try:
         write_atomically(out, roster.sign(draft, private))
     except OSError as error:
@@ -172,9 +178,18 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
     except OSError as error:
         raise ReleaseError(605, f"{out}: cannot be read ({reason(error)})") from None
     except DeployError:
-        raise ReleaseError(605, f"{out}: must be a roster that this key signed, or none") from None
+        raise ReleaseError(
+            605,
+            605,
+            f"{out}: must be a roster that this key signed, or none; sign with the consortium's key, "
+            "or choose another --out",
+        ) from None
     if before.consortium != draft.consortium:
-        raise ReleaseError(605, f"{out}: must be of {draft.consortium}, got {before.consortium}")
+        raise ReleaseError(
+            605,
+            605,
+            f"{out}: must be of {draft.consortium}, got {before.consortium}; choose another --out",
+        )
     if before.version >= draft.version and content(before) != content(draft):
         raise ReleaseError(
             605,
@@ -204,6 +219,8 @@ def shown(roster: Roster, today: date) -> dict[str, Any]:
         roster: signed.
         today: in UTC.
     """
+    from fedge.shared.signing import key_id
+
     return {
         "consortium": roster.consortium,
         "version": roster.version,
@@ -212,6 +229,7 @@ def shown(roster: Roster, today: date) -> dict[str, Any]:
             {
                 "site": site,
                 "key": entry.raw.hex(),
+                "key_id": key_id(entry.key),
                 "expires": str(entry.expires),
                 "days": (entry.expires - today).days,
                 "revoked": entry.revoked,
@@ -251,9 +269,9 @@ def _text(found: dict[str, Any]) -> str:
     lines = [f"{name.replace('_', ' '):10}  {value}" for name, value in head.items()]
     if listed and sites:
         width = max(len(row["site"]) for row in sites)
-        lines += ["", f"{'site':{width}}  {'last day':10}  {'key':16}   state"]
+        lines += ["", f"{'site':{width}}  {'last day':10}  {'key id':16}   state"]
         lines += [
-            f"{row['site']:{width}}  {row['expires']}  {row['key'][:16]}…  {row['state']}"
+            f"{row['site']:{width}}  {row['expires']}  {row['key_id'][:16]}…  {row['state']}"
             for row in sites
         ]
     return "\n".join(lines)

@@ -16,25 +16,24 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import sqlite3
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Final, NoReturn, TypeAlias
 
 from fedge.shared import failpoints
 from fedge.shared.bounded import open_regular, read_bounded, read_exactly, reason
 from fedge.shared.durable import flush_folder, write_atomically
 from fedge.shared.errors import DeployError, SiteError
-from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.charges import OF_CHARGE, Budget, Charge, Entry, Spent, Unit
+from fedge.shared.privacy.reckoning import part_of, reckon_parts
 from fedge.shared.signing import canonical_json
 
 FILE: Final = "privacy.sqlite"
@@ -43,8 +42,6 @@ MARKER_SUFFIX: Final = ".made"
 #: Where a test may kill: the row is written but not committed, and committed but not returned.
 FAIL_POINTS: Final = ("before-charge", "after-charge")
 
-Unit: TypeAlias = Literal["example", "site"]
-Purpose: TypeAlias = Literal["train", "evaluate", "statistics"]
 
 _EXCEEDED, _UNRELIABLE, _NO_HOME = 427, 428, 901
 _APPLICATION_ID: Final = 0x66706C31  # "fpl1"
@@ -52,8 +49,6 @@ _VERSION: Final = 1
 _HEADER: Final = 100
 _BUSY_SECONDS: Final = 30.0
 _MARKER_LIMIT: Final = 64
-_MOST_STEPS: Final = 10**9
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 # A file that is closed gives up the whole process' locks on it, SQLite's too; so one operation at a time.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -65,120 +60,6 @@ _SCHEMA: Final = (
 )
 
 _Record: TypeAlias = dict[str, Any]
-#: Noise multiplier, sampling rate, fixed size, steps.
-_Part: TypeAlias = tuple[float, float, bool, int]
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One release of noised data.
-
-    Attributes:
-        study: whose budget it is charged to.
-        unit: what the noise hides: one example, or the whole site.
-        run_id: fedge's id of the run.
-        server_round: of the run.
-        purpose: what was asked for.
-        attempt: of the round; fresh noise for the same round is a charge of its own.
-        mechanism: its name in the configuration.
-        release: what accounting needs of it.
-        delta: at which the request reckons. Kept only; the ledger reckons at the budget's.
-        digest: SHA-256 (hex) of the request that it answers.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    study: str
-    unit: Unit
-    run_id: str
-    server_round: int
-    purpose: Purpose
-    attempt: int
-    mechanism: str
-    release: Release
-    delta: float
-    digest: str
-
-    def __post_init__(self) -> None:
-        for name in ("study", "run_id", "mechanism"):
-            text = getattr(self, name)
-            if not (isinstance(text, str) and 1 <= len(text) <= 128 and text.isprintable()):
-                raise ValueError(f"{name}: must be 1 to 128 printable characters, got {text!r:.80}")
-        for name, known in (("unit", get_args(Unit)), ("purpose", get_args(Purpose))):
-            if getattr(self, name) not in known:
-                wanted = " or ".join(known)
-                raise ValueError(f"{name}: must be {wanted}, got {getattr(self, name)!r:.80}")
-        for name in ("server_round", "attempt"):
-            number = getattr(self, name)
-            if type(number) is not int or not 0 <= number < 2**31:
-                raise ValueError(f"{name}: must be 0 to 2^31 - 1, got {number!r:.80}")
-        if not 1 <= self.release.steps <= _MOST_STEPS:
-            raise ValueError(f"steps: must be 1 to {_MOST_STEPS}, got {self.release.steps}")
-        _check_delta(self.delta)
-        if not _DIGEST.fullmatch(self.digest):
-            raise ValueError(f"digest: must be SHA-256 in hexadecimal, got {self.digest!r:.80}")
-
-
-#: What a record holds of a charge under the same name; the release's parts lie beside them.
-_OF_CHARGE: Final = tuple(field.name for field in fields(Charge) if field.name != "release")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a study may spend on a unit.
-
-    Attributes:
-        epsilon: most; a charge that ends exactly there fits.
-        delta: at which epsilon is reckoned.
-        against: whose epsilon counts. The server's is never the smaller one, as it sees who was sampled.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    epsilon: float
-    delta: float
-    against: Literal["server", "consumers"] = "consumers"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon: must be finite and at least 0, got {self.epsilon}")
-        _check_delta(self.delta)
-        if self.against not in ("server", "consumers"):
-            raise ValueError(f"against: must be server or consumers, got {self.against!r:.80}")
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Epsilon against whoever gets the model, and against the server, after this many charges."""
-
-    consumers: float
-    server: float
-    charges: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A charge as the ledger holds it.
-
-    Attributes:
-        id: 1, 2, ... over all studies.
-        time: UTC, ISO 8601.
-        charge: as it was made.
-        epsilon_consumers: of its study and unit up to here, at ``epsilon_delta``.
-        epsilon_server: likewise, against the server.
-        epsilon_delta: the budget's, when it was charged.
-        hash: of the chain up to here.
-    """
-
-    id: int
-    time: str
-    charge: Charge
-    epsilon_consumers: float
-    epsilon_server: float
-    epsilon_delta: float
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -401,46 +282,17 @@ class Ledger:
         _refuse(self._path, f"charge {number}: must be as it was written, was {happened}")
 
 
-def reckon(releases: Iterable[Release], delta: float) -> tuple[float, float]:
-    """Epsilon of these releases together, against the model's consumers and against the server.
-
-    Raises:
-        ValueError: ``delta`` is not within (0, 1).
-    """
-    return _reckon(map(_part, releases), delta)
-
-
-def _reckon(parts: Iterable[_Part], delta: float) -> tuple[float, float]:
-    _check_delta(delta)
-    together = _merged(parts)
-    # Accounting keeps what it has composed, so that a charge of a known kind costs little.
-    alone = accounting.unamplified(together)
-    return accounting.epsilon(together, delta), accounting.epsilon(alone, delta)
-
-
-def _part(release: Release) -> _Part:
-    return release.noise_multiplier, release.sampling_rate, release.fixed_size, release.steps
-
-
-def _merged(parts: Iterable[_Part]) -> list[Release]:
-    """Releases of the same parameters as one."""
-    steps: Counter[tuple[float, float, bool]] = Counter()
-    for noise_multiplier, sampling_rate, fixed_size, number in parts:
-        steps[noise_multiplier, sampling_rate, fixed_size] += number
-    return [Release(noise, rate, n, fixed) for (noise, rate, fixed), n in steps.items()]
-
-
 def _spent(book: _Book, study: str, unit: Unit, delta: float, *more: Release) -> Spent:
     own = [r for r in book.records if r["study"] == study and r["unit"] == unit]
     parts = [(r["noise_multiplier"], r["sampling_rate"], r["fixed_size"], r["steps"]) for r in own]
-    parts += map(_part, more)
-    return Spent(*_reckon(parts, delta), len(parts))
+    parts += map(part_of, more)
+    return Spent(*reckon_parts(parts, delta, unit), len(parts))
 
 
 def _record(number: int, charge: Charge, spent: Spent, delta: float) -> _Record:
     """What is hashed; JSON has no infinity, for which a text stands."""
-    values = {name: getattr(charge, name) for name in _OF_CHARGE}
-    noise_multiplier, sampling_rate, fixed_size, steps = _part(charge.release)
+    values = {name: getattr(charge, name) for name in OF_CHARGE}
+    noise_multiplier, sampling_rate, fixed_size, steps = part_of(charge.release)
     return values | {
         "id": number,
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -461,7 +313,7 @@ def _finite(epsilon: float) -> float | str:
 def _entry(record: _Record, link: str) -> Entry:
     of = record
     release = Release(of["noise_multiplier"], of["sampling_rate"], of["steps"], of["fixed_size"])
-    charge = Charge(release=release, **{name: of[name] for name in _OF_CHARGE})
+    charge = Charge(release=release, **{name: of[name] for name in OF_CHARGE})
     epsilons = float(of["epsilon_consumers"]), float(of["epsilon_server"])
     return Entry(of["id"], of["time"], charge, *epsilons, of["epsilon_delta"], link)
 
@@ -490,11 +342,6 @@ def _fill(path: str) -> None:
 
 def _marker(path: Path) -> Path:
     return path.with_name(path.name + MARKER_SUFFIX)
-
-
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta: must be within (0, 1), got {delta}")
 
 
 def _brief(error: Exception) -> str:

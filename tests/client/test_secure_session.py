@@ -174,7 +174,9 @@ def each_signature_once(monkeypatch):
         (10, "contiguous"),
         (10, "random"),
         (50, "random"),
+        pytest.param(50, "contiguous", marks=pytest.mark.slow),
         pytest.param(128, "random", marks=pytest.mark.slow),
+        pytest.param(128, "contiguous", marks=pytest.mark.slow),
     ],
 )
 def test_the_sum_is_exact_with_losses_at_every_exchange(count, how, each_signature_once):

@@ -204,7 +204,10 @@ def test_what_compares_replies_needs_groups(strategy, least):
 
 def test_a_sum_needs_as_many_sites_in_each_group():
     def said(**section):
-        return refusal(**{"sites": {"count": 8}, "secure-aggregation": masked(**section)})
+        strategy = {"strategy": {"name": "FedMedian"}} if "groups" in section else {}
+        return refusal(
+            **{"sites": {"count": 8}, "secure-aggregation": masked(**section), **strategy}
+        )
 
     assert said(min_sites=9) == (
         "secure-aggregation.min-sites: must be at most 8 with 8 sites, got 9"
@@ -212,7 +215,8 @@ def test_a_sum_needs_as_many_sites_in_each_group():
     assert said(groups=3) == (
         "secure-aggregation.min-sites: must be at most 2 in each group with 8 sites, got 3"
     )
-    tree = {"task": {"name": "digits"}, "sites": {"count": 9}}
+    median = {"strategy": {"name": "FedMedian"}}
+    tree = {"task": {"name": "digits"}, "sites": {"count": 9}, **median}
     from_tree({**tree, "secure-aggregation": masked(groups=3)})
     # Natural sites are counted when the data is read.
     from_tree(
@@ -229,7 +233,13 @@ def test_a_sum_has_as_many_sites_as_counters_can_add_up():
     from_tree({**tree, "sites": {"count": 2048}})
     said = refusal(**{"sites": {"count": 2049}, "secure-aggregation": masked()})
     assert said == "sites.count: must be at most 2048 in a secure sum, got 2049"
-    from_tree({**tree, "sites": {"count": 4096}, "secure-aggregation": masked(groups=2)})
+    median = {"strategy": {"name": "FedMedian"}, "sites": {"count": 6144}}
+    from_tree({**tree, **median, "secure-aggregation": masked(groups=3)})
+
+
+def test_groups_are_for_strategies_that_compare():
+    said = refusal(**{"sites": {"count": 12}, "secure-aggregation": masked(groups=2)})
+    assert said.startswith("secure-aggregation.groups: must be 1 with FedAvg, which adds all")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from fedge.shared.command_line import Parser, guarded
 from fedge.shared.commands import privacy_ledger
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.ledger import FILE, Budget, Charge, Ledger
+from fedge.shared.privacy.charges import Budget, Charge
+from fedge.shared.privacy.ledger import FILE, Ledger
 
 DELTA = 1e-5
 PLENTY = Budget(1e6, DELTA)

@@ -51,7 +51,7 @@ def generated(count, seed=20261122):
 
 CONFIGURATIONS = generated(100)
 #: Those whose direct reckoning takes a moment.
-QUICK = [case for case in CONFIGURATIONS if case[2] <= 60 and case[0] > 1.5][:12]
+QUICK = [case for case in CONFIGURATIONS if case[2] <= 60 and case[0] > 1.5][:6]
 
 
 def direct(noise, rate, steps, delta, interval):
@@ -62,9 +62,13 @@ def direct(noise, rate, steps, delta, interval):
 
 
 def by_rdp(noise, rate, steps, delta):
-    """dp-accounting's RDP of Poisson samples; whole orders, as others may not converge and are left out with a warning."""
+    """dp-accounting's RDP of Poisson samples; at lower orders it may not converge."""
     event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise))
-    return RdpAccountant(range(2, 64)).compose(event, steps).get_epsilon(delta)
+    return (
+        RdpAccountant([1 + tenth / 10 for tenth in range(6, 100)])
+        .compose(event, steps)
+        .get_epsilon(delta)
+    )
 
 
 @pytest.mark.parametrize(("noise", "rate", "steps", "delta", "expected"), SAMPLED)
@@ -98,8 +102,10 @@ def test_agrees_with_dp_accounting_everywhere(noise, rate, steps, delta):
     assert found == pytest.approx(expected, abs=1e-3 * max(1, found / 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("noise", "rate", "steps", "delta"), [case[:4] for case in SAMPLED if case[2] <= 1000]
+    ("noise", "rate", "steps", "delta"),
+    [*(case[:4] for case in SAMPLED if case[2] <= 2000), (3, 0.5, 10, 1e-6)],
 )
 def test_opacus_is_an_upper_bound_close_by(noise, rate, steps, delta):
     from opacus.accountants import PRVAccountant
@@ -174,14 +180,14 @@ def test_monotone_in_each_argument(better, fixed_size):
 
 def test_one_more_release_never_costs_less():
     before = 0.0
-    for steps in (1, 2, 3, 5, 10, 20, 21, 22, 40, 80, 160, 320):
+    for steps in (1, 2, 3, 10, 20, 21, 22, 80, 320):
         now = epsilon([Release(1.5, 0.1, steps)], 1e-5)
         assert now > before
         before = now
         assert epsilon([Release(1.5, 0.1, steps), Release(8.0, 0.5)], 1e-5) > now
 
 
-@pytest.mark.parametrize("rate", [0.003, 0.1, 0.5, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("rate", [0.003, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize("fixed_size", [False, True])
 @pytest.mark.parametrize("noise", [0.7, 4.0])
 def test_who_sees_the_sample_is_told_no_less(noise, rate, fixed_size):
@@ -202,8 +208,8 @@ def test_a_fixed_size_is_not_sold_as_poisson():
     assert accountant(fixed) == "RDP"
 
 
-@pytest.mark.parametrize("rate", [0.003, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("noise", [0.7, 1.0, 4.0])
+@pytest.mark.parametrize("rate", [0.003, 0.1, 0.9])
+@pytest.mark.parametrize("noise", [0.7, 4.0])
 @pytest.mark.parametrize("steps", [1, 100])
 def test_a_fixed_size_never_claims_the_poisson_figure(noise, rate, steps):
     fixed = epsilon([Release(noise, rate, steps, fixed_size=True)], 1e-5)
@@ -235,7 +241,6 @@ def test_nothing_and_no_noise():
     [
         ((1, 1e-12, 10), 1e-5),
         ((1, 1 - 1e-16, 3), 1e-5),
-        ((0.06, 1e-9, 100), 1e-5),
         ((0.01, 0.5, 10), 1e-5),
         ((1e-200, 0.5, 10), 1e-5),
         ((1e300, 0.5, 1), 1e-5),
@@ -280,7 +285,7 @@ def test_gaussian_epsilon_is_nothing_where_delta_covers_all():
 
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps"),
-    [(1, 1e-5, 1.0, 1), (0.1, 1e-6, 1.0, 500), (1, 1e-5, 0.1, 100), (5, 1e-5, 0.05, 40)],
+    [(1, 1e-5, 1.0, 1), (0.1, 1e-6, 1.0, 500), (1, 1e-5, 0.1, 100), (2, 1e-5, 0.05, 40)],
 )
 def test_calibrate_keeps_the_promise_with_no_more_noise_than_needed(target, delta, rate, steps):
     noise = calibrate(target, delta, rate, steps)
@@ -329,7 +334,7 @@ def test_a_target_out_of_range_is_refused(target):
 
 
 def test_a_ledger_of_many_kinds_is_quick_to_extend():
-    releases = [Release(1 + n / 10, 0.02 + n / 100, 50 + n) for n in range(20)]
+    releases = [Release(1 + n / 10, 0.02 + n / 100, 50 + n) for n in range(12)]
     before = epsilon(releases, 1e-5)
     accounting._epsilon.cache_clear()
     begun = time.process_time()

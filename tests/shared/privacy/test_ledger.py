@@ -23,7 +23,8 @@ from fedge.shared.errors import DeployError, SiteError
 from fedge.shared.failpoints import VARIABLE
 from fedge.shared.privacy import accounting, ledger
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.ledger import FAIL_POINTS, FILE, Budget, Charge, Ledger
+from fedge.shared.privacy.charges import Budget, Charge
+from fedge.shared.privacy.ledger import FAIL_POINTS, FILE, Ledger
 from fedge.shared.signing import canonical_json
 
 DELTA = 1e-5
@@ -35,7 +36,8 @@ import sys
 from pathlib import Path
 from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.ledger import Budget, Charge, Ledger
+from fedge.shared.privacy.charges import Budget, Charge
+from fedge.shared.privacy.ledger import Ledger
 path, epsilon, attempts, wait = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if wait:
     print("ready", flush=True)
@@ -179,7 +181,7 @@ def test_asking_what_would_be_spent_writes_nothing(filled):
 @pytest.mark.parametrize("release", [ALONE, Release(2.0, 0.25)])
 def test_the_budget_is_exact_to_the_last_charge(path, release):
     book = Ledger.create(path)
-    budget = Budget(accounting.epsilon([replace(release, steps=3)], DELTA), DELTA)
+    budget = Budget(accounting.epsilon([replace(release, steps=3)], DELTA), DELTA, "consumers")
     for number in range(1, 4):
         spent = book.charge(charge(number, release), budget)
     assert spent.consumers == budget.epsilon
@@ -188,7 +190,7 @@ def test_the_budget_is_exact_to_the_last_charge(path, release):
     assert "round 4 of r-1" in message
     assert (book.verify(), len(book.entries())) == (head, 3)
     # The failing twin: the next smaller budget does not hold the third.
-    short = Budget(math.nextafter(budget.epsilon, 0), DELTA)
+    short = Budget(math.nextafter(budget.epsilon, 0), DELTA, "consumers")
     assert book.would_spend(charge(4, release, study="x"), DELTA).charges == 1
     for number in range(1, 3):
         book.charge(charge(number, release, study="x"), short)
@@ -210,7 +212,7 @@ def test_the_budget_says_whose_epsilon_counts(path):
     would = book.would_spend(sampled, DELTA)
     assert would.consumers < 1.0 < would.server
     assert "the server" in refused(lambda: book.charge(sampled, Budget(1.0, DELTA, "server")), 427)
-    assert book.charge(sampled, Budget(1.0, DELTA)) == would
+    assert book.charge(sampled, Budget(1.0, DELTA, "consumers")) == would
 
 
 def test_no_budget_holds_a_release_without_noise(path):
@@ -235,7 +237,7 @@ def test_spent_is_what_accounting_says_of_the_accepted(tmp_path_factory, wished,
     accepted = {"heart": [], "lung": []}
     for number, (release, study) in enumerate(wished):
         try:
-            book.charge(charge(number, release, study=study), Budget(epsilon, DELTA))
+            book.charge(charge(number, release, study=study), Budget(epsilon, DELTA, "consumers"))
             accepted[study].append(release)
         except SiteError as error:
             assert error.code == 427

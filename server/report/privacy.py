@@ -1,0 +1,385 @@
+"""The report's section on differential privacy: what the sites say to have spent, and what that means."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import ROUND_CEILING, Context
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+from fedge.server.report import format as fmt
+from fedge.server.report.charts import Band, Line, line_chart, responsive
+from fedge.server.report.data import Run, mapping, number, text
+from fedge.server.report.format import MISSING, THIN, esc
+from fedge.server.report.learning import MAX_SITES_SINGLY
+
+#: Rows of the table of sites, and sites that a sentence names.
+MAX_ROWS: Final = 500
+MAX_NAMED: Final = 8
+ROWS_OF_A_SHORT_TABLE: Final = 12
+#: Largest epsilon that the server takes from a site; what is beyond is no figure.
+MOST: Final = 1e9
+#: From this ratio of the two readers' figures on, the smaller ones get a chart of their own.
+FAR_APART: Final = 4.0
+#: A figure that falls by a smaller share is the accountant's rounding.
+FALL: Final = 0.01
+
+WORDS: Final = (
+    (
+        "Epsilon",
+        "A bound on how much one training example can change what comes out. Smaller is better.",
+    ),
+    ("Delta", "The small probability with which epsilon's bound need not hold."),
+    (
+        "Study",
+        "The name under which a site keeps account of its data. All runs on them spend of one budget of epsilon.",
+    ),
+    (
+        "Ledger",
+        "A site's own record of all that it has given out under noise, over all runs, and of what that adds up to.",
+    ),
+)
+#: By mechanism: what it protects, in the plural and as a fact, and how it works.
+_MECHANISMS: Final = {
+    "example": (
+        "training examples",
+        "a single training example; not a person with several of them, and not a site",
+        "DP-SGD at each site: in every step each example's gradient is scaled down to the clipping bound, and noise is "
+        "added to their sum, before anything leaves the site",
+    )
+}
+#: What may be left without noise, by its key: in brief, and at length.
+_OPEN: Final = {
+    "metrics": (
+        "results on held-out examples (exact counts)",
+        "Held-out metrics are exact counts over examples that were kept from training, without noise "
+        "(privacy.metrics is unprotected). Nothing bounds what they tell of those examples.",
+    ),
+    "statistics": (
+        "mean and deviation of columns",
+        "Statistics are exact: where the task learns mean and deviation of columns, they are those of the training "
+        "examples, without noise (privacy.statistics is unprotected). Nothing bounds what they tell of those examples.",
+    ),
+}
+
+
+class Told(NamedTuple):
+    """What has been spent by the end of a round, against the model's readers and against the server."""
+
+    round: int
+    consumers: float
+    server: float
+
+
+class Spent(NamedTuple):
+    """What the sites say.
+
+    Attributes:
+        sites: figures by round of each site that gave any, sites in natural order.
+        largest: over the sites, by round; what a site said last stands until it says more.
+        lowest: likewise.
+    """
+
+    sites: Mapping[str, Sequence[Told]]
+    largest: Sequence[Told]
+    lowest: Sequence[Told]
+
+    @property
+    def same(self) -> bool:
+        """Whether no figure differs between the two readers."""
+        return all(t.consumers == t.server for told in self.sites.values() for t in told)
+
+
+def spent(run: Run) -> Spent:
+    """All figures of a run; a pair of which one is no epsilon is left out."""
+    sites: dict[str, list[Told]] = {}
+    latest: dict[str, Told] = {}
+    largest, lowest = [], []
+    for r in run.rounds:
+        found = {
+            site: Told(r.number, values["consumers"], values["server"])
+            for site, values in r.privacy.items()
+            if all(0 <= values.get(reader, -1.0) <= MOST for reader in ("consumers", "server"))
+        }
+        latest |= found
+        for site, told in found.items():
+            sites.setdefault(site, []).append(told)
+        if found:
+            _, consumers, server = zip(*latest.values(), strict=True)
+            largest.append(Told(r.number, max(consumers), max(server)))
+            lowest.append(Told(r.number, min(consumers), min(server)))
+    return Spent({s: sites[s] for s in sorted(sites, key=fmt.natural)}, largest, lowest)
+
+
+@lru_cache(maxsize=4)
+def _section(config: str) -> Mapping[str, Any]:
+    try:
+        return mapping(tomllib.loads(config).get("privacy"))
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def private(run: Run) -> bool:
+    """Whether noise was added; where the configuration does not say, whether a site tells what that cost."""
+    mechanism = text(_section(run.config).get("mechanism"))
+    return mechanism != "off" if mechanism else bool(spent(run).sites)
+
+
+def epsilon_text(value: float) -> str:
+    """Three significant digits, rounded up: a bound must not read smaller than it is."""
+    rounded = Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(value))
+    return fmt.significant(float(rounded), zeros=True)
+
+
+def unevaluated(run: Run) -> str:
+    """Why nobody evaluates (text, the end of a sentence); empty where that is not for privacy's sake."""
+    if not private(run) or _section(run.config).get("metrics") != "off":
+        return ""
+    return "as counts over held-out examples would leave the sites without noise (privacy.metrics is off)"
+
+
+def _open(run: Run) -> list[tuple[str, str]]:
+    return [words for key, words in _OPEN.items() if _section(run.config).get(key) == "unprotected"]
+
+
+def _units(run: Run) -> tuple[str, str, str]:
+    mechanism = text(_section(run.config).get("mechanism"))
+    return _MECHANISMS.get(mechanism, ("units of data", "", mechanism))
+
+
+def _both(t: Told) -> str:
+    if t.consumers == t.server:
+        return f"{epsilon_text(t.server)} against the model's readers and the server alike"
+    consumers, server = epsilon_text(t.consumers), epsilon_text(t.server)
+    return f"{consumers} against the model's readers and {server} against the server"
+
+
+def in_brief(run: Run) -> list[str]:
+    """Lines for the security officer (text); none without differential privacy."""
+    if not private(run):
+        return []
+    largest, units = spent(run).largest, _units(run)[0]
+    if largest:
+        said = (
+            f"Noise bounds what is told of single {units}: by what the sites say, epsilon is at most "
+            f"{_both(largest[-1])}, over all their runs."
+        )
+    else:
+        said = f"Noise bounds what is told of single {units}; what is spent stands in each site's ledger."
+    without = " and ".join(words for words, _ in _open(run))
+    return [said, *([f"Without noise, and not covered by epsilon: {without}."] if without else [])]
+
+
+def _warning(run: Run) -> str:
+    if not (found := [words for _, words in _open(run)]):
+        return ""
+    if run.masked:
+        found.append("The server saw them as sums over several sites only; those sums are exact.")
+    items = "".join(f"<li>{esc(line)}</li>" for line in found)
+    return f'<div class="card warn"><h3>Not covered by epsilon</h3><ul>{items}</ul></div>'
+
+
+def _curves(found: Spent, index: int, css: str, name: str) -> list[Line]:
+    """A reader's curves: sites thin where they are few, and the largest of them; ``index`` as in ``Told``."""
+    few = 1 < len(found.sites) <= MAX_SITES_SINGLY
+    lines = [
+        Line(f"{site}, {name}", [(t.round, t[index]) for t in told], "site")
+        for site, told in found.sites.items()
+        if few
+    ]
+    points = [(t.round, t[index]) for t in found.largest]
+    last = epsilon_text(points[-1][1])
+    said, label = f"{name}, largest over the sites, {last} at the end", f"{name} {last}"
+    # Rings let a line be seen that lies just below.
+    ringed = css == "pooled"
+    return [*lines, Line(said, points, css, label, name.removeprefix("model's "), ringed)]
+
+
+def _chart(
+    title: str, note: str, found: Spent, *readers: tuple[int, str, str], height: float = 260
+) -> str:
+    # The band of no height has the axis begin at 0.
+    bands = [Band("", [(found.largest[0].round, 0.0, 0.0)], "")]
+    if len(found.sites) > MAX_SITES_SINGLY:
+        pairs = list(zip(found.lowest, found.largest, strict=True))
+        # The larger first, and the smaller darker on top of it.
+        for i, (index, _, name) in enumerate(reversed(readers)):
+            points = [(float(a.round), a[index], b[index]) for a, b in pairs]
+            css = "band inner" if i else "band"
+            bands.append(Band(f"all sites, lowest to highest, {name}", points, css))
+    lines = [line for reader in readers for line in _curves(found, *reader)]
+    lines.sort(key=lambda line: line.label != "")
+    said = "; ".join(line.name for line in lines if line.label)
+    names = ("round", "Epsilon")
+    draw = partial(line_chart, f"{title}: {said}", names, lines, bands, limits=(0, math.inf))
+    drawn = responsive(lambda w, p: draw(width=w, phone=p, height=260 if p else height))
+    return fmt.card(title, drawn, note)
+
+
+def _charts(found: Spent) -> Iterator[str]:
+    if not found.largest:
+        return
+    title, consumers = "Epsilon by round", (1, "mean", "model's readers")
+    note = (
+        "In colour: the largest over the sites." if len(found.sites) > 1 else "One site tells it."
+    )
+    # With a long table beside it, as high as that.
+    alone = 260 if len(found.sites) <= ROWS_OF_A_SHORT_TABLE else 430
+    if len(found.sites) > MAX_SITES_SINGLY and found.same:
+        note += " The band spans all sites."
+    elif len(found.sites) > MAX_SITES_SINGLY:
+        note += " The bands span all sites; the darker one is for the model's readers."
+    elif len(found.sites) > 1:
+        note += " A thin line is one site."
+    last = found.largest[-1]
+    if found.same:
+        note += (
+            " Both readers' figures are the same in every round, so one line stands for both: drawing examples at "
+            "random hides nobody here, as where every step uses all of them."
+        )
+        yield _chart(title, note, found, (2, "mean", "both readers"), height=alone)
+        return
+    note += " Rings: against the server."
+    if epsilon_text(last.consumers) == epsilon_text(last.server):
+        note += " Both readers' lines end so close together that they read the same."
+    far = last.server >= FAR_APART * last.consumers
+    server = (2, "pooled", "server")
+    yield _chart(title, note, found, consumers, server, height=260 if far else alone)
+    if far:
+        note = "The lower curves once more, on an axis of their own."
+        yield _chart("Against the model's readers alone", note, found, consumers)
+
+
+def _facts(run: Run) -> str:
+    section, (_, unit, how) = _section(run.config), _units(run)
+    mechanism = text(section.get("mechanism"))
+    said = {"unprotected": "without noise, see above"}
+    metrics = {
+        **said,
+        "off": "nobody evaluates, so this report has no accuracy: counts would be without noise",
+    }
+    statistics = {**said, "off": "the task learns no mean and no deviation of columns"}
+    rows = [
+        ("unit protected", unit),
+        ("mechanism", f"{how} ({mechanism})" if how != mechanism else mechanism),
+        ("noise multiplier", _value(section, "noise-multiplier", "its standard deviation, by the clipping bound")),
+        ("clipping bound", _value(section, "clipping-bound", "greatest length (L2 norm) of one example's gradient")),
+        ("delta", "each site's own; it stands in the site's ledger, and not here. Unlike deltas do not compare"),
+        ("counted", "all runs of a site's study together, this one and those before"),
+        ("budget", "each site's own; the site refuses the round that would exceed it"),
+        ("held-out metrics", metrics.get(text(section.get("metrics")), MISSING)),
+        ("statistics", statistics.get(text(section.get("statistics")), MISSING)),
+    ]  # fmt: skip
+    return fmt.card("What is protected, and how", fmt.definitions((k, esc(v)) for k, v in rows))
+
+
+def _value(section: Mapping[str, Any], key: str, words: str) -> str:
+    value = number(section.get(key))
+    return MISSING if value is None else f"{fmt.significant(value, 6)}: {words}"
+
+
+def certainty(epsilon: float) -> str:
+    """How sure a reader can become of a membership that had even odds: e^epsilon to 1, delta apart; rounded up."""
+    percent = math.ceil(10_000 / (1 + math.exp(-epsilon))) / 100
+    if percent > 99.99:
+        return "as good as certain, so that the bound alone says next to nothing"
+    return f"at most {percent:.2f}{THIN}% sure"
+
+
+def _meaning(run: Run, found: Spent) -> str:
+    readers = {
+        "model's readers": "whoever gets the model or its predictions, and does not see which examples a step draws",
+        "server": "whoever runs it; reckoned as if every step used every example",
+    }
+    rows = []
+    for index, (who, words) in enumerate(readers.items(), 1):
+        value = found.largest[-1][index] if found.largest else None
+        sure = "" if value is None else f"<b>{certainty(value)}</b><br>"
+        rows.append((who if value is None else f"{who}, {epsilon_text(value)}", sure + words))
+    seen = "who took part and when" if run.masked else "who took part, when, with how many examples"
+    rows += [
+        ("rule of thumb", "up to 1 is strong; up to 10 is reasonable by what attacks are known to reach, though the "
+            "bound itself says little; above that is weak (after Ponomareva et al., 2023)"),
+        ("not covered", "what many examples have in common, which the model is to learn; a person with several "
+            f"examples, for whom epsilon can be as many times as large; what the server sees anyway: {seen}"),
+        ("whose figures", "the sites' own, which the server cannot check. The evidence is each site's ledger: "
+            "<code>fedge privacy ledger</code> prints it at the site"),
+    ]  # fmt: skip
+    note = "Epsilon bounds what can be found out about one example, delta apart."
+    if found.largest:
+        note += (
+            " A reader who knows all else, and gives even odds to whether it was trained on, can become this sure of "
+            "it from what came out:"
+        )
+    return fmt.card("What epsilon says, and what not", fmt.definitions(rows), note)
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(fmt.plain(name, 64) for name in names[:MAX_NAMED])
+    more = len(names) - MAX_NAMED
+    return f"{shown} and {fmt.count(more)} more" if more > 0 else shown
+
+
+def _table(run: Run, found: Spent) -> str:
+    """The sites' last figures, and what is odd about them."""
+    last_trained = {site: r.number for r in run.rounds for site in r.trained}
+    names = sorted({*run.sites, *found.sites}, key=fmt.natural)
+    last = {site: told[-1] for site, told in found.sites.items()}
+    if len(names) > MAX_SITES_SINGLY:
+        names.sort(key=lambda s: -last[s].server if s in last else 1.0)
+    rows = []
+    for site in names[:MAX_ROWS]:
+        t = last.get(site)
+        values = (f"{t.consumers:.4f}", f"{t.server:.4f}", str(t.round)) if t else (MISSING,) * 3
+        rows.append([fmt.site_name(site), *values])
+    note = "What each site says to have spent, over all runs of its study; with the decimals of its ledger."
+    if len(rows) < len(names):
+        note += f" The {len(rows)} largest of {fmt.count(len(names))}."
+    if silent := [s for s, n in last_trained.items() if s not in last or last[s].round < n]:
+        silent.sort(key=fmt.natural)
+        note += f" No figure came with the last update of {_named(silent)}."
+    if fell := [
+        site
+        for site, told in found.sites.items()
+        if any(b[i] < (1 - FALL) * a[i] for a, b in pairwise(told) for i in (1, 2))
+    ]:
+        note += (
+            f" Figures fell at {_named(fell)}, which what is spent cannot do: the site has changed its study or its "
+            "delta, or does not tell the truth."
+        )
+    if any(r.rejected for r in run.rounds):
+        note += " An update that came and did not count was charged as well; that shows with the site's next figure."
+    head = [("site", ""), ("model's readers", "n"), ("server", "n"), ("after round", "n")]
+    grid = fmt.table("Epsilon of each site", head, rows, tall=len(rows) > ROWS_OF_A_SHORT_TABLE)
+    return fmt.card("Epsilon of each site", grid, esc(note, 2000))
+
+
+def privacy(run: Run) -> str:
+    """The section; empty without differential privacy."""
+    if not private(run):
+        return ""
+    found, (units, _, _) = spent(run), _units(run)
+    if found.largest:
+        last = found.largest[-1]
+        lead = (
+            f"Noise bounds what comes out about single {units}. After round {last.round} the largest epsilon that a "
+            f"site tells is {_both(last)}, over all runs."
+        )
+    elif run.masked:
+        lead = (
+            f"Noise bounds what comes out about single {units}. Under masks the server is not told what the sites have "
+            "spent: each site's ledger has it, and the command fedge privacy ledger prints it there."
+        )
+    else:
+        lead = f"Noise bounds what comes out about single {units}. No site has told yet what it has spent."
+    charts, grid = list(_charts(found)), _table(run, found) if found.sites else ""
+    parts = [
+        "".join(charts) + (grid if len(charts) == 1 else ""),
+        _facts(run) + _meaning(run, found),
+    ]
+    body = "".join(f'<div class="pair">{part}</div>' for part in parts if part)
+    body = _warning(run) + body + (grid if len(charts) != 1 else "")
+    return fmt.section("privacy", "Privacy", esc(lead, 1000), body)
