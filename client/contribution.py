@@ -14,10 +14,43 @@ from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Statistics
+from fedge.shared.privacy import distributed
+from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.secagg import encoding, layout, limbs
 from fedge.shared.secagg.agreement import framed
 from fedge.shared.secagg.layout import Bounds, Layout
 from fedge.shared.tasks.columns import Bound
+
+
+@dataclass(frozen=True)
+class SiteNoise:
+    """One site's part of the noise in a sum (``fedge.shared.privacy.distributed``).
+
+    Attributes:
+        clipping_bound: L2 norm of the update.
+        noise_multiplier: of the whole noise.
+        honest: sites whose noise is in every sum that is opened, at least.
+        entropy: where it comes from.
+    """
+
+    clipping_bound: float
+    noise_multiplier: float
+    honest: int
+    entropy: Entropy
+
+    def encode(self, update: NDArray[Any], sites: int) -> NDArray[np.uint32]:
+        """The update with noise, in the ring.
+
+        Raises:
+            SiteError: 414, the noise does not fit the grid or the ring.
+        """
+        try:
+            deviation = distributed.deviation(
+                self.noise_multiplier, update.size, self.honest, sites
+            )
+            return distributed.encode(update, self.clipping_bound, deviation, self.entropy)
+        except ValueError as error:
+            raise SiteError(414, f"privacy: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -29,6 +62,7 @@ class Contribution:
         values: ``(layout.values,)`` floating point, clipped.
         weight: 0 to 1, by which the values are multiplied.
         counters: by name, as the layout has them, without ``saturated``.
+        noise: that is added to the values, on its own grid.
 
     Raises:
         SiteError: 401, a counter is not finite or out of range.
@@ -38,6 +72,7 @@ class Contribution:
     values: NDArray[Any]
     weight: float
     counters: Mapping[str, float]
+    noise: SiteNoise | None = None
 
     def __post_init__(self) -> None:
         # At once: a counter that failed only when the vector is made would be a site lost after the shares.
@@ -55,7 +90,10 @@ class Contribution:
         """
         vector = np.empty(self.layout.length, np.uint32)
         saturated = 0
-        if self.layout.segments:
+        if self.noise is not None:
+            # New noise for each attempt: of two vectors with the same, the difference would be without.
+            vector[: self.layout.values] = self.noise.encode(self.values, sites)
+        elif self.layout.segments:
             encoded = encoding.encode(
                 self.values,
                 self.weight,
@@ -69,7 +107,8 @@ class Contribution:
         return vector
 
     def _limbs(self, saturated: int) -> NDArray[np.uint32]:
-        own = {layout.SATURATED: saturated} if self.layout.segments else {}
+        told = any(c.name == layout.SATURATED for c in self.layout.counters)
+        own = {layout.SATURATED: saturated} if told else {}
         return limbs.encode_counters({**self.counters, **own}, self.layout.counters)
 
 
@@ -125,6 +164,31 @@ def training(
         update *= bounds.clipping_bound / norm
         counters[layout.CLIPPED] = 1
     return Contribution(of, flat, capped / bounds.weight_cap, counters)
+
+
+def noised(
+    of: Layout, noise: SiteNoise, received: NDArrays, trained: NDArrays | None
+) -> Contribution:
+    """The contribution of a training round with distributed noise: every site weighs the same, and counts as one.
+
+    Args:
+        of: its layout.
+        noise: the site's.
+        received: the round's weights.
+        trained: the site's; None where it has no examples: then it adds its noise alone, and nobody can tell.
+
+    Raises:
+        SiteError: 401, the update is not finite; 404, a tensor is missing, or of another shape or type.
+    """
+    update = np.zeros(of.values)
+    if trained is not None:
+        _require_tensors(of, trained)
+        update = of.flatten(trained).astype(np.float64) - of.flatten(received)
+        norm = float(np.linalg.norm(update))
+        if not np.isfinite(norm):
+            raise SiteError(401, "update: must be finite, got NaN or infinity")
+        update *= min(1.0, noise.clipping_bound / max(norm, 1e-300))
+    return Contribution(of, update, 1.0, {layout.SITES: 1}, noise)
 
 
 def evaluation(of: Layout, counters: Mapping[str, float]) -> Contribution:

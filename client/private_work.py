@@ -9,9 +9,11 @@ from flwr.app import MetricRecord, RecordDict
 from torch import nn
 
 from fedge.client import requests
+from fedge.client.contribution import SiteNoise
 from fedge.client.privacy import Asked, SitePrivacy
 from fedge.client.private_release import Noise, release_of
 from fedge.client.requests import Address, Training
+from fedge.client.secure_answers import min_sites_of
 from fedge.client.train import Examples
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
@@ -75,6 +77,29 @@ class PrivateWork:
         self._privacy.charge(asked, "example", of.section.mechanism, self._release(of))
         return train(), 0.0
 
+    def noise(self, of: Round) -> tuple[SiteNoise, Callable[[], None]]:
+        """The site's part of distributed noise, and what pays for an attempt with it.
+
+        Raises:
+            SiteError: 414, what is asked for would tell more than is charged.
+        """
+        _require_bare(of.what)
+        terms, least = _noise(of.section), min_sites_of(of.request)
+        honest = least - of.section.corrupt_sites
+        if honest < 1:
+            raise requests.refuse(
+                "privacy.corrupt-sites", f"below {least}", of.section.corrupt_sites
+            )
+        entropy = self._privacy.entropy
+        noise = SiteNoise(terms.clipping_bound, terms.noise_multiplier, honest, entropy)
+
+        def charge() -> None:
+            asked = Asked.of(protocol.TRAIN, of.request, of.address)
+            release = Release(terms.noise_multiplier)
+            self._privacy.charge(asked, "site", of.section.mechanism, release)
+
+        return noise, charge
+
     def take_steps(self, network: nn.Module, of: Round) -> None:
         """Train the loaded network in place."""
         # Only here: Opacus takes seconds to import, which a site without it need not pay.
@@ -92,12 +117,7 @@ class PrivateWork:
 
     @staticmethod
     def _release(of: Round) -> Release:
-        if of.what.control:
-            raise requests.refuse(protocol.CONTROL, "false under differential privacy", True)
-        if of.what.loss_at != "running":
-            raise requests.refuse(
-                protocol.LOSS_AT, "running under differential privacy", of.what.loss_at
-            )
+        _require_bare(of.what)
         if of.what.settings.mixed_precision != "off":
             raise requests.refuse(
                 "mixed-precision",
@@ -105,6 +125,14 @@ class PrivateWork:
                 of.what.settings.mixed_precision,
             )
         return release_of(_noise(of.section), of.what.settings, len(of.examples.y))
+
+
+def _require_bare(what: Training) -> None:
+    """Hold a request to weights alone: nothing else of the reply has noise."""
+    if what.control:
+        raise requests.refuse(protocol.CONTROL, "false under differential privacy", True)
+    if what.loss_at != "running":
+        raise requests.refuse(protocol.LOSS_AT, "running under differential privacy", what.loss_at)
 
 
 def _noise(section: PrivacySection) -> Noise:

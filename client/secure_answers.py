@@ -73,6 +73,17 @@ def bounds_of(content: RecordDict) -> Bounds:
     )
 
 
+def min_sites_of(content: RecordDict) -> int:
+    """The fewest sites of a sum with distributed noise, as the request says.
+
+    Raises:
+        SiteError: 414, it says none.
+    """
+    return _integer(
+        _values(content), messages.MIN_SITES, transcript.FEWEST_SITES, transcript.MOST_SITES
+    )
+
+
 class SecureAnswers:
     """The secure sums of one site.
 
@@ -92,6 +103,7 @@ class SecureAnswers:
         address: Address,
         seed: int,
         contribution: Callable[[], Contribution],
+        min_sites: int = 0,
     ) -> ConfigRecord:
         """Exchange 0: take part in a sum.
 
@@ -101,6 +113,7 @@ class SecureAnswers:
             address: of it.
             seed: of the run, for the rounding.
             contribution: computes what the site adds.
+            min_sites: fewest sites of this sum, besides what the policy asks for.
 
         Returns:
             The signed bundle of two new keys.
@@ -133,7 +146,7 @@ class SecureAnswers:
             self._answered.note(address.run_id, purpose, server_round)
 
         key = contributions.rounding_key(seed, purpose, server_round, self._anchors.site)
-        session = Session(self._anchors, attempt, given, key, note)
+        session = Session(self._anchors, attempt, given, key, note, min_sites)
         self._open[purpose] = _Open(session)
         log.info("%s, attempt %d: takes part", purpose, number)
         return messages.record({messages.BUNDLE: session.bundle.encode()})

@@ -88,6 +88,7 @@ class Session:
         contribution: the site's.
         rounding_key: of its stochastic rounding.
         note: writes down that the round is answered, before the shares are given out.
+        min_sites: fewest sites of this sum, besides what the policy asks for.
     """
 
     def __init__(
@@ -97,11 +98,12 @@ class Session:
         contribution: Contribution,
         rounding_key: bytes,
         note: Callable[[], None],
+        min_sites: int = 0,
     ) -> None:
         self.attempt = attempt
         self._anchors, self._note = anchors, note
         self._contribution: Contribution | None = contribution
-        self._rounding_key = rounding_key
+        self._rounding_key, self._min_sites = rounding_key, min_sites
         self._box, self._mask = agreement.Pair.generate(), agreement.Pair.generate()
         self._seed = bytearray(os.urandom(32))
         self.bundle = transcript.new_bundle(
@@ -289,7 +291,7 @@ class Session:
         return agreement.box_key(self._agreed[peer][0], self._t, src, dst)
 
     def _require_enough(self, count: int) -> None:
-        least = max(self._threshold, self._anchors.min_sites(), FEWEST_SITES)
+        least = max(self._threshold, self._anchors.min_sites(), self._min_sites, FEWEST_SITES)
         if count < least:
             raise SiteError(TOO_FEW, f"sites: must be {least} or more, got {count}")
 

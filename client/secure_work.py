@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedge.client import contribution, secure_answers
 from fedge.client.answered import Answered
-from fedge.client.contribution import Contribution
+from fedge.client.contribution import Contribution, SiteNoise
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import SecureAnswers
 from fedge.client.secure_session import Anchors
@@ -99,6 +99,45 @@ class SecureWork:
             return made
 
         return self.require().begin(protocol.TRAIN, request, terms.address, terms.seed, contribute)
+
+    def train_noised(
+        self,
+        request: RecordDict,
+        terms: Terms,
+        received: NDArrays,
+        fit: Callable[[], NDArrays] | None,
+        noise: SiteNoise,
+        charge: Callable[[], None],
+    ) -> ConfigRecord:
+        """Begin the sum of a round's updates with distributed noise.
+
+        Args:
+            request: to train.
+            terms: of it.
+            received: its weights.
+            fit: trains, and gives the weights; None where the site has no examples.
+            noise: the site's.
+            charge: pays for an attempt, each of which has noise of its own.
+
+        Raises:
+            SiteError: 427, the budget would be exceeded, and the site begins nothing.
+        """
+        of = layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
+        job = jobs.of(protocol.TRAIN, request)
+        least = secure_answers.min_sites_of(request)
+
+        def contribute() -> Contribution:
+            charge()
+            known = self._trained
+            if known is not None and known[:2] == (job, 0):
+                return known[2]
+            made = contribution.noised(of, noise, received, fit() if fit else None)
+            self._trained = (job, 0, made)
+            return made
+
+        return self.require().begin(
+            protocol.TRAIN, request, terms.address, terms.seed, contribute, least
+        )
 
     def evaluate(
         self, request: RecordDict, terms: Terms, count: Callable[[], Mapping[str, float]]

@@ -238,6 +238,8 @@ class SiteWorker:
                 "privacy.statistics", "unprotected for a task that standardises", "off"
             )
         round_ = Round(request, terms.address, section, what, fit)
+        if section.mechanism == "distributed":
+            return self._train_noised(round_, terms, received)
 
         def trained() -> NDArrays:
             self._load(received)
@@ -254,6 +256,25 @@ class SiteWorker:
         return self._private.answer(
             round_, lambda metrics: self._reply(terms.address, metrics, trained())
         )
+
+    def _train_noised(self, of: Round, terms: Terms, received: NDArrays) -> RecordDict:
+        """Plain training, whose update gets its noise under the mask."""
+        if not is_secure(of.request):
+            raise requests.refuse("privacy.mechanism", "distributed under masks only", "in clear")
+        noise, charge = self._private.noise(of)
+
+        def fitted() -> NDArrays:
+            return self._fit(terms, of.what, received, of.examples)[0]
+
+        bundle = self._secure.train_noised(
+            of.request,
+            terms,
+            received,
+            fitted if len(of.examples.y) else None,
+            noise,
+            charge,
+        )
+        return self._reply(terms.address, bundle)
 
     def _fit(
         self, terms: Terms, what: Training, received: NDArrays, fit: Examples

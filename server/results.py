@@ -6,7 +6,7 @@ be handed over as the one reply of a site as large as all of them; strategies th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,13 +53,13 @@ class Summed:
         sites: who is in it.
         mean: sum of ``num_examples * arrays`` over the sites, by ``weight``; in float64 or the model's types.
         weight: sum of ``num_examples``.
-        loss_total: sum of ``num_examples * train_loss``.
+        loss_total: sum of ``num_examples * train_loss``; None where the sites do not tell it.
     """
 
     sites: tuple[str, ...]
     mean: NDArrays
     weight: int
-    loss_total: float
+    loss_total: float | None
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,22 @@ def train_loss(result: RoundResult) -> float | None:
         case Singles(updates):
             told = [(u.num_examples, u.train_loss) for u in updates if u.train_loss is not None]
         case Summed():
-            told = [(result.weight, result.loss_total / result.weight)]
+            told = _told([result])
         case Groups(groups):
-            told = [(g.weight, g.loss_total / g.weight) for g in groups]
+            told = _told(groups)
     weight = sum(n for n, _ in told)
     return sum(n * loss for n, loss in told) / weight if weight else None
+
+
+def _told(sums: Sequence[Summed]) -> list[tuple[int, float]]:
+    return [(s.weight, s.loss_total / s.weight) for s in sums if s.loss_total is not None]
 
 
 def _summed_reply(
     request: Message, of: Summed, dtypes: Mapping[str, str], *, with_loss: bool
 ) -> Message:
     mean = {k: _rounded(m, k, dtypes) for k, m in of.mean.items()}
-    loss = of.loss_total / of.weight if with_loss else None
+    loss = of.loss_total / of.weight if with_loss and of.loss_total is not None else None
     return _reply(request, mean, of.weight, loss, len(of.sites))
 
 

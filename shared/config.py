@@ -275,7 +275,24 @@ class Config(Section):
                 "strategy.name: must not send more than weights under differential privacy,"
                 " got Scaffold, whose control variates are gradients without noise"
             )
-        if self.train.mixed_precision != "off":
+        secure = self.secure_aggregation
+        if self.privacy.mechanism == "distributed":
+            if not secure.enabled:
+                yield (
+                    "secure-aggregation.enabled: must be true with distributed noise, of which each site adds a part"
+                    " that protects nobody by itself, got false"
+                )
+            if self.privacy.corrupt_sites >= secure.min_sites:
+                yield (
+                    "privacy.corrupt-sites: must be below secure-aggregation.min-sites,"
+                    f" {secure.min_sites}, got {self.privacy.corrupt_sites}"
+                )
+            if isinstance(self.strategy, COMPARING):
+                yield (
+                    "strategy.name: must add replies with distributed noise, which is made for one sum over all"
+                    f" sites, got {self.strategy.name}"
+                )
+        if self.privacy.mechanism == "example" and self.train.mixed_precision != "off":
             yield (
                 "train.mixed-precision: must be off under differential privacy, as noise is added in full"
                 f" precision, got {self.train.mixed_precision}"

@@ -49,7 +49,13 @@ _MECHANISMS: Final = {
         "a single training example; not a person with several of them, and not a site",
         "DP-SGD at each site: in every step each example's gradient is scaled down to the clipping bound, and noise is "
         "added to their sum, before anything leaves the site",
-    )
+    ),
+    "distributed": (
+        "sites",
+        "a whole site: all that it has, whatever its number of examples",
+        "distributed discrete Gaussian: each site scales its update down to the clipping bound and adds a part of the "
+        "noise under its mask; whatever sum is opened holds all of it",
+    ),
 }
 #: What may be left without noise, by its key: in brief, and at length.
 _OPEN: Final = {
@@ -292,7 +298,7 @@ def certainty(epsilon: float) -> str:
 def _meaning(run: Run, found: Spent) -> str:
     readers = {
         "model's readers": "whoever gets the model or its predictions, and does not see which examples a step draws",
-        "server": "whoever runs it; reckoned as if every step used every example",
+        "server": "whoever runs it; it sees which sites take part, but not which examples they draw",
     }
     rows = []
     for index, (who, words) in enumerate(readers.items(), 1):

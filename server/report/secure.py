@@ -105,8 +105,8 @@ def _facts(found: Sequence[tuple[Round, Sum]]) -> str:
     ]  # fmt: skip
     note = (
         "Beside this the server saw who answered and when, signed keys, and sealed shares that it cannot open. "
-        "It saw no update, no metric and no number of examples of a single site. Counters are exact, so the difference of "
-        "two rounds may still tell how many examples a site has that was in one of them only."
+        "It saw no update, no metric and no number of examples of a single site. Counters are exact, so the difference "
+        "of two rounds may still tell how many examples a site has that was in one of them only."
     )
     return fmt.card("What the server saw", fmt.definitions(rows), note)
 

@@ -79,6 +79,21 @@ def mean_weights(
     return Summed(opened.sites, ordered, examples, counters[layout.LOSS]), counters
 
 
+def noised_mean(of: Layout, opened: Opened, current: NDArrays) -> Summed:
+    """The mean of a sum with distributed noise, over sites that weigh the same.
+
+    Nothing is held against a bound: the noise is part of the mean, and only the sites know what is under it.
+
+    Raises:
+        RunError: 511, the number of sites is not that of the vectors.
+    """
+    counted(of, opened)
+    sites = len(opened.sites)
+    mean, _ = _moved(of, opened, sites, current)
+    ordered = {name: mean.pop(name, a) for name, a in current.items()}
+    return Summed(opened.sites, ordered, sites, None)
+
+
 def sample(of: Layout, opened: Summed, current: NDArrays) -> list[float]:
     """The first values of the mean update."""
     found: list[float] = []

@@ -239,8 +239,10 @@ class SecureSum:
                 if count > 1 and peer in trial.unvouched:
                     self._unvouched.add(peer)
                 who = "1 site finds" if count == 1 else f"{count} sites find"
-                told = [outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out]
-                code = max(sorted(set(told), reverse=True), key=told.count, default=411)
+                codes = [
+                    outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out
+                ]
+                code = max(sorted(set(codes), reverse=True), key=codes.count, default=411)
                 why = f"left out, as {who} fault with it"
                 self._lose(outcome, peer, NAMES[kind], why, code)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from fedge.server.members import Member
 from fedge.server.results import Groups, Summed
 from fedge.server.secagg import mean
 from fedge.server.secagg.ledger import Ledger
-from fedge.server.secagg.outcome import Begin, Outcome
+from fedge.server.secagg.outcome import Begin, Opened, Outcome
 from fedge.server.secagg.secure_sum import SecureSum
 from fedge.server.talk import Talk
 from fedge.shared import protocol
@@ -72,6 +72,7 @@ class SecureSums:
     def __init__(self, talk: Talk, ledger: Ledger, config: Config, task: Task) -> None:
         section = config.secure_aggregation
         self._talk, self._config, self._task = talk, config, task
+        self._private = config.privacy.mechanism
         self._sum = SecureSum(
             talk,
             ledger,
@@ -109,22 +110,20 @@ class SecureSums:
             control: SCAFFOLD's changes of the control variates are summed too.
 
         """
-        of = layout.of_training(self._shapes, self._parameters, self._bounds, control=control)
+        of = self._layout(control=control)
         groups = self._groups(server_round, asked)
         outcome = self._run(server_round, "train", of, groups, compose)
         sums: list[Summed] = []
         facts = _facts(outcome)
         for opened in outcome.opened:
             try:
-                made, counted = mean.mean_weights(
-                    of, opened, self._bounds, current, self._config.admission
-                )
+                made, counted = self._mean(of, opened, current)
             except RunError as error:
                 outcome.failed.append(f"{', '.join(opened.sites[:_NAMED])}: {error}")
                 continue
             sums.append(made)
             for name in (layout.CLIPPED, layout.CAPPED, layout.SATURATED):
-                facts[name] = facts.get(name, 0) + int(counted[name])
+                facts[name] = facts.get(name, 0) + int(counted.get(name, 0))
         facts["groups"] = [list(s.sites) for s in sums]
         facts["groups_failed"] = len(groups) - len(sums)
         words = "; ".join(outcome.failed)[:400]
@@ -138,6 +137,23 @@ class SecureSums:
         self._warn(server_round, facts)
         result = sums[0] if len(groups) == 1 else Groups(tuple(sums))
         return Trained(result, outcome, facts, None, _seen(of, outcome, sums[0], current))
+
+    def _layout(self, *, control: bool) -> Layout:
+        if self._private == "distributed":
+            bound = self._config.privacy.clipping_bound
+            return layout.of_noised(self._shapes, self._parameters, bound)
+        return layout.of_training(self._shapes, self._parameters, self._bounds, control=control)
+
+    def _mean(
+        self, of: Layout, opened: Opened, current: NDArrays
+    ) -> tuple[Summed, Mapping[str, float]]:
+        if self._private == "distributed":
+            return mean.noised_mean(of, opened, current), {}
+        found, counted = mean.mean_weights(
+            of, opened, self._bounds, current, self._config.admission
+        )
+        # Under DP-SGD the sites tell no loss, so that its sum is 0.
+        return (found if self._private == "off" else replace(found, loss_total=None)), counted
 
     def _least(self, groups: int) -> int:
         """Sums without which a round makes no model."""
@@ -220,8 +236,10 @@ class SecureSums:
         return self._sum.run(Begin(purpose, server_round, of.length, begin), groups)
 
     def _record(self, number: int) -> ConfigRecord:
+        least = {messages.MIN_SITES: self._config.secure_aggregation.min_sites}
         return messages.record(
             {
+                **(least if self._private == "distributed" else {}),
                 messages.PROTOCOL: transcript.VERSION,
                 messages.ATTEMPT: number,
                 messages.CLIPPING_BOUND: self._bounds.clipping_bound,

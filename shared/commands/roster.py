@@ -180,13 +180,11 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
     except DeployError:
         raise ReleaseError(
             605,
-            605,
             f"{out}: must be a roster that this key signed, or none; sign with the consortium's key, "
             "or choose another --out",
         ) from None
     if before.consortium != draft.consortium:
         raise ReleaseError(
-            605,
             605,
             f"{out}: must be of {draft.consortium}, got {before.consortium}; choose another --out",
         )

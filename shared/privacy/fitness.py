@@ -28,11 +28,21 @@ def require_fit(section: PrivacySection, task: Task) -> None:
             f"privacy.statistics: must be unprotected for {task.name}, which learns mean and deviation of its"
             " columns, got off",
         )
+    with torch.random.fork_rng(devices=[]):
+        network = task.network()
+    if section.mechanism == "distributed":
+        trained = {name for name, _ in network.named_parameters()}
+        state = network.state_dict().items()
+        if others := [n for n, t in state if n not in trained and t.is_floating_point()]:
+            raise ConfigError(
+                _UNFIT,
+                f"{task.name}: network must have no state besides its parameters, as no noise covers that,"
+                f" got {others[0]}; GroupNorm has none where BatchNorm has some",
+            )
+        return
     # Only where it is needed: Opacus takes a second to import.
     from opacus.validators import ModuleValidator
 
-    with torch.random.fork_rng(devices=[]):
-        network = task.network()
     network.train()
     for error in ModuleValidator.validate(network, strict=False):
         raise ConfigError(

@@ -12,8 +12,10 @@ from fedge.shared.section import Section
 class PrivacySection(Section):
     """Differential privacy: what the model may tell of the data (docs/explanation/privacy.md)."""
 
-    mechanism: Literal["off", "example"] = Field(
-        "off", description="example: DP-SGD at each site, which protects single training examples"
+    mechanism: Literal["off", "example", "distributed"] = Field(
+        "off",
+        description="example: DP-SGD at each site, which protects single examples; distributed: noise of all sites"
+        " under their masks, which protects whole sites",
     )
     noise_multiplier: float | None = Field(
         None,
@@ -22,7 +24,16 @@ class PrivacySection(Section):
         description="standard deviation of the noise, by the clipping bound; `fedge privacy calibrate` finds it",
     )
     clipping_bound: float = Field(
-        1.0, gt=0, le=1e6, description="L2 norm to which an example's gradient is scaled down"
+        1.0,
+        gt=0,
+        le=1e6,
+        description="L2 norm to which an example's gradient (example) or a site's update (distributed) is scaled down",
+    )
+    corrupt_sites: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        description="sites of a sum that may add no noise (distributed); the others then add more",
     )
     metrics: Literal["off", "unprotected"] = Field(
         "off",

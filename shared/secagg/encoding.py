@@ -44,11 +44,13 @@ class Segment:
         name: for messages.
         size: coordinates.
         bound: largest magnitude before the weight; larger values saturate. Public, the same at every site.
+        grid: steps for each unit of a value, where they do not follow from the bound and the number of sites.
     """
 
     name: str
     size: int
     bound: float
+    grid: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def decode(
     start = 0
     for segment in segments:
         part = slice(start, start + segment.size)
-        factor = 1 / (scale(segment.bound, sites) * weight)
+        factor = 1 / ((segment.grid or scale(segment.bound, sites)) * weight)
         # In two steps, which is faster than NumPy's conversion on the way.
         found[part] = signed[part]
         found[part] *= factor

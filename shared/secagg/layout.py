@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
+from fedge.shared.privacy import distributed
 from fedge.shared.secagg import limbs
 from fedge.shared.secagg.encoding import Segment
 from fedge.shared.secagg.limbs import Counter
@@ -132,6 +133,31 @@ def of_training(
         Counter(CAPPED, 0, 1),
     )
     return Layout(tensors, tuple(segments), counters)
+
+
+def of_noised(
+    shapes: Mapping[str, tuple[int, ...]], parameters: Iterable[str], clipping_bound: float
+) -> Layout:
+    """The vector of a training round with distributed noise: the update on that noise's grid, and how many sites.
+
+    Args:
+        shapes: of the network's floating-point tensors, in its order.
+        parameters: names of those that are trained.
+        clipping_bound: L2 norm of an update.
+
+    Raises:
+        ValueError: the network has floating-point values besides its parameters, which no noise covers.
+    """
+    trained = set(parameters)
+    if others := [name for name in shapes if name not in trained]:
+        raise ValueError(
+            f"network: must have no state besides its parameters, got {others[0][:80]}"
+        )
+    tensors = _place(shapes.items())
+    size = sum(t.size for t in tensors)
+    grid = distributed.steps_a_unit(clipping_bound)
+    segment = Segment("update", size, clipping_bound, grid)
+    return Layout(tensors, (segment,), (Counter(SITES, 0, 1),))
 
 
 def of_evaluation(counters: Sequence[str]) -> Layout:

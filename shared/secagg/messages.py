@@ -50,6 +50,7 @@ STEPS: Final = (SHARE, MASKED, COMMIT, UNMASK)
 PROTOCOL: Final = "version"
 PURPOSE: Final = "purpose"
 ATTEMPT: Final = "attempt"
+MIN_SITES: Final = "min-sites"  # int, under distributed noise: fewest sites of a sum
 CLIPPING_BOUND: Final = "clipping-bound"
 VALUE_BOUND: Final = "value-bound"
 STATE_BOUND: Final = "state-bound"

@@ -271,15 +271,31 @@ def test_no_key_of_its_own_is_said(home):
     assert caught.value.code == 602
     secret = private(1).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (home / "signing.key").write_bytes(secret)
+    (home / "signing.key").chmod(0o600)
     assert own_roster.own_key(home).public_key() == private(1).public_key()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o660, 0o601])
+def test_a_key_that_others_can_read_is_refused(home, mode):
+    signing.new_key(home / "signing.key")
+    (home / "signing.key").chmod(mode)
+    with pytest.raises(ReleaseError) as caught:
+        own_roster.own_key(home)
+    assert caught.value.code == 602
+    assert f"readable by its owner only, got {mode:04o}" in caught.value.message
+    assert "chmod 600" in caught.value.remedy
+    for allowed in (0o600, 0o400):
+        (home / "signing.key").chmod(allowed)
+        own_roster.own_key(home)
 
 
 @pytest.mark.parametrize(
     ("draft", "site", "key", "day", "named"),
     [
         (TWO, "west", 1, DAY, "must be in the roster"),
-        (TWO, "north", 2, DAY, "must have the key"),
-        (THREE, "south", 2, DAY, "revoked"),
+        (TWO, "north", 2, DAY, f"with the key id {signing.key_id(private(1).public_key())[:16]}…"),
+        (TWO, "north", 2, DAY, f"got {signing.key_id(private(2).public_key())[:16]}…"),
+        (THREE, "south", 2, DAY, "got revoked by the roster; make a new key first"),
         (TWO, "south", 2, date(2027, 12, 1), "expired"),
     ],
 )
@@ -290,5 +306,6 @@ def test_a_site_that_others_would_not_believe_does_not_start(home, draft, site, 
         own_roster.require_own(found, site, private(key), day)
     assert caught.value.code == 919
     assert named in caught.value.message
+    assert ("make a new key" in caught.value.message) == (draft is THREE)
     # The twin: this name with its own key on a day when it is valid.
     own_roster.require_own(found, "north", private(1), DAY)

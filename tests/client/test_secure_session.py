@@ -56,7 +56,9 @@ def contribution(name, of=LAYOUT):
 class Round:
     """All sites and an honest server."""
 
-    def __init__(self, names, *, min_sites=3, attempt=ATTEMPT, of=LAYOUT, made=contribution):
+    def __init__(
+        self, names, *, min_sites=3, attempt=ATTEMPT, of=LAYOUT, made=contribution, own_min_sites=0
+    ):
         known = known_to(names)
         self.noted = []
         self.of = of
@@ -68,6 +70,7 @@ class Round:
                 self.contributions[n],
                 rounding_key(7, "train", attempt.server_round, n),
                 lambda n=n: self.noted.append(n),
+                own_min_sites,
             )
             for n, key in keys_of(names).items()
         }
@@ -441,3 +444,15 @@ def test_two_masked_vectors_of_one_input_have_nothing_in_common():
     first, second = (Round(names).share() for _ in range(2))
     a, b = (one.sessions["site-0"].masked(one.sharers("site-0")).vector for one in (first, second))
     assert (a == b).sum() == 0
+
+
+def test_a_sum_with_distributed_noise_is_not_opened_over_fewer_sites_than_add_enough():
+    names = named(7, "contiguous")
+    # Five of seven would be enough for the masks, but six must have added their noise.
+    one = Round(names, own_min_sites=6).share().masked(names[:1])
+    left = [n for n in names if n != names[0]]
+    one.sessions[left[0]].commit(left)
+    two = Round(names, own_min_sites=6).share().masked(names[:2])
+    fewer = [n for n in names if n not in names[:2]]
+    assert refused(424, two.sessions[fewer[0]].commit, fewer) == ("sites: must be 6 or more, got 5")
+    Round(names).share().masked(names[:2]).sessions[fewer[0]].commit(fewer)

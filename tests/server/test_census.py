@@ -260,8 +260,22 @@ def test_501_fewer_than_min_sites_says_why(journal: Journal):
     with pytest.raises(RunError, match="num-train-examples") as stopped:
         take(grid(3, refused), config(3, **{"min-sites": 2}), journal)
     assert stopped.value.code == 501
+    assert stopped.value.message.startswith("sites: must be at least 2, got 1: site-2: ")
     assert time.monotonic() - started < 10, "nobody is waited for who has spoken"
     assert journal.run().preprocessing is None  # type: ignore[union-attr]
+
+
+def test_501_with_very_many_reasons_is_cut_between_words(journal: Journal):
+    def refused(node: int, reply: Reply) -> None:
+        reply["num-train-examples"] = 0
+
+    with pytest.raises(RunError) as stopped:
+        take(grid(30, refused), config(30), journal)
+    message = stopped.value.message
+    assert 700 < len(message) <= 800
+    assert message.endswith(" …")
+    first, last = message.partition("; ")[0].split(), message.split()[-2].rstrip(";")
+    assert last in first or last.startswith("site-")
 
 
 def test_501_after_the_deadline_where_sites_never_come(journal: Journal):

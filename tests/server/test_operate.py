@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fedge.server import certificates, finish, operate, server_file
+from fedge.server.journal import Journal
 from fedge.server.run_directory import RunDirectory, state_of
 from fedge.shared.cli import main
 from fedge.shared.daemon import home as homes
@@ -135,6 +136,34 @@ def test_resume_lets_a_stopped_run_go_on(home: Path, config: Path) -> None:
     assert operate.runs(home)[0]["stopped"] is None
 
 
+@pytest.mark.parametrize(
+    ("played", "counted", "over"), [(3, 0, True), (2, 0, False), (3, 1, False)]
+)
+def test_a_run_without_a_round_left_and_without_a_model_is_over(
+    home: Path, config: Path, played: int, counted: int, over: bool
+) -> None:
+    operate.submit(home, config, (), "one")
+    run = RunDirectory(home / "runs" / "one")
+    journal = Journal(run.journal)
+    finish.begin(journal, run)
+    journal.close()
+    site = {"train_examples": 1, "test_examples": 1, "rounds": counted}
+    told = {"rounds": 3, "rounds_done": played, "sites": {"a": site}, "state": "running"}
+    run.write_json(run.run, told)
+    finish.stop(run, RunError(503, "round 3: must make a model"))
+    (found,) = operate.runs(home)
+    assert found["over"] is over
+    text = operate.status_text(operate.status(home))
+    assert ("submit a new one" in text) is over
+    assert ("fedge server resume one" in text) is not over
+    assert ("it writes the model" in text) is (played == 3 and not over)
+    if over:
+        assert code_of(operate.resume, home, "one") == 503
+        assert state_of(run.path) == "stopped"
+    else:
+        assert operate.resume(home, "one") == "one goes on"
+
+
 def test_a_run_asked_to_stop_and_resumed_before_the_server_saw_it_goes_on(
     home: Path, config: Path
 ) -> None:
@@ -245,6 +274,16 @@ def test_runs_as_people_read_them() -> None:
     assert two.split() == ["two", "queued", "3/?"]
     assert four.split() == ["four", "gathering", "3/?"]
     assert three.split() == ["three", "stopped", "3/12", "digits", "FE-509"]
+
+
+def test_a_long_message_is_cut_between_words() -> None:
+    run = {"name": "one", "state": "stopped", "task": "digits", "rounds": 2, "rounds_done": 1}
+    message = "got 0: " + "reported FE-418 " * 40
+    text = operate.runs_text([run | {"stopped": {"code": "FE-501", "message": message}}])
+    told = text.splitlines()[2]
+    assert told.endswith(" …")
+    assert len(told) <= 302
+    assert told.split()[-2] in ("reported", "FE-418")
 
 
 def test_the_commands_print_text_and_json(

@@ -270,3 +270,14 @@ def test_ten_thousand_sites_with_long_names_fit_and_one_more_does_not():
     data = roster.sign(roster.Draft("c" * 100, 2**53 - 1, made), CONSORTIUM)
     assert len(data) < roster.LARGEST_FILE
     assert len(opened(roster.Draft("c", 1, made)).sites) == 10_000
+
+
+def test_the_key_that_signs_is_no_sites():
+    made = draft("north", "south")
+    for site in ("north", "south"):
+        with pytest.raises(UsageError, match=f"site {site}: must have a key of its own") as caught:
+            roster.require_apart(made, made.sites[site].key)
+        assert caught.value.code == 102
+    # The twins: another key, and one that was taken back.
+    roster.require_apart(made, TRUSTED)
+    roster.require_apart(roster.revoke(made, "north"), made.sites["north"].key)

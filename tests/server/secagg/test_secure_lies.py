@@ -84,7 +84,7 @@ def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
     assert all((site, "finds fault with site-2, FE-422") in told for site in left)
     assert told[-1] == ("site-2", "left out, as 5 sites find fault with it")
     (rejected,) = found.outcome.rejections(made.members)
-    assert (rejected.site, rejected.code, rejected.outcome) == ("site-2", 411, "rejected")
+    assert (rejected.site, rejected.code, rejected.outcome) == ("site-2", 422, "rejected")
     assert rejected.reason == "share: left out, as 5 sites find fault with it"
     assert len(made.asked("begin", "site-2")) == 1
 
@@ -148,6 +148,8 @@ def test_sites_without_a_voucher_cost_their_attempts_once_a_run(rig):
     assert {lost["reason"] for lost in found.facts["lost"]} == {
         "left out, as no roster vouches for it"
     }
+    told = {r.site: r.code for r in found.outcome.rejections(made.members)}
+    assert told == dict.fromkeys(revoked, 421)
 
 
 def test_of_one_accuser_and_one_accused_neither_is_asked_again(rig):
@@ -169,6 +171,8 @@ def test_of_one_accuser_and_one_accused_neither_is_asked_again(rig):
         "site-1": "masked: finds fault with site-2, FE-425",
         "site-2": "masked: left out, as 1 site finds fault with it",
     }
+    # Nobody can tell which of the two is at fault, so both have the number that the one gave.
+    assert {r.code for r in found.outcome.rejections(made.members)} == {425}
 
 
 def test_a_blame_without_consequences_excludes_nobody(rig):
@@ -179,6 +183,8 @@ def test_a_blame_without_consequences_excludes_nobody(rig):
     made.check(found.result, [f"site-{i}" for i in range(2, 7)])
     (lost,) = found.facts["lost"]
     assert lost["reason"] == "finds fault with site-5?[red], without a number"
+    (rejected,) = found.outcome.rejections(made.members)
+    assert rejected.code == 411, "a number that no site may give for a peer counts for nothing"
 
 
 def test_where_too_few_would_be_left_nobody_is_asked_again(rig):

@@ -35,9 +35,39 @@ def test_new_overwrites_nothing(tmp_path: Path, capsys: Capture) -> None:
     assert path.read_bytes() == before
 
 
+def test_show_prints_the_id_that_new_printed(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "signing.key"
+    assert cli.main(["keys", "new", str(path), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert cli.main(["keys", "show", f"{path}.pub", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "public": f"{path}.pub",
+        "key_id": made["key_id"],
+    }
+    assert cli.main(["keys", "show", f"{path}.pub"]) == 0
+    assert f"key id   {made['key_id']}\n" in capsys.readouterr().out
+
+
+def test_show_reads_no_private_key(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "signing.key"
+    assert cli.main(["keys", "new", str(path)]) == 0
+    capsys.readouterr()
+    for name in (str(path), str(tmp_path / "nowhere.pub")):
+        assert cli.main(["keys", "show", name]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("FE-707 ")
+        assert "PRIVATE" not in err
+
+
 def test_help_fits_a_screen(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for argv in (["keys", "--help"], ["keys", "new", "--help"], ["release", "--help"]):
+    for argv in (
+        ["keys", "--help"],
+        ["keys", "new", "--help"],
+        ["keys", "show", "--help"],
+        ["release", "--help"],
+    ):
         assert cli.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 24

@@ -78,20 +78,44 @@ def test_verify_shows_a_table_or_json(drafted):
     good(sign(drafted))
     lines = good(verify(drafted)).splitlines()
     assert lines[:2] == ["consortium  Heart study", "version     2"]
-    assert lines[-2].split() == ["site", "last", "day", "key", "state"]
+    assert lines[-2].split() == ["site", "last", "day", "key", "id", "state"]
     assert lines[-1].split()[:2] + lines[-1].split()[-1:] == ["north", LAST, "valid"]
     found = json.loads(good(verify(drafted, "--json")))
-    raw = load_public(drafted.folder / "north.key.pub").public_bytes_raw().hex()
+    public = load_public(drafted.folder / "north.key.pub")
+    assert f" {key_id(public)[:16]}… " in lines[-1]
     (row,) = found["sites"]
     assert row["days"] > 300_000
     assert row == {
         "site": "north",
-        "key": raw,
+        "key": public.public_bytes_raw().hex(),
+        "key_id": key_id(public),
         "expires": LAST,
         "days": row["days"],
         "revoked": False,
         "state": "valid",
     }
+
+
+def test_add_prints_the_id_that_keys_new_printed_at_the_site(drafted):
+    words = ("add", "roster.toml", "south", "--key", "south.key.pub", "--expires", LAST)
+    wanted = key_id(load_public(drafted.folder / "south.key.pub"))
+    lines = good(drafted(*words)).splitlines()
+    assert lines[-2:] == ["site        south", f"key id      {wanted}"]
+    good(drafted("revoke", "roster.toml", "north"))
+    words = ("add", "roster.toml", "south", "--key", "south.key.pub", "--expires", "2998-01-01")
+    found = json.loads(good(drafted(*words, "--json")))
+    assert (found["site"], found["key_id"], found["version"]) == ("south", wanted, 5)
+
+
+def test_the_key_that_signs_is_no_sites(drafted):
+    words = ("add", "roster.toml", "east", "--expires", LAST, "--key")
+    good(drafted(*words, "consortium.key.pub"))
+    assert "site east: must have a key of its own" in bad(sign(drafted), 2, "FE-102")
+    assert not (drafted.folder / "roster.json").exists()
+    # The way out that the message names.
+    good(drafted("revoke", "roster.toml", "east"))
+    good(drafted(*words, "south.key.pub"))
+    good(sign(drafted))
 
 
 def test_an_empty_roster_is_shown_too(fedge):
@@ -125,7 +149,8 @@ def test_the_state_of_a_site(today, state):
 
 def test_new_overwrites_no_draft(drafted):
     before = (drafted.folder / "roster.toml").read_bytes()
-    bad(drafted("new", "roster.toml", "--consortium", "c"), 1, "FE-605")
+    found = bad(drafted("new", "roster.toml", "--consortium", "c"), 1, "FE-605")
+    assert "`fedge roster add` and `revoke` change a draft" in found
     assert (drafted.folder / "roster.toml").read_bytes() == before
 
 
@@ -191,7 +216,8 @@ def test_signing_replaces_nothing_else(drafted):
     good(sign(drafted))
     before = (drafted.folder / "roster.json").read_bytes()
     good(drafted("revoke", "roster.toml", "north"))
-    bad(drafted("sign", "roster.toml", "--key", "north.key"), 1, "FE-605")
+    found = bad(drafted("sign", "roster.toml", "--key", "north.key"), 1, "FE-605")
+    assert "sign with the consortium's key" in found
     bad(sign(drafted, "--out", "consortium.key"), 1, "FE-605")
     bad(sign(drafted, "--out", "roster.toml"), 1, "FE-605")
     bad(sign(drafted, "--out", "."), 1, "FE-605")

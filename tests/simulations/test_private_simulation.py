@@ -1,0 +1,122 @@
+"""Whole runs under differential privacy: what is charged, what stops, and what nobody tells."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedge.server.run_directory import RunDirectory
+from fedge.shared import config_file
+from fedge.shared.errors import ConfigError, RunError
+from fedge.shared.privacy.accounting import Release, epsilon
+from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.simulations.engine import simulate
+
+
+def config(mechanism="example", privacy=None, **sections):
+    tree = {
+        "task": {"name": "digits"},
+        "run": {"rounds": 2},
+        "sites": {"count": 5},
+        "data": {"partition": "iid"},
+        "train": {"local-steps": 2, "batch-size": 16},
+        "privacy": {"mechanism": mechanism, "noise-multiplier": 1.0, **(privacy or {})},
+        **sections,
+    }
+    if mechanism == "distributed":
+        tree |= {"secure-aggregation": {"enabled": True}}
+    return config_file.from_tree(tree)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_dp_sgd_tells_epsilons_and_neither_losses_nor_metrics(tmp_path):
+    simulate(config(), tmp_path / "out")
+    rows = {line["round"]: line for line in lines(tmp_path / "out")}
+    for number, line in rows.items():
+        assert line["metrics"]["train"] == {}
+        assert line["metrics"]["pooled"] == {}
+        for site, n in line["examples"].items():
+            spent = epsilon([Release(1.0, 16 / n, 2 * number)], 1e-5)
+            told = line["privacy"][site]
+            assert told["consumers"] == told["server"] == pytest.approx(spent, abs=1e-6)
+    home = RunDirectory(tmp_path / "out").sites / "site-1"
+    assert [e.charge.server_round for e in Ledger(home / FILE).entries()] == [1, 2]
+
+
+def test_a_run_with_distributed_noise_charges_whole_sites_and_only_they_know(tmp_path):
+    simulate(config("distributed", {"metrics": "unprotected"}), tmp_path / "out")
+    for line in lines(tmp_path / "out"):
+        assert line["outcome"] == "committed"
+        assert "privacy" not in line
+        assert line["metrics"]["train"] == {}
+        assert "accuracy" in line["metrics"]["pooled"]
+        assert "examples" not in line["secure"]
+    for name in ("site-1", "site-5"):
+        ledger = Ledger(RunDirectory(tmp_path / "out").sites / name / FILE)
+        assert [(e.charge.unit, e.charge.mechanism) for e in ledger.entries()] == [
+            ("site", "distributed")
+        ] * 2
+        spent = ledger.spent("default", "site", 1e-5)
+        assert (
+            spent.server == spent.consumers == pytest.approx(epsilon([Release(1.0, 1.0, 2)], 1e-5))
+        )
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda: config(strategy={"name": "QFedAvg"}), "must not weigh by losses"),
+        (lambda: config(strategy={"name": "Scaffold"}), "must not send more than weights"),
+        (
+            lambda: config(train={"mixed-precision": "bfloat16"}),
+            "train.mixed-precision: must be off",
+        ),
+        (
+            lambda: config_file.from_tree(
+                {
+                    "task": {"name": "digits"},
+                    "privacy": {"mechanism": "distributed", "noise-multiplier": 1.0},
+                }
+            ),
+            "secure-aggregation.enabled: must be true",
+        ),
+        (
+            lambda: config("distributed", {"corrupt-sites": 5}),
+            "privacy.corrupt-sites: must be below",
+        ),
+        (
+            lambda: config_file.from_tree(
+                {"task": {"name": "digits"}, "privacy": {"noise-multiplier": 1.0}}
+            ),
+            "mechanism must be named",
+        ),
+        (
+            lambda: config_file.from_tree(
+                {"task": {"name": "digits"}, "privacy": {"mechanism": "example"}}
+            ),
+            "must hold noise-multiplier",
+        ),
+    ],
+)
+def test_what_would_break_the_promise_is_refused(made, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        made()
+    assert caught.value.code == 201
+
+
+def test_a_task_that_standardises_is_refused_before_its_data_is_read(tmp_path):
+    asked = config(task={"name": "breast-cancer"})
+    with pytest.raises(ConfigError, match="privacy.statistics: must be unprotected") as caught:
+        simulate(asked, tmp_path / "out")
+    assert caught.value.code == 211
+    assert not (tmp_path / "out").exists()
+
+
+def test_noise_that_does_not_fit_the_grid_ends_the_run_in_words(tmp_path):
+    with pytest.raises(RunError) as caught:
+        simulate(config("distributed", {"noise-multiplier": 0.001}), tmp_path / "out")
+    assert "503" in str(caught.value)
