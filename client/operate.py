@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.client import node_key, own_roster, policy, site_file
+from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.socket_link import SocketLink
 from fedge.shared import flower_app, signing
 from fedge.shared.bounded import read_bounded, reason
@@ -54,6 +55,7 @@ def init(
     share: Path | None = None,
     bundle: str | None = None,
     secure: policy.SecurePolicy | None = None,
+    privacy: PrivacyPolicy | None = None,
     trust: Trust | None = None,
 ) -> str:
     """Make a site's home: keys, site.toml, and a policy that allows this task, this release and its bundle only.
@@ -69,6 +71,7 @@ def init(
         bundle: SHA-256 of the Flower bundle to approve; that of this release where None. With one given the task
             is not looked up, which would import torch.
         secure: terms of secure aggregation, for the policy.
+        privacy: terms of differential privacy, for the policy.
         trust: is installed; the roster must hold this site with the ``signing.key`` that lies in the home already.
 
     Returns:
@@ -106,7 +109,14 @@ def init(
         write_atomically(home / own_roster.TRUST, vouched.key)
         write_atomically(home / own_roster.FILE, vouched.roster)
         own_roster.read(home)
-    policy.write(home, tasks=[task], bundles=[bundle], versions=[version("fedge")], secure=secure)
+    policy.write(
+        home,
+        tasks=[task],
+        bundles=[bundle],
+        versions=[version("fedge")],
+        secure=secure,
+        privacy=privacy,
+    )
     examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
     site_file.write(home, name=name, task=task, address=server, data=examples)
     if vouched is None:

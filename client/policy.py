@@ -254,8 +254,12 @@ max-request-mib = 1024
 required = {required}
 # Fewest sites of a sum. The fewer there are, the more the sum tells of each.
 min-sites = {min_sites}
-# Largest L2 norm to which the server may have an update clipped, and most examples that the site may weigh.
+# Largest L2 norm to which the server may have an update clipped.
 max-clipping-bound = {max_clipping_bound}
+# Largest bounds of the change of one parameter, and of a value that is none (BatchNorm), which no norm clips.
+max-value-bound = {max_value_bound}
+max-state-bound = {max_state_bound}
+# Most examples that the site may weigh.
 max-weight-cap = {max_weight_cap}
 
 [privacy]
@@ -321,6 +325,8 @@ def write(
         required=str(secure.required).lower(),
         min_sites=secure.min_sites,
         max_clipping_bound=secure.max_clipping_bound,
+        max_value_bound=secure.max_value_bound,
+        max_state_bound=secure.max_state_bound,
         max_weight_cap=secure.max_weight_cap,
         private=str(privacy.required).lower(),
         study=privacy.study,

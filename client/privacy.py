@@ -28,11 +28,6 @@ FOLDER: Final = "privacy"
 _DIGEST_BYTES: Final = 32
 
 
-def simulated() -> PrivacyPolicy:
-    """The terms of a simulated site, which has no owner."""
-    return PrivacyPolicy(epsilon=1e9)
-
-
 @dataclass(frozen=True)
 class Asked:
     """What a noised reply answers.

@@ -42,6 +42,11 @@ class PrivacyPolicy(Section):
     )
 
 
+def simulated() -> PrivacyPolicy:
+    """The terms of a simulated site, which has no owner."""
+    return PrivacyPolicy(epsilon=1e9)
+
+
 def section_of(config: ConfigRecord) -> PrivacySection:
     """The mechanism that a request asks for; off where it names none.
 

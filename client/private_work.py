@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import nn
 
 from fedge.client import requests
@@ -66,10 +66,17 @@ class PrivateWork:
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,
             }
-            return reply(MetricRecord({**metrics}))
+            return self.vouch(reply(MetricRecord({**metrics})))
 
         asked = Asked.of(protocol.TRAIN, of.request, of.address)
         return self._privacy.answer(asked, "example", of.section.mechanism, release, make)
+
+    def vouch(self, reply: RecordDict) -> RecordDict:
+        """Put the ledger's digest into a reply: what has left the site shows if its ledger is rewritten."""
+        config = reply[protocol.CONFIG]
+        if isinstance(config, ConfigRecord):
+            config[protocol.PRIVACY_LEDGER] = self._privacy.digest()
+        return reply
 
     def charged(self, of: Round, train: Callable[[], NDArrays]) -> tuple[NDArrays, float]:
         """Trained weights for a secure sum, charged first; there is no loss to tell, so it is 0."""

@@ -26,8 +26,8 @@ from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData
 from fedge.client.draws import seed_of
 from fedge.client.evaluate import counters, mean_loss
-from fedge.client.privacy import SitePrivacy, simulated
-from fedge.client.privacy_policy import PrivacyPolicy, section_of
+from fedge.client.privacy import SitePrivacy
+from fedge.client.privacy_policy import PrivacyPolicy, section_of, simulated
 from fedge.client.private_work import PrivateWork, Round
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import is_secure
@@ -252,7 +252,7 @@ class SiteWorker:
             bundle = self._secure.train(
                 request, terms, what, received, fitted, len(fit.y), private=True
             )
-            return self._reply(terms.address, bundle)
+            return self._private.vouch(self._reply(terms.address, bundle))
         return self._private.answer(
             round_, lambda metrics: self._reply(terms.address, metrics, trained())
         )
@@ -274,7 +274,7 @@ class SiteWorker:
             noise,
             charge,
         )
-        return self._reply(terms.address, bundle)
+        return self._private.vouch(self._reply(terms.address, bundle))
 
     def _fit(
         self, terms: Terms, what: Training, received: NDArrays, fit: Examples

@@ -68,7 +68,8 @@ def admit_train(reply: Message, site: str, registered: int, expected: Expected) 
         loss, drops = _train_metrics(metrics, site, expected)
         decoded = _arrays(arrays, expected)
         spent, more = _epsilon(metrics, site) if expected.private else (None, [])
-        update = Update(site, decoded, num_examples, loss, spent)
+        ledger = ledger_of(reply.content) if expected.private else None
+        update = Update(site, decoded, num_examples, loss, spent, ledger)
         return Verdict(update=update, drops=[*drops, *more])
     except _RefusedError as refused:
         return Verdict(rejection=Rejection(site, refused.code, refused.outcome, refused.reason))
@@ -231,6 +232,13 @@ def _number(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def ledger_of(content: RecordDict) -> str | None:
+    """The digest of a site's privacy ledger, where a reply holds one."""
+    config = content.get(protocol.CONFIG)
+    found = config.get(protocol.PRIVACY_LEDGER) if isinstance(config, ConfigRecord) else None
+    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{64}", found) else None
 
 
 def _epsilon(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | None, list[Drop]]:

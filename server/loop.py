@@ -206,6 +206,7 @@ class Loop:
         outcome = found.outcome
         tally.add(outcome.sent, outcome.received, outcome.rejections(asked))
         tally.secure = found.facts
+        tally.ledgers = {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
         if found.seen:
             self.directory.write_json(self.directory.seen, {"round": server_round, **found.seen})
         result: RoundResult = found.result or Singles(())

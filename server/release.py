@@ -22,7 +22,7 @@ from fedge.shared import arrays, preprocess
 from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.bundle import Part, write_bundle
 from fedge.shared.errors import BundleError, ConfigError, ReleaseError, RunError
-from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest
+from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest, Privacy
 from fedge.shared.manifest_rules import network_shape
 from fedge.shared.signing import key_id, load_private, new_key, public_path
 from fedge.shared.tasks.registry import get_task
@@ -173,12 +173,32 @@ def _prepare(
             preprocessing=steps,
             metrics=metrics,
             parity=parity(network, onnx, shape),
+            privacy=_privacy(directory, contributors),
         )
         return Manifest.from_bytes(manifest.to_bytes()), onnx
     except BundleError as error:
         raise RunError(504, f"{_PART}: {error.message}") from None
     except (KeyError, TypeError) as error:
         raise RunError(504, f"{_PART}: does not parse ({error!r})") from error
+
+
+def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
+    """What the run's configuration and the sites' last words say of differential privacy."""
+    section = directory.load_config().privacy
+    if section.mechanism == "off" or section.noise_multiplier is None:
+        return None
+    last: dict[str, str] = {}
+    try:
+        for line in directory.rounds.read_text(encoding="utf-8").splitlines():
+            last |= json.loads(line).get("privacy_ledgers", {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(504, f"{directory.rounds.name}: cannot be read ({error!r})") from None
+    return Privacy(
+        section.mechanism,
+        section.noise_multiplier,
+        section.clipping_bound,
+        {site: last[site] for site in sites if site in last},
+    )
 
 
 def _metrics(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:

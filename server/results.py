@@ -29,6 +29,7 @@ class Update:
         train_loss: mean loss, or None where the site's figure was dropped, or told by nobody.
         epsilon: what the site's study has spent against the model's readers and against the server, as it says;
             None without differential privacy.
+        ledger: SHA-256 (hex) of the site's privacy ledger.
     """
 
     site: str
@@ -36,6 +37,7 @@ class Update:
     num_examples: int
     train_loss: float | None
     epsilon: tuple[float, float] | None = None
+    ledger: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,13 @@ def epsilon(result: RoundResult) -> dict[str, tuple[float, float]]:
     if not isinstance(result, Singles):
         return {}
     return {u.site: u.epsilon for u in result.updates if u.epsilon is not None}
+
+
+def ledgers(result: RoundResult) -> dict[str, str]:
+    """The digest of each site's privacy ledger, where they say it."""
+    if not isinstance(result, Singles):
+        return {}
+    return {u.site: u.ledger for u in result.updates if u.ledger is not None}
 
 
 def train_loss(result: RoundResult) -> float | None:

@@ -35,6 +35,7 @@ class Tally:
     sent: int = 0
     received: int = 0
     secure: dict[str, Any] | None = None
+    ledgers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rejections = list(self.rejections)
@@ -111,4 +112,6 @@ class Tally:
                 site: {"consumers": consumers, "server": server}
                 for site, (consumers, server) in epsilon.items()
             }
+        if ledgers := results.ledgers(result) or self.ledgers:
+            line["privacy_ledgers"] = ledgers
         return line if self.secure is None else line | {"secure": self.secure}

@@ -84,6 +84,7 @@ def _statement(manifest: Manifest, sha256: str, size: int) -> bytes:
             "config_sha256": manifest.config_sha256,
             "model_sha256": manifest.model_sha256,
             "fedge": manifest.fedge,
+            **({"privacy": manifest.privacy.to_json()} if manifest.privacy else {}),
         },
     )
 

@@ -82,6 +82,25 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """Under which differential privacy a model was learnt.
+
+    Attributes:
+        mechanism, noise_multiplier, clipping_bound: of the run.
+        ledgers: by site, SHA-256 of its privacy ledger after its last round; what was spent stands there.
+    """
+
+    mechanism: str
+    noise_multiplier: float
+    clipping_bound: float
+    ledgers: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**vars(self), "ledgers": dict(self.ledgers)}
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that a device is told about a model.
 
@@ -96,6 +115,7 @@ class Manifest:
         input, output, preprocessing: from the raw example to the label.
         metrics: of the last round: ``"pooled"`` and ``"site_mean"``, each metric by its name.
         parity, latency: as measured at the release; ``latency`` is None where it was not measured.
+        privacy: None where the run had none; then its key is absent.
     """
 
     task: str
@@ -114,6 +134,7 @@ class Manifest:
     metrics: Mapping[str, Mapping[str, float]]
     parity: Parity
     latency: Latency | None = None
+    privacy: Privacy | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -135,6 +156,7 @@ class Manifest:
             "metrics": {kind: dict(values) for kind, values in self.metrics.items()},
             "parity": {**vars(self.parity), "batch_sizes": list(self.parity.batch_sizes)},
             "latency": dict(vars(self.latency)) if self.latency else None,
+            **({"privacy": self.privacy.to_json()} if self.privacy else {}),
         }
 
     def to_bytes(self) -> bytes:
@@ -220,6 +242,11 @@ class Manifest:
             "metrics",
             "must hold pooled and site_mean only",
         )
+        for site, digest in self.privacy.ledgers.items() if self.privacy else ():
+            known = site in self.sites and _SHA256.fullmatch(digest) is not None
+            require(
+                known, "privacy", "ledgers must be SHA-256 in hexadecimal, of the model's sites"
+            )
         sizes = self.parity.batch_sizes
         require(
             all(1 <= size <= 2**20 for size in sizes), "parity", "batch sizes must be 1 to 2^20"
@@ -302,4 +329,14 @@ def _from_json(value: dict[str, Any]) -> Manifest:
             threads=_integer(latency["threads"]),
             device=str(latency["device"]),
         ),
+        privacy=_privacy(value["privacy"]) if "privacy" in value else None,
+    )
+
+
+def _privacy(value: dict[str, Any]) -> Privacy:
+    return Privacy(
+        str(value["mechanism"]),
+        float(value["noise_multiplier"]),
+        float(value["clipping_bound"]),
+        {str(site): str(digest) for site, digest in value["ledgers"].items()},
     )

@@ -24,6 +24,7 @@ METRICS: Final = "metrics"
 RUN_ID: Final = "run-id"  # str, fedge's own, outlives Flower's
 SERVER_ROUND: Final = "server-round"  # int, 0 to register
 SITE: Final = "site"  # str, replies only
+PRIVACY_LEDGER: Final = "privacy-ledger"  # str, replies under privacy: SHA-256 of the site's ledger, with this charge
 TASK: Final = "task"  # str
 STANDARDISE: Final = "standardise"  # "federated" | "site", requests only
 VERSION: Final = "fedge-version"  # str, of the server's fedge; requests only

@@ -9,6 +9,7 @@ from typing import Final
 
 from fedge.client import own_roster
 from fedge.client.policy import SecurePolicy
+from fedge.client.privacy_policy import simulated
 from fedge.shared import flower_app, signing
 from fedge.shared.config import Config
 from fedge.shared.daemon import home as homes
@@ -50,6 +51,8 @@ def make_homes(config: Config, out: Path) -> None:
             share=Path("share"),
             bundle=bundle,
             secure=terms,
+            # As in a simulation: these sites have no owner who could raise a budget.
+            privacy=simulated(),
         )
         if place.name in register.roster(home):
             register.expel(home, place.name)
@@ -63,9 +66,15 @@ def _terms(config: Config) -> SecurePolicy:
     secure = config.secure_aggregation
     if not secure.enabled:
         return SecurePolicy()
-    largest = max(secure.clipping_bound, SecurePolicy().max_clipping_bound)
+    own = SecurePolicy()
     return SecurePolicy.model_validate(
-        {"required": True, "min-sites": secure.min_sites, "max-clipping-bound": largest}
+        {
+            "required": True,
+            "min-sites": secure.min_sites,
+            "max-clipping-bound": max(secure.clipping_bound, own.max_clipping_bound),
+            "max-value-bound": max(secure.value_bound, own.max_value_bound),
+            "max-state-bound": max(secure.state_bound, own.max_state_bound),
+        }
     )
 
 

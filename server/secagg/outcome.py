@@ -71,6 +71,7 @@ class Outcome:
         attempts: that were made.
         sent, received: bytes.
         sample: the first values of one masked vector, as it came.
+        ledgers: SHA-256 (hex) of each site's privacy ledger, where they say it.
     """
 
     opened: list[Opened] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Outcome:
     sent: int = 0
     received: int = 0
     sample: list[int] = field(default_factory=list)
+    ledgers: dict[str, str] = field(default_factory=dict)
     out: dict[str, Rejection] = field(default_factory=dict)
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server import requests
+from fedge.server.admission import ledger_of
 from fedge.server.exchange import Exchange
 from fedge.server.members import Member
 from fedge.server.secagg.group import Group, LostError
@@ -162,6 +163,8 @@ class SecureSum:
             if bundle.site != site:
                 raise ValueError(f"bundle: must be of {site}, got {bundle.site}")
             bundles[site] = bundle
+            if ledger := ledger_of(content):
+                outcome.ledgers[site] = ledger
 
         self._hear(result, everybody, "begin", outcome, take)
         open_groups: list[Trial] = []

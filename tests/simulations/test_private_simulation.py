@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import config_file
+from fedge.shared import bundle, config_file, signing
 from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.ledger import FILE, Ledger
@@ -120,3 +121,20 @@ def test_noise_that_does_not_fit_the_grid_ends_the_run_in_words(tmp_path):
     with pytest.raises(RunError) as caught:
         simulate(config("distributed", {"noise-multiplier": 0.001}), tmp_path / "out")
     assert "503" in str(caught.value)
+
+
+@pytest.mark.parametrize("mechanism", ["example", "distributed"])
+def test_a_release_holds_the_digests_of_the_ledgers(mechanism, tmp_path):
+    out = tmp_path / "out"
+    simulate(config(mechanism, {"metrics": "unprotected"}, run={"rounds": 1}), out)
+    signing.new_key(tmp_path / "key")
+    release(out, tmp_path / "key", tmp_path / "model.fedge")
+    trusted = signing.load_public(tmp_path / "key.pub")
+    opened = bundle.open_bundle(tmp_path / "model.fedge", trusted)
+    told = opened.statement["predicate"]["privacy"]
+    assert told == opened.manifest.privacy.to_json()
+    assert (told["mechanism"], told["noise_multiplier"]) == (mechanism, 1.0)
+    homes = RunDirectory(out).sites
+    assert told["ledgers"] == {
+        f"site-{i}": Ledger(homes / f"site-{i}" / FILE).digest("default") for i in range(1, 6)
+    }
