@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -127,7 +128,7 @@ def _moved(of: Layout, opened: Opened, weight: float, current: NDArrays) -> tupl
             change = cores.scratch(into.size * dtype.itemsize).view(dtype)
             encoding.decode(
                 opened.total[start : start + into.size],
-                [encoding.Segment(t.name, into.size, segments[i].bound)],
+                [replace(segments[i], name=t.name, size=into.size)],
                 opened.sharers,
                 weight,
                 out=change,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.client.contribution import Contribution
+from fedge.client.contribution import Contribution, SiteNoise, noised
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
 from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import RunError
+from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.secagg import encoding, layout
 from fedge.shared.secagg.layout import Bounds
 
@@ -137,3 +138,23 @@ def test_the_gate_s_bounds_are_held_against_the_mean(gate, says):
     with pytest.raises(RunError, match=says) as caught:
         mean.mean_weights(of, ready, BOUNDS, current(), AdmissionSection(**gate))
     assert caught.value.code == 511
+
+
+def test_a_noised_sum_is_on_the_grid_of_its_noise():
+    shapes = {"wide": (300, 401), "bias": (401,)}
+    of = layout.of_noised(shapes, shapes, 2.0)
+    rng = np.random.default_rng(3)
+    before = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    noise = SiteNoise(2.0, 0.05, 5, Entropy(key=bytes(32)))
+    change = {k: np.full(s, 0.004, np.float32) for k, s in shapes.items()}
+    after = {k: before[k] + change[k] for k in shapes}
+    ready = opened([noised(of, noise, before, after)] * 5)
+    found = mean.noised_mean(of, ready, before)
+    assert (found.weight, found.loss_total) == (5, None)
+    moved = np.concatenate([(found.mean[k] - before[k]).reshape(-1) for k in shapes])
+    norm = 0.004 * np.sqrt(moved.size)
+    expected = 0.004 * min(1.0, 2.0 / norm)
+    # The noise of the mean: .05 times the bound, over five sites.
+    deviation = 0.05 * 2.0 / 5
+    assert abs(moved.mean() - expected) < 5 * deviation / np.sqrt(moved.size)
+    assert abs(moved.std() / deviation - 1) < 0.02

@@ -1,0 +1,282 @@
+"""An audit as one self-contained HTML page, as JSON and in words; the style is that of a run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from string import Template
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedge.server.report import format as fmt
+from fedge.server.report.charts import Column, column_chart, responsive
+from fedge.server.report.format import esc
+from fedge.server.report.pictures import greys, picture
+from fedge.simulations.audit.canaries import Finding, P
+from fedge.simulations.audit.inversion import Inversion, View
+
+#: Columns of the chart of scores.
+_BINS: Final = 40
+_STYLE: Final = (
+    ".state.caught, .state.unprotected { background: var(--rejected); color: #fff; }\n"
+    ".pictures .greys { width: 100%; max-width: 190px; }\n"
+    ".pictures + .note { margin-top: 14px; }\n"
+)
+_VIEWS: Final = {
+    "plain": ("One plain update", "What the server computes from one site's weights without masks and noise."),
+    "masked": ("One masked vector", "The same attack on what the server gets under masks."),
+    "example": ("One update with DP-SGD", "The same attack on the update after the configured clipping and noise."),
+    "distributed": (
+        "The opened sum",
+        "The same attack on a sum in which this site alone has an update; all the others add noise only.",
+    ),
+}  # fmt: skip
+
+
+def words(found: Finding) -> str:
+    """The verdict in a sentence."""
+    bound = f"{found.bound:.2f}"
+    if found.claim is None:
+        most = ", as much as this audit can show" if found.bound == found.most else ""
+        return f"Nothing protects: epsilon of plain training is at least {bound}{most}"
+    claim = f"{found.claim:.2f}"
+    if found.verdict == "caught":
+        return f"CAUGHT: epsilon is at least {bound}, above the claim of {claim}"
+    more = (
+        ""
+        if found.could_contradict
+        else f"; no outcome could, as this audit shows {found.most:.2f} at most"
+    )
+    return f"Not contradicted: the guesses prove an epsilon of {bound}, below the claim of {claim}{more}"
+
+
+def to_json(found: Finding, inverted: Inversion, seconds: float) -> dict[str, Any]:
+    """Everything but scores and pictures, as plain JSON values."""
+    return {
+        "verdict": found.verdict,
+        "mechanism": found.mechanism,
+        "noise_multiplier": found.noise_multiplier,
+        "noise_factor": found.noise_factor,
+        "honest_sites": found.honest or None,
+        "delta": found.delta,
+        "claim": found.claim,
+        "lower_bound": found.bound,
+        "largest_possible_bound": found.most,
+        "confidence": 1 - P,
+        "canaries": found.sizes.canaries,
+        "guesses": found.sizes.guesses,
+        "correct": found.correct,
+        "parameters": found.sizes.parameters,
+        "inversion": {
+            "reason": inverted.reason or None,
+            "layer": inverted.layer or None,
+            "direct": inverted.direct,
+            "max_error": {v.name: v.error for v in inverted.views},
+            "max_error_of_the_example": {v.name: v.example_error for v in inverted.views},
+        },
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def render(found: Finding, inverted: Inversion, task: str, config: str, when: str) -> str:
+    """The page.
+
+    Args:
+        found: the audit of the noise.
+        inverted: the attack on one update.
+        task: name.
+        config: the configuration, resolved, as TOML.
+        when: the moment, as people write it.
+    """
+    files = resources.files("fedge.server.report")
+    style = "".join(
+        files.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "secure.css")
+    )
+    sections = [_canaries(found), _meaning(found), _inversion(inverted), _origin(config)]
+    titles = ("Canaries", "What it shows", "One update", "Configuration")
+    links = zip(("canaries", "meaning", "inversion", "origin"), titles, strict=True)
+    return Template(files.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title=esc(f"Audit, {task}, {found.mechanism}"),
+        style=style + _STYLE,
+        headline=esc(words(found) + "."),
+        run=esc(f"audit of {task}, mechanism {found.mechanism}"),
+        state=found.verdict,
+        when=f"<time>{esc(when)}</time>",
+        nav="".join(f'<a href="#{n}">{t}</a>' for n, t in links),
+        body="".join([_checked(found), _tiles(found), *sections]),
+    )
+
+
+def _checked(found: Finding) -> str:
+    if found.noise_factor == 1:
+        return ""
+    text = (
+        f"This is a check of the audit itself: the noise was cut to {found.noise_factor:g} of what the configuration "
+        "says, while the claim stayed. An audit that is worth anything tells that such noise is too little."
+    )
+    return f'<div class="card warn"><h3>Noise cut on purpose</h3><p>{esc(text, 1000)}</p></div>'
+
+
+def _tiles(found: Finding) -> str:
+    sizes = found.sizes
+    claim = "none" if found.claim is None else f"{found.claim:.2f}"
+    bad = found.verdict != "not contradicted"
+    tiles = [
+        fmt.tile("Claim", claim, f"epsilon of one release, delta {found.delta:g}", "main"),
+        fmt.tile("Lower bound", f"{found.bound:.2f}", f"proved with {1 - P:.0%} confidence", "main"),
+        fmt.tile("Guesses right", f"{found.correct} of {sizes.guesses}", f"of {sizes.canaries} canaries"),
+        fmt.tile("Verdict", found.verdict, "", "bad" if bad else "good"),
+    ]  # fmt: skip
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _canaries(found: Finding) -> str:
+    sizes = found.sizes
+    how = {
+        "distributed": f"each the update of one site, added modulo 2^32. The {found.honest} sites that the "
+        "configuration counts on add noise, the others none: the worst sum that is promised to protect",
+        "example": "each a training example with a gradient of its own, in one step of DP-SGD over all of them",
+        "off": "each a training example with a gradient of its own, in one plain step over all of them",
+    }[found.mechanism]
+    lead = (
+        f"{fmt.count(sizes.canaries)} canaries over {fmt.count(sizes.parameters)} parameters, {how}. A coin said of "
+        "each whether it was in. From what came out alone, half of the guesses named those that look most like in, and "
+        "half those that look most like out; how many to guess was fixed before."
+    )
+    return fmt.section("canaries", "Canaries", esc(lead, 2000), _scores(found) + _facts(found))
+
+
+def _scores(found: Finding) -> str:
+    edges = np.linspace(float(found.scores.min()), float(found.scores.max()) + 1e-12, _BINS + 1)
+    within, _ = np.histogram(found.scores[found.inside], edges)
+    without, _ = np.histogram(found.scores[~found.inside], edges)
+    columns = [
+        Column(i, (int(a), int(b)), f"{edges[i]:.3g} to {edges[i + 1]:.3g}: {a} in, {b} out")
+        for i, (a, b) in enumerate(zip(within, without, strict=True))
+    ]
+    ticks = [(i - 0.5, f"{edges[i]:.2g}".replace("-", "−")) for i in (0, 10, 20, 30, 40)]
+
+    def draw(width: float, phone: bool) -> str:
+        return column_chart(
+            "How many canaries have which score, in and out", ("score", "canaries"), columns,
+            ("sent", "received"), width=width, x_ticks=ticks, phone=phone,
+        )  # fmt: skip
+
+    legend = (
+        '<ul class="legend"><li><span class="key sent"></span>in</li>'
+        '<li><span class="key received"></span>out</li></ul>'
+    )
+    note = (
+        "A score is the inner product of the canary and what came out. Where noise protects, both colours lie "
+        "on top of each other; where it does not, they lie apart."
+    )
+    return f'<div class="pair">{fmt.card("Scores", legend + responsive(draw), note)}'
+
+
+def _facts(found: Finding) -> str:
+    guesses = found.sizes.guesses
+    rows = [("mechanism", esc(found.mechanism))]
+    if found.noise_multiplier is not None:
+        rows.append(("noise multiplier", fmt.significant(found.noise_multiplier, 6)))
+    if found.noise_factor != 1:
+        rows.append(("share of it that was added", fmt.significant(found.noise_factor, 6)))
+    if found.honest:
+        rows.append(("sites that add noise", str(found.honest)))
+    rows += [
+        ("guesses right", f"{found.correct} of {guesses}, {fmt.share(found.correct / guesses)}; by chance about half"),
+        ("largest bound that it can show", f"{found.most:.4f}, with every guess right"),
+        ("lower bound", f"{found.bound:.4f}, at delta {found.delta:g}"),
+        ("claim", "none" if found.claim is None else f"{found.claim:.4f}, by the accountant, for this one release"),
+    ]  # fmt: skip
+    note = "One-run audit of Steinke, Nasr and Jagielski (2023), with abstentions."
+    return fmt.card("In numbers", fmt.definitions(rows), note) + "</div>"
+
+
+def _meaning(found: Finding) -> str:
+    can = [
+        "It can contradict: a bound above the claim says that noise, clipping or accounting is wrong, and is itself "
+        f"wrong in {P:.0%} of honest audits at most.",
+        "It runs the code that a real run does: clipping, rounding, noise, sum and decoding are those of the product.",
+    ]
+    cannot = [
+        "It cannot confirm: a bound below the claim is what this one attack found. A better one may find more. "
+        "Even sound noise and the best guesses leave a wide gap between the two.",
+        f"It cannot show more than {found.most:.2f}, however little is protected; a larger claim is out of its reach.",
+        "It looks at one release, not at a whole run: how releases add up is the accountant's, and a site's ledger's.",
+        "It does not look at sampling, at the generator of the random bits, at time, or at what leaves beside the "
+        "mechanism, as held-out metrics that were declared unprotected.",
+    ]
+    cards = [
+        fmt.card(title, f"<ul>{''.join(f'<li>{esc(line, 1000)}</li>' for line in lines)}</ul>", css="brief")
+        for title, lines in (("It can", can), ("It cannot", cannot))
+    ]  # fmt: skip
+    return fmt.section(
+        "meaning",
+        "What an audit shows, and what not",
+        "",
+        f'<div class="pair">{"".join(cards)}</div>',
+    )
+
+
+def _inversion(inverted: Inversion) -> str:
+    title = "What one update gives away"
+    if inverted.truth is None or inverted.example is None:
+        return fmt.section("inversion", title, esc(inverted.reason, 1000), "")
+    lead = (
+        "A site trained on one example, in one step, with its own code. In the first linear layer "
+        f"({inverted.layer}) the gradient of the weights over that of the bias is the layer's input, exactly; no "
+        "guessing is needed."
+    )
+    looked = not inverted.direct and inverted.views[0].example is not None
+    if looked:
+        lead += (
+            " Other layers come before it, so that its input is what those make of the example. As the server has "
+            "their weights, it can look for the example of which they make just that."
+        )
+    elif not inverted.direct:
+        lead += " Other layers come before it: what is recovered, and shown, is what they make of the example."
+    truth = inverted.example if looked else inverted.truth
+    low, high = float(truth.min()), float(truth.max())
+    high = high if high > low else low + 1
+    taker = "network" if looked or inverted.direct else "layer"
+    cards = [_picture("The example", f"As the {taker} takes it.", truth, low, high, "")]
+    for view in inverted.views:
+        shown = view.example if looked and view.example is not None else view.layer
+        name, note = _VIEWS[view.name]
+        cards.append(_picture(name, note, shown, low, high, _errors(view, looked)))
+    body = f'<div class="trio pictures">{"".join(cards)}</div>'
+    note = (
+        "All pictures have the example's own range of grey. Where no example fits, what the search ends with says "
+        "nothing of this one. Larger batches and more steps make this attack harder, but not impossible, and no "
+        "promise rests on them."
+    )
+    return fmt.section("inversion", title, esc(lead, 1500), f'{body}<p class="note">{esc(note)}</p>')  # fmt: skip
+
+
+def _errors(view: View, looked: bool) -> str:
+    layer = fmt.significant(view.error, 2)
+    if looked and view.example_error is not None:
+        error = fmt.significant(view.example_error, 2)
+        return f"Largest error {error}; of the layer's input {layer}."
+    return f"Largest error {layer}."
+
+
+def _picture(
+    name: str, note: str, values: NDArray[np.float64], low: float, high: float, said: str
+) -> str:
+    shades = greys(_numbers(values), low, high)
+    text = f"{name}, {values.size} values. {said}"
+    return fmt.card(name, picture(text, shades) + (f"<p>{esc(said)}</p>" if said else ""), esc(note))  # fmt: skip
+
+
+def _numbers(values: NDArray[np.float64]) -> Sequence[float]:
+    found: list[float] = np.nan_to_num(values, nan=0.0, posinf=1e300, neginf=-1e300).tolist()
+    return found
+
+
+def _origin(config: str) -> str:
+    lines = "\n".join(esc(line, 1000) for line in config.split("\n"))
+    body = f'<details class="card"><summary>Configuration, resolved</summary><pre tabindex="0">{lines}</pre></details>'
+    return fmt.section("origin", "Configuration", "", body)

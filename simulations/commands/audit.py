@@ -1,0 +1,183 @@
+"""``fedge audit``: an attack on the mechanism that a configuration names."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedge.shared.command import Command
+
+if TYPE_CHECKING:
+    from fedge.simulations.audit.canaries import Finding, Sizes
+    from fedge.simulations.audit.inversion import Inversion
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="what to audit")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key; repeatable"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder of audit.html and audit.json (default: runs/audit, or the next free)",
+    )
+    parser.add_argument("--json", action="store_true", help="print audit.json instead of a table")
+    parser.add_argument(
+        "--noise-factor", metavar="F", type=float, default=1.0,
+        help="a check of the check: cut the noise to this share, as 0.25; exit status 1 says that it was caught",
+    )  # fmt: skip
+
+
+class _Told:
+    """Progress on standard error: one line that changes on a terminal, elsewhere a line for each part."""
+
+    def __init__(self) -> None:
+        import sys
+
+        self._file, self._live, self._last = sys.stderr, sys.stderr.isatty(), ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        text = f"{what}: {100 * done // max(total, 1)} %"
+        if self._live and text != self._last:
+            self._file.write(f"\r\033[K{text}")
+            self._file.flush()
+            self._last = text
+        elif not self._live and what != self._last:
+            self._file.write(f"{what} ...\n")
+            self._last = what
+
+    def end(self) -> None:
+        if self._live and self._last:
+            self._file.write("\r\033[K")
+            self._file.flush()
+
+
+def _run(arguments: Namespace) -> int:
+    from fedge.simulations.audit.canaries import Sizes
+
+    return run(arguments, Sizes())
+
+
+def run(arguments: Namespace, sizes: Sizes) -> int:
+    """Audit, print, write; the sizes are fixed but in tests.
+
+    Returns:
+        1 where the claim is contradicted, else 0.
+
+    Raises:
+        UsageError: 102, the share of the noise is out of its range, or no noise; 107, the output cannot be written.
+        ConfigError, DataError: as ``fedge simulate``; 201, the noise does not fit a secure sum.
+    """
+    import json
+    import sys
+    import time
+
+    from fedge.client.data import site_shares
+    from fedge.shared.config_file import dump, load
+    from fedge.shared.errors import UsageError
+    from fedge.shared.privacy.entropy import Entropy
+    from fedge.shared.privacy.fitness import require_fit
+    from fedge.shared.tasks.check import check
+    from fedge.shared.tasks.registry import get_task
+    from fedge.simulations.audit import page
+    from fedge.simulations.audit.canaries import LEAST_FACTOR, audit
+    from fedge.simulations.audit.inversion import invert
+
+    began, factor = time.monotonic(), arguments.noise_factor
+    if not LEAST_FACTOR <= factor <= 1:
+        raise UsageError(102, f"--noise-factor: must be {LEAST_FACTOR:g} to 1, got {factor:g}")
+    config = load(arguments.config, arguments.set)
+    if config.privacy.mechanism == "off" and factor != 1:
+        raise UsageError(
+            102, f"--noise-factor: must be 1 with privacy.mechanism off, got {factor:g}"
+        )
+    task = get_task(config.task.name)
+    check(task)
+    require_fit(config.privacy, task)
+    shares = site_shares(config, task)
+    out = _folder(arguments.out)
+    told, entropy = _Told(), Entropy()
+    try:
+        found = audit(config, task, sizes, entropy, told, noise_factor=factor)
+        told("one update", 0, 1)
+        inverted = invert(config, task, next(iter(shares.values())), entropy)
+    finally:
+        told.end()
+    result = page.to_json(found, inverted, time.monotonic() - began)
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    text = json.dumps(result, indent=2) + "\n"
+    html = page.render(found, inverted, config.task.name, dump(config), when)
+    _write({out / "audit.json": text, out / "audit.html": html})
+    if arguments.json:
+        sys.stdout.write(text)
+    else:
+        sys.stdout.write(_table(found, inverted, result) + f"\n{out / 'audit.html'}\n")
+    return 1 if found.verdict == "caught" else 0
+
+
+def _folder(chosen: Path | None) -> Path:
+    """Made now, so that nobody waits a minute for what cannot be written."""
+    first = Path("runs/audit")
+    numbered = (first.with_name(f"{first.name}-{i}") for i in range(2, 100_000))
+    out = chosen or (first if not first.exists() else next(p for p in numbered if not p.exists()))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    return out
+
+
+def _write(files: dict[Path, str]) -> None:
+    from fedge.shared.durable import write_atomically
+
+    for path, text in files.items():
+        try:
+            write_atomically(path, text.encode())
+        except OSError as error:
+            raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> Exception:
+    from fedge.shared.errors import UsageError
+
+    return UsageError(107, f"{path}: must be writable, got {error.strerror}")
+
+
+def _table(found: Finding, inverted: Inversion, result: dict[str, Any]) -> str:
+    from fedge.simulations.audit.page import words
+
+    claim = (
+        "none"
+        if found.claim is None
+        else f"{found.claim:.4f}  (delta {found.delta:g}, one release)"
+    )
+    rows = [
+        ("mechanism", found.mechanism),
+        ("claim", claim),
+        ("lower bound", f"{found.bound:.4f}  (95 % confidence; {found.most:.4f} is the most it can show)"),
+        ("guesses right", f"{found.correct} of {found.sizes.guesses}, of {found.sizes.canaries} canaries"),
+        ("verdict", "CAUGHT" if found.verdict == "caught" else found.verdict),
+    ]  # fmt: skip
+    errors = [f"{v.name} {v.error:.1e}" for v in inverted.views]
+    told = "largest error: " + ", ".join(errors) if errors else inverted.reason
+    rows.append(("one update", told))
+    rows.append(("time", f"{result['seconds']:.0f} s"))
+    return "\n".join(f"{name:14} {value}" for name, value in rows) + f"\n\n{words(found)}."
+
+
+COMMAND = Command(
+    summary="attack a configuration's privacy mechanism, and one update",
+    extra="simulation",
+    arguments=_arguments,
+    run=_run,
+    epilog=(
+        "exit status: 0 where the claim is not contradicted, 1 where it is.\n"
+        "It can contradict a claim, and never confirm one.\n\n"
+        "example:\n"
+        "  fedge audit examples/digits.toml --set privacy.mechanism=example \\\n"
+        "    --set privacy.noise-multiplier=1 --out runs/audit"
+    ),
+)

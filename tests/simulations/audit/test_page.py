@@ -1,0 +1,87 @@
+"""The audit's page: complete in itself, escaped, and it says what an audit can and cannot show."""
+
+import re
+
+import numpy as np
+import pytest
+
+from fedge.simulations.audit import page
+from fedge.simulations.audit.canaries import Finding, Sizes
+from fedge.simulations.audit.inversion import Inversion, View
+
+SCORES = np.linspace(-1.0, 2.0, 200)
+
+
+def finding(mechanism="distributed", bound=1.2, claim=4.4, factor=1.0, most=4.8):
+    honest = 5 if mechanism == "distributed" else 0
+    noise = None if claim is None else 1.0
+    return Finding(
+        mechanism, Sizes(200, 80, 5000), noise, factor, honest, 1e-5, claim,
+        SCORES, SCORES > 0.5, 70, bound, most,
+    )  # fmt: skip
+
+
+def inversion(mechanism="distributed", looked=True):
+    rng = np.random.default_rng(1)
+    truth, example = rng.random(20), rng.random(16)
+    views = []
+    for name in ("plain", "masked", mechanism):
+        error = 1e-7 if name == "plain" else 2.5
+        again = (example + error, error) if looked else ()
+        views.append(View(name, truth + error, error, *again))
+    return Inversion("fc1", not looked, truth, example, tuple(views))
+
+
+def rendered(found, inverted=None, task="digits", config="[task]\nname = 'digits'"):
+    return page.render(found, inverted or inversion(), task, config, "2026-11-22 08:00:00 UTC")
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_the_page_loads_nothing_and_runs_nothing(looked):
+    html = rendered(finding(), inversion(looked=looked))
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["'](?!#)""", html)
+    assert not re.search(r"https?://|url\(|@import|<script|<img|<link|<iframe", html)
+    assert "default-src 'none'" in html
+    assert html.count('class="greys"') == 4
+    assert "None" not in html
+    assert "nan" not in html
+
+
+def test_what_comes_from_outside_is_escaped():
+    html = rendered(finding(), Inversion(reason="<b>no</b>"), "<i>x</i>", "a = '<script>'")
+    assert not any(wrong in html for wrong in ("<b>no", "<i>x", "<script"))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (finding(), "Not contradicted: the guesses prove an epsilon of 1.20, below the claim of 4.40"),
+        (finding(bound=4.8), "CAUGHT: epsilon is at least 4.80, above the claim of 4.40"),
+        (finding("off", 4.8, None), "Nothing protects: epsilon of plain training is at least 4.80,"
+         " as much as this audit can show"),
+        (finding(claim=9.0), "Not contradicted: the guesses prove an epsilon of 1.20, below the claim of 9.00; "
+         "no outcome could, as this audit shows 4.80 at most"),
+    ],
+)  # fmt: skip
+def test_the_verdict_in_words(found, expected):
+    assert page.words(found) == expected
+    assert f"<h1>{expected}.</h1>" in rendered(found)
+
+
+def test_limits_are_told_and_a_check_of_the_check_is_named():
+    html = rendered(finding(bound=4.8, factor=0.25))
+    assert "It cannot confirm" in html
+    assert "It cannot show more than 4.80" in html
+    assert "Noise cut on purpose" in html
+    assert "Noise cut on purpose" not in rendered(finding())
+
+
+def test_json_has_the_numbers():
+    found = page.to_json(finding(), inversion(), 12.34)
+    assert (found["verdict"], found["claim"], found["lower_bound"]) == (
+        "not contradicted",
+        4.4,
+        1.2,
+    )
+    assert found["inversion"]["max_error"] == {"plain": 1e-7, "masked": 2.5, "distributed": 2.5}
+    assert (found["confidence"], found["honest_sites"], found["seconds"]) == (0.95, 5, 12.3)

@@ -1,0 +1,79 @@
+"""`fedge audit` end to end, at a small size: what it prints, writes, returns and refuses."""
+
+import json
+
+import pytest
+
+from fedge.shared.cli import parser_of
+from fedge.shared.command_line import guarded
+from fedge.simulations.audit.canaries import Sizes
+from fedge.simulations.commands import audit
+
+SMALL = Sizes(canaries=200, guesses=80, parameters=5_000)
+PRIVATE = {"privacy.mechanism": "example", "privacy.noise-multiplier": "2"}
+DISTRIBUTED = {**PRIVATE, "privacy.mechanism": "distributed", "secure-aggregation.enabled": "true"}
+LITTLE = {"privacy.noise-multiplier": "0.01"}
+TABLE = {"privacy.statistics": "unprotected"}
+
+
+@pytest.fixture
+def fedge(tmp_path, capsys, monkeypatch):
+    """Audits a task; gives status, output, error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text('[task]\nname = "breast-cancer"\n')
+
+    def run(keys, *options):
+        sets = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+        arguments = parser_of("audit", audit.COMMAND).parse_args(["config.toml", *sets, *options])
+        status = guarded("fedge audit", lambda: audit.run(arguments, SMALL))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("keys", [PRIVATE, DISTRIBUTED])
+def test_honest_noise_ends_well_and_cut_noise_is_caught(fedge, tmp_path, keys):
+    status, out, err = fedge({**keys, **TABLE}, "--out", "a")
+    assert status == 0
+    assert "verdict        not contradicted" in out
+    assert out.endswith("\na/audit.html\n")
+    assert "scores ..." in err
+    # Far less than a quarter: coins and noise are the system's here, and so few canaries are guessed less surely.
+    status, out, _ = fedge({**keys, **TABLE}, "--noise-factor", "0.05", "--out", "b")
+    assert status == 1
+    assert "verdict        CAUGHT" in out
+    found = json.loads((tmp_path / "b" / "audit.json").read_text())
+    assert found["lower_bound"] > found["claim"]
+    assert found["inversion"]["max_error"]["plain"] < 1e-5
+    assert "CAUGHT" in (tmp_path / "b" / "audit.html").read_text()
+
+
+def test_without_a_mechanism_nothing_protects_and_nothing_was_claimed(fedge, tmp_path):
+    status, out, _ = fedge({}, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert (found["verdict"], found["claim"]) == ("unprotected", None)
+    assert json.loads((tmp_path / "runs" / "audit" / "audit.json").read_text()) == found
+
+
+def test_the_next_free_folder_is_taken(fedge, tmp_path):
+    for _ in range(2):
+        assert fedge({})[0] == 0
+    assert (tmp_path / "runs" / "audit-2" / "audit.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "status", "expected"),
+    [
+        ({}, ["--noise-factor", "0.25"], 2, "FE-102 --noise-factor: must be 1 with privacy.mechanism off, got 0.25"),
+        (PRIVATE, ["--noise-factor", "2"], 2, "FE-102 --noise-factor: must be 0.01 to 1, got 2"),
+        (PRIVATE, ["--noise-factor", "nan"], 2, "FE-102 --noise-factor: must be 0.01 to 1, got nan"),
+        (PRIVATE, [], 1, "FE-211 privacy.statistics: must be unprotected for breast-cancer"),
+        ({**DISTRIBUTED, **TABLE, **LITTLE}, [], 1, "FE-201 privacy: noise of one site: must be"),
+        ({}, ["--out", "config.toml/x"], 1, "FE-107 config.toml/x: must be writable, got Not a directory"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(fedge, keys, options, status, expected):
+    found, out, err = fedge(keys, *options)
+    assert (found, out) == (status, "")
+    assert err.splitlines()[-1].startswith(expected)
