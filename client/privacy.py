@@ -10,13 +10,14 @@ from typing import Final
 
 from flwr.app import RecordDict
 
+from fedge.client import requests
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.requests import Address
 from fedge.shared import protocol, wire
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge, Spent, Unit
+from fedge.shared.privacy.charges import Budget, Charge, Purpose, Spent, Unit
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.secagg import job
@@ -52,6 +53,10 @@ class Asked:
         return cls(kind, address, job.of(kind, request))
 
 
+def _purpose(asked: Asked) -> Purpose:
+    return "train" if asked.kind == protocol.TRAIN else "evaluate"
+
+
 class SitePrivacy:
     """The ledger of one site, its noise, and the last reply that was paid for.
 
@@ -71,6 +76,8 @@ class SitePrivacy:
         mechanism: str,
         release: Release,
         make: Callable[[Spent], RecordDict],
+        *,
+        once: bool = False,
     ) -> RecordDict:
         """A reply with noise in it, which is charged before it is made.
 
@@ -83,16 +90,18 @@ class SitePrivacy:
             mechanism: its name.
             release: what the reply gives out.
             make: the reply, when it is paid for.
+            once: the release is the whole run's, and is charged with its first reply.
 
         Raises:
-            SiteError: 427, the budget would be exceeded; 428, the ledger cannot be relied on.
+            SiteError: 427, the budget would be exceeded; 428, the ledger cannot be relied on; 414, the run was
+                charged for another release.
         """
         kept = self._kept(asked)
         if kept is not None:
             log.info("%s: asked again, answered as before", asked.kind)
             return kept
-        spent = self.charge(asked, unit, mechanism, release)
-        reply = make(spent)
+        spent = self._paid(asked, unit, release) if once else None
+        reply = make(spent or self.charge(asked, unit, mechanism, release))
         self._keep(asked, reply)
         return reply
 
@@ -108,7 +117,7 @@ class SitePrivacy:
             unit,
             asked.address.run_id,
             asked.address.server_round,
-            "train" if asked.kind == protocol.TRAIN else "evaluate",
+            _purpose(asked),
             0,
             mechanism,
             release,
@@ -121,6 +130,23 @@ class SitePrivacy:
             asked.kind, policy.study, spent.consumers, spent.server,
         )  # fmt: skip
         return spent
+
+    def _paid(self, asked: Asked, unit: Unit, release: Release) -> Spent | None:
+        """What is spent, where this run was charged before; None where it was not."""
+        policy, ledger = self._policy(), self._ledger()
+        purpose = _purpose(asked)
+        before = [
+            entry.charge.release
+            for entry in ledger.entries(policy.study)
+            if (entry.charge.run_id, entry.charge.purpose) == (asked.address.run_id, purpose)
+        ]
+        if not before:
+            return None
+        if before != [release]:
+            raise requests.refuse(
+                protocol.PRIVACY, f"as this run was charged for, {before[0]}", release
+            )
+        return ledger.spent(policy.study, unit, policy.delta)
 
     def digest(self) -> str:
         """The ledger's chain at the study's newest charge."""

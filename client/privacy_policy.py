@@ -44,7 +44,7 @@ class PrivacyPolicy(Section):
 
 def simulated() -> PrivacyPolicy:
     """The terms of a simulated site, which has no owner."""
-    return PrivacyPolicy(epsilon=1e9)
+    return PrivacyPolicy(epsilon=1e9, against="consumers")
 
 
 def section_of(config: ConfigRecord) -> PrivacySection:

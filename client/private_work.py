@@ -18,7 +18,8 @@ from fedge.client.train import Examples
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Spent
+from fedge.shared.privacy.charges import CENTRAL, Spent
+from fedge.shared.privacy.run_terms import RunTerms, run_terms
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.tasks.task import Task
 
@@ -31,6 +32,7 @@ class Round:
         request: to train.
         address: of it.
         section: the mechanism.
+        config: of the request.
         what: the training.
         examples: the site's training split.
     """
@@ -38,6 +40,7 @@ class Round:
     request: RecordDict
     address: Address
     section: PrivacySection
+    config: ConfigRecord
     what: Training
     examples: Examples
 
@@ -58,7 +61,12 @@ class PrivateWork:
         Raises:
             SiteError: 414, what is asked for would tell more than is charged; 427, 428, see ``SitePrivacy``.
         """
-        release = self._release(of)
+        once = False
+        if of.section.mechanism in CENTRAL:
+            terms = self._run_terms(of)
+            release, once = terms.release, terms.once
+        else:
+            release = self._release(of)
 
         def make(spent: Spent) -> RecordDict:
             metrics: dict[str, int | float] = {
@@ -69,7 +77,10 @@ class PrivateWork:
             return self.vouch(reply(MetricRecord({**metrics})))
 
         asked = Asked.of(protocol.TRAIN, of.request, of.address)
-        return self._privacy.answer(asked, "example", of.section.mechanism, release, make)
+        section = of.section
+        return self._privacy.answer(
+            asked, section.unit, section.mechanism, release, make, once=once
+        )
 
     def vouch(self, reply: RecordDict) -> RecordDict:
         """Put the ledger's digest into a reply: what has left the site shows if its ledger is rewritten."""
@@ -121,6 +132,11 @@ class PrivateWork:
             self._privacy.entropy,
             proximal_mu=of.what.proximal_mu,
         )
+
+    @staticmethod
+    def _run_terms(of: Round) -> RunTerms:
+        _require_bare(of.what)
+        return run_terms(of.section, requests.rounds(of.config))
 
     @staticmethod
     def _release(of: Round) -> Release:

@@ -104,6 +104,15 @@ def address(config: ConfigRecord) -> Address:
     return Address(run_id, _integer(config, protocol.SERVER_ROUND, 0, MAX_ROUND))
 
 
+def rounds(config: ConfigRecord) -> int:
+    """Of the whole run that a request belongs to, its own round included.
+
+    Raises:
+        SiteError: 414.
+    """
+    return _integer(config, protocol.ROUNDS, address(config).server_round, MAX_ROUND)
+
+
 def standardise(config: ConfigRecord) -> str:
     """Whose statistics: "federated" or "site".
 

@@ -42,6 +42,7 @@ from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.npy import encode
 from fedge.shared.preprocess import Standardise
+from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
@@ -237,9 +238,12 @@ class SiteWorker:
             raise requests.refuse(
                 "privacy.statistics", "unprotected for a task that standardises", "off"
             )
-        round_ = Round(request, terms.address, section, what, fit)
+        config = requests.config_of(request, self.task.name)
+        round_ = Round(request, terms.address, section, config, what, fit)
         if section.mechanism == "distributed":
             return self._train_noised(round_, terms, received)
+        if section.mechanism in CENTRAL:
+            return self._train_for_the_server(round_, terms, received)
 
         def trained() -> NDArrays:
             self._load(received)
@@ -255,6 +259,19 @@ class SiteWorker:
             return self._private.vouch(self._reply(terms.address, bundle))
         return self._private.answer(
             round_, lambda metrics: self._reply(terms.address, metrics, trained())
+        )
+
+    def _train_for_the_server(self, of: Round, terms: Terms, received: NDArrays) -> RecordDict:
+        """Plain training, whose update the server clips and covers with its noise; the loss is not told."""
+        if is_secure(of.request):
+            raise requests.refuse(
+                "privacy.mechanism", "distributed under masks", of.section.mechanism
+            )
+        return self._private.answer(
+            of,
+            lambda metrics: self._reply(
+                terms.address, metrics, self._fit(terms, of.what, received, of.examples)[0]
+            ),
         )
 
     def _train_noised(self, of: Round, terms: Terms, received: NDArrays) -> RecordDict:

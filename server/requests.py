@@ -108,6 +108,7 @@ def settings(
     }
     if config.privacy.mechanism != "off":
         values[protocol.PRIVACY] = config.privacy.model_dump_json(by_alias=True)
+        values[protocol.ROUNDS] = config.run.rounds
     for step in steps:
         if isinstance(step, Standardise) and step.mean:
             values[protocol.FEATURE_MEAN], values[protocol.FEATURE_STD] = (

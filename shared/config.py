@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fedge.shared.privacy import combinations
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.section import FilePath, Section, SiteName
 from fedge.shared.strategy_sections import (
@@ -20,7 +21,6 @@ from fedge.shared.strategy_sections import (
     Krum,
     MultiKrum,
     QFedAvg,
-    Scaffold,
     StrategySection,
     least_replies,
 )
@@ -218,7 +218,7 @@ class Config(Section):
             *self._momentum_without_use(),
             *self._numbers_beyond_the_sites(),
             *self._unfit_for_sums(),
-            *self._unfit_for_privacy(),
+            *combinations.unfit(self),
         ]
         if found:
             raise ValueError("; ".join(found))
@@ -260,43 +260,6 @@ class Config(Section):
                 )
             if most > MOST_SITES_OF_A_SUM:
                 yield f"sites.count: must be at most {MOST_SITES_OF_A_SUM} in a secure sum, got {most}"
-
-    def _unfit_for_privacy(self) -> Iterator[str]:
-        """What would break the promise, or cannot be had with it."""
-        if self.privacy.mechanism == "off":
-            return
-        if isinstance(self.strategy, QFedAvg):
-            yield (
-                "strategy.name: must not weigh by losses under differential privacy,"
-                " got QFedAvg, whose sites send their exact loss"
-            )
-        if isinstance(self.strategy, Scaffold):
-            yield (
-                "strategy.name: must not send more than weights under differential privacy,"
-                " got Scaffold, whose control variates are gradients without noise"
-            )
-        secure = self.secure_aggregation
-        if self.privacy.mechanism == "distributed":
-            if not secure.enabled:
-                yield (
-                    "secure-aggregation.enabled: must be true with distributed noise, of which each site adds a part"
-                    " that protects nobody by itself, got false"
-                )
-            if self.privacy.corrupt_sites >= secure.min_sites:
-                yield (
-                    "privacy.corrupt-sites: must be below secure-aggregation.min-sites,"
-                    f" {secure.min_sites}, got {self.privacy.corrupt_sites}"
-                )
-            if isinstance(self.strategy, COMPARING):
-                yield (
-                    "strategy.name: must add replies with distributed noise, which is made for one sum over all"
-                    f" sites, got {self.strategy.name}"
-                )
-        if self.privacy.mechanism == "example" and self.train.mixed_precision != "off":
-            yield (
-                "train.mixed-precision: must be off under differential privacy, as noise is added in full"
-                f" precision, got {self.train.mixed_precision}"
-            )
 
     def _numbers_beyond_the_sites(self) -> Iterator[str]:
         """What no run could fulfil; natural sites are known only once the data is read."""

@@ -40,6 +40,8 @@ PRIVACY: Final = (
     "privacy"  # str, JSON of privacy.section.PrivacySection; none where the mechanism is off
 )
 
+ROUNDS: Final = "rounds"  # int, of the whole run; with a privacy mechanism only
+
 # Keys of CONFIG, requests to train.
 SETTINGS: Final = "train"  # str, JSON of config.TrainSection
 PROXIMAL_MU: Final = "proximal-mu"  # float; Flower's FedProx sets it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import subprocess
@@ -54,9 +55,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """What a command of fedge sets in the environment of this process ends with its test."""
+    """What a command sets in the environment of this process, or of Flower's log, ends with its test."""
     before = dict(os.environ)
+    flower = logging.getLogger("flwr")
+    level = flower.level
     yield
+    # Flower itself sets DEBUG when it is imported first, which may have been in this test.
+    flower.setLevel(level or (logging.DEBUG if flower.level else logging.NOTSET))
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)

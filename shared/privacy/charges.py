@@ -12,6 +12,9 @@ from fedge.shared.privacy.accounting import Release
 Unit: TypeAlias = Literal["example", "site"]
 Purpose: TypeAlias = Literal["train", "evaluate", "statistics"]
 
+#: Mechanisms whose noise is the server's: it gets the updates without, so that nothing bounds what it learns.
+CENTRAL: Final = ("central", "central-mf")
+
 _MOST_STEPS: Final = 10**9
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 

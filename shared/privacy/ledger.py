@@ -32,7 +32,7 @@ from fedge.shared.bounded import open_regular, read_bounded, read_exactly, reaso
 from fedge.shared.durable import flush_folder, write_atomically
 from fedge.shared.errors import DeployError, SiteError
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import OF_CHARGE, Budget, Charge, Entry, Spent, Unit
+from fedge.shared.privacy.charges import CENTRAL, OF_CHARGE, Budget, Charge, Entry, Spent, Unit
 from fedge.shared.privacy.reckoning import part_of, reckon_parts
 from fedge.shared.signing import canonical_json
 
@@ -137,14 +137,16 @@ class Ledger:
         # Composing may take seconds in a new process; what accounting keeps of it then shortens the time under lock.
         self.would_spend(charge, budget.delta)
         with self._open(write=True) as (db, book):
-            spent = _spent(book, charge.study, charge.unit, budget.delta, charge.release)
+            spent = _spent(book, charge.study, charge.unit, budget.delta, charge)
             counted = spent.consumers if budget.against == "consumers" else spent.server
             if not counted <= budget.epsilon:
+                seen = math.isinf(counted) and charge.mechanism in CENTRAL
+                hint = "; it gets the updates without noise" if seen else ""
                 raise SiteError(
                     _EXCEEDED,
                     f"{charge.study}, unit {charge.unit}: epsilon against the {budget.against} must be at most "
                     f"{budget.epsilon:g} at delta {budget.delta:g}, got {counted:.4f} with {charge.purpose} "
-                    f"round {charge.server_round} of {charge.run_id}",
+                    f"round {charge.server_round} of {charge.run_id}{hint}",
                 )
             number = len(book.records) + 1
             text = canonical_json(_record(number, charge, spent, budget.delta))
@@ -162,7 +164,7 @@ class Ledger:
 
     def would_spend(self, charge: Charge, delta: float) -> Spent:
         """What its study and unit would have spent with this charge, reckoned at ``delta``; nothing is written."""
-        return _spent(self._book(), charge.study, charge.unit, delta, charge.release)
+        return _spent(self._book(), charge.study, charge.unit, delta, charge)
 
     def entries(self, study: str | None = None) -> list[Entry]:
         """All charges, or a study's, the oldest first."""
@@ -282,11 +284,15 @@ class Ledger:
         _refuse(self._path, f"charge {number}: must be as it was written, was {happened}")
 
 
-def _spent(book: _Book, study: str, unit: Unit, delta: float, *more: Release) -> Spent:
+def _spent(book: _Book, study: str, unit: Unit, delta: float, more: Charge | None = None) -> Spent:
     own = [r for r in book.records if r["study"] == study and r["unit"] == unit]
     parts = [(r["noise_multiplier"], r["sampling_rate"], r["fixed_size"], r["steps"]) for r in own]
-    parts += map(part_of, more)
-    return Spent(*reckon_parts(parts, delta, unit), len(parts))
+    mechanisms = {r["mechanism"] for r in own}
+    if more is not None:
+        parts.append(part_of(more.release))
+        mechanisms.add(more.mechanism)
+    consumers, server = reckon_parts(parts, delta, unit)
+    return Spent(consumers, server if mechanisms.isdisjoint(CENTRAL) else math.inf, len(parts))
 
 
 def _record(number: int, charge: Charge, spent: Spent, delta: float) -> _Record:

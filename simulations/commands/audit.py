@@ -174,8 +174,7 @@ COMMAND = Command(
     arguments=_arguments,
     run=_run,
     epilog=(
-        "exit status: 0 where the claim is not contradicted, 1 where it is.\n"
-        "It can contradict a claim, and never confirm one.\n\n"
+        "exit status: 0 where the claim is not contradicted, 1 where it is.\n\n"
         "example:\n"
         "  fedge audit examples/digits.toml --set privacy.mechanism=example \\\n"
         "    --set privacy.noise-multiplier=1 --out runs/audit"

@@ -217,7 +217,7 @@ def test_an_entry_point_that_is_no_command_is_a_defect(probe, capsys):
     ("arguments", "said"),
     [
         (["simulte"], "fedge: unknown command 'simulte'; the nearest known is 'simulate'"),
-        (["qqqq"], "fedge: unknown command 'qqqq'; known are config, demo, down, keys"),
+        (["qqqq"], "fedge: unknown command 'qqqq'; known are audit, config, demo, down, keys"),
         (["--nonsense"], "fedge: unrecognized arguments: --nonsense"),
         (["probe-option"], "fedge probe-option: the following arguments are required: --times"),
         (["probe-option", "--times", "x"], "argument --times: invalid int value: 'x'"),

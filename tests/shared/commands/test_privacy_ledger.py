@@ -41,7 +41,7 @@ def ledger(show):
     return Ledger.create(show.home / FILE)
 
 
-def charge(number, *, study="heart", run="r-1", unit="site", release=None, mechanism="central"):
+def charge(number, *, study="heart", run="r-1", unit="site", release=None, mechanism="distributed"):
     made = Charge(
         study=study,
         unit=unit,
@@ -96,7 +96,7 @@ def test_a_study_is_shown_with_its_budget_and_a_line_for_each_run(show, two_runs
         "run", "rounds", "mechanism", "noise", "sampling", "charges", "consumers", "server",
     ]  # fmt: skip
     first, second = f"{after_first:.4f}", f"{after_both:.4f}"
-    assert lines[5].split() == ["r-1", "1–3", "central", "4", "1", "3", first, first]
+    assert lines[5].split() == ["r-1", "1–3", "distributed", "4", "1", "3", first, first]
     assert lines[6].split() == ["r-2", "1–2", "local", "5", "1", "2", second, second]
     assert len({line.rindex(line.split()[-1]) + len(line.split()[-1]) for line in lines[4:7]}) == 1
     assert lines[7:] == ["", f"chain of 6 charges: head {two_runs.verify()}, verified"]
@@ -185,7 +185,7 @@ def test_a_run_whose_parameters_changed_says_so(show, ledger):
     ledger.charge(*charge(1))
     ledger.charge(*charge(2, release=Release(5.0)))
     line = good(show()).splitlines()[5].split()
-    assert line[:6] == ["r-1", "1–2", "central", "several", "1", "2"]
+    assert line[:6] == ["r-1", "1–2", "distributed", "several", "1", "2"]
 
 
 def test_long_names_are_cut(show, ledger):

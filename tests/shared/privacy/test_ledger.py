@@ -44,7 +44,7 @@ if wait:
     sys.stdin.readline()
 made = 0
 for i in range(attempts):
-    charge = Charge("heart", "site", f"r-{sys.argv[5]}", i, "train", 0, "central", Release(4.0), 1e-5, "ab" * 32)
+    charge = Charge("heart", "site", f"r-{sys.argv[5]}", i, "train", 0, "distributed", Release(4.0), 1e-5, "ab" * 32)
     try:
         Ledger(path).charge(charge, Budget(epsilon, 1e-5))
         made += 1
@@ -62,7 +62,7 @@ def charge(number=1, release=ALONE, **changes):
         server_round=number,
         purpose="train",
         attempt=0,
-        mechanism="central",
+        mechanism="distributed",
         release=release,
         delta=DELTA,
         digest=f"{number:064x}",
@@ -595,3 +595,19 @@ def test_delta_is_checked_where_it_is_asked_for(filled):
         book.spent("heart", "site", 1.0)
     with pytest.raises(ValueError, match="delta: must be"):
         book.would_spend(charge(), 0.0)
+
+
+def test_under_the_server_s_noise_nothing_bounds_what_the_server_learns(tmp_path):
+    ledger = Ledger.create(tmp_path / FILE)
+    central = charge(mechanism="central", release=Release(1.0, 0.1, 100), unit="site")
+    with pytest.raises(SiteError) as refused:
+        ledger.charge(central, Budget(1e6, 1e-5, "server"))
+    assert refused.value.code == 427 and "without noise" in str(refused.value)
+    assert ledger.entries() == []
+    spent = ledger.charge(central, Budget(10, 1e-5, "consumers"))
+    assert (round(spent.consumers, 4), spent.server) == (7.0466, math.inf)
+    # What was spent before cannot be hidden again by noise of another mechanism.
+    again = ledger.charge(charge(release=Release(1e3), unit="site"), Budget(10, 1e-5, "consumers"))
+    assert again.server == math.inf
+    # Single examples have a budget of their own.
+    assert ledger.spent(central.study, "example", 1e-5).server == 0
