@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedge.client import node_key, own_roster, policy, site_file
+from fedge.client import budget, node_key, own_roster, policy, site_file
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.socket_link import SocketLink
 from fedge.shared import flower_app, signing
@@ -193,6 +193,7 @@ def status(home: Path) -> dict[str, Any]:
         "services": services,
         "worker": worker,
         "worker_problem": problem,
+        "privacy": budget.spent(home),
         "healthy": running and all(wanted) and not told.get("problem") and not problem,
     }
 
@@ -239,6 +240,8 @@ def status_text(found: Mapping[str, Any]) -> str:
         lines.append(
             f"serves     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
         )
+    if found["privacy"] is not None:
+        lines += budget.lines(found["privacy"])
     for name, service in found["services"].items():
         restarts = f", {service['restarts']} restarts" if service["restarts"] else ""
         lines.append(f"{name:10} {service['state']}, pid {service['pid']}{restarts}")

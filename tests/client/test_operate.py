@@ -28,6 +28,9 @@ from fedge.shared.daemon import sockets
 from fedge.shared.daemon.process import Program
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import FedgeError
+from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.charges import Budget, Charge
+from fedge.shared.privacy.ledger import FILE, Ledger
 
 HASH = "0f" * 32
 
@@ -141,6 +144,14 @@ def test_a_site_that_does_not_run_is_not_healthy(home: Path) -> None:
     assert "site       clinic-a, not running" in text
     assert "good for" not in text
     assert "FE-420" in text
+
+
+def test_what_is_spent_of_the_privacy_budget_stands_in_the_status(home: Path) -> None:
+    assert operate.status(home)["privacy"] is None
+    one = Charge("default", "site", "r", 1, "train", 0, "local", Release(4.0), 1e-5, "ab" * 32)
+    Ledger.create(home / FILE).charge(one, Budget(10, 1e-5))
+    text = operate.status_text(operate.status(home))
+    assert "privacy    study default: epsilon 0.9263 of 10 is spent for one site" in text
 
 
 @contextmanager

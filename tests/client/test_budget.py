@@ -1,0 +1,59 @@
+"""The budget in a site's status: what is spent of it, and what stands in the way of reading it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedge.client import budget, policy
+from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.shared.privacy.accounting import Release, epsilon
+from fedge.shared.privacy.charges import Budget, Charge
+from fedge.shared.privacy.ledger import FILE, Ledger
+
+
+TWO = Release(2.0)
+
+
+def charge(ledger, mechanism="example", release=TWO, study="heart", unit="example"):
+    digest = "ab" * 32
+    one = Charge(study, unit, "r-1", 1, "train", 0, mechanism, release, 1e-5, digest)
+    return ledger.charge(one, Budget(100, 1e-5, "consumers"))
+
+
+@pytest.fixture
+def home(tmp_path):
+    own = PrivacyPolicy(study="heart", epsilon=8, against="consumers")
+    policy.write(tmp_path, tasks=["digits"], bundles=[], versions=[], privacy=own)
+    return tmp_path
+
+
+def test_nothing_is_told_where_nothing_was_charged(home):
+    assert budget.spent(home) is None
+
+
+def test_each_unit_has_its_line(home):
+    ledger = Ledger.create(home / FILE)
+    charge(ledger)
+    charge(ledger)
+    charge(ledger, study="another")
+    charge(ledger, "central", Release(1.0, 0.1, 100), unit="site")
+    found = budget.spent(home)
+    two = epsilon([Release(2.0)] * 2, 1e-5)
+    assert found["spent"]["example"]["consumers"] == pytest.approx(two)
+    assert found["spent"]["site"] == {
+        "consumers": pytest.approx(7.0466, abs=1e-3),
+        "server": None,
+        "delta": 1e-5,
+    }
+    assert budget.lines(found) == [
+        f"privacy    study heart: epsilon {spent} of 8 is spent for one {unit}, against the consumers, at delta 1e-05"
+        for unit, spent in (("example", f"{two:.4f}"), ("site", "7.0466"))
+    ]
+    assert "without bound" in budget.lines({**found, "against": "server"})[1]
+
+
+def test_a_ledger_that_is_gone_is_a_problem_in_words(home):
+    ledger = Ledger.create(home / FILE)
+    charge(ledger)
+    (home / FILE).unlink()
+    assert budget.lines(budget.spent(home))[0].startswith("problem    FE-428 ")
