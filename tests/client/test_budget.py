@@ -10,7 +10,6 @@ from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.charges import Budget, Charge
 from fedge.shared.privacy.ledger import FILE, Ledger
 
-
 TWO = Release(2.0)
 
 
