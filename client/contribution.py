@@ -192,7 +192,7 @@ def noised(
 
 
 def evaluation(of: Layout, counters: Mapping[str, float]) -> Contribution:
-    """The contribution of an evaluation: the task's counters over the site's test examples."""
+    """The contribution of an evaluation: the task's counters over the site's test examples, with noise or without."""
     return _counted(of, layout.task_counters(counters))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedge.client import requests
 from fedge.client.privacy_policy import PrivacyPolicy
@@ -24,7 +24,7 @@ from fedge.shared.secagg import job
 
 log = logging.getLogger(__name__)
 
-#: Folder of a site's home with the last reply that was charged.
+#: Folder of a site's home with the last reply of each purpose that was charged.
 FOLDER: Final = "privacy"
 _DIGEST_BYTES: Final = 32
 
@@ -58,7 +58,7 @@ def _purpose(asked: Asked) -> Purpose:
 
 
 class SitePrivacy:
-    """The ledger of one site, its noise, and the last reply that was paid for.
+    """The ledger of one site, its noise, and the last replies that were paid for.
 
     Args:
         home: folder of this site alone.
@@ -148,6 +148,13 @@ class SitePrivacy:
             )
         return ledger.spent(policy.study, unit, policy.delta)
 
+    def vouch(self, reply: RecordDict) -> RecordDict:
+        """Put the ledger's digest into a reply: what has left the site shows if its ledger is rewritten."""
+        config = reply[protocol.CONFIG]
+        if isinstance(config, ConfigRecord):
+            config[protocol.PRIVACY_LEDGER] = self.digest()
+        return reply
+
     def digest(self) -> str:
         """The ledger's chain at the study's newest charge."""
         return self._ledger().digest(self._policy().study)
@@ -161,13 +168,14 @@ class SitePrivacy:
             self._home.mkdir(parents=True, exist_ok=True)
             return Ledger.create(path)
 
-    @property
-    def _path(self) -> Path:
-        return self._home / FOLDER / "last-reply"
+    def _path(self, asked: Asked) -> Path:
+        # One for each purpose: a round that is redone asks for both again.
+        name = "last-reply" if asked.kind == protocol.TRAIN else f"last-reply-{_purpose(asked)}"
+        return self._home / FOLDER / name
 
     def _kept(self, asked: Asked) -> RecordDict | None:
         try:
-            found = self._path.read_bytes()
+            found = self._path(asked).read_bytes()
         except FileNotFoundError:
             return None
         digest, frame = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
@@ -181,7 +189,8 @@ class SitePrivacy:
         return reply if isinstance(reply, RecordDict) else None
 
     def _keep(self, asked: Asked, reply: RecordDict) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._path(asked)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Without the frame's length, which the reader of a socket takes off.
         frame = b"".join(wire.encode_reply(reply))[wire.LENGTH_BYTES :]
-        write_atomically(self._path, asked.digest + frame)
+        write_atomically(path, asked.digest + frame)

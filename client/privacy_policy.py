@@ -77,8 +77,10 @@ def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
     asked = section_of(config)
     if asked.mechanism == "off" and kind in (protocol.TRAIN, protocol.EVALUATE):
         raise _refusal(kind, "under differential privacy", "without")
-    if kind == protocol.EVALUATE and not policy.share_metrics:
-        raise _refusal(kind, "left out while privacy.share-metrics is false", "asked for")
+    if kind == protocol.EVALUATE and not policy.share_metrics and asked.metrics != "noised":
+        raise _refusal(
+            kind, "left out while privacy.share-metrics is false, or noised", asked.metrics
+        )
     if kind == protocol.REGISTER and config.get(protocol.STANDARDISE) != "site":
         raise _refusal(
             protocol.STANDARDISE, "site while privacy is required", config.get(protocol.STANDARDISE)

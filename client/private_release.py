@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedge.shared.config import TrainSection
-from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.accounting import Release, calibrate
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,38 @@ class Noise:
 
     noise_multiplier: float
     clipping_bound: float
+
+
+def noise_within(
+    epsilon: float,
+    delta: float,
+    clipping_bound: float,
+    settings: TrainSection,
+    rows: int,
+    rounds: int,
+) -> Noise:
+    """The noise that keeps a whole run within epsilon.
+
+    Args:
+        epsilon: of all rounds together.
+        delta: at which.
+        clipping_bound: of the noise.
+        settings: batch size and number of steps.
+        rows: training examples of the site, at least 1.
+        rounds: of the run.
+
+    Raises:
+        ValueError: no noise does; what is no number has been refused before.
+    """
+    one = release_of(Noise(1.0, clipping_bound), settings, rows)
+    found = _calibrated(epsilon, delta, one.sampling_rate, one.steps * rounds)
+    return Noise(found, clipping_bound)
+
+
+@lru_cache(maxsize=1024)
+def _calibrated(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    # A search takes about a second, and each of a run's rounds asks for the same.
+    return calibrate(epsilon, delta, sampling_rate, steps)
 
 
 def release_of(noise: Noise, settings: TrainSection, rows: int) -> Release:

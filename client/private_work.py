@@ -11,12 +11,14 @@ from torch import nn
 from fedge.client import requests
 from fedge.client.contribution import SiteNoise
 from fedge.client.privacy import Asked, SitePrivacy
-from fedge.client.private_release import Noise, release_of
-from fedge.client.requests import Address, Training
+from fedge.client.private_release import Noise, noise_within, release_of
+from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import min_sites_of
 from fedge.client.train import Examples
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
+from fedge.shared.errors import SiteError
+from fedge.shared.privacy import local
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.charges import CENTRAL, Spent
 from fedge.shared.privacy.run_terms import RunTerms, run_terms
@@ -30,7 +32,7 @@ class Round:
 
     Attributes:
         request: to train.
-        address: of it.
+        terms: of it.
         section: the mechanism.
         config: of the request.
         what: the training.
@@ -38,11 +40,16 @@ class Round:
     """
 
     request: RecordDict
-    address: Address
+    terms: Terms
     section: PrivacySection
     config: ConfigRecord
     what: Training
     examples: Examples
+
+    @property
+    def address(self) -> Address:
+        """Run and round."""
+        return self.terms.address
 
 
 class PrivateWork:
@@ -62,15 +69,19 @@ class PrivateWork:
             SiteError: 414, what is asked for would tell more than is charged; 427, 428, see ``SitePrivacy``.
         """
         once = False
+        num_examples = len(of.examples.y)
         if of.section.mechanism in CENTRAL:
             terms = self._run_terms(of)
             release, once = terms.release, terms.once
+        elif of.section.mechanism == "local":
+            _require_bare(of.what)
+            release, num_examples = Release(_noise(of.section).noise_multiplier), 1
         else:
             release = self._release(of)
 
         def make(spent: Spent) -> RecordDict:
             metrics: dict[str, int | float] = {
-                protocol.NUM_EXAMPLES: len(of.examples.y),
+                protocol.NUM_EXAMPLES: num_examples,
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,
             }
@@ -83,11 +94,8 @@ class PrivateWork:
         )
 
     def vouch(self, reply: RecordDict) -> RecordDict:
-        """Put the ledger's digest into a reply: what has left the site shows if its ledger is rewritten."""
-        config = reply[protocol.CONFIG]
-        if isinstance(config, ConfigRecord):
-            config[protocol.PRIVACY_LEDGER] = self._privacy.digest()
-        return reply
+        """Put the ledger's digest into a reply."""
+        return self._privacy.vouch(reply)
 
     def charged(self, of: Round, train: Callable[[], NDArrays]) -> tuple[NDArrays, float]:
         """Trained weights for a secure sum, charged first; there is no loss to tell, so it is 0."""
@@ -118,6 +126,27 @@ class PrivateWork:
 
         return noise, charge
 
+    def cover(self, of: Round, received: NDArrays) -> Callable[[NDArrays | None], NDArrays]:
+        """What puts all of the noise that hides the site on its update; None trained on nothing.
+
+        Raises:
+            SiteError: 414, the noise does not fit its grid: at once, and not when it was charged.
+        """
+        noise = _noise(of.section)
+        size = sum(a.size for a in received.values() if a.dtype.kind == "f")
+        try:
+            local.deviation(noise.noise_multiplier, size)
+        except ValueError as error:
+            raise SiteError(414, f"privacy: {error}") from None
+        entropy = self._privacy.entropy
+
+        def covered(trained: NDArrays | None) -> NDArrays:
+            return local.noised_weights(
+                received, trained, noise.clipping_bound, noise.noise_multiplier, entropy
+            )
+
+        return covered
+
     def take_steps(self, network: nn.Module, of: Round) -> None:
         """Train the loaded network in place."""
         # Only here: Opacus takes seconds to import, which a site without it need not pay.
@@ -128,7 +157,7 @@ class PrivateWork:
             network,
             of.examples,
             of.what.settings,
-            _noise(of.section),
+            _noise_of(of),
             self._privacy.entropy,
             proximal_mu=of.what.proximal_mu,
         )
@@ -147,7 +176,7 @@ class PrivateWork:
                 "off under differential privacy",
                 of.what.settings.mixed_precision,
             )
-        return release_of(_noise(of.section), of.what.settings, len(of.examples.y))
+        return release_of(_noise_of(of), of.what.settings, len(of.examples.y))
 
 
 def _require_bare(what: Training) -> None:
@@ -156,6 +185,20 @@ def _require_bare(what: Training) -> None:
         raise requests.refuse(protocol.CONTROL, "false under differential privacy", True)
     if what.loss_at != "running":
         raise requests.refuse(protocol.LOSS_AT, "running under differential privacy", what.loss_at)
+
+
+def _noise_of(of: Round) -> Noise:
+    """The noise of each step of DP-SGD: as configured, or what keeps this site's whole run within epsilon."""
+    section = of.section
+    if section.epsilon is None:
+        return _noise(section)
+    rows, rounds = len(of.examples.y), requests.rounds(of.config)
+    try:
+        return noise_within(
+            section.epsilon, section.delta, section.clipping_bound, of.what.settings, rows, rounds
+        )
+    except ValueError as error:
+        raise SiteError(414, f"privacy.{error}") from None
 
 
 def _noise(section: PrivacySection) -> Noise:

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedge.client import contribution, secure_answers
 from fedge.client.answered import Answered
 from fedge.client.contribution import Contribution, SiteNoise
+from fedge.client.private_counts import Evaluation
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import SecureAnswers
 from fedge.client.secure_session import Anchors
@@ -140,17 +141,37 @@ class SecureWork:
         )
 
     def evaluate(
-        self, request: RecordDict, terms: Terms, count: Callable[[], Mapping[str, float]]
+        self,
+        request: RecordDict,
+        terms: Terms,
+        count: Callable[[], Mapping[str, float]],
+        noised: Evaluation | None = None,
     ) -> ConfigRecord:
-        """Begin the sum of an evaluation's counters."""
-        of = layout.of_evaluation(self._task.counter_names)
+        """Begin the sum of an evaluation's counters.
+
+        Args:
+            request: to evaluate.
+            terms: of it.
+            count: the counters; with noise that is paid for, each time anew, where there is some.
+            noised: which noise; None where they have none.
+
+        Raises:
+            SiteError: 427, the budget would be exceeded, and the site begins nothing.
+        """
+        names = self._task.counter_names if noised is None else noised.counts.told
+        of = layout.of_evaluation(names, noised=noised is not None)
 
         def contribute() -> Contribution:
             found = count()
-            return contribution.evaluation(of, {n: found[n] for n in self._task.counter_names})
+            return contribution.evaluation(of, {n: found[n] for n in names})
 
         return self.require().begin(
-            protocol.EVALUATE, request, terms.address, terms.seed, contribute
+            protocol.EVALUATE,
+            request,
+            terms.address,
+            terms.seed,
+            contribute,
+            0 if noised is None else noised.min_sites,
         )
 
     def statistics(

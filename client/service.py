@@ -250,8 +250,8 @@ class Service:
                 "pid": os.getpid(),
                 "site": self._worker.site,
                 "task": self._worker.task.name,
-                "device": str(self._worker.device),
-                "examples": len(self._worker.data.train_labels),
+                "device": str(self._worker.learner.device),
+                "examples": len(self._worker.learner.data.train_labels),
                 "busy": self._worker.busy,
                 "uptime": now - self._started,
             }

@@ -6,8 +6,6 @@ site's own log.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -18,31 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from torch import Tensor
 
 from fedge.client import device as devices
 from fedge.client import requests
-from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData
-from fedge.client.draws import seed_of
-from fedge.client.evaluate import counters, mean_loss
+from fedge.client.learner import Learner
 from fedge.client.privacy import SitePrivacy
 from fedge.client.privacy_policy import PrivacyPolicy, section_of, simulated
+from fedge.client.private_counts import Evaluation, PrivateCounts
+from fedge.client.private_rounds import PrivateRounds
 from fedge.client.private_work import PrivateWork, Round
-from fedge.client.requests import Address, Terms, Training
+from fedge.client.registration import shown_of
+from fedge.client.requests import Address, Terms
 from fedge.client.secure_answers import is_secure
 from fedge.client.secure_session import Anchors
 from fedge.client.secure_work import SecureWork
-from fedge.client.state import ControlStore
-from fedge.client.train import Examples, optimizer, train
-from fedge.shared import preprocess, protocol
-from fedge.shared.arrays import NDArrays, Spec, specs
+from fedge.client.train import Examples, optimizer
+from fedge.shared import protocol
+from fedge.shared.arrays import NDArrays
 from fedge.shared.config import TrainSection
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.npy import encode
-from fedge.shared.preprocess import Standardise
-from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
@@ -79,25 +73,15 @@ class SiteWorker:
     ) -> None:
         self.site = site
         self.task = task
-        self.data = data
         self.home = home
-        self.device = device
         self._lock = threading.Lock()
-        with torch.random.fork_rng(devices=[]):
-            self._network = task.network()
-        initial = {name: t.numpy() for name, t in self._network.state_dict().items()}
-        self._specs = specs(initial)
-        self._network.to(device)
-        self._statistics = (
-            preprocess.statistics(task.preprocessing, data.train_features)
-            if preprocess.learns(task.preprocessing)
-            else None
-        )
-        self._prepared: tuple[Standardise | None, Examples, Examples] | None = None
-        floats = {n: s.shape for n, s in self._control_specs.items()}
-        trained = [name for name, _ in self._network.named_parameters()]
-        self._secure = SecureWork(task, floats, trained, anchors, home)
-        self._private = PrivateWork(task, SitePrivacy(home, privacy or simulated))
+        self.learner = Learner(site, task, data, home, device)
+        floats = {n: s.shape for n, s in self.learner.control_specs.items()}
+        self._secure = SecureWork(task, floats, self.learner.trained, anchors, home)
+        ledger = SitePrivacy(home, privacy or simulated)
+        work = PrivateWork(task, ledger)
+        self._private = PrivateRounds(self.learner, work, self._secure, self._reply)
+        self._counts = PrivateCounts(task.counter_names, ledger)
 
     def warm_up(self) -> None:
         """Let torch import its compiler, as it does with the first optimiser; no request should pay for that."""
@@ -140,8 +124,7 @@ class SiteWorker:
     def _drop(self) -> None:
         """Let go of all that the next request can make anew."""
         with self._lock:
-            self._prepared = None
-            self._network.zero_grad(set_to_none=True)
+            self.learner.drop()
         devices.free()
 
     def _answer(self, kind: str, content: RecordDict) -> RecordDict:
@@ -162,277 +145,94 @@ class SiteWorker:
 
     def _register(self, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
-        address = requests.address(config)
-        self._hold_data_still(address.run_id)
+        address, section = requests.address(config), section_of(config)
+        self.learner.hold_still(address.run_id)
         if is_secure(request):
             # Sizes and sums leave the site under masks alone.
             self._secure.require()
             return self._reply(address, MetricRecord({}))
-        sizes: dict[str, int | float | list[int] | list[float]] = {
-            protocol.NUM_TRAIN_EXAMPLES: len(self.data.train_labels),
-            protocol.NUM_TEST_EXAMPLES: len(self.data.test_labels),
-        }
         # Sums leave the site only where all sites standardise alike.
-        if self._statistics is not None and requests.standardise(config) == "federated":
-            sizes[protocol.FEATURE_TOTAL] = list(self._statistics.total)
-            sizes[protocol.FEATURE_TOTAL_OF_SQUARES] = list(self._statistics.total_of_squares)
-        return self._reply(address, MetricRecord(sizes))
+        summed = self.learner.statistics if requests.standardise(config) == "federated" else None
+        if summed is not None:
+            self._require_statistics(section)
+        shown = shown_of(section, self.learner.data, summed)
+        return self._reply(address, MetricRecord(shown))
 
-    def _hold_data_still(self, run_id: str) -> None:
-        """Note the data's digest when a run begins; later it must be the same, as redone rounds rely on it.
-
-        The digest never leaves the site.
-
-        Raises:
-            SiteError: 415, the data have changed since this run began.
-        """
-        found = hashlib.sha256()
-        for array in (
-            self.data.train_features,
-            self.data.train_labels,
-            self.data.test_features,
-            self.data.test_labels,
-        ):
-            found.update(repr((array.shape, array.dtype.str)).encode())
-            found.update(np.ascontiguousarray(array).tobytes())
-        path = self.home / "data" / f"{run_id}.sha256"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, found.hexdigest().encode())
-        elif path.read_bytes() != found.hexdigest().encode():
-            raise SiteError(415, f"data: must be as when run {run_id} began, got other examples")
+    def _require_statistics(self, section: PrivacySection) -> None:
+        """Mean and deviation have no noise, which a mechanism must say."""
+        if section.mechanism != "off" and section.statistics == "off":
+            raise requests.refuse(
+                "privacy.statistics", "unprotected for a task that standardises", "off"
+            )
 
     def _train(self, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
-        terms = requests.terms(config, self._columns)
+        terms = requests.terms(config, self.learner.columns)
         what = requests.training(config)
-        own_specs = self._control_specs if what.control else {}
+        own_specs = self.learner.control_specs if what.control else {}
         prefixed = {protocol.CONTROL_PREFIX + name: spec for name, spec in own_specs.items()}
-        received = requests.arrays(request, self._specs | prefixed)
-        fit, _ = self._prepare(terms)
+        received = requests.arrays(request, self.learner.specs | prefixed)
+        fit, _ = self.learner.prepare(terms)
         section = section_of(config)
         if section.mechanism != "off":
-            return self._train_privately(section, request, terms, what, received, fit)
+            if self.learner.statistics is not None:
+                self._require_statistics(section)
+            round_ = Round(request, terms, section, config, what, fit)
+            return self._private.answer(round_, received)
         if is_secure(request):
             # A site that has no examples takes part with nothing: the others need not know.
-            fitted = partial(self._fit, terms, what, received, fit) if len(fit.y) else None
+            fitted = partial(self.learner.fit, terms, what, received, fit) if len(fit.y) else None
             bundle = self._secure.train(request, terms, what, received, fitted, len(fit.y))
             return self._reply(terms.address, bundle)
-        trained, loss = self._fit(terms, what, received, fit)
+        trained, loss = self.learner.fit(terms, what, received, fit)
         metrics: dict[str, int | float] = {
             protocol.NUM_EXAMPLES: len(fit.y),
             protocol.TRAIN_LOSS: loss,
         }
         return self._reply(terms.address, MetricRecord({**metrics}), trained)
 
-    def _train_privately(
-        self,
-        section: PrivacySection,
-        request: RecordDict,
-        terms: Terms,
-        what: Training,
-        received: NDArrays,
-        fit: Examples,
-    ) -> RecordDict:
-        if self._statistics is not None and section.statistics == "off":
-            raise requests.refuse(
-                "privacy.statistics", "unprotected for a task that standardises", "off"
-            )
-        config = requests.config_of(request, self.task.name)
-        round_ = Round(request, terms.address, section, config, what, fit)
-        if section.mechanism == "distributed":
-            return self._train_noised(round_, terms, received)
-        if section.mechanism in CENTRAL:
-            return self._train_for_the_server(round_, terms, received)
-
-        def trained() -> NDArrays:
-            self._load(received)
-            self._private.take_steps(self._network, round_)
-            return self._weights(terms.address.server_round)
-
-        if is_secure(request):
-            fitted = partial(self._private.charged, round_, trained) if len(fit.y) else None
-            # Neither the loss nor how many examples there are is told.
-            bundle = self._secure.train(
-                request, terms, what, received, fitted, len(fit.y), private=True
-            )
-            return self._private.vouch(self._reply(terms.address, bundle))
-        return self._private.answer(
-            round_, lambda metrics: self._reply(terms.address, metrics, trained())
-        )
-
-    def _train_for_the_server(self, of: Round, terms: Terms, received: NDArrays) -> RecordDict:
-        """Plain training, whose update the server clips and covers with its noise; the loss is not told."""
-        if is_secure(of.request):
-            raise requests.refuse(
-                "privacy.mechanism", "distributed under masks", of.section.mechanism
-            )
-        return self._private.answer(
-            of,
-            lambda metrics: self._reply(
-                terms.address, metrics, self._fit(terms, of.what, received, of.examples)[0]
-            ),
-        )
-
-    def _train_noised(self, of: Round, terms: Terms, received: NDArrays) -> RecordDict:
-        """Plain training, whose update gets its noise under the mask."""
-        if not is_secure(of.request):
-            raise requests.refuse("privacy.mechanism", "distributed under masks only", "in clear")
-        noise, charge = self._private.noise(of)
-
-        def fitted() -> NDArrays:
-            return self._fit(terms, of.what, received, of.examples)[0]
-
-        bundle = self._secure.train_noised(
-            of.request,
-            terms,
-            received,
-            fitted if len(of.examples.y) else None,
-            noise,
-            charge,
-        )
-        return self._private.vouch(self._reply(terms.address, bundle))
-
-    def _fit(
-        self, terms: Terms, what: Training, received: NDArrays, fit: Examples
-    ) -> tuple[NDArrays, float]:
-        """Trained weights, and the mean loss that the request asks for."""
-        self._load(received)
-        if what.loss_at == "received":
-            loss = mean_loss(self.task, self._network, fit.x, fit.y)
-            return self._local_steps(terms, what, received, fit)[0], loss
-        return self._local_steps(terms, what, received, fit)
-
-    def _local_steps(
-        self, terms: Terms, what: Training, received: NDArrays, fit: Examples
-    ) -> tuple[NDArrays, float]:
-        """Train the loaded network.
-
-        Returns:
-            Its weights, with SCAFFOLD's change of c_i if asked for, and the mean loss of the steps.
-
-        Raises:
-            SiteError: 401, the weights are no longer finite; 413, c_i is missing.
-        """
-        settings, server_round = what.settings, terms.address.server_round
-        epoch = steps_of_epoch(len(fit.y), settings.batch_size)
-        steps = settings.local_steps or (settings.local_epochs or 1) * epoch
-        order = batches(
-            seed=terms.seed,
-            site=self.site,
-            rows=len(fit.y),
-            batch_size=settings.batch_size,
-            first=(server_round - 1) * steps,
-            steps=steps,
-        )
-        server: dict[str, Tensor] = {}
-        own: dict[str, Tensor] = {}
-        store = ControlStore(self.home / "control" / terms.address.run_id)
-        if what.control:
-            server = {
-                n: self._tensor(received[protocol.CONTROL_PREFIX + n]) for n in self._control_specs
-            }
-            held = store.load(what.accepted_round, self._control_specs)
-            own = {name: self._tensor(a) for name, a in held.items()}
-        # Whatever a network draws of its own (dropout) is a function of seed, site and round.
-        with devices.seeded(seed_of(terms.seed, self.site, "network", server_round), self.device):
-            outcome = train(
-                self.task,
-                self._network,
-                fit,
-                order,
-                settings,
-                proximal_mu=what.proximal_mu,
-                correction={name: server[name] - own[name] for name in own},
-            )
-        trained = self._weights(server_round)
-        change: NDArrays = {}
-        if what.control:
-            # Tensors that no step changes (buffers) keep their variate.
-            new = {name: outcome.mean_gradient.get(name, c) for name, c in own.items()}
-            store.save(
-                server_round, what.accepted_round, {n: t.cpu().numpy() for n, t in new.items()}
-            )
-            change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).cpu().numpy() for n in new}
-        return trained | change, outcome.loss
-
-    def _weights(self, server_round: int) -> NDArrays:
-        trained = {
-            n: t.detach().cpu().clone().numpy() for n, t in self._network.state_dict().items()
-        }
-        if not all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
-            raise SiteError(
-                401, f"round {server_round}: the trained weights must be finite, got others"
-            )
-        return trained
-
     def _evaluate(self, request: RecordDict) -> RecordDict:
-        terms = requests.terms(requests.config_of(request, self.task.name), self._columns)
-        received = requests.arrays(request, self._specs)
-        _, held_out = self._prepare(terms)
+        config = requests.config_of(request, self.task.name)
+        terms = requests.terms(config, self.learner.columns)
+        received = requests.arrays(request, self.learner.specs)
+        _, held_out = self.learner.prepare(terms)
+        noised = self._counts.evaluation(request, terms.address, section_of(config))
+        if noised is not None:
+            return self._evaluate_noised(noised, terms, received, held_out)
         if is_secure(request):
-            count = partial(self._count, received, held_out)
+            count = partial(self.learner.count, received, held_out)
             return self._reply(terms.address, self._secure.evaluate(request, terms, count))
-        found = self._count(received, held_out)
+        found = self.learner.count(received, held_out)
         metrics: dict[str, int | float] = {protocol.NUM_EXAMPLES: len(held_out.y)}
         metrics |= {name: found[name] for name in self.task.counter_names}
         return self._reply(terms.address, MetricRecord({**metrics}))
 
-    def _count(self, received: NDArrays, held_out: Examples) -> dict[str, float]:
-        if not len(held_out.y):
-            return dict.fromkeys(self.task.counter_names, 0.0)
-        self._load(received)
-        return counters(self.task, self._network, held_out.x, held_out.y)
+    def _evaluate_noised(
+        self, of: Evaluation, terms: Terms, received: NDArrays, held_out: Examples
+    ) -> RecordDict:
+        if self.learner.statistics is not None:
+            self._require_statistics(section_of(requests.config_of(of.request, self.task.name)))
+        count = partial(self.learner.count, received, held_out)
+        if is_secure(of.request):
+            noised = partial(self._counts.charged, of, count)
+            bundle = self._secure.evaluate(of.request, terms, noised, of)
+            return self._counts.vouch(self._reply(terms.address, bundle))
+        return self._counts.answer(
+            of, len(held_out.y), count, lambda metrics: self._reply(terms.address, metrics)
+        )
 
     def _sum_statistics(self, request: RecordDict) -> RecordDict:
         address = requests.address(requests.config_of(request, self.task.name))
-        self._hold_data_still(address.run_id)
-        return self._reply(address, self._secure.statistics(request, address, self._statistics))
+        self.learner.hold_still(address.run_id)
+        return self._reply(
+            address, self._secure.statistics(request, address, self.learner.statistics)
+        )
 
     def _continue(self, kind: str, request: RecordDict) -> RecordDict:
         address = requests.address(requests.config_of(request, self.task.name))
         reply = self._reply(address)
         reply.update(self._secure.step(kind, request, address))
         return reply
-
-    @property
-    def _columns(self) -> int | None:
-        return None if self._statistics is None else len(self._statistics.total)
-
-    @property
-    def _control_specs(self) -> dict[str, Spec]:
-        return {n: s for n, s in self._specs.items() if np.dtype(s.dtype).kind == "f"}
-
-    def _prepare(self, terms: Terms) -> tuple[Examples, Examples]:
-        """Preprocessed train and test examples, kept until a request brings other statistics."""
-        torch.set_num_threads(terms.threads)
-        standardise = terms.standardise
-        if terms.of_site and self._statistics is not None:
-            standardise = self._statistics.standardise()
-        if self._prepared is None or self._prepared[0] != standardise:
-            if terms.of_site and standardise is not None:
-                self._write_statistics(standardise)
-            steps = self.task.preprocessing
-            if standardise is not None:
-                steps = preprocess.fitted(steps, standardise)
-            both = [
-                Examples(self._tensor(preprocess.apply(steps, features)), self._tensor(labels))
-                for features, labels in (
-                    (self.data.train_features, self.data.train_labels),
-                    (self.data.test_features, self.data.test_labels),
-                )
-            ]
-            self._prepared = (standardise, both[0], both[1])
-        return self._prepared[1], self._prepared[2]
-
-    def _write_statistics(self, standardise: Standardise) -> None:
-        """Leave the site's own statistics for its devices, which must standardise as the site did."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        values = {"mean": list(standardise.mean), "std": list(standardise.std)}
-        write_atomically(self.home / "statistics.json", (json.dumps(values) + "\n").encode())
-
-    def _load(self, received: NDArrays) -> None:
-        self._network.load_state_dict({n: self._tensor(received[n]) for n in self._specs})
 
     def _reply(
         self,
@@ -459,7 +259,3 @@ class SiteWorker:
                 {n: encode(np.asarray(a)) for n, a in arrays.items()}
             )
         return content
-
-    def _tensor(self, a: Any) -> Tensor:
-        # Copied: the request's arrays are read-only, and shared with other sites where all run in one process.
-        return torch.from_numpy(np.array(a)).to(self.device)

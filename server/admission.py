@@ -98,9 +98,16 @@ def admit_evaluate(reply: Message, site: str, registered: int, expected: Expecte
     """Admit or reject one site's evaluation; ``registered`` counts test examples."""
     try:
         _, metrics = _open(reply, site, expected, with_arrays=False)
-        num_examples = _num_examples(metrics, registered)
+        noised = expected.noised
+        # Where whole sites are hidden, each counts as one.
+        whole = noised is not None and noised.unit == "site"
+        num_examples = _num_examples(metrics, 1 if whole else registered)
         counters, drops = _counters(metrics, site, num_examples, expected)
-        return Verdict(evaluation=Evaluation(site, counters), drops=drops)
+        if noised is None:
+            return Verdict(evaluation=Evaluation(site, counters), drops=drops)
+        spent, more = _epsilon(metrics, site)
+        found = Evaluation(site, counters, spent, ledger_of(reply.content))
+        return Verdict(evaluation=found, drops=[*drops, *more])
     except _RefusedError as refused:
         return Verdict(rejection=Rejection(site, refused.code, refused.outcome, refused.reason))
 
@@ -243,9 +250,14 @@ def ledger_of(content: RecordDict) -> str | None:
 
 def _epsilon(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | None, list[Drop]]:
     """What the site says to have spent; figures that cannot be are left out, and the update counts."""
-    both = [_number(metrics.get(key)) for key in _SPENT]
-    if all(value is not None and 0 <= value <= _MOST_EPSILON for value in both):
-        return (float(both[0] or 0.0), float(both[1] or 0.0)), []
+    consumers, server = (_number(metrics.get(key)) for key in _SPENT)
+    if metrics.get(protocol.EPSILON_SERVER) == math.inf:
+        # It got updates without noise.
+        server = math.inf
+    if consumers is not None and server is not None:
+        bounded = 0 <= server <= _MOST_EPSILON or server == math.inf
+        if 0 <= consumers <= _MOST_EPSILON and bounded:
+            return (consumers, server), []
     reason = f"must be 0 to {_MOST_EPSILON:g}"
     return None, [Drop(site, key, reason) for key in _SPENT]
 
@@ -277,7 +289,7 @@ def _counters(
     counters: dict[str, float] = {}
     drops: list[Drop] = []
     for key, raw in metrics.items():
-        if key == protocol.NUM_EXAMPLES:
+        if key == protocol.NUM_EXAMPLES or (expected.noised is not None and key in _SPENT):
             continue
         if key not in expected.counters:
             drops.append(Drop(site, printable(key), "not a metric of this task"))
@@ -285,6 +297,9 @@ def _counters(
         value = _number(raw)
         bound = num_examples * (expected.policy.max_loss if key == "loss-sum" else 1.0)
         least = num_examples if key == "examples" else 0.0
+        if expected.noised is not None and key in expected.noised.noised:
+            # Noise may carry it beyond its range; it is the metrics that are held to theirs.
+            least, bound = -expected.noised.reach, num_examples + expected.noised.reach
         if value is None or not least <= value <= bound:
             drops.append(Drop(site, key, f"must be {least:g} to {bound:g}, got {printable(raw)}"))
         else:
@@ -327,7 +342,8 @@ def _arrays(arrays: ArrayRecord, expected: Expected) -> NDArrays:
         difference = value.astype(np.float64) - (0.0 if control else reference.astype(np.float64))
         squares["control" if control else "update"] += float(np.vdot(difference, difference).real)
     policy = expected.policy
-    for what, bound in (("update", policy.max_update_norm), ("control", policy.max_control_norm)):
+    most = policy.max_update_norm + expected.noise_norm
+    for what, bound in (("update", most), ("control", policy.max_control_norm)):
         norm = math.sqrt(squares[what])
         if not norm <= bound:
             raise _RefusedError(402, f"{what} norm: must be at most {bound:g}, got {norm:.4g}")

@@ -16,7 +16,7 @@ from fedge.shared.tasks.task import Task
 
 _ARRAYS, _MEMORY = "arrays/", "memory/"
 #: The newest is what counts; the one before it is kept against a disk that lies about a flush.
-_KEPT = 2
+KEPT = 2
 
 
 def initial_arrays(task: Task, seed: int) -> NDArrays:
@@ -53,9 +53,9 @@ def load(folder: Path, commit: Commit, order: list[str]) -> tuple[NDArrays, NDAr
     return {name: stored[_ARRAYS + name] for name in order}, memory
 
 
-def prune(folder: Path, newest: int) -> None:
-    """Remove what is older than the last two commits, and what was never committed."""
-    keep = {f"round-{n:06d}.safetensors" for n in range(max(newest - _KEPT + 1, 0), newest + 1)}
+def prune(folder: Path, newest: int, kept: int = KEPT) -> None:
+    """Remove what is older than the last commits, two unless ``kept`` says otherwise, and what was never committed."""
+    keep = {f"round-{n:06d}.safetensors" for n in range(max(newest - kept + 1, 0), newest + 1)}
     for path in folder.iterdir():
         if path.name not in keep:
             path.unlink()

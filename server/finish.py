@@ -72,8 +72,8 @@ def write_run(
         model_sha256: of model.safetensors, once it is written.
     """
     row, last = begun(journal), journal.last()
-    # Under masks no site says how much it holds; the journal has 0 there.
-    known = not config.secure_aggregation.enabled
+    # Under masks no site says how much it holds, and the journal has 0 there; under local noise it has 1.
+    known = not config.secure_aggregation.enabled and config.privacy.mechanism != "local"
     directory.write_json(
         directory.run,
         {
@@ -138,15 +138,16 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
     Raises:
         RunError: 503, no round has made a model, so there is none to hand out.
     """
-    counted = rounds_counted(journal.lines())
-    if not counted:
+    lines = journal.lines()
+    counted = rounds_counted(lines)
+    # With noise of the server's a round may be made of noise alone.
+    if not any(line["outcome"] == "committed" for line in lines):
         raise RunError(
             503, "run: must make a model in one round at least, got none; see rounds.jsonl"
         )
     data = encode(arrays)
     write_atomically(directory.model, data)
     row = begun(journal)
-    lines = journal.lines()
     directory.write_lines(lines)
     directory.write_json(directory.metrics, results(row.id, config, lines))
     finished = now()

@@ -136,6 +136,10 @@ class Journal:
             for name, train, test in self._query("SELECT * FROM site ORDER BY name")
         }
 
+    def order(self) -> list[str]:
+        """Every registered site in the order in which they were first written down, which never changes."""
+        return [row[0] for row in self._query("SELECT name FROM site ORDER BY rowid")]
+
     def commit(self, commit: Commit, line: Line) -> None:
         """Commit a round: from here on it counts."""
         self._query(
@@ -144,6 +148,12 @@ class Journal:
             json.dumps(line, allow_nan=False),
             commit.checkpoint,
             commit.checkpoint_sha256,
+        )
+
+    def amend(self, number: int, line: Line) -> None:
+        """Complete the line of a committed round by what was measured afterwards."""
+        self._query(
+            "UPDATE round SET line = ? WHERE number = ?", json.dumps(line, allow_nan=False), number
         )
 
     def last(self) -> Commit | None:

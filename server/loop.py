@@ -1,6 +1,8 @@
 """One round after the other: invite, collect until the deadline, admit, aggregate, evaluate, commit.
 
-Everything random is a function of (seed, round, site), so a redone round is the same round.
+Everything random is a function of (seed, round, site), so a redone round is the same round. Noise that the server adds
+is none of this: a redone round draws anew, and so nothing of a round may leave before it is committed; there, the model
+goes out to be evaluated afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from fedge.server import checkpoint, finish, requests, results, strategies
 from fedge.server.admission import admit_evaluate, admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.attendance import Attendance
+from fedge.server.central import Central
+from fedge.server.central_terms import checkpoints_kept, secret_sample
 from fedge.server.journal import Journal, Line
 from fedge.server.members import Member
 from fedge.server.metrics import ratios, summary
@@ -34,6 +38,7 @@ from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
 from fedge.shared.preprocess import Step
+from fedge.shared.privacy import local, noised_counts
 from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)
@@ -43,7 +48,8 @@ _log = logging.getLogger(__name__)
 class Loop:
     """A run in progress.
 
-    ``arrays`` and ``strategy`` are the state after round ``done``; ``sums`` is there where updates are masked.
+    ``arrays`` and ``strategy`` are the state after round ``done``; ``sums`` is there where updates are masked,
+    ``central`` where the server adds noise.
     """
 
     directory: RunDirectory
@@ -59,6 +65,7 @@ class Loop:
     arrays: NDArrays
     done: int
     sums: SecureSums | None = None
+    central: Central | None = None
     accepted: dict[str, int] = field(default_factory=dict)
     counted: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
@@ -87,36 +94,37 @@ class Loop:
         present, absent = self.attendance.open(server_round, self._least)
         if isinstance(self.strategy, strategies.Scaffold):
             self.strategy.num_sites = len(self.journal.sites())
-        names = requests.cohort(present, self.config, server_round, self._least)
+        names = self._cohort(present, server_round)
         tally = Tally(invited=names, rejections=absent)
         result: RoundResult
-        if self.sums is None:
-            result, reason = self._train(server_round, names, tally)
-        else:
+        if self.sums is not None:
             result, reason = self._train_in_secret(self.sums, server_round, names, tally)
-        if reason is None:
-            reason = self._aggregate(server_round, result)
-        every, privacy = self.config.run.evaluate_every, self.config.privacy
-        told = privacy.mechanism == "off" or privacy.metrics != "off"
-        if not told:
-            # Exact counts over held-out examples would be a release without noise.
-            tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": {}}
-        elif server_round % every == 0 or server_round == self.config.run.rounds:
-            self._evaluate(server_round, set(results.sites(result)), tally)
+            reason = reason or self._aggregate(server_round, result)
+        elif self.central is not None:
+            result, reason = self._train_for_noise(
+                self.central, server_round, list(present.values()), tally
+            )
+        else:
+            updates = self._train(server_round, names, tally)
+            result, reason = Singles(updates), self._too_few("updates", len(updates))
+            reason = reason or self._aggregate(server_round, result)
+        if self.central is None:
+            self._measure(server_round, set(results.sites(result)), tally)
         line = tally.line(
             server_round, reason, result, digest(self.arrays), time.monotonic() - started
         )
-        commit = checkpoint.write(
-            self.directory.checkpoints, server_round, self.arrays, strategies.state(self.strategy)
-        )
-        self.journal.commit(commit, line)
-        reach("after-commit", server_round)
+        self._commit(server_round, line)
+        if self.central is not None:
+            self._measure(server_round, set(line["trained"]), tally)
+            line = tally.completed(line, time.monotonic() - started)
+            self.journal.amend(server_round, line)
         if self.sums is not None:
             self.sums.settled()
         self.done = server_round
         self._note(line)
         self.directory.append_line(line)
-        checkpoint.prune(self.directory.checkpoints, server_round)
+        kept = checkpoints_kept(self.config.privacy, self.config.run.rounds, server_round)
+        checkpoint.prune(self.directory.checkpoints, server_round, kept)
         finish.write_run(self.directory, self.journal, self.config, self.counted)
         self.listener.round(line)
         if self.skipped >= self.config.round.max_skipped:
@@ -124,6 +132,48 @@ class Loop:
                 503,
                 f"round {server_round}: must make a model, got the {self.skipped}. in a row without one ({reason})",
             )
+
+    def catch_up(self) -> None:
+        """Evaluate the last round where a kill came after its commit; only then does it lack that."""
+        lines = self.journal.lines()
+        if self.central is None or not lines or "pooled" in lines[-1]["metrics"]:
+            return
+        tally, line = Tally.of(lines[-1]), lines[-1]
+        self._measure(self.done, set(line["trained"]), tally)
+        if tally.metrics:
+            self.journal.amend(self.done, tally.completed(line, line["seconds"]))
+            self.directory.write_lines(self.journal.lines())
+
+    def _commit(self, server_round: int, line: Line) -> None:
+        memory = strategies.state(self.strategy)
+        if self.central is not None:
+            memory |= self.central.state()
+        commit = checkpoint.write(self.directory.checkpoints, server_round, self.arrays, memory)
+        self.journal.commit(commit, line)
+        reach("after-commit", server_round)
+
+    def _measure(self, server_round: int, trained: set[str], tally: Tally) -> None:
+        """Evaluate the round's model where it is due and may be told."""
+        every, privacy = self.config.run.evaluate_every, self.config.privacy
+        if privacy.mechanism != "off" and privacy.metrics == "off":
+            # Exact counts over held-out examples would be a release without noise.
+            tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": {}}
+        elif server_round % every == 0 or server_round == self.config.run.rounds:
+            self._evaluate(server_round, trained, tally)
+
+    def _cohort(self, present: dict[str, Member], server_round: int) -> list[str]:
+        """Who is asked to train."""
+        if self.central is None:
+            return requests.cohort(present, self.config, server_round, self._least)
+        # How few were drawn is no reason to leave a round out, or it would tell.
+        if len(present) < self._least:
+            return []
+        return self.central.invite(server_round, present, self.journal.order())
+
+    def _too_few(self, what: str, found: int) -> str | None:
+        """Why a round makes no model, where these are too few."""
+        least = self._least
+        return None if found >= least else f"FE-501 {what}: must be at least {least}, got {found}"
 
     @property
     def _least(self) -> int:
@@ -135,14 +185,19 @@ class Loop:
         return max(self.config.round.min_sites, least)
 
     def _compose(
-        self, server_round: int, asked: list[Member], secure: ConfigRecord | None = None
+        self,
+        server_round: int,
+        asked: list[Member],
+        secure: ConfigRecord | None = None,
+        among: int | None = None,
     ) -> list[Message]:
-        """The requests to train."""
+        """The requests to train; ``among`` how many sites, which are told that number, is ``asked`` unless given."""
+        told = len(asked) if among is None else among
         return requests.train(
             self.talk.live.link.grid,
             self.strategy,
             self.arrays,
-            requests.settings(self.config, self.run_id, server_round, self.steps, len(asked)),
+            requests.settings(self.config, self.run_id, server_round, self.steps, told),
             asked,
             self.accepted,
             self.config,
@@ -151,14 +206,14 @@ class Loop:
         )
 
     def _train(
-        self, server_round: int, names: list[str], tally: Tally
-    ) -> tuple[Singles, str | None]:
-        """Updates that pass the gate; the reason where they are too few."""
+        self, server_round: int, names: list[str], tally: Tally, among: int | None = None
+    ) -> tuple[Update, ...]:
+        """Updates that pass the gate."""
         asked = [self.attendance.members[name] for name in names]
         updates: list[Update] = []
         if asked:
             needs_loss = strategies.weighs_by_loss(self.config.strategy)
-            messages = self._compose(server_round, asked)
+            messages = self._compose(server_round, asked, among=among)
             sent = messages[0].content.array_records[protocol.ARRAYS]
             expected = Expected(
                 self.run_id,
@@ -167,6 +222,7 @@ class Loop:
                 self.config.admission,
                 needs_loss,
                 private=self.config.privacy.mechanism != "off",
+                noise_norm=self._noise_norm(),
             )
             reach("before-dispatch", server_round)
             result = self.talk.ask(server_round, "train", asked, messages)
@@ -183,10 +239,36 @@ class Loop:
                 updates, outliers = admit_losses(updates)
                 tally.rejections += outliers
         self._require(server_round, {u.site for u in updates}, tally)
-        reason = None
-        if len(updates) < self._least:
-            reason = f"FE-501 updates: must be at least {self._least}, got {len(updates)}"
-        return Singles(tuple(updates)), reason
+        return tuple(updates)
+
+    def _train_for_noise(
+        self, central: Central, server_round: int, present: list[Member], tally: Tally
+    ) -> tuple[Singles, str | None]:
+        """Single updates, and the model stepped by their noised mean; the reason where there is none."""
+        if reason := self._too_few("sites", len(present)):
+            self._require(server_round, set(), tally)
+            tally.central = central.skip(server_round)
+            return Singles(()), reason
+        # Where the sample is secret, nobody is told its size.
+        among = len(present) if secret_sample(self.config.privacy) else None
+        if not tally.invited:
+            # A strategy learns the round's weights as it composes requests; this one is not sent.
+            self._compose(server_round, present[:1], among=among)
+        updates = self._train(server_round, tally.invited, tally, among)
+        if tally.invited and not updates:
+            _log.warning("round %d: no update counted, so that it is noise alone", server_round)
+        registered = len(self.journal.sites())
+        noised = central.release(server_round, updates, self.arrays, registered)
+        tally.central = noised.facts
+        return Singles(updates), self._aggregate(server_round, noised.result)
+
+    def _noise_norm(self) -> float:
+        """What a site's own noise may add to its update's norm."""
+        privacy = self.config.privacy
+        if privacy.mechanism != "local":
+            return 0.0
+        size = sum(a.size for a in self.arrays.values() if a.dtype.kind == "f")
+        return local.farthest(privacy.clipping_bound, privacy.noise_multiplier or 0.0, size)
 
     def _train_in_secret(
         self, sums: SecureSums, server_round: int, names: list[str], tally: Tally
@@ -254,8 +336,15 @@ class Loop:
         asked = [m for m in present if m.test_examples]
         common = requests.settings(self.config, self.run_id, server_round, self.steps, len(asked))
         messages = requests.evaluate(self.arrays, common, asked, self.config)
+        noised = noised_counts.of(self.config.privacy, self.task.counter_names)
+        counters = self.task.counter_names if noised is None else noised.told
         expected = Expected(
-            self.run_id, server_round, {}, self.config.admission, counters=self.task.counter_names
+            self.run_id,
+            server_round,
+            {},
+            self.config.admission,
+            counters=counters,
+            noised=noised,
         )
         result = self.talk.ask(server_round, "evaluate", asked, messages)
         tally.count(result, asked, self.config.round.deadline)
@@ -268,7 +357,9 @@ class Loop:
                 tally.take(verdict)
                 if isinstance(verdict.evaluation, Evaluation):
                     admitted[member.site] = verdict.evaluation.counters
-        tally.metrics |= summary(self.task.metrics, admitted)
+                    tally.told(verdict.evaluation)
+        hidden = None if noised is None else noised.unit
+        tally.metrics |= summary(self.task.metrics, admitted, hidden)
 
     def _evaluate_in_secret(
         self, sums: SecureSums, server_round: int, asked: list[Member], tally: Tally
@@ -288,7 +379,10 @@ class Loop:
         tally.secure = {**(tally.secure or {}), "evaluation": {**facts, "reason": reason}}
         if reason:
             _log.warning("round %d is not evaluated: %s", server_round, reason)
-        pooled = ratios(self.task.metrics, counted or {})
+        noised = self.config.privacy.metrics == "noised"
+        if noised:
+            tally.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
+        pooled = ratios(self.task.metrics, counted or {}, noised=noised)
         tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": pooled}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedge.server import report
+from fedge.server.central_terms import secret_sample
 from fedge.server.export import export_onnx, opset_of, parity
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, preprocess
@@ -92,8 +93,9 @@ def release(run_dir: Path, key: Path, out: Path, *, replace_out: bool = False) -
     if run.get("state") != "finished":
         done, rounds = run.get("rounds_done"), run.get("rounds")
         raise RunError(505, f"{run_dir}: must be finished, got {done} of {rounds} rounds")
-    directory.load_config()
-    manifest, onnx = _prepare(directory, run, _contributors(run))
+    config = directory.load_config()
+    contributors = _contributors(run, secret=secret_sample(config.privacy))
+    manifest, onnx = _prepare(directory, run, contributors)
     latency = _timed(manifest, onnx)
     manifest = replace(manifest, latency=latency)
     part = write_bundle(out, manifest, {MODEL: onnx}, private, replace=replace_out)
@@ -125,14 +127,20 @@ def load_network(path: Path, task: Task, sha256: str) -> nn.Module:
     return network.eval()
 
 
-def _contributors(run: dict[str, Any]) -> tuple[str, ...]:
+def _contributors(run: dict[str, Any], *, secret: bool = False) -> tuple[str, ...]:
     """Names of the sites whose update counted in a round at least.
+
+    Args:
+        run: of run.json.
+        secret: whose updates counted must not be told, as epsilon rests on that; then all registered sites.
 
     Raises:
         RunError: 504, run.json does not tell; 505, there is none.
     """
     try:
-        names = tuple(sorted(s for s, told in run["sites"].items() if int(told["rounds"]) > 0))
+        names = tuple(
+            sorted(s for s, told in run["sites"].items() if secret or int(told["rounds"]) > 0)
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(504, f"{_PART}: sites cannot be read ({error!r})") from None
     if not names:
@@ -185,7 +193,7 @@ def _prepare(
 def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
     """What the run's configuration and the sites' last words say of differential privacy."""
     section = directory.load_config().privacy
-    if section.mechanism == "off" or section.noise_multiplier is None:
+    if section.mechanism == "off":
         return None
     last: dict[str, str] = {}
     try:
@@ -193,11 +201,15 @@ def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
             last |= json.loads(line).get("privacy_ledgers", {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(504, f"{directory.rounds.name}: cannot be read ({error!r})") from None
+    # A digest comes with an update, so that to have one tells that a site was drawn.
+    told = () if secret_sample(section) else sites
     return Privacy(
         section.mechanism,
         section.noise_multiplier,
         section.clipping_bound,
-        {site: last[site] for site in sites if site in last},
+        {site: last[site] for site in told if site in last},
+        section.epsilon,
+        section.delta if section.epsilon is not None else None,
     )
 
 

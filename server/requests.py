@@ -79,10 +79,13 @@ def probe(run_id: str, server_round: int, task: str, asked: int) -> RecordDict:
 
 def register(run_id: str, config: Config, nodes: Sequence[int], deadline: float) -> list[Message]:
     """Requests to register, a node each."""
-    content = {
+    content: dict[str, ConfigRecordValues] = {
         **address(run_id, 0, config.task.name, len(nodes)),
         protocol.STANDARDISE: config.data.standardise,
     }
+    if config.privacy.mechanism != "off":
+        # By it a site knows how much it may say of itself.
+        content[protocol.PRIVACY] = config.privacy.model_dump_json(by_alias=True)
     # Where sums are masked a site says nothing of its sizes, and this asks for nothing.
     secure = ConfigRecord({PROTOCOL: VERSION}) if config.secure_aggregation.enabled else None
     return [

@@ -28,7 +28,7 @@ class Update:
         num_examples: training examples, the weight of the mean.
         train_loss: mean loss, or None where the site's figure was dropped, or told by nobody.
         epsilon: what the site's study has spent against the model's readers and against the server, as it says;
-            None without differential privacy.
+            infinite against a server that gets updates without noise, None without differential privacy.
         ledger: SHA-256 (hex) of the site's privacy ledger.
     """
 

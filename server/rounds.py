@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from flwr.serverapp import Grid
 
-from fedge.server import checkpoint, finish, fitting, strategies
+from fedge.server import central, central_terms, checkpoint, finish, fitting, strategies
 from fedge.server.attendance import Attendance
 from fedge.server.census import Census
 from fedge.server.journal import Journal
@@ -76,6 +76,7 @@ def run(
             listener.start(config.run.rounds, loop.done)
             # Some of Flower's strategies collect garbage once a reply; torch's many objects need no walk each time.
             gc.freeze()
+            loop.catch_up()
             while loop.done < config.run.rounds:
                 loop.play(loop.done + 1)
             reach("before-export", config.run.rounds)
@@ -114,7 +115,8 @@ def _prepare(
         journal.commit(last, {})
     else:
         arrays, memory = checkpoint.load(directory.checkpoints, last, list(arrays))
-    checkpoint.prune(directory.checkpoints, last.number)
+    kept = central_terms.checkpoints_kept(config.privacy, config.run.rounds, last.number)
+    checkpoint.prune(directory.checkpoints, last.number, kept)
     census = Census(Liveness(link), config, task, run_id, journal, listener, seats)
     members, refused = census.take(flower_run_id)
     least = strategies.minimum_replies(config.strategy)
@@ -129,6 +131,11 @@ def _prepare(
         num_sites=len(journal.sites()),
     )
     strategies.restore(strategy, memory)
+    noise = central.for_run(config.privacy, config.run.rounds, arrays)
+    if noise is not None:
+        noise.restore(memory, last.number)
+        # Past noise is as secret as the updates under it.
+        directory.checkpoints.chmod(0o700)
     lines = journal.lines()
     directory.write_lines(lines)
     attendance = Attendance(census, members, refused)
@@ -155,6 +162,7 @@ def _prepare(
         arrays,
         last.number,
         sums,
+        noise,
     )
     loop.remember(lines)
     finish.write_run(directory, journal, config, loop.counted)

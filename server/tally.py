@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,7 @@ from fedge.server.exchange import Exchange
 from fedge.server.journal import Line
 from fedge.server.members import Member
 from fedge.server.results import RoundResult
-from fedge.server.verdicts import Rejection, Verdict
+from fedge.server.verdicts import Evaluation, Rejection, Verdict
 
 
 def absence(result: Exchange, node: int, deadline: float) -> str:
@@ -36,15 +38,51 @@ class Tally:
     received: int = 0
     secure: dict[str, Any] | None = None
     ledgers: dict[str, str] = field(default_factory=dict)
+    central: dict[str, Any] | None = None
+    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rejections = list(self.rejections)
+
+    @classmethod
+    def of(cls, line: Line) -> Tally:
+        """What a line tells of a round, to go on from there; ``metrics`` is what comes in addition."""
+        rejections = [
+            Rejection(r["site"], int(r["code"].removeprefix("FE-")), r["outcome"], r["reason"])
+            for r in line["rejected"]
+        ]
+        moved = line["bytes"]
+        return cls(
+            list(line["invited"]), rejections, list(line["dropped"]), {}, moved["sent"], moved["received"]
+        )  # fmt: skip
+
+    def completed(self, line: Line, seconds: float) -> Line:
+        """The line of a committed round with what an evaluation has brought since."""
+        more: Line = {
+            "rejected": [r.to_json() for r in self.rejections],
+            "dropped": self.drops,
+            "metrics": {**line["metrics"], **self.metrics},
+            "seconds": round(seconds, 4),
+            "bytes": {"sent": self.sent, "received": self.received},
+        }
+        if self.spent:
+            more["privacy"] = {**line.get("privacy", {}), **_epsilons(self.spent)}
+        if self.ledgers:
+            more["privacy_ledgers"] = {**line.get("privacy_ledgers", {}), **self.ledgers}
+        return line | more
 
     def take(self, verdict: Verdict) -> None:
         """Note what the gate said."""
         if verdict.rejection is not None:
             self.rejections.append(verdict.rejection)
         self.drops += [drop.to_json() for drop in verdict.drops]
+
+    def told(self, evaluation: Evaluation) -> None:
+        """Note what an evaluation with noise says of the site's ledger."""
+        if evaluation.epsilon is not None:
+            self.spent[evaluation.site] = evaluation.epsilon
+        if evaluation.ledger is not None:
+            self.ledgers[evaluation.site] = evaluation.ledger
 
     def count(self, result: Exchange, asked: list[Member], deadline: float) -> None:
         """Note bytes, and who was late, absent, heard twice or unasked."""
@@ -107,11 +145,19 @@ class Tally:
             "bytes": {"sent": self.sent, "received": self.received},
             "model_sha256": model_sha256,
         }
-        if epsilon := results.epsilon(result):
-            line["privacy"] = {
-                site: {"consumers": consumers, "server": server}
-                for site, (consumers, server) in epsilon.items()
-            }
-        if ledgers := results.ledgers(result) or self.ledgers:
+        # What an evaluation says was spent comes after what the training said.
+        if epsilon := results.epsilon(result) | self.spent:
+            line["privacy"] = _epsilons(epsilon)
+        if ledgers := results.ledgers(result) | self.ledgers:
             line["privacy_ledgers"] = ledgers
+        if self.central is not None:
+            line["central"] = self.central
         return line if self.secure is None else line | {"secure": self.secure}
+
+
+def _epsilons(told: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float | None]]:
+    """By site and reader. None: a server that gets updates without noise learns without bound; JSON has no infinity."""
+    return {
+        site: {"consumers": consumers, "server": server if math.isfinite(server) else None}
+        for site, (consumers, server) in told.items()
+    }

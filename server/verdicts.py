@@ -13,6 +13,7 @@ from fedge.shared.arrays import NDArrays
 from fedge.shared.config import AdmissionSection
 from fedge.shared.errors import CATALOGUE
 from fedge.shared.preprocess import Statistics
+from fedge.shared.privacy.noised_counts import NoisedCounts
 
 Outcome: TypeAlias = Literal["rejected", "error", "stale", "duplicate", "late", "absent"]
 
@@ -71,6 +72,8 @@ class Expected:
         needs_loss: the strategy weighs by the training loss, so a bad one rejects the update.
         counters: names that an evaluation may hold.
         private: the sites train under differential privacy: they tell no loss, but what they have spent.
+        noise_norm: how far a site's own noise may move its update beyond the bound, 0 where it adds none.
+        noised: how an evaluation's counters got noise, None where they are exact.
     """
 
     run_id: str
@@ -80,14 +83,23 @@ class Expected:
     needs_loss: bool = False
     counters: tuple[str, ...] = ()
     private: bool = False
+    noise_norm: float = 0.0
+    noised: NoisedCounts | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Admitted counters of one site's test split."""
+    """Admitted counters of one site's test split.
+
+    Attributes:
+        epsilon: what the site's study has spent with them, as it says; None where the counters are exact.
+        ledger: SHA-256 (hex) of the site's privacy ledger.
+    """
 
     site: str
     counters: dict[str, float]
+    epsilon: tuple[float, float] | None = None
+    ledger: str | None = None
 
 
 @dataclass

@@ -144,7 +144,7 @@ def _listing(known: Mapping[str, EntryPoint]) -> str:
         ) as error:  # one broken distribution must not hide the commands of the others
             summary = f"does not load: {type(error).__name__}: {error}"
         lines.append(f"  {name:{width}}  {summary}")
-    return "\n".join(["commands:", *lines, "", "Help of one: fedge COMMAND --help"])
+    return "\n".join(["commands (help of one: fedge COMMAND --help):", *lines])
 
 
 def _nearest(word: str, known: Mapping[str, EntryPoint]) -> str:

@@ -43,10 +43,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: 201 a value is not allowed; 202 a key is unknown; 203 the file cannot be read;
             204 it is not TOML; 205 an override is not ``KEY=VALUE``.
     """
+    return from_tree(read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> Tree:
+    """What the file parses to, with the overrides in it; not validated yet, see ``from_tree``.
+
+    Raises:
+        ConfigError: 201, 203, 204 or 205, as ``load``.
+    """
     tree = _parse(_read(path), str(path))
     for text in overrides:
         override(tree, text)
-    return from_tree(tree)
+    return tree
 
 
 def load_resolved(path: Path) -> Config:

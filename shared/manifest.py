@@ -86,18 +86,23 @@ class Privacy:
     """Under which differential privacy a model was learnt.
 
     Attributes:
-        mechanism, noise_multiplier, clipping_bound: of the run.
+        mechanism, clipping_bound: of the run.
+        noise_multiplier: likewise; None where each site found its own for ``epsilon``.
         ledgers: by site, SHA-256 of its privacy ledger after its last round; what was spent stands there.
+        epsilon, delta: that no site's examples were to cost more than in this run; None beside a noise multiplier.
     """
 
     mechanism: str
-    noise_multiplier: float
+    noise_multiplier: float | None
     clipping_bound: float
     ledgers: Mapping[str, str]
+    epsilon: float | None = None
+    delta: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**vars(self), "ledgers": dict(self.ledgers)}
+        """As plain JSON values; what is None has no key."""
+        found = {key: value for key, value in vars(self).items() if value is not None}
+        return {**found, "ledgers": dict(self.ledgers)}
 
 
 @dataclass(frozen=True)
@@ -334,9 +339,17 @@ def _from_json(value: dict[str, Any]) -> Manifest:
 
 
 def _privacy(value: dict[str, Any]) -> Privacy:
+    noise, epsilon, delta = (
+        float(value[key]) if key in value else None
+        for key in ("noise_multiplier", "epsilon", "delta")
+    )
+    if (noise is None) == (epsilon is None) or (epsilon is None) != (delta is None):
+        raise ValueError("privacy: must hold noise_multiplier, or epsilon and delta")
     return Privacy(
         str(value["mechanism"]),
-        float(value["noise_multiplier"]),
+        noise,
         float(value["clipping_bound"]),
         {str(site): str(digest) for site, digest in value["ledgers"].items()},
+        epsilon,
+        delta,
     )

@@ -37,7 +37,7 @@ FEATURE_MEAN: Final = "feature-mean"  # list[float], where the task standardises
 FEATURE_STD: Final = "feature-std"  # list[float]
 
 PRIVACY: Final = (
-    "privacy"  # str, JSON of privacy.section.PrivacySection; none where the mechanism is off
+    "privacy"  # str, JSON of PrivacySection, to register too; none where the mechanism is off
 )
 
 ROUNDS: Final = "rounds"  # int, of the whole run; with a privacy mechanism only

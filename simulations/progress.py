@@ -314,21 +314,29 @@ def absences(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line with the largest epsilons that the sites told last; none where nobody told any."""
+    """A line with the largest epsilons that the sites told last; none where nobody told any.
+
+    null stands for a server that gets updates without noise: nothing bounds what it learns.
+    """
     latest: dict[str, tuple[float, float]] = {}
     for line in rounds:
         told = line.get("privacy")
         for site, values in told.items() if isinstance(told, Mapping) else ():
             consumers, server = (_finite(_get(values, key)) for key in ("consumers", "server"))
+            if isinstance(values, Mapping) and values.get("server", 0) is None:
+                server = math.inf
             if consumers is None or server is None:
                 continue
-            if all(0 <= epsilon <= MOST_EPSILON for epsilon in (consumers, server)):
+            bounded = 0 <= server <= MOST_EPSILON or server == math.inf
+            if 0 <= consumers <= MOST_EPSILON and bounded:
                 latest[site] = consumers, server
     if not latest:
         return []
     largest = (max(values) for values in zip(*latest.values(), strict=True))
     # Decimals as `fedge privacy ledger` has them.
-    to_readers, to_server = (f"{v:.4f}" if v < 100_000 else f"{v:.4g}" for v in largest)
+    to_readers, to_server = (
+        "unbounded" if v == math.inf else f"{v:.4f}" if v < 100_000 else f"{v:.4g}" for v in largest
+    )
     told_by = f"{len(latest)} site{'' if len(latest) == 1 else 's'}"
     return [f"epsilon  readers {to_readers}, server {to_server} (largest, as told by {told_by})"]
 

@@ -30,6 +30,8 @@ class Line:
         css: class of the style sheet, which gives colour and width.
         label: text at the right end, empty for none; ``short`` replaces it on phones.
         ringed: mark points with rings, which show where another curve lies below.
+        marked: mark the points, where they are few.
+        spans: (x, low, high), drawn as error bars.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Line:
     label: str = ""
     short: str = ""
     ringed: bool = False
+    marked: bool = True
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,10 @@ def line_chart(
     width: float,
     height: float = 260,
     limits: tuple[float, float] | None = None,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
     phone: bool = False,
 ) -> str:
-    """Curves by round, labelled at their right ends.
+    """Curves, by round unless ``x_ticks`` say otherwise, labelled at their right ends.
 
     Args:
         label: what the picture says, for those who cannot see it.
@@ -142,13 +147,13 @@ def line_chart(
         width: of the picture, in px.
         height: of the picture, in px.
         limits: y values that the axis does not pass, for example (0, 100).
+        x_ticks: (x, text); rounds where not given.
         phone: use the lines' short labels.
     """
     lines = [line for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points] + [p[0] for b in bands for p in b.points]
-    ys = [y for line in lines for _, y in line.points] + [
-        v for b in bands for p in b.points for v in p[1:]
-    ]
+    spans = [p for band in bands for p in band.points] + [p for line in lines for p in line.spans]
+    ys = [y for line in lines for _, y in line.points] + [v for p in spans for v in p[1:]]
     if not xs:
         return ""
     low, high = min(ys), max(ys)
@@ -165,8 +170,9 @@ def line_chart(
     }
     right = max((len(t) * CHARACTER for t in texts.values()), default=0) + 18
     frame = _frame((width, height), y_ticks, span, right)
-    ticks = round_ticks(int(first), int(last), 5 if phone else 8)
-    parts = [_axes(frame, y_ticks, [(t, str(t)) for t in ticks], names)]
+    if x_ticks is None:
+        x_ticks = [(t, str(t)) for t in round_ticks(int(first), int(last), 5 if phone else 8)]
+    parts = [_axes(frame, y_ticks, x_ticks, names)]
     for band in bands:
         outline = [(x, high) for x, _, high in band.points] + [
             (x, low) for x, low, _ in reversed(band.points)
@@ -179,8 +185,9 @@ def line_chart(
         parts.append(f'<g class="{line.css}"><title>{esc(line.name)}</title>')
         if len(points) > 1:
             parts.append(f'<path d="{_path(points, frame)}"/>')
+        parts += [_error_bar(span, frame) for span in line.spans]
         radius = 4.6 if line.ringed else 3 if line.label else 1.6
-        for x, y in _marked(points, line.ringed):
+        for x, y in _marked(points, line.ringed) if line.marked else ():
             parts.append(f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}"/>')
         parts.append("</g>")
     named = [line for line in lines if line.name in texts]
@@ -194,6 +201,12 @@ def line_chart(
             f'<text class="label {line.css}" x="{frame.right + 12:.1f}" y="{y + 4:.1f}">{esc(texts[line.name])}</text>'
         )
     return _svg(width, height, label, "".join(parts))
+
+
+def _error_bar(span: tuple[float, float, float], frame: Frame) -> str:
+    x, low, high = frame.x(span[0]), frame.y(span[1]), frame.y(span[2])
+    caps = "".join(f"M{x - 5:.1f} {y:.1f}h10" for y in (low, high))
+    return f'<path class="span" d="M{x:.1f} {low:.1f}V{high:.1f}{caps}"/>'
 
 
 def _marked(points: Sequence[Point], ringed: bool) -> Sequence[Point]:

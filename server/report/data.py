@@ -46,7 +46,8 @@ class Refusal:
 class Round:
     """One line of rounds.jsonl. Metrics are finite; those that were not measured are absent.
 
-    ``secure`` is what it says of a secure sum, as it is; ``privacy`` what each site says to have spent.
+    ``secure`` is what it says of a secure sum, as it is, and ``central`` of noise that the server added; ``privacy``
+    what each site says to have spent, infinite where nothing bounds what the server learns.
     """
 
     number: int
@@ -66,13 +67,15 @@ class Round:
     received: float | None
     secure: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    central: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Run:
     """All that the report shows.
 
-    ``masked``: the server saw sums alone; ``seen`` is then what it keeps of them to be shown, as it is.
+    ``masked``: the server saw sums alone; ``seen`` is then what it keeps of them to be shown, as it is. ``sweep``: the
+    sweep that the run belongs to, as it is.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Run:
     stopped: str = ""
     masked: bool = False
     seen: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -156,6 +160,12 @@ def numbers(value: Any) -> dict[str, float]:
     """The finite members of an object."""
     found = ((name, number(v)) for name, v in mapping(value).items())
     return {name: v for name, v in found if v is not None}
+
+
+def _epsilons(value: Any) -> dict[str, float]:
+    """What a site tells, by reader; null stands for infinity, and only the server's can be that."""
+    unbounded = "server" in mapping(value) and value["server"] is None
+    return numbers(value) | ({"server": math.inf} if unbounded else {})
 
 
 def _total(parts: list[float | None]) -> float | None:
@@ -236,7 +246,8 @@ def parse_round(line: Mapping[str, Any]) -> Round | None:
         sent=number(moved.get("sent")),
         received=number(moved.get("received")),
         secure=mapping(line.get("secure")),
-        privacy={s: numbers(v) for s, v in mapping(line.get("privacy")).items()},
+        privacy={s: _epsilons(v) for s, v in mapping(line.get("privacy")).items()},
+        central=mapping(line.get("central")),
     )
 
 
@@ -332,4 +343,5 @@ def read(run_dir: Path) -> Run:
         stopped=" ".join(x for x in (text(stopped.get(k)) for k in ("code", "message")) if x),
         masked=masked,
         seen=_read_json(run_dir / "seen.json", notes) if masked else {},
+        sweep=_read_json(run_dir / "sweep.json", notes),
     )

@@ -24,6 +24,7 @@ from fedge.server.report.release import hash_html, release
 from fedge.server.report.secure import WORDS, secure
 from fedge.server.report.sites import site_results
 from fedge.server.report.summary import brief, headline, tiles
+from fedge.server.report.sweep import sweep
 from fedge.shared.durable import write_atomically
 
 #: Characters of the configuration that are shown.
@@ -114,17 +115,21 @@ def render(run_dir: Path) -> str:
         participation(run),
         secure(run),
         privacy(run),
+        sweep(run),
         cost(run),
         release(run),
         device(run),
     ]
-    names = ("learning", "sites", "participation", "secure", "privacy", "cost", "release", "device")
+    names = (
+        "learning", "sites", "participation", "secure", "privacy", "sweep", "cost", "release", "device",
+    )  # fmt: skip
     titles = (
         "Learning",
         "Sites",
         "Participation",
         "Masked sums",
         "Privacy",
+        "Sweep",
         "Cost",
         "Bundle",
         "Device",

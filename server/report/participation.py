@@ -78,11 +78,15 @@ def cell(r: Round, site: str, refusals: Sequence[Refusal]) -> State:
 def samples(config: str) -> bool:
     """Whether the run invites a share of the sites, so that one that was not invited may well be connected."""
     try:
-        wanted = mapping(mapping(tomllib.loads(config)).get("round")).get("fraction-train")
+        sections = mapping(tomllib.loads(config))
     except tomllib.TOMLDecodeError:
         return False
-    share = number(wanted)
-    return share is not None and share < 1
+    chosen, private = mapping(sections.get("round")), mapping(sections.get("privacy"))
+    for share in (number(chosen.get("fraction-train")), number(private.get("sampling-rate"))):
+        if share is not None and share < 1:
+            return True
+    apart = number(private.get("min-separation"))
+    return apart is not None and apart > 1
 
 
 def unconnected(run: Run, r: Round) -> frozenset[str]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 from fedge.server.report import format as fmt
+from fedge.server.report.central import UNBOUNDED, by_round, invited, reached
 from fedge.server.report.charts import Band, Line, line_chart, responsive
 from fedge.server.report.data import Run, mapping, number, text
 from fedge.server.report.format import MISSING, THIN, esc
@@ -30,7 +31,8 @@ FALL: Final = 0.01
 WORDS: Final = (
     (
         "Epsilon",
-        "A bound on how much one training example can change what comes out. Smaller is better.",
+        "A bound on how much one training example, or where whole sites are protected one site, can change what comes "
+        "out. Smaller is better.",
     ),
     ("Delta", "The small probability with which epsilon's bound need not hold."),
     (
@@ -56,6 +58,24 @@ _MECHANISMS: Final = {
         "distributed discrete Gaussian: each site scales its update down to the clipping bound and adds a part of the "
         "noise under its mask; whatever sum is opened holds all of it",
     ),
+    "central": (
+        "sites",
+        "a whole site: all that it has, whatever its number of examples",
+        "noise of the server's: it gets the updates as they are, scales each down to the clipping bound, and adds "
+        "noise to their sum before anybody sees the model",
+    ),
+    "central-mf": (
+        "sites",
+        "a whole site: all that it has, whatever its number of examples",
+        "noise of the server's, correlated over the rounds: it gets the updates as they are and scales each down to "
+        "the clipping bound; later rounds take back a part of the noise of earlier ones, so that less of it adds up",
+    ),
+    "local": (
+        "sites",
+        "a whole site: all that it has, whatever its number of examples",
+        "local: each site scales its update down to the clipping bound and adds all of the noise itself, before "
+        "anything leaves it",
+    ),
 }
 #: What may be left without noise, by its key: in brief, and at length.
 _OPEN: Final = {
@@ -73,7 +93,10 @@ _OPEN: Final = {
 
 
 class Told(NamedTuple):
-    """What has been spent by the end of a round, against the model's readers and against the server."""
+    """What has been spent by the end of a round, against the model's readers and against the server.
+
+    The server's is infinite where it gets updates before the noise.
+    """
 
     round: int
     consumers: float
@@ -108,7 +131,8 @@ def spent(run: Run) -> Spent:
         found = {
             site: Told(r.number, values["consumers"], values["server"])
             for site, values in r.privacy.items()
-            if all(0 <= values.get(reader, -1.0) <= MOST for reader in ("consumers", "server"))
+            if 0 <= values.get("consumers", -1.0) <= MOST
+            and (0 <= values.get("server", -1.0) <= MOST or values.get("server") == math.inf)
         }
         latest |= found
         for site, told in found.items():
@@ -156,10 +180,17 @@ def _units(run: Run) -> tuple[str, str, str]:
     return _MECHANISMS.get(mechanism, ("units of data", "", mechanism))
 
 
+def _whole_sites(run: Run) -> bool:
+    return _units(run)[0] == "sites"
+
+
 def _both(t: Told) -> str:
     if t.consumers == t.server:
         return f"{epsilon_text(t.server)} against the model's readers and the server alike"
-    consumers, server = epsilon_text(t.consumers), epsilon_text(t.server)
+    consumers = epsilon_text(t.consumers)
+    if t.server == math.inf:
+        return f"{consumers} against the model's readers; against the server it is {UNBOUNDED}"
+    server = epsilon_text(t.server)
     return f"{consumers} against the model's readers and {server} against the server"
 
 
@@ -225,7 +256,10 @@ def _chart(
     return fmt.card(title, drawn, note)
 
 
-def _charts(found: Spent) -> Iterator[str]:
+def _charts(run: Run, found: Spent) -> Iterator[str]:
+    if reached(run):
+        yield by_round(run, epsilon_text)
+        return
     if not found.largest:
         return
     title, consumers = "Epsilon by round", (1, "mean", "model's readers")
@@ -241,6 +275,10 @@ def _charts(found: Spent) -> Iterator[str]:
     elif len(found.sites) > 1:
         note += " A thin line is one site."
     last = found.largest[-1]
+    if last.server == math.inf:
+        note += f" Against the server epsilon is {UNBOUNDED}."
+        yield _chart(title, note, found, consumers, height=alone)
+        return
     if found.same:
         note += (
             " Both readers' figures are the same in every round, so one line stands for both: drawing examples at "
@@ -265,14 +303,17 @@ def _facts(run: Run) -> str:
     said = {"unprotected": "without noise, see above"}
     metrics = {
         **said,
+        "noised": "counts with noise of their own, which each site charges to its ledger",
         "off": "nobody evaluates, so this report has no accuracy: counts would be without noise",
     }
     statistics = {**said, "off": "the task learns no mean and no deviation of columns"}
+    clipped = "one site's update" if _whole_sites(run) else "one example's gradient"
     rows = [
         ("unit protected", unit),
         ("mechanism", f"{how} ({mechanism})" if how != mechanism else mechanism),
-        ("noise multiplier", _value(section, "noise-multiplier", "its standard deviation, by the clipping bound")),
-        ("clipping bound", _value(section, "clipping-bound", "greatest length (L2 norm) of one example's gradient")),
+        _noise(section),
+        ("clipping bound", _value(section, "clipping-bound", f"greatest length (L2 norm) of {clipped}")),
+        *invited(section),
         ("delta", "each site's own; it stands in the site's ledger, and not here. Unlike deltas do not compare"),
         ("counted", "all runs of a site's study together, this one and those before"),
         ("budget", "each site's own; the site refuses the round that would exceed it"),
@@ -280,6 +321,21 @@ def _facts(run: Run) -> str:
         ("statistics", statistics.get(text(section.get("statistics")), MISSING)),
     ]  # fmt: skip
     return fmt.card("What is protected, and how", fmt.definitions((k, esc(v)) for k, v in rows))
+
+
+def _noise(section: Mapping[str, Any]) -> tuple[str, str]:
+    """How much noise, or what asked for it."""
+    epsilon, delta = number(section.get("epsilon")), number(section.get("delta"))
+    if epsilon is None:
+        said = "its standard deviation, by the clipping bound"
+        if section.get("mechanism") == "local":
+            said = "its standard deviation, by twice the clipping bound"
+        return "noise multiplier", _value(section, "noise-multiplier", said)
+    at = "" if delta is None else f" at delta {fmt.significant(delta, 6)}"
+    return (
+        "noise",
+        f"each site's own, such that this run costs its examples epsilon {fmt.significant(epsilon, 6)}{at} at most",
+    )
 
 
 def _value(section: Mapping[str, Any], key: str, words: str) -> str:
@@ -296,25 +352,36 @@ def certainty(epsilon: float) -> str:
 
 
 def _meaning(run: Run, found: Spent) -> str:
+    whole = _whole_sites(run)
+    one, drawn = ("site", "sites a round") if whole else ("example", "examples a step")
     readers = {
-        "model's readers": "whoever gets the model or its predictions, and does not see which examples a step draws",
-        "server": "whoever runs it; it sees which sites take part, but not which examples they draw",
+        "model's readers": f"whoever gets the model or its predictions, and does not see which {drawn} draws",
+        "server": "whoever runs it; it sees which sites take part"
+        + ("" if whole else ", but not which examples they draw"),
     }
     rows = []
     for index, (who, words) in enumerate(readers.items(), 1):
         value = found.largest[-1][index] if found.largest else None
+        if value == math.inf:
+            rows.append((who, f"<b>{UNBOUNDED}</b><br>{words}"))
+            continue
         sure = "" if value is None else f"<b>{certainty(value)}</b><br>"
         rows.append((who if value is None else f"{who}, {epsilon_text(value)}", sure + words))
     seen = "who took part and when" if run.masked else "who took part, when, with how many examples"
+    several = (
+        ""
+        if whole
+        else "a person with several examples, for whom epsilon can be as many times as large; "
+    )
     rows += [
         ("rule of thumb", "up to 1 is strong; up to 10 is reasonable by what attacks are known to reach, though the "
             "bound itself says little; above that is weak (after Ponomareva et al., 2023)"),
-        ("not covered", "what many examples have in common, which the model is to learn; a person with several "
-            f"examples, for whom epsilon can be as many times as large; what the server sees anyway: {seen}"),
+        ("not covered", f"what many {one}s have in common, which the model is to learn; {several}what the server sees "
+            f"anyway: {seen}"),
         ("whose figures", "the sites' own, which the server cannot check. The evidence is each site's ledger: "
             "<code>fedge privacy ledger</code> prints it at the site"),
     ]  # fmt: skip
-    note = "Epsilon bounds what can be found out about one example, delta apart."
+    note = f"Epsilon bounds what can be found out about one {one}, delta apart."
     if found.largest:
         note += (
             " A reader who knows all else, and gives even odds to whether it was trained on, can become this sure of "
@@ -339,7 +406,8 @@ def _table(run: Run, found: Spent) -> str:
     rows = []
     for site in names[:MAX_ROWS]:
         t = last.get(site)
-        values = (f"{t.consumers:.4f}", f"{t.server:.4f}", str(t.round)) if t else (MISSING,) * 3
+        server = "unbounded" if t and t.server == math.inf else f"{t.server:.4f}" if t else MISSING
+        values = (f"{t.consumers:.4f}", server, str(t.round)) if t else (MISSING,) * 3
         rows.append([fmt.site_name(site), *values])
     note = "What each site says to have spent, over all runs of its study; with the decimals of its ledger."
     if len(rows) < len(names):
@@ -381,7 +449,7 @@ def privacy(run: Run) -> str:
         )
     else:
         lead = f"Noise bounds what comes out about single {units}. No site has told yet what it has spent."
-    charts, grid = list(_charts(found)), _table(run, found) if found.sites else ""
+    charts, grid = list(_charts(run, found)), _table(run, found) if found.sites else ""
     parts = [
         "".join(charts) + (grid if len(charts) == 1 else ""),
         _facts(run) + _meaning(run, found),

@@ -25,6 +25,7 @@ from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import Statistics
+from fedge.shared.privacy import noised_counts
 from fedge.shared.secagg import layout, messages, transcript
 from fedge.shared.secagg.layout import Bounds, Layout
 from fedge.shared.strategy_sections import COMPARING, least_replies
@@ -172,7 +173,9 @@ class SecureSums:
         self, server_round: int, asked: list[Member], compose: Compose
     ) -> tuple[dict[str, float] | None, Outcome]:
         """Sum the task's counters over the members' test examples; None where the sum is not opened."""
-        of = layout.of_evaluation(self._task.counter_names)
+        noised = noised_counts.of(self._config.privacy, self._task.counter_names)
+        names = self._task.counter_names if noised is None else noised.told
+        of = layout.of_evaluation(names, noised=noised is not None)
         outcome = self._run(server_round, "evaluate", of, [asked], compose)
         for opened in outcome.opened:
             try:
@@ -180,7 +183,7 @@ class SecureSums:
             except RunError as error:
                 outcome.failed.append(str(error))
                 continue
-            return layout.from_task_counters(counted, self._task.counter_names), outcome
+            return layout.from_task_counters(counted, names), outcome
         return None, outcome
 
     def statistics(self, asked: list[Member]) -> Statistics:

@@ -92,7 +92,7 @@ def noisy_fraction(
 
     Args:
         bits: how many said that their norm was at most the bound, 0 to ``sites``.
-        sites: that answered.
+        sites: that answered; with ``expected`` possibly none.
         count_noise_multiplier: sigma_b, ``MIN_COUNT_NOISE`` to ``MAX_COUNT_NOISE``.
         entropy: where the random bits come from.
         expected: sites that sampling draws on average, above 0. Needed under Poisson sampling: how many answered is
@@ -105,8 +105,10 @@ def noisy_fraction(
     Raises:
         ValueError: an argument is out of its range.
     """
-    if sites < 1:
-        raise ValueError(f"sites: must be 1 or more, got {sites}")
+    # An empty sample is a sample: its round has the same noise as any other.
+    least = 1 if expected is None else 0
+    if sites < least:
+        raise ValueError(f"sites: must be {least} or more, got {sites}")
     if not 0 <= bits <= sites:
         raise ValueError(f"bits: must be 0 to {sites}, got {bits}")
     if not MIN_COUNT_NOISE <= count_noise_multiplier <= MAX_COUNT_NOISE:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.strategy_sections import COMPARING, QFedAvg, Scaffold
 
 if TYPE_CHECKING:
     from fedge.shared.config import Config
+
+_LEAST_CENTRAL: Final = 1e-6
 
 
 def unfit(config: Config) -> Iterator[str]:
@@ -88,6 +90,12 @@ def _of_cohort(config: Config) -> Iterator[str]:
     """Who takes part is the mechanism's to draw."""
     if config.privacy.mechanism not in CENTRAL:
         return
+    noise = config.privacy.noise_multiplier
+    if noise is not None and noise < _LEAST_CENTRAL:
+        yield (
+            f"privacy.noise-multiplier: must be at least {_LEAST_CENTRAL:g} with {config.privacy.mechanism}, as the"
+            f" grid of the updates would be too fine for whole numbers, got {noise:g}"
+        )
     if config.round.fraction_train != 1:
         yield (
             f"round.fraction-train: must be 1 with {config.privacy.mechanism}, got {config.round.fraction_train:g}:"

@@ -38,13 +38,18 @@ def steps_a_unit(clipping_bound: float) -> float:
     return STEPS / clipping_bound
 
 
-def sensitivity(size: int) -> float:
-    """The largest L2 norm, in steps, of an update of so many coordinates that was clipped and rounded."""
+def sensitivity(size: int, steps: int = STEPS) -> float:
+    """The largest L2 norm, in steps, of an update of so many coordinates that was clipped and rounded.
+
+    Args:
+        size: coordinates.
+        steps: in a clipping bound.
+    """
     if size < 1:
         raise ValueError(f"size: must be at least 1, got {size}")
-    loose = (STEPS + math.sqrt(size)) ** 2
+    loose = (steps + math.sqrt(size)) ** 2
     # sqrt(2 log(1 / beta)) is 1.
-    tight = STEPS**2 + size / 4 + STEPS + math.sqrt(size) / 2
+    tight = steps**2 + size / 4 + steps + math.sqrt(size) / 2
     return math.sqrt(min(loose, tight))
 
 
@@ -101,13 +106,22 @@ def encode(
             f"update: must have an L2 norm of {clipping_bound:g} at most, got {norm:g}"
         )
     exact *= steps_a_unit(clipping_bound) * min(1.0, clipping_bound / max(norm, 1e-300))
-    found = _rounded(exact, sensitivity(update.size), entropy)
+    found = rounded(exact, sensitivity(update.size), entropy)
     found += table(noise_deviation).sample(update.size, entropy)
     return found.astype(np.uint32)
 
 
-def _rounded(exact: NDArray[np.float64], longest: float, entropy: Entropy) -> NDArray[np.int64]:
-    """Round up or down at random, with the right mean, until the vector is short enough."""
+def rounded(exact: NDArray[np.float64], longest: float, entropy: Entropy) -> NDArray[np.int64]:
+    """Round up or down at random, with the right mean, until the vector is short enough.
+
+    Args:
+        exact: ``(d,)``, in steps.
+        longest: L2 norm, of ``sensitivity``.
+        entropy: where the random bits come from.
+
+    Raises:
+        ValueError: it does not become short enough.
+    """
     for _ in range(_TRIES):
         uniform = (entropy.uint64(exact.size) >> np.uint64(64 - _BITS)) * 2.0**-_BITS
         found = np.floor(exact + uniform).astype(np.int64)

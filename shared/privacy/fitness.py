@@ -30,7 +30,8 @@ def require_fit(section: PrivacySection, task: Task) -> None:
         )
     with torch.random.fork_rng(devices=[]):
         network = task.network()
-    if section.mechanism == "distributed":
+    # Where it hides whole sites, an update is clipped as a whole, and examples may mix in it.
+    if section.unit == "site":
         trained = {name for name, _ in network.named_parameters()}
         state = network.state_dict().items()
         if others := [n for n, t in state if n not in trained and t.is_floating_point()]:

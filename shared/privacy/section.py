@@ -11,6 +11,7 @@ from fedge.shared.section import Section
 
 #: Keys that one mechanism alone has a use for.
 _OF_MECHANISM: Final = {
+    "epsilon": "example",
     "corrupt_sites": "distributed",
     "sampling_rate": "central",
     "clipping_quantile": "central",
@@ -36,6 +37,14 @@ class PrivacySection(Section):
         le=1e4,
         description="standard deviation of the noise, by the clipping bound; `fedge privacy calibrate` finds it",
     )
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="what the run may cost each site's examples, instead of noise-multiplier: each site then finds the"
+        " noise that its number of examples asks for (example)",
+    )
+    delta: float = Field(1e-5, ge=1e-10, lt=1, description="at which that epsilon is meant")
     clipping_bound: float = Field(
         1.0,
         gt=0,
@@ -106,8 +115,12 @@ class PrivacySection(Section):
                 raise ValueError("mechanism must be named where noise-multiplier is set, got off")
             if self.metrics == "noised":
                 raise ValueError("mechanism must be named where metrics is noised, got off")
-        elif self.noise_multiplier is None:
+        elif self.noise_multiplier is None and self.epsilon is None:
             raise ValueError(f"must hold noise-multiplier with {self.mechanism}, got none")
+        elif self.noise_multiplier is not None and self.epsilon is not None:
+            raise ValueError("must hold noise-multiplier or epsilon, got both")
+        if self.epsilon is None and self.delta != type(self).model_fields["delta"].default:
+            raise ValueError("must hold epsilon where delta is set, got none")
         if self.metrics == "noised" and self.metrics_noise_multiplier is None:
             raise ValueError("must hold metrics-noise-multiplier with metrics noised, got none")
         if self.metrics != "noised" and self.metrics_noise_multiplier is not None:

@@ -14,9 +14,17 @@ square root matrix factorization", https://arxiv.org/abs/2405.13763). Whoever ta
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: Rounds that noise is correlated over at most where nobody says how many: each is a vector in memory and on the disk.
+MOST_BANDS: Final = 1000
+
+#: Numbers of bands that are tried first: each larger by this factor, and so many multiples of the separation.
+_GROWTH: Final = 1.15
+_MULTIPLES: Final = 8
 
 
 def coefficients(rounds: int, bands: int) -> NDArray[np.float64]:
@@ -106,6 +114,36 @@ def error(
     return correlated / math.sqrt(participations * (rounds + 1) / 2)
 
 
+def best_bands(rounds: int, participations: int, min_separation: int) -> int:
+    """The number of bands with the least ``error``, up to ``MOST_BANDS``.
+
+    The error falls and rises between one multiple of the separation and the next, where columns begin to overlap; so
+    the multiples are tried, some numbers in between, and then what lies about the best of them.
+
+    Raises:
+        ValueError: as ``sensitivity``.
+    """
+    most = min(rounds, MOST_BANDS)
+
+    def of(bands: int) -> float:
+        return error(coefficients(rounds, bands), rounds, participations, min_separation)
+
+    tried, bands = {most}, 1
+    while bands < most:
+        tried.add(bands)
+        bands = max(bands + 1, math.ceil(bands * _GROWTH))
+    tried |= {k * min_separation for k in range(1, _MULTIPLES + 1) if k * min_separation <= most}
+    known = {bands: of(bands) for bands in sorted(tried)}
+    while True:
+        best = min(known, key=lambda bands: (known[bands], bands))
+        below = max((n for n in known if n < best), default=best)
+        above = min((n for n in known if n > best), default=best)
+        between = {(below + best) // 2, (best + above + 1) // 2} - known.keys()
+        if not between:
+            return best
+        known |= {bands: of(bands) for bands in between}
+
+
 def _spread(coefficients: NDArray[np.float64], rounds: int) -> float:
     """Root mean squared error of the running sums of C^-1 z for z of variance 1: the rows of A C^-1."""
     inverse = np.zeros(rounds)
@@ -140,6 +178,32 @@ class Correlated:
         # Of the last rounds, each at its number modulo their count.
         self._past = np.zeros((coefficients.size - 1, size))
         self._size, self._round = size, 0
+
+    @property
+    def round(self) -> int:
+        """How many rounds have had their noise."""
+        return self._round
+
+    def state(self) -> NDArray[np.float64]:
+        """The noise of the last rounds, ``(bands - 1, size)``: all that is needed to go on, beside ``round``."""
+        return self._past.copy()
+
+    def restore(self, past: NDArray[np.float64], rounds: int) -> None:
+        """Go on after so many rounds from what ``state`` gave then.
+
+        Raises:
+            ValueError: it is of other bands or another size, not finite, or the rounds are fewer than none.
+        """
+        if past.shape != self._past.shape or past.dtype != np.float64:
+            raise ValueError(
+                f"past: must be {self._past.shape} of float64, got {past.shape} of {past.dtype}"
+            )
+        if not np.isfinite(past).all():
+            raise ValueError("past: must be finite, got NaN or infinity")
+        if rounds < 0:
+            raise ValueError(f"rounds: must be 0 or more, got {rounds}")
+        self._past[:] = past
+        self._round = rounds
 
     def next(self, fresh: NDArray[np.float64]) -> NDArray[np.float64]:
         """The noise of the next round.

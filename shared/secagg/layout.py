@@ -160,13 +160,16 @@ def of_noised(
     return Layout(tensors, (segment,), (Counter(SITES, 0, 1),))
 
 
-def of_evaluation(counters: Sequence[str]) -> Layout:
-    """The vector of an evaluation: the task's counters."""
-    return Layout(
-        (),
-        (),
-        (Counter(SITES, 0, 1), *(Counter(_own(name), 0, _MOST, _FRACTION) for name in counters)),
-    )
+def of_evaluation(counters: Sequence[str], *, noised: bool = False) -> Layout:
+    """The vector of an evaluation: the task's counters.
+
+    Args:
+        counters: their names.
+        noised: they have noise, which may carry them below 0. Its grid is this one's, or a coarser one.
+    """
+    low = -_MOST if noised else 0
+    own = (Counter(_own(name), low, _MOST, _FRACTION) for name in counters)
+    return Layout((), (), (Counter(SITES, 0, 1), *own))
 
 
 def of_statistics(columns: int) -> Layout:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,26 +28,21 @@ from fedge.client.contribution import SiteNoise
 from fedge.client.data import SiteData
 from fedge.client.private_release import Noise
 from fedge.client.train import Examples, train
+from fedge.server.central import Central
+from fedge.server.results import Update
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
 from fedge.shared import preprocess
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config, TrainSection
-from fedge.shared.errors import brief
+from fedge.shared.errors import ConfigError, brief
+from fedge.shared.privacy import local
+from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.secagg import encoding, layout, masking
 from fedge.shared.secagg.layout import Bounds
 from fedge.shared.tasks.task import Task
-
-#: Values of an example, and inputs of the layer, up to which the example itself is looked for.
-_MOST_VALUES: Final = 256
-_MOST_INPUTS: Final = 2048
-_STARTS: Final = 4
-_TURNS: Final = 15
-#: From this residual on, as a share of what is wanted, there is no such example, and two starts are enough.
-_HOPELESS: Final = 0.5
-#: A fit this close, in the layer's inputs, is the example.
-_CLOSE: Final = 1e-4
+from fedge.simulations.audit.example_search import MOST_INPUTS, MOST_VALUES, Search
 
 
 @dataclass(frozen=True)
@@ -112,6 +107,9 @@ def invert(config: Config, task: Task, data: SiteData, entropy: Entropy) -> Inve
         task: the network is made as at a run's beginning.
         data: of the site.
         entropy: of the mechanism's noise.
+
+    Raises:
+        ConfigError: 201, local noise does not fit its grid.
     """
     threads = torch.get_num_threads()
     # As a site does; more would only wait for each other over so little work.
@@ -145,17 +143,13 @@ def _inverted(config: Config, task: Task, data: SiteData, entropy: Entropy) -> I
     truth, example = inputs[0].double().numpy(), x.reshape(-1).astype(np.float64)
     direct = truth.shape == example.shape and bool(np.array_equal(truth, example))
     look = None
-    if not direct and example.size <= _MOST_VALUES and truth.size <= _MOST_INPUTS:
-        look = _Search(network, name, tuple(x.shape[1:]))
+    if not direct and example.size <= MOST_VALUES and truth.size <= MOST_INPUTS:
+        look = Search(network, name, tuple(x.shape[1:]))
     made = []
     for kind, layer in views:
         again = look.example(layer) if look else None
-        made.append(
-            View(
-                kind, layer, _distance(layer, truth),
-                again, None if again is None else _distance(again, example),
-            )
-        )  # fmt: skip
+        off = None if again is None else _distance(again, example)
+        made.append(View(kind, layer, _distance(layer, truth), again, off))
     return Inversion(name, direct, truth, example, tuple(made))
 
 
@@ -246,6 +240,26 @@ class _Site:
         opened = mean.noised_mean(of, Opened(sites, honest, honest, total), received).mean
         return {name: opened[name] - still[name] for name in still}
 
+    def noised_mean(self, trained: NDArrays) -> NDArrays:
+        """What readers of the model compute from a first round with the server's noise, in which this site is alone."""
+        config, received = self.config, self.received
+        server = Central(config.privacy, config.run.rounds, received, entropy=self.entropy)
+        update = Update("site-1", trained, 1, None)
+        return server.release(1, [update], received, config.sites.count).result.mean
+
+    def noised(self, trained: NDArrays) -> NDArrays:
+        """What leaves a site that adds all of its noise itself.
+
+        Raises:
+            ConfigError: 201, the noise does not fit its grid.
+        """
+        of, received = self.config.privacy, self.received
+        noise = of.clipping_bound, of.noise_multiplier or 0
+        try:
+            return local.noised_weights(received, trained, *noise, self.entropy)
+        except ValueError as error:
+            raise ConfigError(201, f"privacy: {error}") from None
+
     @property
     def _parameters(self) -> list[str]:
         return [name for name, p in self.network.named_parameters() if p.requires_grad]
@@ -260,6 +274,10 @@ def _views(site: _Site, name: str) -> list[tuple[str, NDArray[np.float64]]]:
         updates["example"] = _less(site.trained(noise), received)
     elif section.mechanism == "distributed":
         updates["distributed"] = site.noised_sum(trained)
+    elif section.mechanism in CENTRAL:
+        updates[section.mechanism] = _less(site.noised_mean(trained), received)
+    elif section.mechanism == "local":
+        updates["local"] = _less(site.noised(trained), received)
     prefix = f"{name}." if name else ""
     return [
         (kind, from_gradients(update[f"{prefix}weight"], update[f"{prefix}bias"]))
@@ -279,67 +297,3 @@ def _arrays(network: nn.Module) -> NDArrays:
 
 def _shapes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
     return {name: a.shape for name, a in arrays.items()}
-
-
-class _Search:
-    """Looks for the example of which a network's first layers make given values.
-
-    Args:
-        network: with weights as received.
-        name: of the layer that takes the values.
-        shape: of an example.
-    """
-
-    def __init__(self, network: nn.Module, name: str, shape: Sequence[int]) -> None:
-        self._network = copy.deepcopy(network).double()
-        for p in self._network.parameters():
-            p.requires_grad_(False)
-        self._name, self._shape = name, tuple(shape)
-
-    def example(self, wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The best fit of a few starts at random, ``(n,)``."""
-        target, size = torch.from_numpy(wanted), int(np.prod(self._shape))
-        generator = np.random.default_rng(0)
-        best, least = np.zeros(size), np.inf
-        for start in range(_STARTS):
-            first = torch.from_numpy(generator.random(size))
-            found, distance = _fit(self._made, first, target)
-            if distance < least:
-                best, least = found.numpy(), distance
-            if least < _CLOSE or (start and least > _HOPELESS * float(target.norm())):
-                break
-        return best
-
-    def _made(self, x: Tensor) -> Tensor:
-        """Rows ``(b, n)`` to the layer's inputs ``(b, k)``."""
-        kept: list[Tensor] = []
-        layer = self._network.get_submodule(self._name)
-        hook = layer.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
-        try:
-            self._network(x.reshape(-1, *self._shape))
-        finally:
-            hook.remove()
-        return kept[0]
-
-
-def _fit(made: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """Levenberg and Marquardt's least squares from one start: where it ends, and how far off that is."""
-    damping, left = 1.0, made(x[None])[0] - target
-    for _ in range(_TURNS):
-        # A row for each value that is wanted: its gradient is a row of the Jacobian.
-        rows = x.repeat(target.numel(), 1).requires_grad_()
-        slopes = torch.autograd.grad(made(rows).diagonal().sum(), rows)[0]
-        square, down = slopes.T @ slopes, slopes.T @ left
-        while damping < 1e8:
-            step = torch.linalg.solve(square + damping * torch.eye(x.numel(), dtype=x.dtype), down)
-            there = made((x - step)[None])[0] - target
-            if there.norm() < left.norm():
-                break
-            damping *= 4
-        else:
-            break
-        gain = float(left.norm() - there.norm())
-        x, left, damping = x - step, there, damping / 5
-        if gain < 1e-9 * float(left.norm()) or float(left.norm()) < 1e-9:
-            break
-    return x, float(left.norm())

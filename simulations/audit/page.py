@@ -1,4 +1,4 @@
-"""An audit as one self-contained HTML page, as JSON and in words; the style is that of a run's report."""
+"""An audit as one self-contained HTML page and as JSON; the style is that of a run's report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fedge.server.report import format as fmt
 from fedge.server.report.charts import Column, column_chart, responsive
 from fedge.server.report.format import esc
 from fedge.server.report.pictures import greys, picture
+from fedge.simulations.audit import wording
 from fedge.simulations.audit.canaries import Finding, P
 from fedge.simulations.audit.inversion import Inversion, View
 
@@ -24,32 +25,6 @@ _STYLE: Final = (
     ".pictures .greys { width: 100%; max-width: 190px; }\n"
     ".pictures + .note { margin-top: 14px; }\n"
 )
-_VIEWS: Final = {
-    "plain": ("One plain update", "What the server computes from one site's weights without masks and noise."),
-    "masked": ("One masked vector", "The same attack on what the server gets under masks."),
-    "example": ("One update with DP-SGD", "The same attack on the update after the configured clipping and noise."),
-    "distributed": (
-        "The opened sum",
-        "The same attack on a sum in which this site alone has an update; all the others add noise only.",
-    ),
-}  # fmt: skip
-
-
-def words(found: Finding) -> str:
-    """The verdict in a sentence."""
-    bound = f"{found.bound:.2f}"
-    if found.claim is None:
-        most = ", as much as this audit can show" if found.bound == found.most else ""
-        return f"Nothing protects: epsilon of plain training is at least {bound}{most}"
-    claim = f"{found.claim:.2f}"
-    if found.verdict == "caught":
-        return f"CAUGHT: epsilon is at least {bound}, above the claim of {claim}"
-    more = (
-        ""
-        if found.could_contradict
-        else f"; no outcome could, as this audit shows {found.most:.2f} at most"
-    )
-    return f"Not contradicted: the guesses prove an epsilon of {bound}, below the claim of {claim}{more}"
 
 
 def to_json(found: Finding, inverted: Inversion, seconds: float) -> dict[str, Any]:
@@ -60,6 +35,7 @@ def to_json(found: Finding, inverted: Inversion, seconds: float) -> dict[str, An
         "noise_multiplier": found.noise_multiplier,
         "noise_factor": found.noise_factor,
         "honest_sites": found.honest or None,
+        "rounds": found.rounds,
         "delta": found.delta,
         "claim": found.claim,
         "lower_bound": found.bound,
@@ -94,13 +70,18 @@ def render(found: Finding, inverted: Inversion, task: str, config: str, when: st
     style = "".join(
         files.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "secure.css")
     )
-    sections = [_canaries(found), _meaning(found), _inversion(inverted), _origin(config)]
+    sections = [
+        _canaries(found),
+        _meaning(found),
+        _inversion(inverted, found.mechanism),
+        _origin(config),
+    ]
     titles = ("Canaries", "What it shows", "One update", "Configuration")
     links = zip(("canaries", "meaning", "inversion", "origin"), titles, strict=True)
     return Template(files.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=esc(f"Audit, {task}, {found.mechanism}"),
         style=style + _STYLE,
-        headline=esc(words(found) + "."),
+        headline=esc(wording.words(found) + "."),
         run=esc(f"audit of {task}, mechanism {found.mechanism}"),
         state=found.verdict,
         when=f"<time>{esc(when)}</time>",
@@ -124,7 +105,7 @@ def _tiles(found: Finding) -> str:
     claim = "none" if found.claim is None else f"{found.claim:.2f}"
     bad = found.verdict != "not contradicted"
     tiles = [
-        fmt.tile("Claim", claim, f"epsilon of one release, delta {found.delta:g}", "main"),
+        fmt.tile("Claim", claim, f"epsilon of {wording.audited(found)}, delta {found.delta:g}", "main"),
         fmt.tile("Lower bound", f"{found.bound:.2f}", f"proved with {1 - P:.0%} confidence", "main"),
         fmt.tile("Guesses right", f"{found.correct} of {sizes.guesses}", f"of {sizes.canaries} canaries"),
         fmt.tile("Verdict", found.verdict, "", "bad" if bad else "good"),
@@ -133,19 +114,9 @@ def _tiles(found: Finding) -> str:
 
 
 def _canaries(found: Finding) -> str:
-    sizes = found.sizes
-    how = {
-        "distributed": f"each the update of one site, added modulo 2^32. The {found.honest} sites that the "
-        "configuration counts on add noise, the others none: the worst sum that is promised to protect",
-        "example": "each a training example with a gradient of its own, in one step of DP-SGD over all of them",
-        "off": "each a training example with a gradient of its own, in one plain step over all of them",
-    }[found.mechanism]
-    lead = (
-        f"{fmt.count(sizes.canaries)} canaries over {fmt.count(sizes.parameters)} parameters, {how}. A coin said of "
-        "each whether it was in. From what came out alone, half of the guesses named those that look most like in, and "
-        "half those that look most like out; how many to guess was fixed before."
+    return fmt.section(
+        "canaries", "Canaries", esc(wording.how(found), 2000), _scores(found) + _facts(found)
     )
-    return fmt.section("canaries", "Canaries", esc(lead, 2000), _scores(found) + _facts(found))
 
 
 def _scores(found: Finding) -> str:
@@ -176,7 +147,7 @@ def _scores(found: Finding) -> str:
 
 
 def _facts(found: Finding) -> str:
-    guesses = found.sizes.guesses
+    guesses, of = found.sizes.guesses, wording.audited(found)
     rows = [("mechanism", esc(found.mechanism))]
     if found.noise_multiplier is not None:
         rows.append(("noise multiplier", fmt.significant(found.noise_multiplier, 6)))
@@ -188,29 +159,16 @@ def _facts(found: Finding) -> str:
         ("guesses right", f"{found.correct} of {guesses}, {fmt.share(found.correct / guesses)}; by chance about half"),
         ("largest bound that it can show", f"{found.most:.4f}, with every guess right"),
         ("lower bound", f"{found.bound:.4f}, at delta {found.delta:g}"),
-        ("claim", "none" if found.claim is None else f"{found.claim:.4f}, by the accountant, for this one release"),
+        ("claim", "none" if found.claim is None else f"{found.claim:.4f}, by the accountant, for {of}"),
     ]  # fmt: skip
     note = "One-run audit of Steinke, Nasr and Jagielski (2023), with abstentions."
     return fmt.card("In numbers", fmt.definitions(rows), note) + "</div>"
 
 
 def _meaning(found: Finding) -> str:
-    can = [
-        "It can contradict: a bound above the claim says that noise, clipping or accounting is wrong, and is itself "
-        f"wrong in {P:.0%} of honest audits at most.",
-        "It runs the code that a real run does: clipping, rounding, noise, sum and decoding are those of the product.",
-    ]
-    cannot = [
-        "It cannot confirm: a bound below the claim is what this one attack found. A better one may find more. "
-        "Even sound noise and the best guesses leave a wide gap between the two.",
-        f"It cannot show more than {found.most:.2f}, however little is protected; a larger claim is out of its reach.",
-        "It looks at one release, not at a whole run: how releases add up is the accountant's, and a site's ledger's.",
-        "It does not look at sampling, at the generator of the random bits, at time, or at what leaves beside the "
-        "mechanism, as held-out metrics that were declared unprotected.",
-    ]
     cards = [
         fmt.card(title, f"<ul>{''.join(f'<li>{esc(line, 1000)}</li>' for line in lines)}</ul>", css="brief")
-        for title, lines in (("It can", can), ("It cannot", cannot))
+        for title, lines in (("It can", wording.can()), ("It cannot", wording.cannot(found)))
     ]  # fmt: skip
     return fmt.section(
         "meaning",
@@ -220,7 +178,7 @@ def _meaning(found: Finding) -> str:
     )
 
 
-def _inversion(inverted: Inversion) -> str:
+def _inversion(inverted: Inversion, mechanism: str) -> str:
     title = "What one update gives away"
     if inverted.truth is None or inverted.example is None:
         return fmt.section("inversion", title, esc(inverted.reason, 1000), "")
@@ -244,7 +202,7 @@ def _inversion(inverted: Inversion) -> str:
     cards = [_picture("The example", f"As the {taker} takes it.", truth, low, high, "")]
     for view in inverted.views:
         shown = view.example if looked and view.example is not None else view.layer
-        name, note = _VIEWS[view.name]
+        name, note = wording.view(view.name, mechanism)
         cards.append(_picture(name, note, shown, low, high, _errors(view, looked)))
     body = f'<div class="trio pictures">{"".join(cards)}</div>'
     note = (

@@ -31,7 +31,7 @@ def _arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-class _Told:
+class Told:
     """Progress on standard error: one line that changes on a terminal, elsewhere a line for each part."""
 
     def __init__(self) -> None:
@@ -40,6 +40,7 @@ class _Told:
         self._file, self._live, self._last = sys.stderr, sys.stderr.isatty(), ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """So much of a part is done."""
         text = f"{what}: {100 * done // max(total, 1)} %"
         if self._live and text != self._last:
             self._file.write(f"\r\033[K{text}")
@@ -50,6 +51,7 @@ class _Told:
             self._last = what
 
     def end(self) -> None:
+        """Clear the line."""
         if self._live and self._last:
             self._file.write("\r\033[K")
             self._file.flush()
@@ -98,8 +100,8 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
     check(task)
     require_fit(config.privacy, task)
     shares = site_shares(config, task)
-    out = _folder(arguments.out)
-    told, entropy = _Told(), Entropy()
+    out = folder(arguments.out, Path("runs/audit"))
+    told, entropy = Told(), Entropy()
     try:
         found = audit(config, task, sizes, entropy, told, noise_factor=factor)
         told("one update", 0, 1)
@@ -110,7 +112,7 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     text = json.dumps(result, indent=2) + "\n"
     html = page.render(found, inverted, config.task.name, dump(config), when)
-    _write({out / "audit.json": text, out / "audit.html": html})
+    write({out / "audit.json": text, out / "audit.html": html})
     if arguments.json:
         sys.stdout.write(text)
     else:
@@ -118,9 +120,12 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
     return 1 if found.verdict == "caught" else 0
 
 
-def _folder(chosen: Path | None) -> Path:
-    """Made now, so that nobody waits a minute for what cannot be written."""
-    first = Path("runs/audit")
+def folder(chosen: Path | None, first: Path) -> Path:
+    """The folder for results, or the next free one; made now, so that nobody waits for what cannot be written.
+
+    Raises:
+        UsageError: 107, it cannot be made.
+    """
     numbered = (first.with_name(f"{first.name}-{i}") for i in range(2, 100_000))
     out = chosen or (first if not first.exists() else next(p for p in numbered if not p.exists()))
     try:
@@ -130,7 +135,12 @@ def _folder(chosen: Path | None) -> Path:
     return out
 
 
-def _write(files: dict[Path, str]) -> None:
+def write(files: dict[Path, str]) -> None:
+    """Write texts, each file whole or not at all.
+
+    Raises:
+        UsageError: 107, one cannot be written.
+    """
     from fedge.shared.durable import write_atomically
 
     for path, text in files.items():
@@ -147,12 +157,12 @@ def _unwritable(path: Path, error: OSError) -> Exception:
 
 
 def _table(found: Finding, inverted: Inversion, result: dict[str, Any]) -> str:
-    from fedge.simulations.audit.page import words
+    from fedge.simulations.audit.wording import audited, words
 
     claim = (
         "none"
         if found.claim is None
-        else f"{found.claim:.4f}  (delta {found.delta:g}, one release)"
+        else f"{found.claim:.4f}  (delta {found.delta:g}, {audited(found)})"
     )
     rows = [
         ("mechanism", found.mechanism),

@@ -204,7 +204,7 @@ class Server:
 
     def plain(self, site: str) -> np.ndarray:
         """What a site adds, in clear: its weighted update, as it tells a server that asks without masks."""
-        if not len(self.sites[site].data.train_labels):
+        if not len(self.sites[site].learner.data.train_labels):
             return np.zeros(self.layout.values)
         reply = self.sites[site].answer(protocol.TRAIN, self.train_request(secure=False))
         trained = {n: a.numpy() for n, a in reply[protocol.ARRAYS].items()}

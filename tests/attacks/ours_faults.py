@@ -22,7 +22,7 @@ from .parties import VICTIM, make_sites
 def nan_update(home: Path) -> Attack:
     """A fault: a column of the victim's data is NaN, and its training makes NaN of its weights."""
     sites = make_sites(home)
-    sites[VICTIM].data.train_features[:, 0] = np.nan
+    sites[VICTIM].learner.data.train_features[:, 0] = np.nan
     server = Server(sites).begin().share().masked().commit().unmask()
     return judged(
         "nan-update",

@@ -53,7 +53,7 @@ def test_a_site_beyond_the_cap_weighs_as_much_as_the_cap(tmp_path):
 
 def test_a_huge_update_is_clipped_and_counted(tmp_path):
     sites = make_sites(tmp_path)
-    sites[VICTIM].data.train_features[...] *= 300
+    sites[VICTIM].learner.data.train_features[...] *= 300
     server = whole(sites)
     values, counted = server.opened()
     assert counted["clipped"] == 1
@@ -70,7 +70,7 @@ def test_a_huge_update_is_clipped_and_counted(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_site_whose_weights_are_not_finite_is_out_before_it_has_a_key(value, tmp_path):
     sites = make_sites(tmp_path)
-    sites[VICTIM].data.train_features[:, 1] = value
+    sites[VICTIM].learner.data.train_features[:, 1] = value
     server = whole(sites)
     assert server.refusals == [Refusal(VICTIM, protocol.TRAIN, 401)]
     assert VICTIM not in server.group.bundles
@@ -82,11 +82,11 @@ def test_a_retry_trains_nothing_anew_and_has_the_same_update(tmp_path):
     Server(sites).begin().share()
     calls = []
     for worker in sites.values():
-        worker._local_steps = lambda *_: calls.append(1)
+        worker.learner._local_steps = lambda *_: calls.append(1)
     again = Server(sites, attempt=2).begin().share().masked().commit().unmask()
     assert calls == []
     for worker in sites.values():
-        del worker._local_steps
+        del worker.learner._local_steps
     assert again.is_right()
 
 

@@ -4,17 +4,27 @@ from pathlib import Path
 
 import pytest
 
+LOADED = (
+    "published",
+    "published_heart_dp",
+    "published_mnist_dp",
+    "published_pooled",
+    "published_private",
+)
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "published.py"
 
 
 @pytest.fixture(scope="module")
 def published():
+    before = list(sys.path)
     spec = importlib.util.spec_from_file_location("published", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["published"] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["published"]
+    for name in LOADED:
+        sys.modules.pop(name, None)
+    sys.path[:] = before
 
 
 def measured(published, **shifts):

@@ -103,12 +103,12 @@ def test_what_did_not_fit_is_let_go(task, data, ask, tell, weights, tmp_path, ca
     worker = SiteWorker("a", replace(task, loss=loss), data, tmp_path)
     assert tell(worker, ask(protocol.TRAIN, weights)).code == 416
     assert seen[0]() is None
-    assert worker._prepared is None
+    assert worker.learner._prepared is None
 
 
 def test_a_network_that_fails_ends_the_task_too(task, data, ask, tell, weights, tmp_path):
     worker = SiteWorker("a", task, data, tmp_path)
-    handle = worker._network.register_forward_hook(
+    handle = worker.learner.network.register_forward_hook(
         lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error: unknown error"))
     )
     assert tell(worker, ask(protocol.EVALUATE, weights)).code == 417

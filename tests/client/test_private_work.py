@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.client.private_release import noise_within
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
+from fedge.shared.config import TrainSection
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Scale
 from fedge.shared.privacy.accounting import Release, epsilon
@@ -99,3 +101,29 @@ def test_a_task_that_learns_no_statistics_needs_no_word_on_them(
     plain = SiteWorker("a", replace(task, preprocessing=(Scale(0.5),)), data, tmp_path)
     reply = tell(plain, ask(protocol.TRAIN, weights, privacy=section(statistics="off")))
     assert protocol.EPSILON_SERVER in reply[protocol.METRICS]
+
+
+def test_each_site_finds_the_noise_that_keeps_its_run_within_epsilon(tell, worker, ask, weights):
+    asked = {"train": '{"local-steps": 4, "batch-size": 8}', "rounds": 3}
+    wanted = json.dumps(
+        {"mechanism": "example", "epsilon": 2.0, "delta": 1e-3, "statistics": "unprotected"}
+    )
+    for number in (1, 2, 3):
+        tell(worker, ask(protocol.TRAIN, weights, server_round=number, privacy=wanted, **asked))
+    releases = [entry.charge.release for entry in Ledger(worker.home / FILE).entries()]
+    assert {(r.sampling_rate, r.steps) for r in releases} == {(8 / 37, 4)}
+    assert 0.99 * 2.0 < epsilon(releases, 1e-3) <= 2.0
+    # With fewer examples each is drawn more often, and needs more noise.
+    settings = TrainSection.model_validate({"batch-size": 8, "local-steps": 4})
+    fewer = noise_within(2.0, 1e-3, 1.0, settings, 20, 3)
+    assert fewer.noise_multiplier > releases[0].noise_multiplier
+
+
+@pytest.mark.parametrize(
+    ("values", "rounds"), [({"epsilon": 1e-5, "delta": 1e-10}, 3), ({"epsilon": 2.0}, None)]
+)
+def test_an_epsilon_without_noise_for_it_is_refused(tell, worker, ask, weights, values, rounds):
+    wanted = json.dumps({"mechanism": "example", "statistics": "unprotected", **values})
+    found = tell(worker, ask(protocol.TRAIN, weights, privacy=wanted, rounds=rounds))
+    assert isinstance(found, SiteError) and found.code == 414
+    assert not (worker.home / FILE).exists()

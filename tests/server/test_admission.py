@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -360,3 +361,29 @@ def test_a_sites_error_is_told_with_its_title_and_without_its_text(
         assert "without a known number" in words
     else:
         assert f"FE-{number} ({CATALOGUE[number].title})" in words
+
+
+@pytest.mark.parametrize(
+    ("consumers", "server", "told"),
+    [
+        (1.5, 2.5, (1.5, 2.5)),
+        # A server that gets updates before the noise.
+        (1.5, math.inf, (1.5, math.inf)),
+        (math.inf, math.inf, None),
+        (math.inf, 2.5, None),
+        (1.5, -math.inf, None),
+        (1.5, math.nan, None),
+        (-1.0, math.inf, None),
+        (1e10, math.inf, None),
+    ],
+)
+def test_only_against_the_server_epsilon_may_be_infinite(
+    consumers: float, server: float, told: tuple[float, float] | None
+) -> None:
+    expected = replace(EXPECTED, private=True)
+    reply = _honest(**{"epsilon-consumers": consumers, "epsilon-server": server})
+    del reply.content.metric_records["metrics"]["train-loss"]
+    verdict = admit_train(reply, SITE, REGISTERED, expected)
+    assert verdict.update is not None
+    assert verdict.update.epsilon == told
+    assert len(verdict.drops) == (0 if told else 2)

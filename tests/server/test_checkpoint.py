@@ -103,3 +103,10 @@ def test_prune_removes_what_a_kill_left(model: Arrays, tmp_path: Path):
     (tmp_path / ".round-000001.safetensors.tmp").write_bytes(b"half")
     checkpoint.prune(tmp_path, 0)
     assert [p.name for p in tmp_path.iterdir()] == ["round-000000.safetensors"]
+
+
+def test_prune_keeps_as_many_as_it_is_told(model: Arrays, tmp_path: Path):
+    for server_round in range(4):
+        checkpoint.write(tmp_path, server_round, model, {})
+    checkpoint.prune(tmp_path, 3, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000003.safetensors"]

@@ -172,3 +172,29 @@ def test_a_damaged_text_is_refused(path: Path, sql: str, ask: str):
         getattr(again, ask)()
     assert refused.value.code == 504
     again.close()
+
+
+def test_sites_keep_the_order_in_which_they_came(path: Path):
+    journal = Journal(path)
+    for name in ("north", "b", "a", "b", "north"):
+        journal.add_site(name, 1, 1)
+    assert journal.order() == ["north", "b", "a"]
+    journal.close()
+    again = Journal(path)
+    again.add_site("0", 1, 1)
+    assert again.order() == ["north", "b", "a", "0"]
+    assert list(again.sites()) == ["0", "a", "b", "north"]
+    again.close()
+
+
+def test_a_line_can_be_completed(path: Path):
+    journal = Journal(path)
+    journal.commit(Commit(0, "round-0", "aa"), {})
+    for number in (1, 2):
+        journal.commit(Commit(number, f"round-{number}", "bb"), {"round": number})
+    journal.amend(1, {"round": 1, "metrics": {}})
+    assert journal.lines() == [{"round": 1, "metrics": {}}, {"round": 2}]
+    last = journal.last()
+    assert last is not None
+    assert (last.number, last.checkpoint) == (2, "round-2")
+    journal.close()

@@ -66,3 +66,26 @@ def test_pooled_is_what_one_place_would_have_measured():
     }
     whole = task.values(task.counters(logits, labels))
     assert summary(task.metrics, parts)["pooled"] == pytest.approx(whole, rel=1e-12)
+
+
+NOISED = {"a": counters(12.5, 14.0, 3.0, -0.5), "b": counters(-0.5, 3.0, -1.0, 2.0)}
+
+
+def test_noised_metrics_are_shares_of_the_sums_and_nothing_is_cut_off_before():
+    made = summary(METRICS, NOISED, "example")
+    # b's own share means nothing, but its counters are in the sums: leaving them out would shift those.
+    assert made["per_site"] == {"a": {"accuracy": 1.0, "sensitivity": 0.0}, "b": {}}
+    assert made["pooled"] == pytest.approx({"accuracy": 1.0, "sensitivity": 0.75})
+    assert made["site_mean"] == {"accuracy": 1.0, "sensitivity": 0.0}
+    low = summary(METRICS, {"a": counters(10, -3)}, "example")
+    assert low["pooled"] == {"accuracy": 0.0}
+
+
+def test_where_whole_sites_are_hidden_only_what_is_about_all_of_them_is_told():
+    sites = {f"s{i}": {"examples": 1.0, "correct": v} for i, v in enumerate((-1.5, 3.0, 0.9))}
+    made = summary(METRICS[:1], sites, "site")
+    assert made["per_site"] == {}
+    assert made["site_mean"] == made["pooled"] == pytest.approx({"accuracy": 0.8})
+    # The failing twin: cut to [0, 1] at each site, the same mean comes out as another.
+    cut = [min(max(c["correct"], 0.0), 1.0) for c in sites.values()]
+    assert abs(sum(cut) / 3 - 0.8) > 0.1

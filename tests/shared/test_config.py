@@ -9,7 +9,7 @@ from fedge.shared.errors import ConfigError
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.mark.parametrize("name", ["digits", "breast-cancer", "heart"])
+@pytest.mark.parametrize("name", ["digits", "breast-cancer", "heart", "gtsrb", "hmp-adl"])
 def test_examples_are_valid_and_say_what_is_commonly_changed(name):
     path = EXAMPLES / f"{name}.toml"
     config = load(path)
@@ -259,7 +259,7 @@ def test_values_of_the_section_have_bounds(key, bad):
     assert f"secure-aggregation.{key}" in refusal(**{"secure-aggregation": masked(**{key: bad})})
 
 
-@pytest.mark.parametrize("name", ["digits", "breast-cancer", "heart"])
+@pytest.mark.parametrize("name", ["digits", "breast-cancer", "heart", "gtsrb", "hmp-adl"])
 def test_the_examples_run_under_masks_with_one_switch(name):
     config = load(EXAMPLES / f"{name}.toml", ["secure-aggregation.enabled=true"])
     assert config.secure_aggregation.enabled

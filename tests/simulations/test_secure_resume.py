@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from fedge.client import relay
 from fedge.client.app import app as client_app
 from fedge.client.data import site_shares
+from fedge.client.learner import Learner
 from fedge.client.relay import DirectLink
 from fedge.client.worker import SiteWorker
 from fedge.server.app import app as server_app
@@ -155,13 +156,13 @@ def deployed(
     chosen: Config, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Deployed]:
     made = Deployed(tmp_path, chosen)
-    real = SiteWorker._fit
+    real = Learner.fit
 
-    def fit(worker: SiteWorker, terms: Any, *more: Any) -> Any:
+    def fit(worker: Learner, terms: Any, *more: Any) -> Any:
         made.trained.append((worker.site, terms.address.server_round))
         return real(worker, terms, *more)
 
-    monkeypatch.setattr(SiteWorker, "_fit", fit)
+    monkeypatch.setattr(Learner, "fit", fit)
     yield made
     made.end()
 

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Error, Message
 
 from fedge.client.data import site_shares
-from fedge.client.worker import SiteWorker
+from fedge.client.learner import Learner
 from fedge.server import report
 from fedge.server.journal import Journal
 from fedge.server.progress import Silent
@@ -251,9 +251,9 @@ def test_an_evaluation_that_fails_says_so_and_the_round_counts(tmp_path: Path) -
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """site-1 sends its update many times as long."""
-    real = SiteWorker._fit
+    real = Learner.fit
 
-    def fit(worker: SiteWorker, terms: Any, what: Any, received: Any, examples: Any) -> Any:
+    def fit(worker: Learner, terms: Any, what: Any, received: Any, examples: Any) -> Any:
         trained, loss = real(worker, terms, what, received, examples)
         if worker.site == "site-1":
             for name, a in received.items():
@@ -261,7 +261,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
                 trained[name] = moved.astype(a.dtype)
         return trained, loss
 
-    monkeypatch.setattr(SiteWorker, "_fit", fit)
+    monkeypatch.setattr(Learner, "fit", fit)
 
 
 def test_groups_bound_what_one_poisoned_site_can_do(

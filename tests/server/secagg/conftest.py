@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from fedge.client import relay
 from fedge.client.app import app
 from fedge.client.data import SiteData
+from fedge.client.learner import Learner
 from fedge.client.relay import DirectLink
 from fedge.client.worker import SiteWorker
 from fedge.server import requests, strategies
@@ -301,13 +302,13 @@ def rig(
             arrays,
             list(members.values()),
         )
-        real = SiteWorker._fit
+        real = Learner.fit
 
-        def counting(worker: SiteWorker, *arguments: Any) -> Any:
+        def counting(worker: Learner, *arguments: Any) -> Any:
             made.trained.append(worker.site)
             return real(worker, *arguments)
 
-        monkeypatch.setattr(SiteWorker, "_fit", counting)
+        monkeypatch.setattr(Learner, "fit", counting)
         return made
 
     yield build

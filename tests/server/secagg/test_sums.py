@@ -74,7 +74,7 @@ def test_too_few_are_not_asked_at_all(rig):
 
 def standardised(made, sites):
     parts = [
-        preprocess.statistics(made.task.preprocessing, made.workers[s].data.train_features)
+        preprocess.statistics(made.task.preprocessing, made.workers[s].learner.data.train_features)
         for s in sites
     ]
     return preprocess.pooled(parts)
@@ -117,7 +117,7 @@ def test_the_facts_of_a_round_count_what_was_cut(rig):
     made = rig(clipping_bound=0.001, weight_cap=20)
     found = made.train()
     assert found.facts["clipped"] == 6
-    sizes = [len(w.data.train_labels) for w in made.workers.values()]
+    sizes = [len(w.learner.data.train_labels) for w in made.workers.values()]
     assert found.facts["capped"] == sum(n > 20 for n in sizes) > 0
     assert found.facts["saturated"] == 0
     assert found.result.weight == sum(min(n, 20) for n in sizes)
@@ -140,11 +140,11 @@ def test_what_is_shown_is_one_masked_vector_and_the_mean_update(rig):
 
 def test_a_site_without_examples_takes_part_with_nothing(rig):
     made = rig()
-    data = made.workers["site-2"].data
+    data = made.workers["site-2"].learner.data
     empty = type(data)(
         data.train_features[:0], data.train_labels[:0], data.test_features[:0], data.test_labels[:0]
     )
-    made.workers["site-2"].data = empty
+    made.workers["site-2"].learner.data = empty
     found = made.train()
     assert list(found.result.sites) == list(made.workers)
     mean, weight, _ = made.plain([s for s in made.workers if s != "site-2"])

@@ -157,3 +157,14 @@ def test_an_update_that_cannot_be_is_refused(arguments: tuple[float, ...], named
 
 def test_the_largest_noise_is_allowed() -> None:
     assert math.isfinite(noisy_fraction(5, 10, 5000.0, Entropy(key=KEY)))
+
+
+def test_an_empty_sample_has_noise_like_any_other() -> None:
+    found = [
+        noisy_fraction(0, 0, 1.0, Entropy(key=bytes([k]) * 32), expected=10) for k in range(99)
+    ]
+    assert abs(np.mean(found) - 0.5) < 4 * 0.1 / math.sqrt(99)
+    assert np.std(found) == pytest.approx(0.1, rel=0.3)
+    # Without the number that is expected there is nothing to divide by.
+    with pytest.raises(ValueError, match="^sites: must be 1 or more"):
+        noisy_fraction(0, 0, 1.0, Entropy())

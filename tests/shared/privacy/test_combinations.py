@@ -54,6 +54,9 @@ def test_every_mechanism_goes_with_a_weighted_mean(mechanism):
         ("example", {"metrics": "noised"}, {}, "must hold metrics-noise-multiplier"),
         ("example", {"metrics-noise-multiplier": 2}, {}, "metrics must be noised"),
         ("example", {}, {"train": {"mixed-precision": "bfloat16"}}, "mixed-precision: must be off"),
+        ("example", {"epsilon": 1}, {}, "noise-multiplier or epsilon, got both"),
+        ("local", {"epsilon": 1}, {}, "noise-multiplier or epsilon, got both"),
+        ("example", {"delta": 1e-3}, {}, "must hold epsilon where delta"),
         ("off", {}, {}, "mechanism must be named where noise-multiplier"),
     ],
 )
@@ -63,3 +66,11 @@ def test_what_would_break_the_promise_is_refused_with_the_reason(
     with pytest.raises(ValueError, match=r"privacy|strategy|round|train") as refused:
         config(mechanism, privacy, **sections)
     assert says in str(refused.value)
+
+
+def test_an_epsilon_stands_for_the_noise_of_examples_only():
+    only = {"mechanism": "example", "epsilon": 1.0, "delta": 1e-3}
+    given = {"task": {"name": "digits"}, "privacy": only}
+    assert Config.model_validate(given).privacy.epsilon == 1.0
+    with pytest.raises(ValueError, match="mechanism must be example where epsilon"):
+        Config.model_validate({**given, "privacy": {**only, "mechanism": "local"}})

@@ -66,7 +66,7 @@ def test_a_rounded_update_is_never_longer_than_is_charged_for(size):
     for _ in range(20):
         exact = rng.standard_normal(size)
         exact *= distributed.STEPS / np.linalg.norm(exact)
-        found = distributed._rounded(exact, longest, entropy)
+        found = distributed.rounded(exact, longest, entropy)
         assert np.abs(found - exact).max() < 1
         assert np.linalg.norm(found.astype(float)) <= longest
 
@@ -74,7 +74,7 @@ def test_a_rounded_update_is_never_longer_than_is_charged_for(size):
 def test_rounding_has_the_right_mean():
     entropy = Entropy(key=KEY)
     exact = np.full(200_000, 0.3)
-    assert abs(distributed._rounded(exact, 1e9, entropy).mean() - 0.3) < 5 * 0.46 / math.sqrt(2e5)
+    assert abs(distributed.rounded(exact, 1e9, entropy).mean() - 0.3) < 5 * 0.46 / math.sqrt(2e5)
 
 
 def test_the_grid_costs_next_to_nothing():

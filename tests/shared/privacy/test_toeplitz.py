@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.gaussian import normal
-from fedge.shared.privacy.toeplitz import Correlated, coefficients, error, sensitivity
+from fedge.shared.privacy.toeplitz import (
+    MOST_BANDS,
+    Correlated,
+    best_bands,
+    coefficients,
+    error,
+    sensitivity,
+)
 
 
 def matrix(diagonals: NDArray[np.float64], rounds: int) -> NDArray[np.float64]:
@@ -171,3 +178,69 @@ def test_other_refusals() -> None:
         Correlated(coefficients(5, 2), -1)
     with pytest.raises(ValueError, match=r"^participations: must be 1 or more"):
         error(coefficients(5, 2), 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "apart"),
+    [
+        (1, 1),
+        (2, 2),
+        (10, 3),
+        (37, 5),
+        (60, 2),
+        (100, 2),
+        (100, 3),
+        (100, 20),
+        (100, 50),
+        (100, 100),
+    ],
+)
+def test_the_best_number_of_bands_is_that_of_all(rounds: int, apart: int) -> None:
+    times = -(-rounds // apart)
+    every = [error(coefficients(rounds, k), rounds, times, apart) for k in range(1, rounds + 1)]
+    assert best_bands(rounds, times, apart) == int(np.argmin(every)) + 1
+
+
+def test_whoever_is_asked_every_round_gains_nothing_by_bands() -> None:
+    assert best_bands(50, 50, 1) == 1
+
+
+def test_the_memory_of_a_long_run_is_bounded() -> None:
+    assert best_bands(5000, 1, 5000) == MOST_BANDS
+
+
+@pytest.mark.parametrize("bands", [1, 2, 5, 12])
+def test_what_goes_on_after_a_crash_has_the_same_noise(bands: int) -> None:
+    rounds, size = 12, 4
+    fresh = normal(rounds * size, Entropy(key=bytes(32))).reshape(rounds, size)
+    diagonals = coefficients(rounds, bands)
+    for done in range(rounds):
+        whole, resumed = Correlated(diagonals, size), Correlated(diagonals, size)
+        for one in fresh[:done]:
+            whole.next(one)
+        kept = whole.state()
+        resumed.restore(kept, whole.round)
+        kept.fill(99)
+        for one in fresh[done:]:
+            np.testing.assert_array_equal(whole.next(one), resumed.next(one))
+        assert resumed.round == rounds
+        # The failing twin: noise that is begun anew.
+        if done and bands > 1:
+            expected = np.linalg.solve(matrix(diagonals, rounds), fresh)[done]
+            begun = Correlated(diagonals, size).next(fresh[done])
+            assert np.abs(begun - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("past", "done", "named"),
+    [
+        (np.zeros((1, 3)), 2, "past"),
+        (np.zeros((2, 4)), 2, "past"),
+        (np.zeros((2, 3), np.float32), 2, "past"),
+        (np.full((2, 3), math.nan), 2, "past"),
+        (np.zeros((2, 3)), -1, "rounds"),
+    ],
+)
+def test_another_noises_state_is_refused(past: NDArray[np.float64], done: int, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{named}: must be "):
+        Correlated(coefficients(9, 3), 3).restore(past, done)

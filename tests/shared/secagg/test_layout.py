@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedge.shared.errors import SiteError
 from fedge.shared.secagg import layout, limbs
 from fedge.shared.secagg.layout import Bounds, Placed
 
@@ -86,6 +87,28 @@ def test_an_evaluation_is_counters_alone_and_none_of_them_is_the_layouts_own():
     total = limbs.encode_counters(given, of.counters)
     found = limbs.decode_counters(total, of.counters, 1)
     assert layout.from_task_counters(found, ["examples", "sites"]) == {"examples": 3, "sites": 9}
+
+
+def test_noised_counters_may_be_negative_and_add_up_exactly():
+    of = layout.of_evaluation(["correct", "examples"], noised=True)
+    sites = [
+        {"correct": -12.5, "examples": 3.0},
+        {"correct": 2.0**-20, "examples": -4.25},
+        {"correct": 5.0, "examples": -(2.0**38)},
+    ]
+    vectors = [
+        limbs.encode_counters(layout.task_counters(one) | {"sites": 1}, of.counters)
+        for one in sites
+    ]
+    total = np.sum(vectors, axis=0, dtype=np.uint32)
+    found = layout.from_task_counters(
+        limbs.decode_counters(total, of.counters, 3), ["correct", "examples"]
+    )
+    assert found == {"correct": -7.5 + 2.0**-20, "examples": -1.25 - 2.0**38}
+    # The failing twin: counters without noise have no room below 0.
+    plain = layout.of_evaluation(["correct", "examples"])
+    with pytest.raises(SiteError, match="task/correct: must be 0 to"):
+        limbs.encode_counters(layout.task_counters(sites[0]) | {"sites": 1}, plain.counters)
 
 
 def test_statistics_have_two_sums_a_column_with_either_sign():

@@ -8,18 +8,19 @@ from torch import nn
 
 from fedge.client.data import site_shares
 from fedge.shared.config_file import from_tree
+from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.audit.inversion import from_gradients, invert
 
 
-def inverted(name, mechanism="off", network=None):
+def inverted(name, mechanism="off", network=None, noise=1.0):
     tree = {
         "task": {"name": name},
         "privacy": {"mechanism": mechanism, "statistics": "unprotected"},
     }
     if mechanism != "off":
-        tree["privacy"]["noise-multiplier"] = 1.0
+        tree["privacy"]["noise-multiplier"] = noise
     if mechanism == "distributed":
         tree["secure-aggregation"] = {"enabled": True}
     config, task = from_tree(tree), get_task(name)
@@ -28,7 +29,9 @@ def inverted(name, mechanism="off", network=None):
     return invert(config, task, shares["site-1"], Entropy(key=bytes(32)))
 
 
-@pytest.mark.parametrize("mechanism", ["off", "example", "distributed"])
+@pytest.mark.parametrize(
+    "mechanism", ["off", "example", "distributed", "central", "central-mf", "local"]
+)
 def test_a_row_of_a_table_is_told_by_a_plain_update_alone(mechanism):
     found = inverted("breast-cancer", mechanism)
     plain, *others = found.views
@@ -37,6 +40,19 @@ def test_a_row_of_a_table_is_told_by_a_plain_update_alone(mechanism):
     assert np.abs(plain.layer - found.example).max() == plain.error
     assert [v.name for v in others] == ["masked"] + ([mechanism] if mechanism != "off" else [])
     assert all(v.error > 0.1 for v in others)
+
+
+@pytest.mark.parametrize("mechanism", ["central", "central-mf"])
+def test_it_is_the_noise_that_hides_the_row_and_not_the_rest_of_the_mechanism(mechanism):
+    found = inverted("breast-cancer", mechanism, noise=1e-5)
+    assert found.views[-1].name == mechanism
+    assert found.views[-1].error < 0.05
+
+
+def test_local_noise_that_fits_no_grid_is_not_taken_for_the_networks_fault():
+    with pytest.raises(ConfigError, match="privacy: noise: must be") as caught:
+        inverted("breast-cancer", "local", noise=1e-3)
+    assert caught.value.code == 201
 
 
 def test_a_picture_is_told_through_convolutions():

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from fedge.simulations.audit import page
+from fedge.simulations.audit import page, wording
 from fedge.simulations.audit.canaries import Finding, Sizes
 from fedge.simulations.audit.inversion import Inversion, View
 
@@ -15,9 +15,10 @@ SCORES = np.linspace(-1.0, 2.0, 200)
 def finding(mechanism="distributed", bound=1.2, claim=4.4, factor=1.0, most=4.8):
     honest = 5 if mechanism == "distributed" else 0
     noise = None if claim is None else 1.0
+    rounds = 12 if mechanism == "central-mf" else 1
     return Finding(
         mechanism, Sizes(200, 80, 5000), noise, factor, honest, 1e-5, claim,
-        SCORES, SCORES > 0.5, 70, bound, most,
+        SCORES, SCORES > 0.5, 70, bound, most, rounds,
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def test_what_comes_from_outside_is_escaped():
     ],
 )  # fmt: skip
 def test_the_verdict_in_words(found, expected):
-    assert page.words(found) == expected
+    assert wording.words(found) == expected
     assert f"<h1>{expected}.</h1>" in rendered(found)
 
 
@@ -76,6 +77,28 @@ def test_limits_are_told_and_a_check_of_the_check_is_named():
     assert "Noise cut on purpose" not in rendered(finding())
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "audited", "view", "told"),
+    [
+        ("example", "one release", "One update with DP-SGD", "It looks at one release"),
+        ("distributed", "one release", "The opened sum", "The 5 sites that the configuration"),
+        ("central", "one release", "The noised mean", "every site is drawn"),
+        ("central-mf", "the whole run, 12 rounds", "The noised mean", "It looks at one run, not at several"),
+        ("local", "one update", "One update with local noise", "or its negation (out)"),
+    ],
+)  # fmt: skip
+def test_the_page_says_what_was_audited(mechanism, audited, view, told):
+    html = rendered(finding(mechanism), inversion(mechanism))
+    assert f"epsilon of {audited}, delta 1e-05" in html
+    assert f"by the accountant, for {audited}" in html
+    assert view in html
+    assert told in html
+    central = mechanism.startswith("central")
+    assert ("What the server gets" in html) == central
+    assert ("nothing is claimed against it" in html) == central
+    assert ("One plain update" in html) == (not central)
+
+
 def test_json_has_the_numbers():
     found = page.to_json(finding(), inversion(), 12.34)
     assert (found["verdict"], found["claim"], found["lower_bound"]) == (
@@ -84,4 +107,5 @@ def test_json_has_the_numbers():
         1.2,
     )
     assert found["inversion"]["max_error"] == {"plain": 1e-7, "masked": 2.5, "distributed": 2.5}
+    assert page.to_json(finding("central-mf"), inversion("central-mf"), 1.0)["rounds"] == 12
     assert (found["confidence"], found["honest_sites"], found["seconds"]) == (0.95, 5, 12.3)

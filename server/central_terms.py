@@ -1,0 +1,57 @@
+"""What a configuration with noise of the server's says of a run: what it costs, and what of it is secret."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from fedge.server import checkpoint
+from fedge.shared.privacy import accounting
+from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.charges import CENTRAL
+from fedge.shared.privacy.section import PrivacySection
+
+#: At which the server reckons epsilon; each site's ledger has its owner's.
+DELTA: Final = 1e-5
+
+
+def secret_sample(section: PrivacySection) -> bool:
+    """Whether epsilon rests on nobody's knowing who was drawn."""
+    return section.mechanism == "central" and section.sampling_rate < 1
+
+
+def checkpoints_kept(section: PrivacySection, rounds: int, done: int) -> int:
+    """How many checkpoints to keep after a round.
+
+    After the last one only its own, which holds no past noise: with that, the model's could be taken off.
+    """
+    return 1 if section.mechanism in CENTRAL and done == rounds else checkpoint.KEPT
+
+
+def noise_multiplier_of(section: PrivacySection) -> float:
+    """The section's.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if section.noise_multiplier is None:
+        raise ValueError("noise-multiplier: must be a number, got none")
+    return section.noise_multiplier
+
+
+def spent(section: PrivacySection, server_round: int) -> dict[str, float | None]:
+    """Epsilon of a run up to a round, for whoever gets the model, and for who also learns who was drawn.
+
+    Correlated noise is one release over all rounds, so that its epsilon is there from the first on. None stands for
+    infinity, which JSON does not have.
+    """
+    multiplier = noise_multiplier_of(section)
+    if section.mechanism == "central-mf":
+        releases = [Release(multiplier)]
+    else:
+        releases = [Release(multiplier, section.sampling_rate, server_round)]
+    found = {
+        "consumers": accounting.epsilon(releases, DELTA),
+        "sample_known": accounting.epsilon(accounting.unamplified(releases), DELTA),
+    }
+    return {"delta": DELTA, **{k: e if math.isfinite(e) else None for k, e in found.items()}}
