@@ -9,7 +9,9 @@ from fedge.shared import preprocess
 from fedge.shared.schema import InputSchema, OutputSchema
 from fedge.shared.tasks.registry import get_task
 
-NAMES = ["breast-cancer", "digits", "heart"]
+NAMES = ["breast-cancer", "digits", "gtsrb", "heart", "hmp-adl"]
+#: Folders of the tasks that read files.
+FOLDERS = {"gtsrb": "gtsrb", "heart": "heart", "hmp-adl": "hmp_adl"}
 
 
 @pytest.fixture(params=NAMES)
@@ -19,9 +21,9 @@ def task(request):
 
 @pytest.fixture
 def table(task, request):
-    if task.name != "heart":
+    if task.name not in FOLDERS:
         return task.load(None)
-    return task.load(request.getfixturevalue("data_folder") / "heart")
+    return task.load(request.getfixturevalue("data_folder") / FOLDERS[task.name])
 
 
 def ready(task, x):
