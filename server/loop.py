@@ -17,28 +17,28 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import strategy as flower
 
 from fedge.server import checkpoint, finish, requests, results, strategies
-from fedge.server.admission import admit_evaluate, admit_losses, admit_train
+from fedge.server.admission import admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.attendance import Attendance
 from fedge.server.central import Central
 from fedge.server.central_terms import checkpoints_kept, secret_sample
+from fedge.server.evaluation import Evaluator
 from fedge.server.journal import Journal, Line
 from fedge.server.members import Member
-from fedge.server.metrics import ratios, summary
 from fedge.server.progress import Listener
 from fedge.server.results import RoundResult, Singles, Update
 from fedge.server.run_directory import RunDirectory
 from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
 from fedge.server.tally import Tally
-from fedge.server.verdicts import Evaluation, Expected
+from fedge.server.verdicts import Expected
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays, digest
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
 from fedge.shared.preprocess import Step
-from fedge.shared.privacy import local, noised_counts
+from fedge.shared.privacy import local
 from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Loop:
     accepted: dict[str, int] = field(default_factory=dict)
     counted: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
+    barren: int = 0
 
     def remember(self, lines: list[Line]) -> None:
         """Take from committed rounds whose update counted when, and how many were skipped at the end."""
@@ -80,6 +81,10 @@ class Loop:
             self.counted.update(line["trained"])
             self.accepted |= dict.fromkeys(line["trained"], line["round"])
             self.skipped = 0
+            if line["trained"]:
+                self.barren = 0
+            elif line["invited"]:
+                self.barren += 1
         else:
             self.skipped += 1
 
@@ -127,6 +132,12 @@ class Loop:
         checkpoint.prune(self.directory.checkpoints, server_round, kept)
         finish.write_run(self.directory, self.journal, self.config, self.counted)
         self.listener.round(line)
+        if self.barren >= self.config.round.max_skipped:
+            raise RunError(
+                503,
+                f"round {server_round}: must have an update among the noise, got none that counts in the {self.barren}."
+                f" round in a row in which sites were asked ({_first(line)})",
+            )
         if self.skipped >= self.config.round.max_skipped:
             raise RunError(
                 503,
@@ -153,13 +164,9 @@ class Loop:
         reach("after-commit", server_round)
 
     def _measure(self, server_round: int, trained: set[str], tally: Tally) -> None:
-        """Evaluate the round's model where it is due and may be told."""
-        every, privacy = self.config.run.evaluate_every, self.config.privacy
-        if privacy.mechanism != "off" and privacy.metrics == "off":
-            # Exact counts over held-out examples would be a release without noise.
-            tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": {}}
-        elif server_round % every == 0 or server_round == self.config.run.rounds:
-            self._evaluate(server_round, trained, tally)
+        Evaluator(
+            self.config, self.task, self.run_id, self.talk, self.attendance, self.steps, self.sums
+        ).measure(server_round, self.arrays, trained, tally)
 
     def _cohort(self, present: dict[str, Member], server_round: int) -> list[str]:
         """Who is asked to train."""
@@ -325,66 +332,12 @@ class Loop:
         self.arrays = arrays
         return None
 
-    def _evaluate(self, server_round: int, trained: set[str], tally: Tally) -> None:
-        # Quarantine for the round: what sent a bad update is not asked for figures either.
-        out = {r.site for r in tally.rejections if r.outcome in ("rejected", "stale")} - trained
-        out |= self.attendance.gone()
-        present = [m for m in self.attendance.members.values() if m.site not in out]
-        if self.sums is not None:
-            self._evaluate_in_secret(self.sums, server_round, present, tally)
-            return
-        asked = [m for m in present if m.test_examples]
-        common = requests.settings(self.config, self.run_id, server_round, self.steps, len(asked))
-        messages = requests.evaluate(self.arrays, common, asked, self.config)
-        noised = noised_counts.of(self.config.privacy, self.task.counter_names)
-        counters = self.task.counter_names if noised is None else noised.told
-        expected = Expected(
-            self.run_id,
-            server_round,
-            {},
-            self.config.admission,
-            counters=counters,
-            noised=noised,
-        )
-        result = self.talk.ask(server_round, "evaluate", asked, messages)
-        tally.count(result, asked, self.config.round.deadline)
-        admitted: dict[str, dict[str, float]] = {}
-        for member in asked:
-            if member.node_id in result.replies:
-                verdict = admit_evaluate(
-                    result.replies[member.node_id], member.site, member.test_examples, expected
-                )
-                tally.take(verdict)
-                if isinstance(verdict.evaluation, Evaluation):
-                    admitted[member.site] = verdict.evaluation.counters
-                    tally.told(verdict.evaluation)
-        hidden = None if noised is None else noised.unit
-        tally.metrics |= summary(self.task.metrics, admitted, hidden)
-
-    def _evaluate_in_secret(
-        self, sums: SecureSums, server_round: int, asked: list[Member], tally: Tally
-    ) -> None:
-        """Only the pooled metrics: no site's own leaves it."""
-
-        def compose(some: list[Member], secure: ConfigRecord) -> list[Message]:
-            common = requests.settings(
-                self.config, self.run_id, server_round, self.steps, len(some)
-            )
-            return requests.evaluate(self.arrays, common, some, self.config, secure)
-
-        counted, outcome = sums.evaluate(server_round, asked, compose)
-        tally.add(outcome.sent, outcome.received, outcome.rejections(asked))
-        facts = {"sites": len(outcome.sites), "attempts": outcome.attempts, "lost": outcome.lost}
-        reason = "; ".join(outcome.failed)[:400] if counted is None else None
-        tally.secure = {**(tally.secure or {}), "evaluation": {**facts, "reason": reason}}
-        if reason:
-            _log.warning("round %d is not evaluated: %s", server_round, reason)
-        noised = self.config.privacy.metrics == "noised"
-        if noised:
-            tally.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
-        pooled = ratios(self.task.metrics, counted or {}, noised=noised)
-        tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": pooled}
-
 
 def _numpy(sent: ArrayRecord) -> NDArrays:
     return {name: array.numpy() for name, array in sent.items()}
+
+
+def _first(line: Line) -> str:
+    """Why the first site's update did not count."""
+    found = line["rejected"][:1]
+    return "; ".join(f"{r['site']}: FE-{r['code']} {r['reason']}" for r in found)[:300]

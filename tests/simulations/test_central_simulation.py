@@ -134,6 +134,23 @@ def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+def test_a_run_of_noise_alone_does_not_go_on_for_ever(tmp_path: Path) -> None:
+    """As where the budget of all sites is spent."""
+    app = ClientApp()
+    app.query("register")(relay.forward)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise RuntimeError("no update comes")
+
+    with pytest.raises(RunError) as stopped:
+        simulate(config(run={"rounds": 9}, round={"max-skipped": 2}), tmp_path / "out", app=app)
+    assert stopped.value.code == 503
+    assert "round 2: must have an update among the noise" in str(stopped.value)
+    assert "site-1: FE-" in str(stopped.value)
+    assert len(lines(tmp_path / "out")) == 2
+
+
 # Kills.
 
 
