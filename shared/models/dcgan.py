@@ -7,6 +7,8 @@ Metz and Chintala, ICLR 2016, https://arxiv.org/abs/1511.06434), with group norm
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 GROUPS = 4
@@ -43,7 +45,7 @@ class Generator(nn.Module):
             nn.GroupNorm(GROUPS, widths[0]),
             nn.ReLU(),
         ]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [
                 nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False),
                 nn.GroupNorm(GROUPS, outputs),

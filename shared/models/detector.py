@@ -77,14 +77,11 @@ class CenterDetector(nn.Module):
         )
         self.grow = nn.ConvTranspose2d(4 * width, 2 * width, 2, stride=2)
         self.join = _convolution(4 * width, 2 * width)
-        self.heat = nn.Sequential(
-            _convolution(2 * width, 2 * width), nn.Conv2d(2 * width, classes, 1)
-        )
+        likelihood = nn.Conv2d(2 * width, classes, 1)
+        nn.init.constant_(likelihood.get_parameter("bias"), _PRIOR_LOGIT)
+        self.heat = nn.Sequential(_convolution(2 * width, 2 * width), likelihood)
         self.size = nn.Sequential(_convolution(2 * width, 2 * width), nn.Conv2d(2 * width, 2, 1))
         self.offset = nn.Sequential(_convolution(2 * width, 2 * width), nn.Conv2d(2 * width, 2, 1))
-        last = self.heat[1]
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
-        nn.init.constant_(last.bias, _PRIOR_LOGIT)
 
     def forward(self, x: Tensor) -> Maps:
         """Images ``(b, channels, h, w)``, h and w multiples of 8, to the maps that are trained."""

@@ -14,7 +14,7 @@ that ONNX has for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def _cell(name: Cell) -> type[LSTM] | type[GRU]:
 
 def _transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work; torch has no public way to ask."""
-    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _weights(module: LSTM | GRU, layer: int, suffix: str) -> tuple[Tensor, ...]:
@@ -149,7 +149,7 @@ def _suffixes(module: LSTM | GRU) -> tuple[str, ...]:
 def _nodes(module: LSTM | GRU, x: Tensor, operator: str, order: Sequence[int]) -> Tensor:
     """One node of ONNX a layer, whose gates stand in another ``order`` than torch's."""
     directions = len(_suffixes(module))
-    attributes: dict[str, int | str] = {
+    attributes: dict[str, Any] = {
         "hidden_size": module.hidden_size,
         "direction": "bidirectional" if module.bidirectional else "forward",
     }

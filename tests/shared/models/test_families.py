@@ -4,6 +4,8 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +40,7 @@ class Family(NamedTuple):
     build: object
     shape: tuple
     #: Axes that stay open besides the batch, by index in the batch.
-    open: dict = {}
+    open: Mapping = MappingProxyType({})
     #: Other shapes than the example's.
     others: tuple = ()
     tokens: bool = False
