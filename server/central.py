@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.server.central_terms import noise_multiplier_of, spent
-from fedge.server.noised_sum import Grid, difference, floating, grid, moved, on_grid
+from fedge.server.noised_sum import Grid, difference, floating, grid, moved, norm, on_grid
 from fedge.server.results import Summed, Update
 from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import RunError
@@ -167,7 +167,7 @@ class Central:
         total, within = np.zeros(self._size, np.int64), 0
         for update in updates:
             change = difference(update.arrays, current)
-            length = float(np.linalg.norm(change))
+            length = norm(change)
             within += length <= bound
             total += on_grid(change, length, of)
         total += self._drawn(of)

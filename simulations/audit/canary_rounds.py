@@ -27,7 +27,7 @@ from fedge.simulations.audit.canary_vectors import NAME, Canaries, Listener
 
 #: Turns of a canary from which on it has fewer parameters, so that an audit of usual runs takes a minute or so; and
 #: rounds with noise alone that take as long as one turn.
-_LONG: Final = 6
+_LONG: Final = 3
 _QUIET: Final = 8
 #: Not fewer than these: with what canaries have in common, little noise would look like more.
 _LEAST_PARAMETERS: Final = 20_000

@@ -70,7 +70,7 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
         1 where the claim is contradicted, else 0.
 
     Raises:
-        UsageError: 102, the share of the noise is out of its range, or no noise; 107, the output cannot be written.
+        UsageError: 102, the share of the noise is out of its range, no noise, or none that is known; 107, the output cannot be written.
         ConfigError, DataError: as ``fedge simulate``; 201, the noise does not fit a secure sum.
     """
     import json
@@ -95,6 +95,12 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
     if config.privacy.mechanism == "off" and factor != 1:
         raise UsageError(
             102, f"--noise-factor: must be 1 with privacy.mechanism off, got {factor:g}"
+        )
+    if config.privacy.epsilon is not None:
+        raise UsageError(
+            102,
+            "privacy.noise-multiplier: must be set for an audit, got epsilon, for which each site finds its own;"
+            " add --set privacy.noise-multiplier and leave epsilon out",
         )
     task = get_task(config.task.name)
     check(task)

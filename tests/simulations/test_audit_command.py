@@ -12,6 +12,9 @@ from fedge.simulations.commands import audit
 SMALL = Sizes(canaries=200, guesses=80, parameters=5_000)
 PRIVATE = {"privacy.mechanism": "example", "privacy.noise-multiplier": "2"}
 DISTRIBUTED = {**PRIVATE, "privacy.mechanism": "distributed", "secure-aggregation.enabled": "true"}
+CENTRAL = {**PRIVATE, "privacy.mechanism": "central", "privacy.sampling-rate": "0.5"}
+CORRELATED = {**PRIVATE, "privacy.mechanism": "central-mf", "privacy.min-separation": "4"}
+LOCAL = {**PRIVATE, "privacy.mechanism": "local"}
 LITTLE = {"privacy.noise-multiplier": "0.01"}
 TABLE = {"privacy.statistics": "unprotected"}
 
@@ -31,20 +34,22 @@ def fedge(tmp_path, capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("keys", [PRIVATE, DISTRIBUTED])
+@pytest.mark.parametrize("keys", [PRIVATE, DISTRIBUTED, CENTRAL, CORRELATED, LOCAL])
 def test_honest_noise_ends_well_and_cut_noise_is_caught(fedge, tmp_path, keys):
     status, out, err = fedge({**keys, **TABLE}, "--out", "a")
     assert status == 0
     assert "verdict        not contradicted" in out
     assert out.endswith("\na/audit.html\n")
-    assert "scores ..." in err
+    assert "one update ..." in err
     # Far less than a quarter: coins and noise are the system's here, and so few canaries are guessed less surely.
     status, out, _ = fedge({**keys, **TABLE}, "--noise-factor", "0.05", "--out", "b")
     assert status == 1
     assert "verdict        CAUGHT" in out
     found = json.loads((tmp_path / "b" / "audit.json").read_text())
     assert found["lower_bound"] > found["claim"]
-    assert found["inversion"]["max_error"]["plain"] < 1e-5
+    errors = found["inversion"]["max_error"]
+    assert errors["plain"] < 1e-5
+    assert errors[keys["privacy.mechanism"]] > 0.1
     assert "CAUGHT" in (tmp_path / "b" / "audit.html").read_text()
 
 
@@ -70,6 +75,7 @@ def test_the_next_free_folder_is_taken(fedge, tmp_path):
         (PRIVATE, ["--noise-factor", "nan"], 2, "FE-102 --noise-factor: must be 0.01 to 1, got nan"),
         (PRIVATE, [], 1, "FE-211 privacy.statistics: must be unprotected for breast-cancer"),
         ({**DISTRIBUTED, **TABLE, **LITTLE}, [], 1, "FE-201 privacy: noise of one site: must be"),
+        ({**LOCAL, **TABLE, "privacy.noise-multiplier": "0.001"}, [], 1, "FE-201 privacy: noise: must be"),
         ({}, ["--out", "config.toml/x"], 1, "FE-107 config.toml/x: must be writable, got Not a directory"),
     ],
 )  # fmt: skip
