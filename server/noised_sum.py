@@ -78,8 +78,8 @@ def difference(arrays: NDArrays, current: NDArrays) -> NDArray[np.float64]:
 
 
 def norm(values: NDArray[np.float64]) -> float:
-    """The L2 norm of a vector, in this thread alone: BLAS starts others, which wait for each other on a busy machine."""
-    return float(np.einsum("i,i->", values, values)) ** 0.5
+    """The L2 norm of a vector, in this thread alone: those of BLAS wait for each other on a busy machine."""
+    return math.sqrt(float(np.einsum("i,i->", values, values)))
 
 
 def on_grid(update: NDArray[np.float64], length: float, of: Grid) -> NDArray[np.int64]:

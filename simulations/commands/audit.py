@@ -70,7 +70,8 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
         1 where the claim is contradicted, else 0.
 
     Raises:
-        UsageError: 102, the share of the noise is out of its range, no noise, or none that is known; 107, the output cannot be written.
+        UsageError: 102, the share of the noise is out of its range, no noise, or none that is known; 107, the output
+            cannot be written.
         ConfigError, DataError: as ``fedge simulate``; 201, the noise does not fit a secure sum.
     """
     import json

@@ -72,6 +72,12 @@ def test_the_next_free_folder_is_taken(fedge, tmp_path):
     [
         ({}, ["--noise-factor", "0.25"], 2, "FE-102 --noise-factor: must be 1 with privacy.mechanism off, got 0.25"),
         (PRIVATE, ["--noise-factor", "2"], 2, "FE-102 --noise-factor: must be 0.01 to 1, got 2"),
+        (
+            {"privacy.mechanism": "example", "privacy.epsilon": "1.0"},
+            [],
+            2,
+            "FE-102 privacy.noise-multiplier: must be set for an audit, got epsilon",
+        ),
         (PRIVATE, ["--noise-factor", "nan"], 2, "FE-102 --noise-factor: must be 0.01 to 1, got nan"),
         (PRIVATE, [], 1, "FE-211 privacy.statistics: must be unprotected for breast-cancer"),
         ({**DISTRIBUTED, **TABLE, **LITTLE}, [], 1, "FE-201 privacy: noise of one site: must be"),
