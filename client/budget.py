@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from fedge.client import policy
 from fedge.shared.errors import FedgeError
-from fedge.shared.privacy.ledger import FILE, MARKER_SUFFIX, Ledger
+from fedge.shared.privacy.charges import Entry, Unit
+from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.ledger_file import MARKER_SUFFIX
+from fedge.shared.privacy.reckoning import of_study, part_of
 
 _UNITS: Final = ("example", "site")
 
@@ -19,29 +22,40 @@ def spent(home: Path) -> dict[str, Any] | None:
     """The study's budget and, by unit, what its newest charge came to.
 
     Returns:
-        None where nothing was ever charged, or policy and ledger are another user's; else ``study``, ``budget``,
-        ``delta``, ``against``, ``spent`` (by unit: ``consumers`` and ``server``, None for no bound) and ``problem``.
+        None where nothing was ever charged and nothing must be, or policy and ledger are another user's; else
+        ``study``, ``budget``, ``delta``, ``against``, ``spent`` (by unit: ``consumers`` and ``server``, None for no
+        bound) and ``problem``.
     """
-    if not any(os.path.lexists(home / name) for name in (FILE, FILE + MARKER_SUFFIX)):
-        return None
+    charged = any(os.path.lexists(home / name) for name in (FILE, FILE + MARKER_SUFFIX))
     if not os.access(home / policy.FILE, os.R_OK):
         return None
     told: dict[str, Any] = {"spent": {}, "problem": ""}
     try:
         own = policy.read(home).privacy
+        if not charged and not own.required:
+            return None
         told |= {
             "study": own.study,
             "budget": own.epsilon,
             "delta": own.delta,
             "against": own.against,
         }
-        for entry in Ledger(home / FILE).entries(own.study):
-            both = {"consumers": entry.epsilon_consumers, "server": entry.epsilon_server}
-            finite = {who: e if math.isfinite(e) else None for who, e in both.items()}
-            told["spent"][entry.charge.unit] = finite | {"delta": entry.epsilon_delta}
+        entries = Ledger(home / FILE).entries(own.study) if charged else []
+        for unit in sorted({entry.charge.unit for entry in entries}):
+            told["spent"][unit] = _after(entries, unit)
     except FedgeError as error:
         told["problem"] = str(error)
     return told
+
+
+def _after(entries: Sequence[Entry], unit: Unit) -> dict[str, float | None]:
+    last = entries[-1]
+    both = last.epsilon_consumers, last.epsilon_server
+    if last.charge.unit != unit:
+        kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
+        both = of_study(kept, unit, last.epsilon_delta)
+    consumers, server = (e if math.isfinite(e) else None for e in both)
+    return {"consumers": consumers, "server": server, "delta": last.epsilon_delta}
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
@@ -49,6 +63,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if found["problem"]:
         return [f"problem    {found['problem']}"]
     against, budget = found["against"], f"{found['budget']:g}"
+    if not found["spent"]:
+        return [f"privacy    study {found['study']}: nothing of epsilon {budget} is spent"]
     return [
         f"privacy    study {found['study']}: epsilon {_number(found['spent'][unit][against])} of {budget} is spent"
         f" for one {unit}, against the {against}, at delta {found['spent'][unit]['delta']:g}"

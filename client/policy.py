@@ -274,6 +274,12 @@ delta = {delta}
 against = "{against}"
 # Whether counts over held-out examples may leave without noise where privacy is required.
 share-metrics = {share_metrics}
+# Whether mean and deviation of columns may be used without noise where privacy is required.
+share-statistics = {share_private_statistics}
+# Whether the server may get updates without noise, to add it itself, where privacy is required.
+trust-server = {trust_server}
+# Sites of a sum that may collude with the server; noise of all sites must make up for so many.
+corrupt-sites = {corrupt_sites}
 """
 
 
@@ -334,6 +340,9 @@ def write(
         delta=privacy.delta,
         against=privacy.against,
         share_metrics=str(privacy.share_metrics).lower(),
+        share_private_statistics=str(privacy.share_statistics).lower(),
+        trust_server=str(privacy.trust_server).lower(),
+        corrupt_sites=privacy.corrupt_sites,
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(home / FILE, text.encode())

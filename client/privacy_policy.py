@@ -10,11 +10,15 @@ from pydantic import Field, ValidationError
 from fedge.client import requests
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
+from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.secagg import messages
 from fedge.shared.section import Section
 
 _REFUSED: Final = 418
 _LARGEST_SECTION: Final = 10_000
+#: What is asked of the data; later steps of a secure sum go on from one of these.
+_ABOUT_DATA: Final = (protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE, messages.STATISTICS)
 
 
 class PrivacyPolicy(Section):
@@ -39,6 +43,20 @@ class PrivacyPolicy(Section):
     share_metrics: bool = Field(
         False,
         description="whether counts over held-out examples may leave without noise where privacy is required",
+    )
+    share_statistics: bool = Field(
+        False,
+        description="whether mean and deviation of columns may be used without noise where privacy is required",
+    )
+    trust_server: bool = Field(
+        False,
+        description="whether the server may get updates without noise, to add it itself, where privacy is required",
+    )
+    corrupt_sites: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        description="sites of a sum that may collude with the server; noise of all sites must make up for so many",
     )
 
 
@@ -74,16 +92,24 @@ def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
     """
     if not policy.required:
         return
+    if kind not in _ABOUT_DATA:
+        return
     asked = section_of(config)
-    if asked.mechanism == "off" and kind in (protocol.TRAIN, protocol.EVALUATE):
+    if asked.mechanism == "off":
         raise _refusal(kind, "under differential privacy", "without")
+    if asked.mechanism in CENTRAL and not policy.trust_server:
+        wanted = "of the site's own while privacy.trust-server is false"
+        raise _refusal("privacy.mechanism", wanted, asked.mechanism)
+    if asked.mechanism == "distributed" and asked.corrupt_sites < policy.corrupt_sites:
+        raise _refusal(
+            "privacy.corrupt-sites", f"at least {policy.corrupt_sites}", asked.corrupt_sites
+        )
+    if asked.statistics == "unprotected" and not policy.share_statistics:
+        wanted = "off while privacy.share-statistics is false"
+        raise _refusal("privacy.statistics", wanted, asked.statistics)
     if kind == protocol.EVALUATE and not policy.share_metrics and asked.metrics != "noised":
         raise _refusal(
             kind, "left out while privacy.share-metrics is false, or noised", asked.metrics
-        )
-    if kind == protocol.REGISTER and config.get(protocol.STANDARDISE) != "site":
-        raise _refusal(
-            protocol.STANDARDISE, "site while privacy is required", config.get(protocol.STANDARDISE)
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedge.shared.config import TrainSection
+from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release, calibrate
 
 
@@ -30,6 +31,7 @@ def noise_within(
     settings: TrainSection,
     rows: int,
     rounds: int,
+    evaluations: Release | None = None,
 ) -> Noise:
     """The noise that keeps a whole run within epsilon.
 
@@ -40,19 +42,29 @@ def noise_within(
         settings: batch size and number of steps.
         rows: training examples of the site, at least 1.
         rounds: of the run.
+        evaluations: all of the run's, where they are noised: they are within the same epsilon.
 
     Raises:
         ValueError: no noise does; what is no number has been refused before.
     """
+    beside = (evaluations,) if evaluations else ()
+    alone = accounting.epsilon(beside, delta)
+    if evaluations and alone >= epsilon:
+        raise ValueError(
+            f"epsilon: must be above {alone:.4g}, which {evaluations.steps} evaluations with metrics-noise-multiplier"
+            f" {evaluations.noise_multiplier:g} cost by themselves, got {epsilon:g}"
+        )
     one = release_of(Noise(1.0, clipping_bound), settings, rows)
-    found = _calibrated(epsilon, delta, one.sampling_rate, one.steps * rounds)
+    found = _calibrated(epsilon, delta, one.sampling_rate, one.steps * rounds, beside)
     return Noise(found, clipping_bound)
 
 
 @lru_cache(maxsize=1024)
-def _calibrated(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def _calibrated(
+    epsilon: float, delta: float, sampling_rate: float, steps: int, beside: tuple[Release, ...]
+) -> float:
     # A search takes about a second, and each of a run's rounds asks for the same.
-    return calibrate(epsilon, delta, sampling_rate, steps)
+    return calibrate(epsilon, delta, sampling_rate, steps, beside)
 
 
 def release_of(noise: Noise, settings: TrainSection, rows: int) -> Release:

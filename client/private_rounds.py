@@ -45,6 +45,7 @@ class PrivateRounds:
         Raises:
             SiteError: 414, what is asked for would tell more than is charged; 401, 427, 428.
         """
+        self._work.require_fit(of.section)
         if of.section.mechanism == "distributed":
             return self._under_masks(of, received)
         if of.section.mechanism == "example":
@@ -81,7 +82,7 @@ class PrivateRounds:
         """Plain training, whose update gets its part of the noise under the mask."""
         if not is_secure(of.request):
             raise requests.refuse("privacy.mechanism", "distributed under masks only", "in clear")
-        noise, charge = self._work.noise(of)
+        noise, charge = self._work.noise(of, received)
         fitted = partial(self._fitted, of, received) if len(of.examples.y) else None
         bundle = self._secure.train_noised(of.request, of.terms, received, fitted, noise, charge)
         return self._work.vouch(self._reply(of.address, bundle))

@@ -25,12 +25,14 @@ from torch import nn
 from fedge.client.private_release import Noise, release_of
 from fedge.client.train import Examples, optimizer
 from fedge.shared.config import TrainSection
+from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.gaussian import normal
 from fedge.shared.tasks.task import Task
 
 _BITS: Final = 53
+_TASK_FAILED: Final = 413
 
 
 def train_privately(
@@ -53,6 +55,9 @@ def train_privately(
         noise: of each step.
         entropy: of draws and noise.
         proximal_mu: of FedProx, whose term is of the weights alone and is added after the noise.
+
+    Raises:
+        SiteError: 413, a parameter's gradients are not by example.
     """
     release = release_of(noise, settings, len(examples.y))
     network.train()
@@ -77,12 +82,25 @@ def train_privately(
                     # Torch says of every network's first layer that its input has no gradient.
                     warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
                     loss.backward()  # type: ignore[no-untyped-call]
+                _require_apart(network, len(rows))
             else:
                 for p in steps.params:
                     p.grad_sample = torch.zeros((0, *p.shape), device=p.device, dtype=p.dtype)
             steps.step()
     finally:
         module.to_standard_module()
+
+
+def _require_apart(network: nn.Module, rows: int) -> None:
+    """Hold the gradients against what is clipped: one an example, or the noise hides less than is charged."""
+    for name, p in network.named_parameters():
+        found = getattr(p, "grad_sample", None)
+        if p.requires_grad and not (isinstance(found, torch.Tensor) and len(found) == rows):
+            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise SiteError(
+                _TASK_FAILED,
+                f"{name}: must have a gradient for each of {rows} examples, got {got}",
+            )
 
 
 def _poisson(release: Release, rows: int, entropy: Entropy) -> Iterator[NDArray[np.int64]]:

@@ -17,12 +17,13 @@ from fedge.client.secure_answers import min_sites_of
 from fedge.client.train import Examples
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
-from fedge.shared.errors import SiteError
-from fedge.shared.privacy import local
+from fedge.shared.errors import ConfigError, SiteError
+from fedge.shared.privacy import distributed, fitness, local
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.charges import CENTRAL, Spent
 from fedge.shared.privacy.run_terms import RunTerms, run_terms
 from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.secagg.transcript import MOST_SITES
 from fedge.shared.tasks.task import Task
 
 
@@ -57,6 +58,21 @@ class PrivateWork:
 
     def __init__(self, task: Task, privacy: SitePrivacy) -> None:
         self._task, self._privacy = task, privacy
+        self._fit: set[PrivacySection] = set()
+
+    def require_fit(self, section: PrivacySection) -> None:
+        """Hold the task against a mechanism, once for each: a failure later would have been charged.
+
+        Raises:
+            SiteError: 414, the task cannot be learnt under it.
+        """
+        if section in self._fit:
+            return
+        try:
+            fitness.require_fit(section, self._task)
+        except ConfigError as error:
+            raise SiteError(414, error.message) from None
+        self._fit.add(section)
 
     def answer(self, of: Round, reply: Callable[[MetricRecord], RecordDict]) -> RecordDict:
         """The round's reply: charged, made, kept; or the one that was kept.
@@ -103,11 +119,12 @@ class PrivateWork:
         self._privacy.charge(asked, "example", of.section.mechanism, self._release(of))
         return train(), 0.0
 
-    def noise(self, of: Round) -> tuple[SiteNoise, Callable[[], None]]:
+    def noise(self, of: Round, received: NDArrays) -> tuple[SiteNoise, Callable[[], None]]:
         """The site's part of distributed noise, and what pays for an attempt with it.
 
         Raises:
-            SiteError: 414, what is asked for would tell more than is charged.
+            SiteError: 414, what is asked for would tell more than is charged, or the noise does not fit its grid: at
+                once, and not when it was charged.
         """
         _require_bare(of.what)
         terms, least = _noise(of.section), min_sites_of(of.request)
@@ -116,6 +133,10 @@ class PrivateWork:
             raise requests.refuse(
                 "privacy.corrupt-sites", f"below {least}", of.section.corrupt_sites
             )
+        try:
+            distributed.deviation(terms.noise_multiplier, _size(received), honest, MOST_SITES)
+        except ValueError as error:
+            raise SiteError(414, f"privacy: {error}") from None
         entropy = self._privacy.entropy
         noise = SiteNoise(terms.clipping_bound, terms.noise_multiplier, honest, entropy)
 
@@ -133,9 +154,8 @@ class PrivateWork:
             SiteError: 414, the noise does not fit its grid: at once, and not when it was charged.
         """
         noise = _noise(of.section)
-        size = sum(a.size for a in received.values() if a.dtype.kind == "f")
         try:
-            local.deviation(noise.noise_multiplier, size)
+            local.deviation(noise.noise_multiplier, _size(received))
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
         entropy = self._privacy.entropy
@@ -179,6 +199,10 @@ class PrivateWork:
         return release_of(_noise_of(of), of.what.settings, len(of.examples.y))
 
 
+def _size(received: NDArrays) -> int:
+    return sum(a.size for a in received.values() if a.dtype.kind == "f")
+
+
 def _require_bare(what: Training) -> None:
     """Hold a request to weights alone: nothing else of the reply has noise."""
     if what.control:
@@ -193,9 +217,19 @@ def _noise_of(of: Round) -> Noise:
     if section.epsilon is None:
         return _noise(section)
     rows, rounds = len(of.examples.y), requests.rounds(of.config)
+    evaluations = None
+    if section.metrics_noise_multiplier is not None:
+        count = requests.evaluations(of.config)
+        evaluations = Release(section.metrics_noise_multiplier, steps=count)
     try:
         return noise_within(
-            section.epsilon, section.delta, section.clipping_bound, of.what.settings, rows, rounds
+            section.epsilon,
+            section.delta,
+            section.clipping_bound,
+            of.what.settings,
+            rows,
+            rounds,
+            evaluations,
         )
     except ValueError as error:
         raise SiteError(414, f"privacy.{error}") from None

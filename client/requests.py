@@ -113,6 +113,21 @@ def rounds(config: ConfigRecord) -> int:
     return _integer(config, protocol.ROUNDS, address(config).server_round, MAX_ROUND)
 
 
+def evaluations(config: ConfigRecord) -> int:
+    """Of the whole run that a request belongs to; one every round where it says nothing of them.
+
+    Raises:
+        SiteError: 414.
+    """
+    every = (
+        _integer(config, protocol.EVALUATE_EVERY, 1, MAX_ROUND)
+        if protocol.EVALUATE_EVERY in config
+        else 1
+    )
+    # The last round is evaluated in any case.
+    return -(-rounds(config) // every)
+
+
 def standardise(config: ConfigRecord) -> str:
     """Whose statistics: "federated" or "site".
 

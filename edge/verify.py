@@ -76,6 +76,7 @@ def summary(bundle: Bundle, name: str) -> str:
             f"within {m.parity.max_abs_difference:.2g} of the trained model"
             f" (allowed {m.parity.tolerance:.2g}; batches of {batches})",
         ),
+        ("privacy", m.privacy.words() if m.privacy else "none"),
     ]
     if m.latency:
         where = f"batch {m.latency.batch}, threads {m.latency.threads}, {m.latency.device}"

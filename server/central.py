@@ -60,9 +60,13 @@ class Noised:
     facts: dict[str, Any]
 
 
-def for_run(section: PrivacySection, rounds: int, current: NDArrays) -> Central | None:
+def for_run(
+    section: PrivacySection, rounds: int, current: NDArrays, evaluate_every: int = 1
+) -> Central | None:
     """The server's noise of a run; None where the mechanism is another one."""
-    return Central(section, rounds, current) if section.mechanism in CENTRAL else None
+    if section.mechanism not in CENTRAL:
+        return None
+    return Central(section, rounds, current, evaluate_every=evaluate_every)
 
 
 class Central:
@@ -72,6 +76,7 @@ class Central:
         section: with a mechanism of the server's.
         rounds: of the whole run.
         current: the model, for its sizes.
+        evaluate_every: rounds between evaluations, which cost too where they are noised.
         entropy: where the noise's random bits come from.
         system: where the sites' coins come from.
     """
@@ -82,10 +87,11 @@ class Central:
         rounds: int,
         current: NDArrays,
         *,
+        evaluate_every: int = 1,
         entropy: Entropy | None = None,
         system: random.SystemRandom | None = None,
     ) -> None:
-        self._section, self._rounds = section, rounds
+        self._section, self._rounds, self._every = section, rounds, evaluate_every
         self._multiplier = noise_multiplier_of(section)
         self._size = sum(current[name].size for name in floating(current))
         self._entropy, self._system = entropy or Entropy(), system or random.SystemRandom()
@@ -269,9 +275,13 @@ class Central:
         self, server_round: int, bound: float, multiplier: float, fraction: float | None
     ) -> dict[str, Any]:
         """What the round's line says; all of it is covered by the epsilon in it."""
+        # With this round's, which comes after.
+        evaluations = server_round // self._every
+        if server_round == self._rounds:
+            evaluations = -(-server_round // self._every)
         return {
             "clipping_bound": bound,
             "fraction_within": fraction,
             "noise_multiplier": multiplier,
-            "epsilon": spent(self._section, server_round),
+            "epsilon": spent(self._section, server_round, evaluations),
         }

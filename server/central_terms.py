@@ -39,8 +39,15 @@ def noise_multiplier_of(section: PrivacySection) -> float:
     return section.noise_multiplier
 
 
-def spent(section: PrivacySection, server_round: int) -> dict[str, float | None]:
+def spent(
+    section: PrivacySection, server_round: int, evaluations: int = 0
+) -> dict[str, float | None]:
     """Epsilon of a run up to a round, for whoever gets the model, and for who also learns who was drawn.
+
+    Args:
+        section: with a mechanism of the server's.
+        server_round: the last one.
+        evaluations: of the run up to it, which every site answers.
 
     Correlated noise is one release over all rounds, so that its epsilon is there from the first on. None stands for
     infinity, which JSON does not have.
@@ -50,6 +57,8 @@ def spent(section: PrivacySection, server_round: int) -> dict[str, float | None]
         releases = [Release(multiplier)]
     else:
         releases = [Release(multiplier, section.sampling_rate, server_round)]
+    if section.metrics_noise_multiplier is not None and evaluations:
+        releases.append(Release(section.metrics_noise_multiplier, steps=evaluations))
     found = {
         "consumers": accounting.epsilon(releases, DELTA),
         "sample_known": accounting.epsilon(accounting.unamplified(releases), DELTA),

@@ -11,7 +11,7 @@ from fedge.server import requests
 from fedge.server.admission import admit_evaluate
 from fedge.server.attendance import Attendance
 from fedge.server.members import Member
-from fedge.server.metrics import ratios, summary
+from fedge.server.metrics import masked_summary, summary
 from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
 from fedge.server.tally import Tally
@@ -104,8 +104,7 @@ class Evaluator:
                 if isinstance(verdict.evaluation, Evaluation):
                     admitted[member.site] = verdict.evaluation.counters
                     tally.told(verdict.evaluation)
-        hidden = None if noised is None else noised.unit
-        tally.metrics |= summary(self.task.metrics, admitted, hidden)
+        tally.metrics |= summary(self.task.metrics, admitted, noise=noised)
 
     def _evaluate_in_secret(
         self, sums: SecureSums, of: _Model, asked: list[Member], tally: Tally
@@ -125,8 +124,9 @@ class Evaluator:
         tally.secure = {**(tally.secure or {}), "evaluation": {**facts, "reason": reason}}
         if reason:
             _log.warning("round %d is not evaluated: %s", of.server_round, reason)
-        noised = self.config.privacy.metrics == "noised"
-        if noised:
+        noised = sums.noised_counts()
+        if noised is not None:
             tally.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
-        pooled = ratios(self.task.metrics, counted or {}, noised=noised)
-        tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": pooled}
+        tally.metrics |= masked_summary(
+            self.task.metrics, counted or {}, noised, len(outcome.sites)
+        )

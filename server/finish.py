@@ -118,6 +118,7 @@ def results(run_id: str, config: Config, lines: list[dict[str, Any]]) -> dict[st
         final = {
             "round": last["round"],
             **{k: last["metrics"][k] for k in ("per_site", "site_mean", "pooled")},
+            **{k: last["metrics"][k] for k in ("noise",) if k in last["metrics"]},
         }
     return {
         "run": run_id,

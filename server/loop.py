@@ -16,7 +16,7 @@ from functools import partial
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import strategy as flower
 
-from fedge.server import checkpoint, finish, requests, results, strategies
+from fedge.server import checkpoint, finish, masked_terms, requests, results, strategies
 from fedge.server.admission import admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.attendance import Attendance
@@ -70,6 +70,7 @@ class Loop:
     counted: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     barren: int = 0
+    spent: dict[str, float | None] = field(default_factory=dict)
 
     def remember(self, lines: list[Line]) -> None:
         """Take from committed rounds whose update counted when, and how many were skipped at the end."""
@@ -77,6 +78,7 @@ class Loop:
             self._note(line)
 
     def _note(self, line: Line) -> None:
+        self.spent = line.get(masked_terms.KEY, self.spent)
         if line["outcome"] == "committed":
             self.counted.update(line["trained"])
             self.accepted |= dict.fromkeys(line["trained"], line["round"])
@@ -115,6 +117,7 @@ class Loop:
             reason = reason or self._aggregate(server_round, result)
         if self.central is None:
             self._measure(server_round, set(results.sites(result)), tally)
+        tally.masked_epsilon = self._spent_in_secret(server_round)
         line = tally.line(
             server_round, reason, result, digest(self.arrays), time.monotonic() - started
         )
@@ -305,6 +308,13 @@ class Loop:
         if reason is None and len(trained) < least:
             reason = f"FE-501 updates: must be at least {least}, got {len(trained)}"
         return result, reason
+
+    def _spent_in_secret(self, server_round: int) -> dict[str, float | None] | None:
+        """What the run has cost a site at most, where distributed noise lets the server reckon it."""
+        if self.sums is None or self.config.privacy.mechanism != "distributed":
+            return None
+        updates, evaluations = (self.sums.attempts(p, server_round) for p in ("train", "evaluate"))
+        return masked_terms.spent(self.config.privacy, self.spent, updates, evaluations)
 
     def _require(self, server_round: int, trained: set[str], tally: Tally) -> None:
         if missing := sorted(set(self.config.round.require_sites) - trained):

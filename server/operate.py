@@ -59,11 +59,14 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
 
     Raises:
         DeployError: 901, not a server's home; 914, the name cannot be one.
-        ConfigError: 201 to 210.
+        ConfigError: 201 to 211.
     """
     server_file.load(home)
     config = config_file.load(path, overrides)
-    get_task(config.task.name)
+    # Only here: it imports torch, which those who look need not wait for.
+    from fedge.shared.privacy.fitness import require_fit
+
+    require_fit(config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = name or f"{stamp}-{secrets.token_hex(2)}"
     if not re.fullmatch(SITE_NAME, name):

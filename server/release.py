@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,14 @@ from torch import nn
 from fedge.server import report
 from fedge.server.central_terms import secret_sample
 from fedge.server.export import export_onnx, opset_of, parity
+from fedge.server.report.noised import lost
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, preprocess
 from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.bundle import Part, write_bundle
 from fedge.shared.errors import BundleError, ConfigError, ReleaseError, RunError
-from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest, Privacy
+from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest
+from fedge.shared.manifest_privacy import Privacy
 from fedge.shared.manifest_rules import network_shape
 from fedge.shared.signing import key_id, load_private, new_key, public_path
 from fedge.shared.tasks.registry import get_task
@@ -210,17 +213,25 @@ def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
         {site: last[site] for site in told if site in last},
         section.epsilon,
         section.delta if section.epsilon is not None else None,
+        section.unit,
+        section.sampling_rate if section.mechanism == "central" else None,
+        section.min_separation if section.mechanism == "central-mf" else None,
+        section.corrupt_sites if section.mechanism == "distributed" else None,
+        section.metrics,
+        section.metrics_noise_multiplier,
+        section.statistics,
     )
 
 
 def _metrics(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The last round's metrics, those that could be computed."""
+    """The last round's metrics, those that could be computed and that noise leaves something of."""
     try:
+        noise = metrics["final"].get("noise")
         return {
             kind: {
                 name: float(value)
                 for name, value in metrics["final"][kind].items()
-                if value is not None
+                if value is not None and not (noise and lost(noise[kind].get(name, math.inf)))
             }
             for kind in ("pooled", "site_mean")
         }

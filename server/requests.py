@@ -112,6 +112,8 @@ def settings(
     if config.privacy.mechanism != "off":
         values[protocol.PRIVACY] = config.privacy.model_dump_json(by_alias=True)
         values[protocol.ROUNDS] = config.run.rounds
+    if config.privacy.metrics == "noised":
+        values[protocol.EVALUATE_EVERY] = min(config.run.evaluate_every, config.run.rounds)
     for step in steps:
         if isinstance(step, Standardise) and step.mean:
             values[protocol.FEATURE_MEAN], values[protocol.FEATURE_STD] = (

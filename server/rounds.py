@@ -131,7 +131,7 @@ def _prepare(
         num_sites=len(journal.sites()),
     )
     strategies.restore(strategy, memory)
-    noise = central.for_run(config.privacy, config.run.rounds, arrays)
+    noise = central.for_run(config.privacy, config.run.rounds, arrays, config.run.evaluate_every)
     if noise is not None:
         noise.restore(memory, last.number)
         # Past noise is as secret as the updates under it.

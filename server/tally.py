@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedge.server import results
+from fedge.server import masked_terms, results
 from fedge.server.exchange import Exchange
 from fedge.server.journal import Line
 from fedge.server.members import Member
@@ -39,6 +39,7 @@ class Tally:
     secure: dict[str, Any] | None = None
     ledgers: dict[str, str] = field(default_factory=dict)
     central: dict[str, Any] | None = None
+    masked_epsilon: dict[str, float | None] | None = None
     spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,6 +153,8 @@ class Tally:
             line["privacy_ledgers"] = ledgers
         if self.central is not None:
             line["central"] = self.central
+        if self.masked_epsilon is not None:
+            line[masked_terms.KEY] = self.masked_epsilon
         return line if self.secure is None else line | {"secure": self.secure}
 
 

@@ -177,8 +177,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     428: Entry(
         "the privacy ledger cannot be relied on",
-        "Restore privacy.sqlite from the newest backup, and count what was sent since as spent; if it is only locked, "
-        "end the other process.",
+        "Put the newest backup of privacy.sqlite in its place and charge what was sent since: `fedge privacy restore`; "
+        "if it is only locked, end the other process.",
     ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedge.shared import preprocess
+from fedge.shared import manifest_privacy, preprocess
 from fedge.shared.errors import BundleError
+from fedge.shared.manifest_privacy import Privacy
 from fedge.shared.manifest_rules import (
     PART,
     check_output,
@@ -63,7 +64,13 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the exported model is from the trained one, over random inputs."""
+    """How far the exported model is from the trained one, over random inputs.
+
+    Attributes:
+        max_abs_difference: of two logits.
+        tolerance: the most that was allowed, in the same unit.
+        batch_sizes: that were tried.
+    """
 
     max_abs_difference: float
     tolerance: float
@@ -79,30 +86,6 @@ class Latency:
     batch: int
     threads: int
     device: str
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """Under which differential privacy a model was learnt.
-
-    Attributes:
-        mechanism, clipping_bound: of the run.
-        noise_multiplier: likewise; None where each site found its own for ``epsilon``.
-        ledgers: by site, SHA-256 of its privacy ledger after its last round; what was spent stands there.
-        epsilon, delta: that no site's examples were to cost more than in this run; None beside a noise multiplier.
-    """
-
-    mechanism: str
-    noise_multiplier: float | None
-    clipping_bound: float
-    ledgers: Mapping[str, str]
-    epsilon: float | None = None
-    delta: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; what is None has no key."""
-        found = {key: value for key, value in vars(self).items() if value is not None}
-        return {**found, "ledgers": dict(self.ledgers)}
 
 
 @dataclass(frozen=True)
@@ -334,22 +317,5 @@ def _from_json(value: dict[str, Any]) -> Manifest:
             threads=_integer(latency["threads"]),
             device=str(latency["device"]),
         ),
-        privacy=_privacy(value["privacy"]) if "privacy" in value else None,
-    )
-
-
-def _privacy(value: dict[str, Any]) -> Privacy:
-    noise, epsilon, delta = (
-        float(value[key]) if key in value else None
-        for key in ("noise_multiplier", "epsilon", "delta")
-    )
-    if (noise is None) == (epsilon is None) or (epsilon is None) != (delta is None):
-        raise ValueError("privacy: must hold noise_multiplier, or epsilon and delta")
-    return Privacy(
-        str(value["mechanism"]),
-        noise,
-        float(value["clipping_bound"]),
-        {str(site): str(digest) for site, digest in value["ledgers"].items()},
-        epsilon,
-        delta,
+        privacy=manifest_privacy.from_json(value["privacy"]) if "privacy" in value else None,
     )

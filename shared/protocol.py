@@ -41,6 +41,9 @@ PRIVACY: Final = (
 )
 
 ROUNDS: Final = "rounds"  # int, of the whole run; with a privacy mechanism only
+EVALUATE_EVERY: Final = (
+    "evaluate-every"  # int, rounds between evaluations; with noised metrics only, else 1
+)
 
 # Keys of CONFIG, requests to train.
 SETTINGS: Final = "train"  # str, JSON of config.TrainSection

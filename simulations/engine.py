@@ -64,7 +64,7 @@ def simulate(
     if not RunDirectory(out).says_finished():
         # Task and data come first: where they fail, no directory is begun that a second try would find in use.
         check(task)
-        require_fit(config.privacy, task)
+        require_fit(config.privacy, task, config.secure_aggregation.min_sites)
         shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:

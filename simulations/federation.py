@@ -107,7 +107,7 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     task = get_task(config.task.name)
     if not RunDirectory(out).says_finished():
         check(task)
-        require_fit(config.privacy, task)
+        require_fit(config.privacy, task, config.secure_aggregation.min_sites)
     shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:

@@ -33,6 +33,9 @@ MAX_ABSENCES: Final = 12
 REASON_WIDTH: Final = 52
 #: Largest epsilon that the server takes from a site.
 MOST_EPSILON: Final = 1e9
+#: Standard deviation of noise beyond which a share between 0 and 1 says nothing.
+LOST: Final = 0.25
+LOST_TEXT: Final = "lost in noise"
 
 
 def _printable(name: str, width: int = NAME_WIDTH) -> str:
@@ -60,6 +63,27 @@ def metric_text(name: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.3f}"
 
 
+def noised_text(name: str, value: float | None, metrics: Any, *view: str) -> str:
+    """A metric with the standard deviation of its noise, where it has some, rounded up.
+
+    Args:
+        name: of the metric.
+        value: None where it was not measured.
+        metrics: what holds the figure, with what it says of noise.
+        view: where the figure stands in it.
+    """
+    noise = _get(metrics, "noise")
+    if value is None or not isinstance(noise, Mapping):
+        return metric_text(name, value)
+    deviation = _finite(_get(noise, *view, name))
+    if deviation is None or not deviation <= LOST:
+        return LOST_TEXT
+    tenths = math.ceil(1000 * deviation - 1e-9)
+    share = name.endswith("accuracy")
+    spread = f"{tenths / 10:.1f}" if share else f"{tenths / 1000:.3f}"
+    return f"{metric_text(name, value)} ± {spread}"
+
+
 def lead_metric(site_mean: Any) -> str:
     """The metric shown first: accuracy where there is one, loss only where there is nothing else."""
     names = list(site_mean) if isinstance(site_mean, Mapping) else []
@@ -78,13 +102,15 @@ def clock(seconds: float) -> str:
 def round_facts(line: Mapping[str, Any]) -> str:
     """A line of rounds.jsonl in a few words: ``97.2 %  loss 0.081  8/8 sites  1 not counted``."""
     # Under masks no site's own metrics are known, so there is no mean of them.
-    mean = _get(line, "metrics", "site_mean") or _get(line, "metrics", "pooled")
+    view = "site_mean" if _get(line, "metrics", "site_mean") else "pooled"
+    mean = _get(line, "metrics", view)
     lead = lead_metric(mean)
     loss = _finite(_get(line, "metrics", "train", "loss"))
     parts = []
     if (value := _finite(_get(mean, lead))) is not None and lead != "loss":
-        text = metric_text(lead, value)
-        parts.append(text if lead == "accuracy" else f"{_printable(lead, 12)} {text}")
+        text = noised_text(lead, value, _get(line, "metrics"), view)
+        plain = lead == "accuracy" and "%" in text
+        parts.append(text if plain else f"{_printable(lead, 12)} {text}")
     if loss is not None:
         parts.append(f"loss {loss:.3f}")
     parts.append(f"{len(line.get('trained') or ())}/{len(line.get('invited') or ())} sites")
@@ -331,14 +357,28 @@ def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
             if 0 <= consumers <= MOST_EPSILON and bounded:
                 latest[site] = consumers, server
     if not latest:
-        return []
+        return _reckoned(rounds)
     largest = (max(values) for values in zip(*latest.values(), strict=True))
     # Decimals as `fedge privacy ledger` has them.
     to_readers, to_server = (
         "unbounded" if v == math.inf else f"{v:.4f}" if v < 100_000 else f"{v:.4g}" for v in largest
     )
+    # Each site's is at its own delta, which it does not tell.
     told_by = f"{len(latest)} site{'' if len(latest) == 1 else 's'}"
-    return [f"epsilon  readers {to_readers}, server {to_server} (largest, as told by {told_by})"]
+    deltas = "own delta" if len(latest) == 1 else "own deltas"
+    return [f"epsilon  readers {to_readers}, server {to_server} (largest of {told_by}, {deltas})"]
+
+
+def _reckoned(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same of this run alone, where noise under masks lets the server reckon it."""
+    for line in reversed(rounds):
+        told = line.get("masked_epsilon")
+        epsilon, delta = (_finite(_get(told, key)) for key in ("consumers", "delta"))
+        if epsilon is not None and delta is not None and 0 <= epsilon <= MOST_EPSILON:
+            return [
+                f"epsilon  {epsilon:.4f} at delta {delta:g}, of this run alone, for either reader"
+            ]
+    return []
 
 
 def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
@@ -375,25 +415,33 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
     missing = missing[: len(missing) - left_out]
     width = max([len("site mean"), *(len(_printable(n)) for n in (*names, *missing))])
 
-    def row(name: str, count: str, values: Any, spark: str = "") -> str:
-        shown, loss = metric_text(lead, _finite(_get(values, lead))), _finite(_get(values, "loss"))
-        cells = f"{name:<{width}}  {count:>10}  {shown:>9}"
-        if lead != "loss":
-            cells += f"  {metric_text('loss', loss):>8}"
-        return f"{cells}  {spark}".rstrip()
+    final = _get(metrics, "final")
+    noised = isinstance(_get(final, "noise"), Mapping)
+    # Under noise no site tells its loss.
+    wide, with_loss = (15, False) if noised else (9, lead != "loss")
 
-    by_round = bool(every) or (not mean and bool(pooled))
-    head = f"{'site':<{width}}  {'trained on':>10}  {_printable(lead, 9):>9}"
-    lines = [
-        head + ("" if lead == "loss" else f"  {'loss':>8}") + ("  by round" if by_round else "")
-    ]
+    def row(name: str, count: str, values: Any, spark: str = "", view: tuple[str, ...] = ()) -> str:
+        shown = noised_text(lead, _finite(_get(values, lead)), final, *view)
+        loss = _finite(_get(values, "loss"))
+        cells = f"{name:<{width}}  {count:>10}  {shown:>{wide}}"
+        if with_loss:
+            cells += f"  {metric_text('loss', loss):>8}"
+        return f"{cells}  {'' if shown == LOST_TEXT else spark}".rstrip()
+
+    by_round = bool(every) or (bool(pooled) and (noised or not mean))
+    head = f"{'site':<{width}}  {'trained on':>10}  {_printable(lead, 9):>{wide}}"
+    lines = [head + (f"  {'loss':>8}" if with_loss else "") + ("  by round" if by_round else "")]
     for index, name in enumerate(names):
         if cut and index == EXTREMES:
             lines.append(f"… {cut} sites in between")
         count = str(examples[name]) if name in examples else "–"
         lines.append(
             row(
-                _printable(name), count, per_site[name], sparkline(history.get(name, []), low, high)
+                _printable(name),
+                count,
+                per_site[name],
+                sparkline(history.get(name, []), low, high),
+                ("per_site", name),
             )
         )
     for name in missing:
@@ -401,15 +449,22 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
         lines.append(f"{_printable(name):<{width}}  {count:>10}  not evaluated")
     if left_out:
         lines.append(f"… {left_out} more not evaluated")
+    total = str(sum(examples.values())) if examples else ""
+    if _get(final, "noise", "unit") == "site":
+        # Each site weighs the same, so that the mean and the pooled value are one.
+        every = _over_rounds(rounds, "pooled", lead)
+        spark = sparkline(every, min(every, default=0.0), max(every, default=1.0))
+        lines.append(row("all sites", total, pooled, spark, ("pooled",)))
+        return "\n".join([*lines, *spent(rounds), *absences(rounds)])
     if mean or not pooled:
         means = _over_rounds(rounds, "site_mean", lead)
-        lines.append(row("site mean", "", mean, sparkline(means, low, high)))
+        lines.append(row("site mean", "", mean, sparkline(means, low, high), ("site_mean",)))
         spark = ""
     else:
         # Masked: only the sum over all sites is known.
         every = _over_rounds(rounds, "pooled", lead)
         spark = sparkline(every, min(every, default=0.0), max(every, default=1.0))
-    lines.append(row("pooled", str(sum(examples.values())) if examples else "", pooled, spark))
+    lines.append(row("pooled", total, pooled, spark, ("pooled",)))
     lines += spent(rounds)
     lines += absences(rounds)
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Of the report's section on privacy: noise that the server adds, and what it comes to round by round."""
+"""Of the report's section on privacy: what the server reckons noise to come to round by round.
+
+That is noise that it adds itself, and distributed noise, of which it knows how often it was added.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def reached(run: Run) -> list[Reached]:
     """What the rounds' lines say, without those that say no epsilon."""
     found = []
     for r in run.rounds:
-        told = mapping(r.central.get("epsilon"))
+        told = mapping(r.central.get("epsilon")) or r.masked_epsilon
         both = [number(told.get(key)) for key in ("consumers", "sample_known", "delta")]
         values = [value for value in both if value is not None and 0 <= value <= _MOST]
         if len(values) == len(both):
@@ -55,14 +58,21 @@ def by_round(run: Run, epsilon_text: Callable[[float], str]) -> str:
     """
     found = reached(run)
     last = found[-1]
-    readers = _line(
-        "model's readers", "readers", [(t.round, t.consumers) for t in found], "mean", epsilon_text
-    )
-    lines = [readers]
-    note = (
-        f"Of this run alone, at delta {last.delta:g}, as the server reckons it; what each site says, over all its"
-        f" runs, stands in the table. Against the server epsilon is {UNBOUNDED}."
-    )
+    masked = any(r.masked_epsilon for r in run.rounds)
+    name, short = ("both readers",) * 2 if masked else ("model's readers", "readers")
+    points = [(t.round, t.consumers) for t in found]
+    lines = [_line(name, short, points, "mean", epsilon_text)]
+    if masked:
+        note = (
+            f"Of this run alone, at delta {last.delta:g}, as the server reckons it for a site that was in every attempt"
+            " at a sum; what a site has spent over all its runs stands in its own ledger. It is the same against the"
+            " model's readers and the server, as the server sees sums alone and nobody is sampled."
+        )
+    else:
+        note = (
+            f"Of this run alone, at delta {last.delta:g}, as the server reckons it; what each site says, over all its"
+            f" runs, stands in the table. Against the server epsilon is {UNBOUNDED}."
+        )
     if any(t.sample_known != t.consumers for t in found):
         known = [(t.round, t.sample_known) for t in found]
         lines.append(_line(_DRAWN, "sample known", known, "pooled", epsilon_text))

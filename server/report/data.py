@@ -46,8 +46,9 @@ class Refusal:
 class Round:
     """One line of rounds.jsonl. Metrics are finite; those that were not measured are absent.
 
-    ``secure`` is what it says of a secure sum, as it is, and ``central`` of noise that the server added; ``privacy``
-    what each site says to have spent, infinite where nothing bounds what the server learns.
+    ``secure`` is what it says of a secure sum, as it is, ``central`` of noise that the server added, ``masked_epsilon``
+    of what noise under masks comes to, and ``noise`` of that on the metrics; ``privacy`` what each site says to have
+    spent, infinite where nothing bounds what the server learns.
     """
 
     number: int
@@ -68,6 +69,8 @@ class Round:
     secure: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     central: Mapping[str, Any] = field(default_factory=dict)
+    masked_epsilon: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Run:
     """All that the report shows.
 
     ``masked``: the server saw sums alone; ``seen`` is then what it keeps of them to be shown, as it is. ``sweep``: the
-    sweep that the run belongs to, as it is.
+    sweep that the run belongs to, as it is; ``noise`` what is said of that on the last evaluation, as it is.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Run:
     masked: bool = False
     seen: Mapping[str, Any] = field(default_factory=dict)
     sweep: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -248,6 +252,8 @@ def parse_round(line: Mapping[str, Any]) -> Round | None:
         secure=mapping(line.get("secure")),
         privacy={s: _epsilons(v) for s, v in mapping(line.get("privacy")).items()},
         central=mapping(line.get("central")),
+        masked_epsilon=mapping(line.get("masked_epsilon")),
+        noise=mapping(metrics.get("noise")),
     )
 
 
@@ -296,7 +302,7 @@ def read(run_dir: Path) -> Run:
         last = next((r for r in reversed(rounds) if r.site_mean or r.pooled or r.per_site), None)
         if last is not None:
             final = {"round": last.number, "per_site": last.per_site, "site_mean": last.site_mean}
-            final["pooled"] = last.pooled
+            final |= {"pooled": last.pooled, "noise": last.noise}
     config = _read(run_dir / "config.toml", MAX_FILE_BYTES, notes)
     masked = _masks(config) or any(r.secure for r in rounds)
     sites = {
@@ -344,4 +350,5 @@ def read(run_dir: Path) -> Run:
         masked=masked,
         seen=_read_json(run_dir / "seen.json", notes) if masked else {},
         sweep=_read_json(run_dir / "sweep.json", notes),
+        noise=mapping(final.get("noise")),
     )

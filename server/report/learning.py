@@ -7,6 +7,7 @@ from functools import partial
 from statistics import quantiles
 
 from fedge.server.report import format as fmt
+from fedge.server.report import noised
 from fedge.server.report.charts import Band, Line, line_chart, responsive
 from fedge.server.report.data import Round, Run
 from fedge.server.report.format import esc, metric_name, metric_value
@@ -58,6 +59,23 @@ def _bands(rounds: Sequence[Round], metric: str) -> list[Band]:
     ]
 
 
+def _noise(run: Run, metric: str) -> list[tuple[float, float, float]]:
+    """The pooled figure by round, less and more one standard deviation of its noise, cut to what a share can be."""
+    points = []
+    for r in run.rounds:
+        value, deviation = r.pooled.get(metric), noised.of_round(r).of("pooled", metric)
+        if value is not None and deviation is not None:
+            ends = max(value - deviation, 0.0), min(value + deviation, 1.0)
+            points.append((float(r.number), scaled(metric, ends[0]), scaled(metric, ends[1])))
+    return points
+
+
+def _last(run: Run, which: str, metric: str) -> str:
+    """What a curve ends with, in words."""
+    r = next(r for r in reversed(run.rounds) if metric in getattr(r, which))
+    return noised.shown(metric, getattr(r, which)[metric], noised.of_round(r).of(which, metric))
+
+
 def _metric_chart(run: Run, metric: str) -> str:
     sites = by_site(run.rounds, metric)
     lines: list[Line] = []
@@ -72,12 +90,14 @@ def _metric_chart(run: Run, metric: str) -> str:
     for which, name in (("site_mean", "site mean"), ("pooled", "pooled")):
         points = _curve(run.rounds, which, metric)
         if points:
-            last = metric_value(metric, points[-1][1] / (100 if fmt.is_share(metric) else 1))
+            last = _last(run, which, metric)
             css = "mean" if which == "site_mean" else "pooled"
             said, ringed = f"{name}, {last} at the end", which == "pooled"
             lines.append(Line(said, points, css, f"{name} {last}", name, ringed))
     if not any(line.label for line in lines):
         return ""
+    if spans := _noise(run, metric):
+        bands = [Band("one standard deviation of the noise either way", spans)]
     said = "; ".join(line.name for line in lines if line.label)
     draw = partial(
         line_chart,
@@ -87,7 +107,13 @@ def _metric_chart(run: Run, metric: str) -> str:
         bands,
         limits=(0, 100) if fmt.is_share(metric) else None,
     )
-    if bands:
+    if noised.last(run).unit:
+        of = "all sites, each alike" if noised.sites_alike(run) else "the pooled figure"
+        note = f"The counts have noise. The band around {of} spans one standard deviation of it either way"
+        end = noised.last(run).of("pooled", metric)
+        note += f"; at the end {noised.shown(metric, run.pooled.get(metric), end)}."
+        note += " A thin line is one site, with more noise than that." if len(sites) > 1 else ""
+    elif bands:
         note = "The light band spans all sites, the darker one the middle half of them; rings mark all examples pooled."
     elif len(sites) > 1:
         note = "A thin line is one site; rings mark all examples pooled."
@@ -149,8 +175,9 @@ def _round_table(run: Run) -> str:
             str(len(r.rejected)),
         ]
         row.append(metric_value("loss", r.train.get("loss")))
-        row += [metric_value(m, r.site_mean.get(m)) for m in means]
-        row += [metric_value(m, r.pooled.get(m)) for m in metrics]
+        noise = noised.of_round(r)
+        row += [noised.shown(m, r.site_mean.get(m), noise.of("site_mean", m)) for m in means]
+        row += [noised.shown(m, r.pooled.get(m), noise.of("pooled", m)) for m in metrics]
         rows.append([*row, fmt.duration(r.seconds), fmt.size(r.sent), fmt.size(r.received)])
     cut = len(run.rounds) - len(rows)
     note = (

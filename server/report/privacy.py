@@ -194,6 +194,14 @@ def _both(t: Told) -> str:
     return f"{consumers} against the model's readers and {server} against the server"
 
 
+def _of_run(run: Run) -> Told | None:
+    """What this run alone has cost a site under masks, as the server reckons it; None where it cannot."""
+    found = reached(run)
+    if not found or not run.masked:
+        return None
+    return Told(found[-1].round, found[-1].consumers, found[-1].sample_known)
+
+
 def in_brief(run: Run) -> list[str]:
     """Lines for the security officer (text); none without differential privacy."""
     if not private(run):
@@ -201,8 +209,13 @@ def in_brief(run: Run) -> list[str]:
     largest, units = spent(run).largest, _units(run)[0]
     if largest:
         said = (
-            f"Noise bounds what is told of single {units}: by what the sites say, epsilon is at most "
-            f"{_both(largest[-1])}, over all their runs."
+            f"Noise bounds what is told of single {units}: the largest epsilon that a site tells is "
+            f"{_both(largest[-1])}, over all its runs, each at its own site's delta."
+        )
+    elif ours := _of_run(run):
+        said = (
+            f"Noise bounds what is told of single {units}: by the server's reckoning this run alone costs a site "
+            f"epsilon {_both(ours)} at most, at delta {reached(run)[-1].delta:g}."
         )
     else:
         said = f"Noise bounds what is told of single {units}; what is spent stands in each site's ledger."
@@ -264,7 +277,9 @@ def _charts(run: Run, found: Spent) -> Iterator[str]:
         return
     title, consumers = "Epsilon by round", (1, "mean", "model's readers")
     note = (
-        "In colour: the largest over the sites." if len(found.sites) > 1 else "One site tells it."
+        "In colour: the largest figure that a site tells; each is at its own site's delta."
+        if len(found.sites) > 1
+        else "One site tells it, at its own delta."
     )
     # With a long table beside it, as high as that.
     alone = 260 if len(found.sites) <= ROWS_OF_A_SHORT_TABLE else 430
@@ -281,8 +296,8 @@ def _charts(run: Run, found: Spent) -> Iterator[str]:
         return
     if found.same:
         note += (
-            " Both readers' figures are the same in every round, so one line stands for both: drawing examples at "
-            "random hides nobody here, as where every step uses all of them."
+            " Both readers' figures are the same in every round, so one line stands for both: the server sees no more "
+            "of who was drawn than they do."
         )
         yield _chart(title, note, found, (2, "mean", "both readers"), height=alone)
         return
@@ -308,13 +323,16 @@ def _facts(run: Run) -> str:
     }
     statistics = {**said, "off": "the task learns no mean and no deviation of columns"}
     clipped = "one site's update" if _whole_sites(run) else "one example's gradient"
+    delta = "each site's own; it stands in the site's ledger, and not here. Unlike deltas do not compare"
+    if _of_run(run):
+        delta = f"{reached(run)[-1].delta:g} for this run alone, which is what stands here; in a site's ledger its own"
     rows = [
         ("unit protected", unit),
         ("mechanism", f"{how} ({mechanism})" if how != mechanism else mechanism),
         _noise(section),
         ("clipping bound", _value(section, "clipping-bound", f"greatest length (L2 norm) of {clipped}")),
         *invited(section),
-        ("delta", "each site's own; it stands in the site's ledger, and not here. Unlike deltas do not compare"),
+        ("delta", delta),
         ("counted", "all runs of a site's study together, this one and those before"),
         ("budget", "each site's own; the site refuses the round that would exceed it"),
         ("held-out metrics", metrics.get(text(section.get("metrics")), MISSING)),
@@ -361,13 +379,18 @@ def _meaning(run: Run, found: Spent) -> str:
     }
     rows = []
     for index, (who, words) in enumerate(readers.items(), 1):
-        value = found.largest[-1][index] if found.largest else None
+        last = found.largest[-1] if found.largest else _of_run(run)
+        value = last[index] if last else None
         if value == math.inf:
             rows.append((who, f"<b>{UNBOUNDED}</b><br>{words}"))
             continue
         sure = "" if value is None else f"<b>{certainty(value)}</b><br>"
         rows.append((who if value is None else f"{who}, {epsilon_text(value)}", sure + words))
-    seen = "who took part and when" if run.masked else "who took part, when, with how many examples"
+    hidden = run.masked or _section(run.config).get("mechanism") == "local"
+    seen = "who took part and when" if hidden else "who took part, when, with how many examples"
+    whose = "the sites' own, which the server cannot check"
+    if not found.largest and _of_run(run):
+        whose = "the server's, of this run alone and for a site that was in all of it"
     several = (
         ""
         if whole
@@ -378,11 +401,11 @@ def _meaning(run: Run, found: Spent) -> str:
             "bound itself says little; above that is weak (after Ponomareva et al., 2023)"),
         ("not covered", f"what many {one}s have in common, which the model is to learn; {several}what the server sees "
             f"anyway: {seen}"),
-        ("whose figures", "the sites' own, which the server cannot check. The evidence is each site's ledger: "
+        ("whose figures", f"{whose}. The evidence is each site's ledger: "
             "<code>fedge privacy ledger</code> prints it at the site"),
     ]  # fmt: skip
     note = f"Epsilon bounds what can be found out about one {one}, delta apart."
-    if found.largest:
+    if found.largest or _of_run(run):
         note += (
             " A reader who knows all else, and gives even odds to whether it was trained on, can become this sure of "
             "it from what came out:"
@@ -409,7 +432,11 @@ def _table(run: Run, found: Spent) -> str:
         server = "unbounded" if t and t.server == math.inf else f"{t.server:.4f}" if t else MISSING
         values = (f"{t.consumers:.4f}", server, str(t.round)) if t else (MISSING,) * 3
         rows.append([fmt.site_name(site), *values])
-    note = "What each site says to have spent, over all runs of its study; with the decimals of its ledger."
+    note = (
+        "What each site says to have spent, over all runs of its study; with the decimals of its ledger. Each figure "
+        "is at its site's own delta, which it does not tell; figures at unlike deltas do not compare, and the largest "
+        "is no epsilon of all sites."
+    )
     if len(rows) < len(names):
         note += f" The {len(rows)} largest of {fmt.count(len(names))}."
     if silent := [s for s, n in last_trained.items() if s not in last or last[s].round < n]:
@@ -440,7 +467,14 @@ def privacy(run: Run) -> str:
         last = found.largest[-1]
         lead = (
             f"Noise bounds what comes out about single {units}. After round {last.round} the largest epsilon that a "
-            f"site tells is {_both(last)}, over all runs."
+            f"site tells is {_both(last)}, over all runs, each at its own site's delta."
+        )
+    elif ours := _of_run(run):
+        lead = (
+            f"Noise bounds what comes out about single {units}. After round {ours.round} this run alone has cost a "
+            f"site epsilon {_both(ours)} at most, at delta {reached(run)[-1].delta:g}, by the server's reckoning. "
+            "Under masks it is not told what the sites have spent over all runs: each site's ledger has it, and the "
+            "command fedge privacy ledger prints it there."
         )
     elif run.masked:
         lead = (

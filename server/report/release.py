@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fedge.server.report import format as fmt
+from fedge.server.report import noised
 from fedge.server.report.data import Run, mapping, number, numbers, sequence, text
 from fedge.server.report.device import latency_card
-from fedge.server.report.format import MISSING, esc, metric_name, metric_value
+from fedge.server.report.format import MISSING, esc, metric_name
 
 #: Parts of the manifest that have a place of their own; every other one is listed as it is.
 _SHOWN: Final = frozenset(
@@ -176,24 +177,25 @@ def _site_names(manifest: Mapping[str, Any]) -> str:
     return f"{len(names)}: {esc(', '.join(names[:12]), 1000)} … {esc(names[-1])}"
 
 
-def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _metric_rows(metrics: Mapping[str, Any], noise: noised.Noise) -> list[tuple[str, str]]:
     """Metrics as they stand in a manifest: by kind (pooled, site mean), or directly by name."""
     kinds = {kind: numbers(values) for kind, values in metrics.items() if isinstance(values, dict)}
     return [
-        (f"metrics, {kind.replace('_', ' ')}" if kind else "metrics", _in_line(values))
+        (f"metrics, {kind.replace('_', ' ')}" if kind else "metrics", _in_line(values, noise, kind))
         for kind, values in ({"": numbers(metrics)} | kinds).items()
         if values
     ]
 
 
-def _in_line(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{esc(metric_name(m))} {metric_value(m, v)}" for m, v in values.items())
+def _in_line(values: Mapping[str, float], noise: noised.Noise, kind: str) -> str:
+    found = ((m, noised.shown(m, v, noise.of(kind, m))) for m, v in values.items())
+    return ", ".join(f"{esc(metric_name(m))} {esc(shown)}" for m, shown in found)
 
 
-def _manifest_card(manifest: Mapping[str, Any]) -> str:
+def _manifest_card(manifest: Mapping[str, Any], noise: noised.Noise) -> str:
     artefacts, hashes = _artefacts(manifest)
     rows = [*hashes, ("sites", _site_names(manifest)), *_schema_rows(manifest)]
-    rows += _metric_rows(mapping(manifest.get("metrics")))
+    rows += _metric_rows(mapping(manifest.get("metrics")), noise)
     for key, value in manifest.items():
         if key not in _SHOWN:
             shown = fmt.value_text(value)
@@ -226,5 +228,5 @@ def release(run: Run) -> str:
     lead = "The only thing that reaches a device: the model, its origin, and a signature over both."
     left = f'<div class="stack">{fmt.card("Bundle", identity)}{_parity_card(manifest)}</div>'
     body = f'<div class="pair">{left}{latency_card(run, manifest)}</div>'
-    body += _manifest_card(manifest) if manifest else ""
+    body += _manifest_card(manifest, noised.last(run)) if manifest else ""
     return fmt.section("release", "The signed bundle", lead, body)

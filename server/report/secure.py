@@ -76,7 +76,8 @@ def _evaluations(found: Sequence[tuple[Round, Sum]]) -> list[tuple[str, str]]:
     return rows
 
 
-def _facts(found: Sequence[tuple[Round, Sum]]) -> str:
+def _facts(found: Sequence[tuple[Round, Sum]], *, exact: bool) -> str:
+    """What was opened; ``exact`` where the counters have no noise."""
     opened = [s for _, s in found if s.groups]
     groups = max((len(s.groups) for s in opened), default=1)
     totals: Counter[str] = Counter()
@@ -105,9 +106,13 @@ def _facts(found: Sequence[tuple[Round, Sum]]) -> str:
     ]  # fmt: skip
     note = (
         "Beside this the server saw who answered and when, signed keys, and sealed shares that it cannot open. "
-        "It saw no update, no metric and no number of examples of a single site. Counters are exact, so the difference "
-        "of two rounds may still tell how many examples a site has that was in one of them only."
+        "It saw no update, no metric and no number of examples of a single site."
     )
+    if exact:
+        note += (
+            " Counters are exact, so the difference of two rounds may still tell how many examples a site has that was "
+            "in one of them only."
+        )
     return fmt.card("What the server saw", fmt.definitions(rows), note)
 
 
@@ -246,5 +251,8 @@ def secure(run: Run) -> str:
         f"The sites masked what they sent. {fmt.plural(opened, 'round')} of {len(found)} gave a sum that the server "
         "could open, and only the sum."
     )
-    body = _pictures(run) + f'<div class="pair">{_facts(found)}{_losses(found)}</div>'
+    body = (
+        _pictures(run)
+        + f'<div class="pair">{_facts(found, exact=not run.noise)}{_losses(found)}</div>'
+    )
     return fmt.section("secure", "Masked sums", lead, body + _groups(found) + _exchanges(found))

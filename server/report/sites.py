@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import quantiles
 
 from fedge.server.report import format as fmt
+from fedge.server.report import noised
 from fedge.server.report.charts import Column, bar, column_chart, responsive, sparkline
 from fedge.server.report.data import Run
 from fedge.server.report.format import esc, metric_name, metric_value
@@ -43,7 +44,7 @@ def not_evaluated(run: Run) -> str:
 
 
 def _site_rows(run: Run, names: Sequence[str], metrics: Sequence[str]) -> list[list[str]]:
-    lead = metrics[0]
+    lead, noise = metrics[0], noised.last(run)
     history = by_site(run.rounds, lead)
     every = [v for points in history.values() for _, v in points]
     low, high = min(every, default=0.0), max(every, default=1.0)
@@ -55,8 +56,10 @@ def _site_rows(run: Run, names: Sequence[str], metrics: Sequence[str]) -> list[l
         values: Mapping[str, float] = run.per_site.get(name, {})
         site = run.sites.get(name)
         value = values.get(lead)
-        shown = metric_value(lead, value)
-        drawn = bar(f"{name}: {shown}", value / whole, mark) if value is not None else ""
+        shown = noised.shown(lead, value, noise.of_site(name, lead))
+        # A bar of a figure that is lost in noise would show it all the same.
+        clear = value is not None and not noised.lost(noise.of_site(name, lead))
+        drawn = bar(f"{name}: {shown}", value / whole, mark) if value is not None and clear else ""
         row = [fmt.site_name(name), drawn, f"<b>{shown}</b>"]
         row += [metric_value(m, values.get(m)) for m in metrics[1:]]
         row.append(
@@ -143,7 +146,14 @@ def site_results(run: Run) -> str:
     if lead == "loss":
         ranked.reverse()
     worst, top = measured[ranked[0]], measured[ranked[-1]]
-    if len(measured) == 1:
+    noise = noised.last(run)
+    gone = [s for s in measured if noised.lost(noise.of_site(s, lead))]
+    if gone:
+        lead_text = (
+            f"Each site's own held-out examples after round {run.final_round}; at {len(gone)} of {len(measured)} the "
+            f"result is {noised.WORDS}."
+        )
+    elif len(measured) == 1:
         lead_text = f"The held-out examples of {esc(ranked[0])} after round {run.final_round}."
     elif worst == top:
         lead_text = (
@@ -157,6 +167,8 @@ def site_results(run: Run) -> str:
             f"{metric_value(lead, top)} at {esc(with_value(measured, top))}. "
             "The line in the bars is the site mean."
         )
+    if noise.unit:
+        lead_text += f" Each has noise of its own; {noised.SIGN}."
     lead_text += f" {esc(missing, 1000)}" if (missing := not_evaluated(run)) else ""
     if len(names) <= MAX_SITES_SINGLY:
         grid = fmt.table("Metrics of each site", head, _site_rows(run, names, metrics), css="sites")
@@ -171,7 +183,8 @@ def site_results(run: Run) -> str:
         every = fmt.table(
             "Metrics of each site", head, _site_rows(run, names, metrics), css="sites", tall=True
         )
-        body = f'<div class="pair">{_spread_chart(run, lead)}{_spread_facts(run, lead)}</div>'
+        spread = f"{_spread_chart(run, lead)}{_spread_facts(run, lead)}"
+        body = "" if gone else f'<div class="pair">{spread}</div>'
         body += fmt.card(f"The {EXTREMES} weakest sites", weak)
         body += fmt.card(f"The {EXTREMES} strongest sites", strong)
         body += f"<details class='card'><summary>All {len(names)} sites</summary>{every}</details>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedge.server.report import format as fmt
+from fedge.server.report import noised
 from fedge.server.report.data import Run, mapping, number
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.participation import in_words, tally
@@ -28,13 +29,8 @@ def headline(run: Run) -> str:
     sites, done = fmt.plural(len(run.sites), "site"), len(run.rounds)
     if done and (counted := len(contributors(run))) < len(run.sites):
         sites = f"{fmt.count(counted)} of {sites}"
-    lead = run.lead
-    results = []
-    for values, words in ((run.site_mean, "site mean"), (run.pooled, "pooled")):
-        if lead in values:
-            results.append(f"{metric_value(lead, values[lead])} {words}")
     nothing = "not evaluated, for privacy's sake" if unevaluated(run) else "not evaluated yet"
-    reached = f"{' and '.join(results)} {metric_name(lead)}" if results else nothing
+    reached = noised.outcome(run) or nothing
     if run.finished:
         return f"{run.strategy} trained {run.task} across {sites} in {fmt.plural(done, 'round')}: {reached}."
     progress = f"{done} of {fmt.plural(run.planned, 'round')} done"
@@ -46,26 +42,19 @@ def headline(run: Run) -> str:
 def tiles(run: Run) -> str:
     """The key figures."""
     lead, outcomes = run.lead, tally(run)
+    noise, alike = noised.last(run), noised.sites_alike(run)
     name = metric_name(lead)
     figures = []
-    if lead in run.site_mean:
-        figures.append(
-            tile(
-                "Site mean",
-                metric_value(lead, run.site_mean[lead]),
-                f"{name}, every site alike",
-                "main",
-            )
-        )
-    if lead in run.pooled:
-        figures.append(
-            tile(
-                "Pooled",
-                metric_value(lead, run.pooled[lead]),
-                f"{name}, all examples together",
-                "main",
-            )
-        )
+    for title, view, values, words in (
+        ("Site mean", "site_mean", run.site_mean, "every site alike"),
+        ("Pooled", "pooled", run.pooled, "all examples together"),
+    ):
+        if lead not in values or (alike and view == "site_mean"):
+            continue
+        shown = noised.shown(lead, values[lead], noise.of(view, lead))
+        title_, words_ = ("All sites", "every site alike") if alike else (title, words)
+        sign = f"; {noised.SIGN}" if noise.unit else ""
+        figures.append(tile(title_, shown, f"{name}, {words_}{sign}", "main"))
     names = contributors(run) if run.rounds else list(run.sites)
     known = [e for name in names if (e := run.sites[name].train_examples) is not None]
     every = fmt.count(len(run.sites))
@@ -152,17 +141,23 @@ def _clinical(run: Run) -> list[str]:
     lead = run.lead
     measured = {s: v[lead] for s, v in run.per_site.items() if lead in v}
     if run.masked and lead in run.pooled:
-        return [
-            f"Measured over all sites' held-out examples together: {metric_name(lead)} of "
-            f"{metric_value(lead, run.pooled[lead])}.",
-            "No site's own result is known to the server.",
-            *_agreement(run),
-        ]
+        said = [*noised.over_all(run), "No site's own result is known to the server."]
+        return [*said, *_agreement(run)]
+    if not measured and lead in run.pooled:
+        said = noised.over_all(run)
+        said += ["No site's own result is told: noise hides it."] if noised.last(run).unit else []
+        return [*said, *_agreement(run)]
     if not measured and (why := unevaluated(run)):
         return [f"No site evaluates, {why}.", *_agreement(run)]
     if not measured:
         return ["No site has been evaluated yet."]
     name = metric_name(lead)
+    noise = noised.last(run)
+    clear = {s: v for s, v in measured.items() if not noised.lost(noise.of_site(s, lead))}
+    if not clear:
+        said = noised.over_all(run) if lead in run.pooled else []
+        return [*said, f"Each site's own result is {noised.WORDS}.", *_agreement(run)]
+    left_out, measured = len(measured) - len(clear), clear
     worst, best = min(measured.values()), max(measured.values())
     if lead == "loss":
         worst, best = best, worst
@@ -176,6 +171,13 @@ def _clinical(run: Run) -> list[str]:
         said.append(
             f"Measured at the sites: {name} of {metric_value(lead, best)} at each of the "
             f"{len(measured)} sites on its own examples."
+        )
+    if noise.unit:
+        most = max(noise.of_site(s, lead) or 0.0 for s in measured)
+        more = f"; {fmt.plural(left_out, 'more site is', 'more sites are')} {noised.WORDS}"
+        said.append(
+            f"These have noise, of a standard deviation of up to {noised.spread(lead, most)}"
+            f"{' points' if fmt.is_share(lead) else ''}{more if left_out else ''}."
         )
     evaluated = [run.sites[s] for s in run.per_site if s in run.sites]
     tests = [s.test_examples for s in evaluated if s.test_examples is not None]

@@ -42,12 +42,15 @@ class Ledger:
     def __init__(self, run_directory: Path) -> None:
         self._folder = run_directory / FOLDER
 
-    def next_attempt(self, purpose: Purpose, server_round: int) -> int:
-        """The number of a new attempt, written down before it is returned.
+    def attempts(self, purpose: Purpose, server_round: int) -> int:
+        """The number of a round's last attempt; 0 where there was none.
 
         Raises:
             RunError: 504, the record of attempts is damaged.
         """
+        return self._last(purpose, server_round)[1]
+
+    def _last(self, purpose: Purpose, server_round: int) -> tuple[dict[str, list[int]], int]:
         path = self._folder / "attempts.json"
         last: dict[str, list[int]] = {}
         try:
@@ -59,7 +62,17 @@ class Ledger:
             raise RunError(
                 504, f"{path.name}: must say which attempt was last, is damaged"
             ) from None
-        number = number + 1 if before == server_round else 1
+        return last, number if before == server_round else 0
+
+    def next_attempt(self, purpose: Purpose, server_round: int) -> int:
+        """The number of a new attempt, written down before it is returned.
+
+        Raises:
+            RunError: 504, the record of attempts is damaged.
+        """
+        path = self._folder / "attempts.json"
+        last, number = self._last(purpose, server_round)
+        number += 1
         self._folder.mkdir(exist_ok=True)
         text = json.dumps({**last, purpose: [server_round, number]}, sort_keys=True)
         write_atomically(path, text.encode())

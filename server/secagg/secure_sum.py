@@ -107,6 +107,10 @@ class SecureSum:
                 self._open(begin, committed, members, outcome)
         return outcome
 
+    def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
+        """How many were made at a round's sum, in all."""
+        return self._ledger.attempts(purpose, server_round)
+
     def _vouched(self, some: list[Member], outcome: Outcome) -> list[Member]:
         """Members without those whom no roster vouches for."""
         for member in some:

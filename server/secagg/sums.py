@@ -26,6 +26,7 @@ from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import Statistics
 from fedge.shared.privacy import noised_counts
+from fedge.shared.privacy.noised_counts import NoisedCounts
 from fedge.shared.secagg import layout, messages, transcript
 from fedge.shared.secagg.layout import Bounds, Layout
 from fedge.shared.strategy_sections import COMPARING, least_replies
@@ -173,7 +174,7 @@ class SecureSums:
         self, server_round: int, asked: list[Member], compose: Compose
     ) -> tuple[dict[str, float] | None, Outcome]:
         """Sum the task's counters over the members' test examples; None where the sum is not opened."""
-        noised = noised_counts.of(self._config.privacy, self._task.counter_names)
+        noised = self.noised_counts()
         names = self._task.counter_names if noised is None else noised.told
         of = layout.of_evaluation(names, noised=noised is not None)
         outcome = self._run(server_round, "evaluate", of, [asked], compose)
@@ -186,6 +187,21 @@ class SecureSums:
             return layout.from_task_counters(counted, names), outcome
         return None, outcome
 
+    def noised_counts(self) -> NoisedCounts | None:
+        """How each site's counters leave it; None where they have no noise."""
+        honest = 1
+        if self._private == "distributed":
+            least, corrupt = (
+                self._config.secure_aggregation.min_sites,
+                self._config.privacy.corrupt_sites,
+            )
+            honest = max(1, least - corrupt)
+        return noised_counts.of(self._config.privacy, self._task.counter_names, honest)
+
+    def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
+        """How many were made at a round's sum, those before a coordinator was started anew too."""
+        return self._sum.attempts(purpose, server_round)
+
     def statistics(self, asked: list[Member]) -> Statistics:
         """Sum what standardisation needs over the members' training examples.
 
@@ -197,6 +213,8 @@ class SecureSums:
 
         def compose(members: list[Member], secure: ConfigRecord) -> list[Message]:
             address = requests.address(self._talk.run_id, 0, self._task.name, len(members))
+            if self._config.privacy.mechanism != "off":
+                address[protocol.PRIVACY] = self._config.privacy.model_dump_json(by_alias=True)
             content = RecordDict(
                 {protocol.CONFIG: ConfigRecord({**address}), messages.SECURE: secure}
             )

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge.shared.command import Command
-from fedge.shared.commands import privacy_ledger
+from fedge.shared.commands import privacy_ledger, privacy_restore
 
 if TYPE_CHECKING:
     from fedge.shared.privacy.accounting import Release
@@ -47,8 +47,13 @@ def _arguments(parser: ArgumentParser) -> None:
         action.add_argument(
             "--steps", metavar="T", type=int, default=1, help="how many releases (default: 1)"
         )
+        action.add_argument(
+            "--unit", choices=("example", "site"),
+            help="what is sampled (default: tell of both)",
+        )  # fmt: skip
         action.add_argument("--json", action="store_true", help="print one JSON object")
     privacy_ledger.add(actions)
+    privacy_restore.add(actions)
 
 
 def _action(actions: Any, name: str, text: str, first: str) -> ArgumentParser:
@@ -71,11 +76,17 @@ def _run(arguments: Namespace) -> int:
 
     if arguments.action == "ledger":
         return privacy_ledger.run(arguments)
+    if arguments.action == "restore":
+        return privacy_restore.run(arguments)
     try:
         found = _epsilon(arguments) if arguments.action == "epsilon" else _calibrate(arguments)
     except ValueError as error:
         name, _, rest = str(error).partition(":")
         raise UsageError(102, f"--{name.replace('_', '-')}:{rest}") from None
+    if arguments.unit:
+        # The server sees which sites are drawn, and as little as anybody else which examples.
+        seen = "epsilon_unamplified" if arguments.unit == "site" else "epsilon"
+        found |= {"unit": arguments.unit, "epsilon_server": found[seen]}
     if arguments.json:
         sys.stdout.write(json.dumps({key: _finite(value) for key, value in found.items()}) + "\n")
         return 0
@@ -128,12 +139,19 @@ def _finite(value: Any) -> Any:
 
 def _words(found: dict[str, Any]) -> str:
     who = "one is replaced" if found["accountant"] == "RDP" else "one takes part or not"
+    server = (
+        f"{found['epsilon_unamplified']:.{_DECIMALS}f} for the server, which sees who was sampled"
+    )
     if found["sampling_rate"] == 1:
         readers = "whoever reads the results"
+    elif found.get("unit") == "example":
+        readers = "whoever reads the results, the server too"
+    elif found.get("unit") == "site":
+        readers = f"whoever reads the results alone; {server}"
     else:
         readers = (
-            "whoever reads the results alone; "
-            f"{found['epsilon_unamplified']:.{_DECIMALS}f} for the server, which sees who was sampled"
+            f"whoever reads the results alone; with unit site {server}; "
+            "with unit example the server's is the same"
         )
     return (
         f"epsilon {found['epsilon']:.{_DECIMALS}f} at delta {found['delta']:g}, {found['accountant']}, where {who}: "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-    from fedge.shared.privacy.charges import Entry
+    from fedge.shared.privacy.charges import Entry, Unit
 
 #: Runs of a study and unit that are shown, the newest, unless all are asked for.
 MAX_RUNS: Final = 30
@@ -19,9 +19,11 @@ BAR_WIDTH: Final = 30
 NAME_WIDTH: Final = 24
 
 _EXAMPLE: Final = "example:\n  fedge privacy ledger --home site --study heart --epsilon 8"
-#: Columns of a run, in the order of the CSV file: its name and what a table says above it.
+#: Columns of a row, of which a run has one for each purpose, in the order of the CSV file: its name and what a table
+#: says above it.
 _COLUMNS: Final = {
     "run_id": "run",
+    "purpose": "purpose",
     "rounds": "rounds",
     "mechanism": "mechanism",
     "noise_multiplier": "noise",
@@ -31,7 +33,7 @@ _COLUMNS: Final = {
     "epsilon_server": "server",
 }
 #: In a table, these are set to the left.
-_TEXTS: Final = ("run_id", "mechanism")
+_TEXTS: Final = ("run_id", "purpose", "mechanism")
 _SEVERAL: Final = "several"
 #: With these a spreadsheet takes a cell for a formula.
 _FORMULA: Final = ("=", "+", "-", "@")
@@ -60,7 +62,7 @@ def add(actions: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument("--all", action="store_true", help=f"more than the newest {MAX_RUNS} runs")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--csv", action="store_true", help="print a line of CSV for each run")
+    form.add_argument("--csv", action="store_true", help="print a line of CSV for each row")
 
 
 def _epsilon(text: str) -> float:
@@ -122,34 +124,46 @@ def run(arguments: Namespace) -> int:
 
 def _studies(entries: Sequence[Entry], arguments: Namespace) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[Entry]] = {}
+    by_study: dict[str, list[Entry]] = {}
     for entry in entries:
+        by_study.setdefault(entry.charge.study, []).append(entry)
         groups.setdefault((entry.charge.study, entry.charge.unit), []).append(entry)
     most = math.inf if arguments.all else MAX_RUNS
     return [
-        _study(group, arguments.delta, arguments.epsilon, most)
+        _study(group, by_study[study], arguments.delta, arguments.epsilon, most)
         for (study, unit), group in sorted(groups.items())
         if arguments.study in (None, study) and arguments.unit in (None, unit)
     ]
 
 
 def _study(
-    entries: Sequence[Entry], delta: float | None, budget: float | None, most: float
+    entries: Sequence[Entry],
+    of_study: Sequence[Entry],
+    delta: float | None,
+    budget: float | None,
+    most: float,
 ) -> dict[str, Any]:
     """A study and unit as plain values.
 
     Args:
         entries: all of it, the oldest first; at least one.
+        of_study: those of the study's other unit too.
         delta: to reckon at; the newest entry's where None.
         budget: epsilon.
         most: runs to give, the newest.
     """
     delta = entries[-1].epsilon_delta if delta is None else delta
-    places: dict[str, list[int]] = {}
+    places: dict[str, dict[str, list[int]]] = {}
     for i, entry in enumerate(entries):
-        places.setdefault(entry.charge.run_id, []).append(i)
-    in_order = sorted(places.values(), key=lambda where: where[-1])
+        charge = entry.charge
+        places.setdefault(charge.run_id, {}).setdefault(charge.purpose, []).append(i)
+    # Training and evaluation have noise of their own, so that one row could not tell of both.
+    in_order = sorted(
+        (sorted(purposes.values(), key=_last) for purposes in places.values()),
+        key=lambda rows: _last(rows[-1]),
+    )
     shown = in_order[-int(min(most, len(in_order))) :]
-    consumers, server = _after(entries, delta)
+    consumers, server = _after(of_study, entries[-1].charge.unit, delta)
     return {
         "study": entries[-1].charge.study,
         "unit": entries[-1].charge.unit,
@@ -161,20 +175,33 @@ def _study(
         "digest": entries[-1].hash,
         "runs_left_out": len(in_order) - len(shown),
         "runs": [
-            _run([entries[i] for i in where], _after(entries[: where[-1] + 1], delta))
-            for where in shown
+            _run(
+                [entries[i] for i in where],
+                _after(
+                    [e for e in of_study if e.id <= entries[where[-1]].id],
+                    entries[-1].charge.unit,
+                    delta,
+                ),
+            )
+            for rows in shown
+            for where in rows
         ],
     }
 
 
-def _after(entries: Sequence[Entry], delta: float) -> tuple[float, float]:
-    """Epsilon after the last of these, against consumers and server."""
-    from fedge.shared.privacy.reckoning import reckon
+def _last(where: Sequence[int]) -> int:
+    return where[-1]
+
+
+def _after(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[float, float]:
+    """Epsilon of a unit after all of these, of one study, against consumers and server."""
+    from fedge.shared.privacy.reckoning import of_study, part_of
 
     last = entries[-1]
-    if last.epsilon_delta == delta:
+    if last.epsilon_delta == delta and last.charge.unit == unit:
         return last.epsilon_consumers, last.epsilon_server
-    return reckon((entry.charge.release for entry in entries), delta, last.charge.unit)
+    kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
+    return of_study(kept, unit, delta)
 
 
 def _run(entries: Sequence[Entry], after: tuple[float, float]) -> dict[str, Any]:
@@ -182,6 +209,7 @@ def _run(entries: Sequence[Entry], after: tuple[float, float]) -> dict[str, Any]
     rounds = [charge.server_round for charge in charges]
     return {
         "run_id": charges[0].run_id,
+        "purpose": charges[0].purpose,
         "first_round": min(rounds),
         "last_round": max(rounds),
         "mechanism": _one([charge.mechanism for charge in charges]),
@@ -212,7 +240,8 @@ def _csv(studies: Sequence[Mapping[str, Any]]) -> str:
     import io
 
     file = io.StringIO()
-    names = ["study", "unit", "delta", "run_id", "first_round", "last_round", *list(_COLUMNS)[2:]]
+    names = ["study", "unit", "delta", "run_id", "purpose", "first_round", "last_round"]
+    names += list(_COLUMNS)[3:]
     writer = csv.DictWriter(file, names, lineterminator="\n")
     writer.writeheader()
     for study in studies:

@@ -87,7 +87,8 @@ class _Tokens(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """Tokens ``(b, t)`` of int64, t at most ``length``, to ``(b, t, width)``."""
-        y: Tensor = self.token(x) + self.position(_positions(x))
+        # Positions of every example apart: by them its own gradient is told from the others'.
+        y: Tensor = self.token(x) + self.position(_positions(x).expand(x.shape))
         for block in self.blocks:
             y = block(y, seen)
         normed: Tensor = self.norm(y)

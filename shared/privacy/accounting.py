@@ -113,7 +113,13 @@ def unamplified(releases: Sequence[Release]) -> list[Release]:
     return [replace(release, sampling_rate=1.0) for release in releases]
 
 
-def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def calibrate(
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    beside: Sequence[Release] = (),
+) -> float:
     """The smallest noise multiplier that keeps within epsilon.
 
     Args:
@@ -121,6 +127,7 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
         delta: ``LEAST_DELTA`` to below 1.
         sampling_rate: of a Poisson sample.
         steps: how many releases.
+        beside: further releases within the same epsilon, without sampling.
 
     Returns:
         ``LEAST_NOISE`` to ``LARGEST_NOISE``, at most 0.1 % above the smallest, never below it.
@@ -134,10 +141,12 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     Release(1.0, sampling_rate, steps)
 
     def spent(noise_multiplier: float) -> float:
-        return _epsilon(_merged([Release(noise_multiplier, sampling_rate, steps)]), delta)
+        return _epsilon(_merged([Release(noise_multiplier, sampling_rate, steps), *beside]), delta)
 
     # What is enough without sampling is enough with it; the little more covers the rounding of the search.
-    enough = math.sqrt(steps) * _gaussian_noise(epsilon, delta) * (1 + 1e-9)
+    room = _gaussian_noise(epsilon, delta) ** -2
+    room -= math.fsum(one.steps / one.noise_multiplier**2 for one in beside)
+    enough = math.sqrt(steps / room) * (1 + 1e-9) if room > 0 else LARGEST_NOISE
     start = min(max(enough, LEAST_NOISE), LARGEST_NOISE)
     if spent(start) > epsilon:
         raise ValueError(

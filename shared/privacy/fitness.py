@@ -5,20 +5,29 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import nn
 
 from fedge.shared import preprocess
 from fedge.shared.errors import ConfigError
+from fedge.shared.privacy import distributed, local, noised_counts
 from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.secagg.transcript import MOST_SITES
 from fedge.shared.tasks.task import Task
 
 _UNFIT: Final = 211
 
 
-def require_fit(section: PrivacySection, task: Task) -> None:
+def require_fit(section: PrivacySection, task: Task, min_sites: int = 0) -> None:
     """Hold a task against the mechanism.
 
+    Args:
+        section: the mechanism.
+        task: to learn.
+        min_sites: fewest sites of a sum under masks; 0 where nobody knows yet, and distributed noise is not looked at.
+
     Raises:
-        ConfigError: 211, a layer mixes examples, or the task standardises by statistics without noise.
+        ConfigError: 211, a layer mixes examples, a parameter's gradients are not by example, the task standardises by
+            statistics without noise, or the noise fits no grid.
     """
     if section.mechanism == "off":
         return
@@ -30,6 +39,7 @@ def require_fit(section: PrivacySection, task: Task) -> None:
         )
     with torch.random.fork_rng(devices=[]):
         network = task.network()
+        _require_noise(section, task, network, min_sites)
     # Where it hides whole sites, an update is clipped as a whole, and examples may mix in it.
     if section.unit == "site":
         trained = {name for name, _ in network.named_parameters()}
@@ -50,3 +60,31 @@ def require_fit(section: PrivacySection, task: Task) -> None:
             _UNFIT,
             f"{task.name}: network must have layers that keep examples apart, got {str(error)[:200]}",
         )
+    from fedge.shared.privacy.example_gradients import require_apart
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            require_apart(task, network)
+    except ValueError as error:
+        raise ConfigError(_UNFIT, f"{task.name}: {error}") from None
+
+
+def _require_noise(section: PrivacySection, task: Task, network: nn.Module, min_sites: int) -> None:
+    """Hold the noise against its grid, which depends on the number of weights."""
+    honest = 1
+    if section.mechanism == "distributed":
+        honest = min_sites - section.corrupt_sites
+        if honest < 1:
+            return
+    multiplier = section.noise_multiplier
+    size = sum(t.numel() for t in network.state_dict().values() if t.is_floating_point())
+    try:
+        if section.mechanism == "distributed" and multiplier is not None:
+            distributed.deviation(multiplier, size, honest, MOST_SITES)
+        if section.mechanism == "local" and multiplier is not None:
+            local.deviation(multiplier, size)
+        counts = noised_counts.of(section, task.counter_names, honest)
+        if counts is not None:
+            counts.require_grid()
+    except ValueError as error:
+        raise ConfigError(_UNFIT, f"privacy: {error}") from None

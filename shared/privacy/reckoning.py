@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import TypeAlias
 
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Unit, check_delta
+from fedge.shared.privacy.charges import CENTRAL, Unit, check_delta
 
 #: Noise multiplier, sampling rate, fixed size, steps.
 Part: TypeAlias = tuple[float, float, bool, int]
@@ -23,18 +24,54 @@ def reckon(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[float
     Raises:
         ValueError: ``delta`` is not within (0, 1).
     """
-    return reckon_parts(map(part_of, releases), delta, unit)
+    parts = list(map(part_of, releases))
+    return reckon_parts(parts, [], delta) if unit == "example" else reckon_parts([], parts, delta)
 
 
-def reckon_parts(parts: Iterable[Part], delta: float, unit: Unit) -> tuple[float, float]:
-    """As ``reckon``, of releases as the ledger keeps them."""
+def of_study(
+    kept: Iterable[tuple[Unit, str, Part]], unit: Unit, delta: float
+) -> tuple[float, float]:
+    """What all charges of a study come to for a unit, whatever they were made for.
+
+    What hides a whole site hides each of its examples as well; what hides single examples bounds nothing for the site.
+    Nothing bounds what the server learns from updates to which it adds the noise itself.
+
+    Args:
+        kept: unit, mechanism and release of each charge.
+        unit: whose epsilon.
+        delta: at which.
+    """
+    every = list(kept)
+    examples = [part for of, _, part in every if of == "example"]
+    if unit == "site" and examples:
+        return math.inf, math.inf
+    sites = [part for of, _, part in every if of == "site"]
+    consumers, server = reckon_parts(examples, sites, delta)
+    return consumers, math.inf if any(name in CENTRAL for _, name, _ in every) else server
+
+
+def reckon_parts(
+    of_examples: Iterable[Part], of_sites: Iterable[Part], delta: float
+) -> tuple[float, float]:
+    """As ``reckon``, of releases as the ledger keeps them.
+
+    Args:
+        of_examples: in which examples are drawn, unseen.
+        of_sites: in which sites are drawn, which the server sees.
+        delta: at which.
+    """
     check_delta(delta)
-    together = _merged(parts)
+    examples, sites = _merged(of_examples), _merged(of_sites)
     # Accounting keeps what it has composed, so that a charge of a known kind costs little.
-    consumers = accounting.epsilon(together, delta)
-    if unit == "example":
+    consumers = accounting.epsilon(_together(examples, sites), delta)
+    seen = accounting.unamplified(sites)
+    if seen == sites:
         return consumers, consumers
-    return consumers, accounting.epsilon(accounting.unamplified(together), delta)
+    return consumers, accounting.epsilon(_together(examples, seen), delta)
+
+
+def _together(*releases: list[Release]) -> list[Release]:
+    return _merged(part_of(one) for some in releases for one in some)
 
 
 def part_of(release: Release) -> Part:

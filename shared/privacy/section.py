@@ -35,7 +35,8 @@ class PrivacySection(Section):
         None,
         gt=0,
         le=1e4,
-        description="standard deviation of the noise, by the clipping bound; `fedge privacy calibrate` finds it",
+        description="standard deviation of the noise, by what one unit can change: the clipping bound, twice that with"
+        " local, and with central-mf what all of a site's rounds change together; `fedge privacy calibrate` finds it",
     )
     epsilon: float | None = Field(
         None,
@@ -114,9 +115,12 @@ class PrivacySection(Section):
             if self.noise_multiplier is not None:
                 raise ValueError("mechanism must be named where noise-multiplier is set, got off")
             if self.metrics == "noised":
-                raise ValueError("mechanism must be named where metrics is noised, got off")
+                raise ValueError(
+                    "metrics must be off or unprotected with mechanism off, got noised"
+                )
         elif self.noise_multiplier is None and self.epsilon is None:
-            raise ValueError(f"must hold noise-multiplier with {self.mechanism}, got none")
+            other = " or epsilon" if self.mechanism == "example" else ""
+            raise ValueError(f"must hold noise-multiplier{other} with {self.mechanism}, got none")
         elif self.noise_multiplier is not None and self.epsilon is not None:
             raise ValueError("must hold noise-multiplier or epsilon, got both")
         if self.epsilon is None and self.delta != type(self).model_fields["delta"].default:

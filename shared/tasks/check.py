@@ -30,7 +30,7 @@ def check(task: Task) -> None:
     Raises:
         DataError: 305, a part fails or does not give what the next one takes.
     """
-    x = _preprocessed(task)
+    x = preprocessed(task, np.zeros((BATCH, *task.input.shape), np.float32))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = _tried(task, "network failed", task.network)
@@ -46,9 +46,16 @@ def check(task: Task) -> None:
     _check_counters(task, counters)
 
 
-def _preprocessed(task: Task) -> NDArray[Any]:
-    """Two examples as the network takes them, with unit statistics where nothing is fitted yet."""
-    x: NDArray[Any] = np.zeros((BATCH, *task.input.shape), dtype=np.float32)
+def preprocessed(task: Task, x: NDArray[Any]) -> NDArray[Any]:
+    """Examples as the network takes them, with unit statistics where nothing is fitted yet.
+
+    Args:
+        task: whose steps.
+        x: ``(b, *input.shape)``, float32; columns with categories get the first one.
+
+    Raises:
+        DataError: 305, a step fails.
+    """
     for step in task.preprocessing:
         name, shape = type(step).__name__, x.shape
 

@@ -105,7 +105,7 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
         )
     task = get_task(config.task.name)
     check(task)
-    require_fit(config.privacy, task)
+    require_fit(config.privacy, task, config.secure_aggregation.min_sites)
     shares = site_shares(config, task)
     out = folder(arguments.out, Path("runs/audit"))
     told, entropy = Told(), Entropy()

@@ -53,7 +53,7 @@ def _run(arguments: Namespace) -> int:
     from fedge.server.report.sweep import parse
     from fedge.server.run_directory import RunDirectory
     from fedge.shared.config_file import read_tree
-    from fedge.shared.errors import UsageError
+    from fedge.shared.errors import ConfigError, UsageError
     from fedge.shared.privacy.fitness import require_fit
     from fedge.shared.tasks.check import check
     from fedge.shared.tasks.registry import get_task
@@ -74,7 +74,16 @@ def _run(arguments: Namespace) -> int:
     task = get_task(config.task.name)
     # What no run could do ends the sweep before it begins.
     check(task)
-    require_fit(config.privacy, task)
+    refusals = []
+    for job in jobs[1:]:
+        try:
+            require_fit(job.config.privacy, task, job.config.secure_aggregation.min_sites)
+            break
+        except ConfigError as error:
+            # Another run may have noise that fits; then this one is listed with what is wrong.
+            refusals.append(error)
+    else:
+        raise refusals[0]
     site_shares(config, task)
     out = folder(arguments.out, Path("runs/sweep"))
     with RunDirectory(out).lock():

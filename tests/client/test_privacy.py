@@ -14,6 +14,7 @@ from fedge.shared import protocol
 from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.secagg import messages
 
 RELEASE = Release(1.0, 1.0, 1)
 ONCE = epsilon([RELEASE], 1e-5)
@@ -156,7 +157,23 @@ EXAMPLE = '{"mechanism": "example", "noise-multiplier": 1.0}'
             config(EXAMPLE),
             "evaluate: must be left out while privacy.share-metrics",
         ),
-        (protocol.REGISTER, config(standardise="federated"), "standardise: must be site"),
+        (protocol.REGISTER, config(standardise="site"), "query.register: must be under"),
+        (messages.STATISTICS, config(), "query.secagg_statistics: must be under"),
+        (
+            protocol.TRAIN,
+            config(EXAMPLE[:-1] + ', "statistics": "unprotected"}'),
+            "privacy.statistics: must be off while privacy.share-statistics",
+        ),
+        (
+            messages.STATISTICS,
+            config(EXAMPLE[:-1] + ', "statistics": "unprotected"}'),
+            "privacy.statistics: must be off while privacy.share-statistics",
+        ),
+        (
+            protocol.TRAIN,
+            config(EXAMPLE.replace("example", "central")),
+            "privacy.mechanism: must be of the site's own while privacy.trust-server",
+        ),
     ],
 )
 def test_a_site_that_requires_privacy_serves_nothing_without(kind, told, says):
@@ -169,7 +186,19 @@ def test_what_is_under_privacy_is_served():
     policy = PrivacyPolicy(**{"required": True, "share-metrics": True})
     privacy_policy.allow(policy, protocol.TRAIN, config(EXAMPLE))
     privacy_policy.allow(policy, protocol.EVALUATE, config(EXAMPLE))
-    privacy_policy.allow(policy, protocol.REGISTER, config(standardise="site"))
+    # Digits learn no mean: whether sums would leave is for the worker to see.
+    privacy_policy.allow(policy, protocol.REGISTER, config(EXAMPLE, standardise="federated"))
+    central = config(EXAMPLE.replace("example", "central"))
+    trusting = PrivacyPolicy(**{"required": True, "trust-server": True})
+    privacy_policy.allow(trusting, protocol.TRAIN, central)
+
+
+def test_the_site_says_how_many_may_collude():
+    section = EXAMPLE.replace("example", "distributed")[:-1] + ', "corrupt-sites": %d}'
+    policy = PrivacyPolicy(**{"required": True, "corrupt-sites": 2})
+    text = refused(418, privacy_policy.allow, policy, protocol.TRAIN, config(section % 1))
+    assert text.startswith("privacy.corrupt-sites: must be at least 2")
+    privacy_policy.allow(policy, protocol.TRAIN, config(section % 2))
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,10 @@ def test_a_task_that_standardises_needs_a_word_on_it(tell, worker, ask, weights)
 
 def test_an_owner_who_requires_privacy_lets_noised_counters_leave():
     policy = PrivacyPolicy(required=True)
-    privacy_policy.allow(policy, protocol.EVALUATE, ConfigRecord({protocol.PRIVACY: section()}))
+    noised = section(statistics="off")
+    privacy_policy.allow(policy, protocol.EVALUATE, ConfigRecord({protocol.PRIVACY: noised}))
     for metrics in ("off", "unprotected"):
-        other = section(metrics=metrics, **{"metrics-noise-multiplier": None})
+        other = section(metrics=metrics, statistics="off", **{"metrics-noise-multiplier": None})
         with pytest.raises(SiteError, match="evaluate: must be left out .* or noised") as caught:
             privacy_policy.allow(policy, protocol.EVALUATE, ConfigRecord({protocol.PRIVACY: other}))
         assert caught.value.code == 418

@@ -13,6 +13,7 @@ from fedge.client.private_release import Noise, release_of
 from fedge.client.private_training import train_privately
 from fedge.client.train import Examples
 from fedge.shared.config import TrainSection
+from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.gaussian import normal
@@ -139,3 +140,27 @@ def test_a_private_model_still_learns(task, examples):
     settings = section(**{"local-steps": 100, "batch-size": 20})
     train_privately(task, net, examples, settings, Noise(0.5, 1.0), Entropy(key=KEY))
     assert task.loss(net(examples.x), examples.y).item() < before
+
+
+class Places(torch.nn.Module):
+    """Positions without the axis of the examples, whose gradients Opacus cannot tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.fc = torch.nn.Embedding(2, 4), torch.nn.Linear(5, 2)
+
+    def forward(self, x):
+        place = self.place(torch.arange(2)).expand(len(x), 2, 4)
+        return self.fc(torch.cat([x[:, :, None], place], dim=2).tanh().mean(dim=1))
+
+
+def test_gradients_that_are_no_examples_are_not_clipped(task, examples):
+    net = Places()
+    before = flat(net)
+    with pytest.raises(SiteError, match=r"place\.weight: must have a gradient for each") as caught:
+        train_privately(
+            task, net, examples, section(**{"batch-size": 37}), Noise(1.0, 1.0), Entropy()
+        )
+    assert caught.value.code == 413
+    assert torch.equal(flat(net), before)
+    assert not any(hasattr(p, "grad_sample") for p in net.parameters())

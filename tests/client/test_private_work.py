@@ -8,8 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.client import requests
+from fedge.client.privacy import SitePrivacy
+from fedge.client.privacy_policy import PrivacyPolicy, simulated
 from fedge.client.private_release import noise_within
+from fedge.client.private_work import PrivateWork, Round
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.config import TrainSection
@@ -17,11 +20,13 @@ from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Scale
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.secagg import messages
 
 
 def section(**values):
     given = {"mechanism": "example", "noise-multiplier": 1.0, "statistics": "unprotected"}
-    return json.dumps({**given, **values})
+    return json.dumps({k: v for k, v in {**given, **values}.items() if v is not None})
 
 
 def arrays(reply):
@@ -127,3 +132,95 @@ def test_an_epsilon_without_noise_for_it_is_refused(tell, worker, ask, weights, 
     found = tell(worker, ask(protocol.TRAIN, weights, privacy=wanted, rounds=rounds))
     assert isinstance(found, SiteError) and found.code == 414
     assert not (worker.home / FILE).exists()
+
+
+def test_a_run_and_its_noised_evaluations_are_within_epsilon(tell, worker, ask, weights):
+    settings = {"train": '{"local-steps": 4, "batch-size": 8}'}
+    wanted = section(
+        **{
+            "noise-multiplier": None,
+            "epsilon": 3.0,
+            "metrics": "noised",
+            "metrics-noise-multiplier": 4.0,
+        }
+    )
+    for number in (1, 2, 3):
+        common = {"server_round": number, "privacy": wanted, "rounds": 3, "evaluate_every": 2}
+        tell(worker, ask(protocol.TRAIN, weights, **common, **settings))
+        if number > 1:
+            tell(worker, ask(protocol.EVALUATE, weights, **common))
+    charges = [entry.charge for entry in Ledger(worker.home / FILE).entries()]
+    assert [c.purpose for c in charges].count("evaluate") == 2
+    assert 0.99 * 3 < epsilon([c.release for c in charges], 1e-5) <= 3
+
+
+def test_where_nothing_is_said_every_round_is_evaluated(tell, task, data, ask, weights, tmp_path):
+    found = []
+    for every in (None, 1, 3):
+        worker = SiteWorker("a", task, data, tmp_path / str(every))
+        wanted = section(
+            **{
+                "noise-multiplier": None,
+                "epsilon": 3.0,
+                "metrics": "noised",
+                "metrics-noise-multiplier": 4.0,
+            }
+        )
+        tell(worker, ask(protocol.TRAIN, weights, privacy=wanted, rounds=3, evaluate_every=every))
+        (entry,) = Ledger(worker.home / FILE).entries()
+        found.append(entry.charge.release.noise_multiplier)
+    assert found[0] == found[1] > found[2]
+
+
+@pytest.mark.parametrize("every", [0, "1", 2.0])
+def test_evaluations_beyond_epsilon_are_refused(tell, worker, ask, weights, every):
+    values = {"noise-multiplier": None, "epsilon": 1.0, "metrics": "noised"}
+    wanted = section(**values, **{"metrics-noise-multiplier": 2.0})
+    found = tell(worker, ask(protocol.TRAIN, weights, privacy=wanted, rounds=5))
+    assert isinstance(found, SiteError) and found.code == 414
+    assert (
+        "5 evaluations with metrics-noise-multiplier 2 cost by themselves, got 1" in found.message
+    )
+    enough = section(**values, **{"metrics-noise-multiplier": 50.0})
+    found = tell(
+        worker, ask(protocol.TRAIN, weights, privacy=enough, rounds=5, evaluate_every=every)
+    )
+    assert isinstance(found, SiteError) and found.message.startswith("evaluate-every")
+    assert not (worker.home / FILE).exists()
+
+
+def test_a_task_that_does_not_fit_is_refused_uncharged(tell, task, data, ask, weights, tmp_path):
+    def summed(logits, labels):
+        return task.loss(logits, labels) * len(labels)
+
+    worker = SiteWorker("a", replace(task, loss=summed), data, tmp_path)
+    found = tell(worker, ask(protocol.TRAIN, weights, privacy=section()))
+    assert isinstance(found, SiteError) and found.code == 414
+    assert "the loss must be a mean over" in found.message
+    assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize(("multiplier", "says"), [(0.01, "noise of one site"), (1.0, None)])
+def test_distributed_noise_that_fits_no_grid_is_refused_uncharged(
+    tell, task, data, ask, weights, tmp_path, multiplier, says
+):
+    ledger = SitePrivacy(tmp_path, simulated)
+    message = ask(protocol.TRAIN, weights)
+    message.content[messages.SECURE] = messages.record({messages.MIN_SITES: 5})
+    config = requests.config_of(message.content, "blobs")
+    noised = PrivacySection.model_validate(
+        {"mechanism": "distributed", "noise-multiplier": multiplier}
+    )
+    of = Round(
+        message.content, requests.terms(config, 2), noised, config, requests.training(config), None
+    )
+    work = PrivateWork(task, ledger)
+    if says is None:
+        noise, charge = work.noise(of, weights)
+        charge()
+        assert noise.honest == 5
+        return
+    with pytest.raises(SiteError, match=says) as caught:
+        work.noise(of, weights)
+    assert caught.value.code == 414
+    assert not (tmp_path / FILE).exists()

@@ -19,6 +19,7 @@ import fedge.edge
 from fedge.edge import bench
 from fedge.edge.cli import COMMANDS, main
 from fedge.shared.errors import InputError
+from fedge.shared.manifest_privacy import Privacy
 from fedge.shared.schema import Feature, InputSchema
 
 Capture = pytest.CaptureFixture[str]
@@ -91,6 +92,23 @@ def test_verify_says_whether_a_site_must_bring_its_statistics(
         line = ["statistics", "each site's own: pass --statistics to predict and bench"]
         assert (line in said) is wanted
         assert ("statistics" in {key for key, _ in said}) is wanted
+
+
+def test_verify_tells_what_protects_the_examples_and_what_does_not(
+    capsys: Capture, bundle_of: Callable[..., Path], image_bundle: Path, trust: Path
+) -> None:
+    def said(bundle: Path) -> str:
+        assert main(["verify", str(bundle), "--trust", str(trust)]) == 0
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        return lines["privacy"]
+
+    assert said(image_bundle) == "none"
+    told = Privacy("example", 1.0, 1.0, {"a": "d" * 64}, unit="example", metrics="unprotected")
+    bundle = bundle_of(task="private", privacy=told)
+    assert said(bundle) == "example, noise multiplier 1, clipping bound 1; metrics unprotected"
+    found = _json(capsys, "verify", bundle, "--trust", trust, "--json")
+    assert found["statement"]["predicate"]["privacy"] == told.to_json()
+    assert found["manifest"]["privacy"] == told.to_json()
 
 
 def test_verify_shows_the_schema_of_a_table(

@@ -434,10 +434,24 @@ def test_epsilon_by_round() -> None:
     assert spent(of, 1)["consumers"] < after["consumers"]
     plain = spent(section(), 3)
     assert plain["consumers"] == plain["sample_known"] == epsilon([Release(1.0, 1.0, 3)], DELTA)
+    # What evaluations with noise tell is told too.
+    noised = section(**{"metrics": "noised", "metrics-noise-multiplier": 3.0})
+    releases = [Release(1.0, 1.0, 3), Release(3.0, 1.0, 2)]
+    assert spent(noised, 3, 2)["consumers"] == epsilon(releases, DELTA) > plain["consumers"]
+    assert spent(noised, 3, 0) == spent(section(), 3, 2) == plain
     # Correlated noise is one release, whichever round it has come to.
     assert spent(section("central-mf"), 1) == spent(section("central-mf"), 9)
     assert spent(section("central-mf"), 9)["consumers"] == pytest.approx(4.37718, abs=1e-5)
     assert spent(section(**{"noise-multiplier": 1e-200}), 1)["consumers"] is None
+
+
+def test_a_round_counts_the_evaluations_up_to_its_own() -> None:
+    noised = section(**{"metrics": "noised", "metrics-noise-multiplier": 3.0})
+    central = for_run(noised, 5, ZERO, 2)
+    assert central is not None
+    found = [central.skip(number)["epsilon"] for number in range(1, 6)]
+    # After 2, after 4, and after the last one.
+    assert found == [spent(noised, n, e) for n, e in enumerate((0, 1, 1, 2, 3), start=1)]
 
 
 def test_only_a_sample_that_is_drawn_is_secret() -> None:

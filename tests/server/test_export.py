@@ -151,6 +151,49 @@ def test_a_model_that_differs_is_not_released() -> None:
     assert "batch size" in error.value.message
 
 
+def test_large_logits_may_differ_by_as_many_of_their_digits() -> None:
+    """Local noise leaves weights so large that float32 rounds by more than small logits may differ."""
+    network, shape = _network("mlp")
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.mul_(1000.0)
+    data = export_onnx(network, shape)
+    found = parity(network, data, shape)
+    assert found.tolerance > 10
+    assert 1e-4 < found.max_abs_difference < 1e-3 * found.tolerance, "the absolute rule refuses it"
+
+    # A thousandth off is still too much.
+    with torch.no_grad():
+        list(network.parameters())[-2].mul_(1.001)
+    with pytest.raises(ReleaseError) as error:
+        parity(network, data, shape)
+    assert error.value.code == 603
+
+
+def test_small_logits_are_held_to_the_tolerance_itself() -> None:
+    network = nn.Linear(6, 2)
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.mul_(1e-3)
+    data = export_onnx(network, (6,))
+    assert parity(network, data, (6,)).tolerance == export.TOLERANCE
+    with torch.no_grad():
+        network.bias.add_(2 * export.TOLERANCE)
+    with pytest.raises(ReleaseError, match=r"within 0\.0001 of the trained model"):
+        parity(network, data, (6,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_infinite_logits_allow_no_difference(value: float) -> None:
+    """Else a share of infinity would allow any."""
+    network = nn.Linear(6, 2)
+    data = export_onnx(network, (6,))
+    with torch.no_grad():
+        network.bias[0] = value
+    with pytest.raises(ReleaseError, match="finite"):
+        parity(network, data, (6,))
+
+
 def test_a_model_that_gives_nan_is_not_released() -> None:
     network, shape = _network("mlp")
     with torch.no_grad():

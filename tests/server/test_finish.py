@@ -143,6 +143,15 @@ def test_results_are_of_the_last_evaluation_with_totals_of_all_rounds():
     assert (made["run"], made["task"], made["strategy"]) == ("r-1", "breast-cancer", "FedAvg")
 
 
+def test_results_tell_of_the_noise_on_the_last_evaluation():
+    noised = json.loads(json.dumps(LINES))
+    for number, told in enumerate(noised):
+        if "pooled" in told["metrics"]:
+            told["metrics"]["noise"] = {"unit": "site", "pooled": {"accuracy": number / 10}}
+    found = finish.results("r-1", CONFIG, noised)["final"]["noise"]
+    assert found == {"unit": "site", "pooled": {"accuracy": 0.1}}
+
+
 def test_results_without_an_evaluation():
     final = finish.results("r-1", CONFIG, [line(1, None)])["final"]
     assert final == {"round": 0, "per_site": {}, "site_mean": {}, "pooled": {}}

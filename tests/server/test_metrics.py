@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.server.metrics import ratios, summary
+from fedge.server.metrics import masked_summary, ratios, summary
+from fedge.shared.privacy import noised_counts
+from fedge.shared.privacy.noised_counts import NoisedCounts
+from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Metric
 
@@ -89,3 +92,55 @@ def test_where_whole_sites_are_hidden_only_what_is_about_all_of_them_is_told():
     # The failing twin: cut to [0, 1] at each site, the same mean comes out as another.
     cut = [min(max(c["correct"], 0.0), 1.0) for c in sites.values()]
     assert abs(sum(cut) / 3 - 0.8) > 0.1
+
+
+def noise(mechanism: str, names=("examples", "correct")) -> NoisedCounts:
+    section = PrivacySection.model_validate(
+        {
+            "mechanism": mechanism,
+            "noise-multiplier": 1.0,
+            "metrics": "noised",
+            "metrics-noise-multiplier": 2.0,
+        }
+    )
+    found = noised_counts.of(section, names)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("mechanism", ["local", "example"])
+def test_the_deviation_that_is_told_is_that_of_the_figures(mechanism):
+    of, draw, sites = noise(mechanism), np.random.default_rng(1), 9
+    share, size = 0.6, 400.0
+    found = []
+    for _ in range(400):
+        counted = {}
+        for i in range(sites):
+            sums = {"examples": size, "correct": share * size}
+            if of.unit == "site":
+                sums = {"examples": 1.0, "correct": share}
+            counted[f"s{i}"] = sums | {n: sums[n] + draw.normal(0, of.deviation) for n in of.noised}
+        found.append(summary(METRICS[:1], counted, noise=of))
+    told = found[0]["noise"]
+    assert told["unit"] == of.unit
+    values = [row["pooled"]["accuracy"] for row in found]
+    if mechanism == "example":
+        assert told["pooled"]["accuracy"] == pytest.approx(np.std(values), rel=0.15)
+        own = [row["per_site"]["s0"]["accuracy"] for row in found]
+        assert told["per_site"]["s0"]["accuracy"] == pytest.approx(np.std(own), rel=0.15)
+        assert told["site_mean"]["accuracy"] >= np.std(
+            [row["site_mean"]["accuracy"] for row in found]
+        )
+    else:
+        # One counter with noise: its deviation is the multiplier, by the root of the sites.
+        assert told["pooled"]["accuracy"] == told["site_mean"]["accuracy"] == pytest.approx(2 / 3)
+        assert told["per_site"] == {}
+
+
+def test_under_masks_the_noise_of_all_sites_adds_up():
+    of = noise("local")
+    made = masked_summary(METRICS[:1], {"examples": 16.0, "correct": 8.0}, of, 16)
+    assert made["pooled"] == {"accuracy": 0.5}
+    assert made["noise"]["pooled"] == pytest.approx({"accuracy": 2 / 4})
+    assert "noise" not in masked_summary(METRICS[:1], {"examples": 16.0, "correct": 8.0})
+    assert masked_summary(METRICS[:1], {}, of)["noise"]["pooled"] == {}

@@ -86,6 +86,18 @@ def test_init_refuses_what_would_be_open_and_leaves_no_home(tmp_path: Path) -> N
     assert code_of(operate.init, tmp_path / "file" / "home", "127.0.0.1:1") == 901
 
 
+def test_submit_refuses_what_no_site_could_learn(home: Path, config: Path) -> None:
+    secure = ["secure-aggregation.enabled=true", "secure-aggregation.min-sites=3", "sites.count=5"]
+    sections = ["privacy.mechanism=distributed", "round.min-sites=3"]
+    for little in ("0.001", "1"):
+        made = [*secure, *sections, f"privacy.noise-multiplier={little}"]
+        if little == "1":
+            assert operate.submit(home, config, made, "fits") == "fits"
+        else:
+            assert code_of(operate.submit, home, config, made, "unfit") == 211
+    assert [path.name for path in (home / "runs").iterdir()] == ["fits"]
+
+
 def test_submit_queues_a_run(home: Path, config: Path) -> None:
     name = operate.submit(home, config, ["run.rounds=5"])
     (told,) = operate.runs(home)

@@ -17,6 +17,7 @@ from torch import nn
 from fedge.edge.runtime import EdgeModel
 from fedge.server import release as release_module
 from fedge.server.release import load_network, release
+from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, cli, config_file, preprocess
 from fedge.shared.bundle import Bundle, open_bundle
 from fedge.shared.errors import ConfigError, FedgeError, ReleaseError, RunError
@@ -185,6 +186,45 @@ def test_a_model_for_sites_own_statistics_is_released(
         ready = torch.from_numpy(preprocess.apply(model.steps, x))
         expected = torch.sigmoid(run.network(ready)).item()
     assert model.predict(x).probabilities[0, 1] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("section", "of_mechanism"),
+    [
+        ({"mechanism": "example"}, {"unit": "example"}),
+        ({"mechanism": "local"}, {"unit": "site"}),
+        ({"mechanism": "central", "sampling-rate": 0.5}, {"unit": "site", "sampling_rate": 0.5}),
+        ({"mechanism": "central-mf", "min-separation": 2}, {"unit": "site", "min_separation": 2}),
+        ({"mechanism": "distributed", "corrupt-sites": 1}, {"unit": "site", "corrupt_sites": 1}),
+    ],
+)
+def test_the_statement_holds_all_that_epsilon_and_its_limits_follow_from(
+    section: dict[str, Any], of_mechanism: dict[str, Any], run: Run
+) -> None:
+    """A noise multiplier without the chance to be drawn, or beside exact metrics, reads as a guarantee."""
+    tree: dict[str, Any] = {
+        "task": {"name": "breast-cancer"},
+        "privacy": {
+            **section, "noise-multiplier": 1.0, "metrics": "noised", "metrics-noise-multiplier": 9.0,
+            "statistics": "unprotected",
+        },
+        "secure-aggregation": {"enabled": section["mechanism"] == "distributed"},
+    }  # fmt: skip
+    directory = RunDirectory(run.path)
+    directory.config.write_text(config_file.dump(config_file.from_tree(tree)))
+    directory.rounds.write_text("")
+    found = release_module._privacy(directory, ("site-1",))
+    assert found is not None
+    assert found.to_json() == {
+        "mechanism": section["mechanism"],
+        "noise_multiplier": 1.0,
+        "clipping_bound": 1.0,
+        "ledgers": {},
+        "metrics": "noised",
+        "metrics_noise_multiplier": 9.0,
+        "statistics": "unprotected",
+        **of_mechanism,
+    }
 
 
 def _fails(kind: type[FedgeError], code: int, run_dir: Path, key: Path, out: Path) -> str:

@@ -16,6 +16,7 @@ from fedge.shared.manifest import (
     Manifest,
     Parity,
 )
+from fedge.shared.manifest_privacy import Privacy
 from fedge.shared.manifest_rules import network_shape
 from fedge.shared.preprocess import OneHot, Reshape, Scale, Standardise
 from fedge.shared.schema import Feature, InputSchema, OutputSchema
@@ -61,6 +62,110 @@ def test_what_is_written_is_read() -> None:
     assert Manifest.from_bytes(MANIFEST.to_bytes()).to_bytes() != b""
     assert _read({**VALUE, "latency": None}).latency is None
     assert network_shape(MANIFEST.input, MANIFEST.preprocessing) == (4,)
+
+
+CENTRAL = Privacy(
+    "central",
+    1.0,
+    0.5,
+    {"va": "d" * 64},
+    unit="site",
+    sampling_rate=0.25,
+    metrics="noised",
+    metrics_noise_multiplier=10.0,
+    statistics="unprotected",
+)
+#: As an earlier version wrote it.
+BARE = {"mechanism": "example", "noise_multiplier": 1.0, "clipping_bound": 1.0, "ledgers": {}}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        (
+            CENTRAL,
+            "central, unit site, noise multiplier 1, clipping bound 0.5, sampling rate 0.25;"
+            " metrics noised with noise multiplier 10, statistics unprotected",
+        ),
+        (
+            Privacy("example", 1, 1, {}, unit="example", metrics="unprotected", statistics="off"),
+            "example, noise multiplier 1, clipping bound 1; metrics unprotected",
+        ),
+        (
+            Privacy("example", None, 1, {}, 3.0, 1e-5, unit="example", metrics="off"),
+            "example, epsilon 3 at delta 1e-05 for training, clipping bound 1; metrics off",
+        ),
+        (
+            Privacy(
+                "example",
+                None,
+                1,
+                {},
+                3.0,
+                1e-5,
+                unit="example",
+                metrics="noised",
+                metrics_noise_multiplier=20.0,
+            ),
+            "example, epsilon 3 at delta 1e-05 for training and metrics, clipping bound 1;"
+            " metrics noised with noise multiplier 20",
+        ),
+        (
+            Privacy("central-mf", 2, 1, {}, unit="site", min_separation=4, metrics="off"),
+            "central-mf, unit site, noise multiplier 2, clipping bound 1, min separation 4; metrics off",
+        ),
+        (
+            Privacy("distributed", 2, 1, {}, unit="site", corrupt_sites=0, metrics="off"),
+            "distributed, unit site, noise multiplier 2, clipping bound 1, corrupt sites 0; metrics off",
+        ),
+    ],
+)
+def test_what_is_said_of_privacy_is_read_again_and_told(privacy: Privacy, words: str) -> None:
+    read = _read({**VALUE, "privacy": privacy.to_json()}).privacy
+    assert read == privacy
+    assert read.words() == words
+
+
+def test_a_manifest_of_before_the_details_of_privacy_is_read_as_it_is() -> None:
+    manifest = _read({**VALUE, "privacy": BARE})
+    assert manifest.privacy == Privacy("example", 1.0, 1.0, {})
+    assert json.loads(manifest.to_bytes())["privacy"] == BARE
+    assert manifest.privacy.words().endswith("; metrics not told")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"surprise": 1}, "privacy"),
+        ({"unit": "person"}, "unit must be one of example, site"),
+        ({"unit": None}, "privacy"),
+        ({"unit": ["site"]}, "unit must be"),
+        ({"metrics": "exact"}, "metrics must be one of"),
+        ({"metrics": "noised"}, "metrics_noise_multiplier must be there"),
+        (
+            {"metrics": "off", "metrics_noise_multiplier": 1.0},
+            "metrics_noise_multiplier must be there",
+        ),
+        ({"metrics": "noised", "metrics_noise_multiplier": 0.0}, "must be above 0"),
+        ({"metrics": "noised", "metrics_noise_multiplier": "1"}, "privacy"),
+        ({"statistics": "noised"}, "statistics must be one of"),
+        ({"sampling_rate": 0.5}, "sampling_rate must be of central only, got 'example'"),
+        ({"mechanism": "central", "sampling_rate": 0.0}, "sampling_rate must be above 0"),
+        ({"mechanism": "central", "sampling_rate": 1.5}, "sampling_rate must be above 0"),
+        ({"mechanism": "central-mf", "min_separation": 0}, "min_separation must be a whole number"),
+        (
+            {"mechanism": "central-mf", "min_separation": 2.0},
+            "min_separation must be a whole number",
+        ),
+        ({"mechanism": "distributed", "corrupt_sites": -1}, "corrupt_sites must be a whole number"),
+        ({"epsilon": 3.0, "delta": 1e-5}, "must hold noise_multiplier, or epsilon and delta"),
+    ],
+)
+def test_what_cannot_be_said_of_privacy_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(BundleError) as error:
+        _read({**VALUE, "privacy": {**BARE, **changes}})
+    assert error.value.code == 706
+    assert named in error.value.message
 
 
 def test_a_model_may_leave_the_statistics_to_each_site() -> None:
@@ -176,10 +281,13 @@ def _paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+PRIVATE: dict[str, Any] = {**VALUE, "privacy": CENTRAL.to_json()}
+
+
 @settings(max_examples=400)
-@given(st.sampled_from(_paths(VALUE)), _JSON)
+@given(st.sampled_from(_paths(PRIVATE)), _JSON)
 def test_any_value_anywhere_is_read_or_refused(path: tuple[Any, ...], new: Any) -> None:
-    value = copy.deepcopy(VALUE)
+    value = copy.deepcopy(PRIVATE)
     _set(*path, new)(value)
     try:
         manifest = _read(value)

@@ -80,8 +80,8 @@ def test_the_next_free_folder_is_taken(fedge, tmp_path):
         ),
         (PRIVATE, ["--noise-factor", "nan"], 2, "FE-102 --noise-factor: must be 0.01 to 1, got nan"),
         (PRIVATE, [], 1, "FE-211 privacy.statistics: must be unprotected for breast-cancer"),
-        ({**DISTRIBUTED, **TABLE, **LITTLE}, [], 1, "FE-201 privacy: noise of one site: must be"),
-        ({**LOCAL, **TABLE, "privacy.noise-multiplier": "0.001"}, [], 1, "FE-201 privacy: noise: must be"),
+        ({**DISTRIBUTED, **TABLE, **LITTLE}, [], 1, "FE-211 privacy: noise of one site: must be"),
+        ({**LOCAL, **TABLE, "privacy.noise-multiplier": "0.001"}, [], 1, "FE-211 privacy: noise: must be"),
         ({}, ["--out", "config.toml/x"], 1, "FE-107 config.toml/x: must be writable, got Not a directory"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import bundle, config_file, signing
-from fedge.shared.errors import ConfigError, RunError
+from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.simulations.engine import simulate
@@ -117,10 +117,11 @@ def test_a_task_that_standardises_is_refused_before_its_data_is_read(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_noise_that_does_not_fit_the_grid_ends_the_run_in_words(tmp_path):
-    with pytest.raises(RunError) as caught:
+def test_noise_that_does_not_fit_the_grid_begins_no_run(tmp_path):
+    with pytest.raises(ConfigError, match="noise of one site: must be") as caught:
         simulate(config("distributed", {"noise-multiplier": 0.001}), tmp_path / "out")
-    assert "503" in str(caught.value)
+    assert caught.value.code == 211
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mechanism", ["example", "distributed"])

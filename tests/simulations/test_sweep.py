@@ -167,7 +167,7 @@ def test_a_run_that_fails_is_listed_and_the_others_go_on(tmp_path):
     given = tree("distributed")
     outcomes = run(given, tmp_path, multipliers=(0.001, 1.0))
     baseline, failed, noised = outcomes
-    assert failed.problem.startswith("FE-503 ")
+    assert failed.problem.startswith("FE-211 privacy: noise of one site")
     assert (failed.value, failed.epsilon) == (None, None)
     assert baseline.value is not None
     assert noised.value is not None

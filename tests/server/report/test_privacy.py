@@ -85,7 +85,9 @@ def test_what_was_spent(tmp_path: Path) -> None:
     assert (
         "After round 12 the largest epsilon that a site tells is 12.0 against the model's" in text
     )
-    assert "readers and 24.0 against the server, over all runs." in text
+    assert (
+        "readers and 24.0 against the server, over all runs, each at its own site's delta." in text
+    )
     assert "a single training example; not a person with several of them" in text
     assert "noise multiplier1.1:" in text
     assert "clipping bound0.5:" in text
@@ -102,7 +104,7 @@ def test_in_brief(tmp_path: Path) -> None:
     text = page(tmp_path, private_files()).text
     brief = text[text.index("Security") : text.index("In use")]
     assert (
-        "by what the sites say, epsilon is at most 12.0 against the model's readers and 24.0 against the server"
+        "the largest epsilon that a site tells is 12.0 against the model's readers and 24.0 against the server"
         in brief
     )
     assert "not covered by epsilon: results on held-out examples (exact counts)." in brief
@@ -307,7 +309,7 @@ def test_extreme_figures_can_be_drawn(tmp_path: Path, value: float) -> None:
 @pytest.mark.parametrize("rounds", [1, 12])
 def test_one_site_and_one_round(tmp_path: Path, rounds: int) -> None:
     found = page(tmp_path, private_files(1, rounds))
-    assert "One site tells it." in section(found)
+    assert "One site tells it, at its own delta." in section(found)
     assert len(labels(found)) == 1
 
 
@@ -363,7 +365,7 @@ def test_the_table_in_the_terminal_has_a_line() -> None:
     lines[-1]["privacy"]["site-1"]["server"] = float("nan")
     lines[-1]["privacy"]["site-2"] = "x"
     told = summary_table({}, lines).splitlines()
-    assert told[-1] == "epsilon  readers 11.0000, server 22.0000 (largest, as told by 8 sites)"
+    assert told[-1] == "epsilon  readers 11.0000, server 22.0000 (largest of 8 sites, own deltas)"
     tell({"rounds.jsonl": lines}, 1e9, 1e9)
     assert len(summary_table({}, lines).splitlines()[-1]) <= 80
     tell({"rounds.jsonl": lines}, 1e400, -1)

@@ -25,6 +25,8 @@ def groups(rig, tmp_path):
 def test_attempts_are_numbered_within_a_round_and_purpose(ledger):
     assert [ledger.next_attempt("train", 1) for _ in range(3)] == [1, 2, 3]
     assert ledger.next_attempt("evaluate", 1) == 1
+    assert [ledger.attempts(p, 1) for p in ("train", "evaluate", "statistics")] == [3, 1, 0]
+    assert ledger.attempts("train", 2) == 0
     assert ledger.next_attempt("train", 2) == 1
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from fedge.shared import cli
 from fedge.shared.privacy.accounting import Release, epsilon
+from fedge.shared.privacy.reckoning import reckon
 
 EPSILON = "--noise-multiplier 1 --sampling-rate 0.1 --steps 100 --delta 1e-5"
 CALIBRATE = "--epsilon 1 --delta 1e-5 --sampling-rate 0.1 --steps 100"
@@ -34,8 +35,32 @@ def test_epsilon_prints_the_published_number_alone(fedge):
     assert (status, out) == (0, "7.0466\n")
     assert err == (
         "epsilon 7.0466 at delta 1e-05, PLD, where one takes part or not: for whoever reads the results alone; "
-        "91.8173 for the server, which sees who was sampled\n"
+        "with unit site 91.8173 for the server, which sees who was sampled; "
+        "with unit example the server's is the same\n"
     )
+
+
+def test_with_a_unit_only_its_readers_are_told(fedge):
+    for action, options in (("epsilon", EPSILON), ("calibrate", CALIBRATE)):
+        _, number, _ = fedge(action, options)
+        status, out, err = fedge(action, f"{options} --unit example")
+        assert (status, out) == (0, number)
+        assert err.endswith("for whoever reads the results, the server too\n")
+        status, out, err = fedge(action, f"{options} --unit site")
+        assert (status, out) == (0, number)
+        assert err.endswith("for the server, which sees who was sampled\n")
+        assert "unit" not in err
+
+
+def test_sampling_hides_an_example_from_the_server_and_no_site(fedge):
+    example = as_json(fedge("epsilon", f"{EPSILON} --unit example --json"))
+    site = as_json(fedge("epsilon", f"{EPSILON} --unit site --json"))
+    assert (example["unit"], site["unit"]) == ("example", "site")
+    for found in (example, site):
+        released = [Release(1.0, 0.1, 100)]
+        consumers, server = reckon(released, 1e-5, found["unit"])
+        assert (found["epsilon"], found["epsilon_server"]) == (consumers, server)
+    assert example["epsilon_server"] < site["epsilon_server"]
 
 
 def test_epsilon_as_json_has_all_that_went_in(fedge):
@@ -111,6 +136,7 @@ def test_calibrate_prints_noise_that_keeps_the_promise(fedge, options):
         ("calibrate", "--epsilon 1e-9 --delta 1e-5", "--epsilon: must be reachable"),
         ("calibrate", "--epsilon 1 --delta 1e-5 --sampling-rate 0", "--sampling-rate: must be"),
         ("calibrate", "--epsilon 1 --delta 1e-5 --fixed-size", "--fixed-size"),
+        ("calibrate", f"{CALIBRATE} --unit person", "--unit: invalid"),
         ("", "", "ACTION"),
     ],
 )

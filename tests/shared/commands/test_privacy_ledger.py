@@ -41,13 +41,22 @@ def ledger(show):
     return Ledger.create(show.home / FILE)
 
 
-def charge(number, *, study="heart", run="r-1", unit="site", release=None, mechanism="distributed"):
+def charge(
+    number,
+    *,
+    study="heart",
+    run="r-1",
+    unit="site",
+    release=None,
+    mechanism="distributed",
+    purpose="train",
+):
     made = Charge(
         study=study,
         unit=unit,
         run_id=run,
         server_round=number,
-        purpose="train",
+        purpose=purpose,
         attempt=0,
         mechanism=mechanism,
         release=release or Release(4.0),
@@ -93,11 +102,11 @@ def test_a_study_is_shown_with_its_budget_and_a_line_for_each_run(show, two_runs
         assert line.startswith(f"  {reader:9}  {bar}  epsilon {after_both:.4f} of 4 (")
     assert lines[3] == ""
     assert lines[4].split() == [
-        "run", "rounds", "mechanism", "noise", "sampling", "charges", "consumers", "server",
+        "run", "purpose", "rounds", "mechanism", "noise", "sampling", "charges", "consumers", "server",
     ]  # fmt: skip
     first, second = f"{after_first:.4f}", f"{after_both:.4f}"
-    assert lines[5].split() == ["r-1", "1–3", "distributed", "4", "1", "3", first, first]
-    assert lines[6].split() == ["r-2", "1–2", "local", "5", "1", "2", second, second]
+    assert lines[5].split() == ["r-1", "train", "1–3", "distributed", "4", "1", "3", first, first]
+    assert lines[6].split() == ["r-2", "train", "1–2", "local", "5", "1", "2", second, second]
     assert len({line.rindex(line.split()[-1]) + len(line.split()[-1]) for line in lines[4:7]}) == 1
     assert lines[7:] == ["", f"chain of 6 charges: head {two_runs.verify()}, verified"]
 
@@ -185,7 +194,39 @@ def test_a_run_whose_parameters_changed_says_so(show, ledger):
     ledger.charge(*charge(1))
     ledger.charge(*charge(2, release=Release(5.0)))
     line = good(show()).splitlines()[5].split()
-    assert line[:6] == ["r-1", "1–2", "distributed", "several", "1", "2"]
+    assert line[:7] == ["r-1", "train", "1–2", "distributed", "several", "1", "2"]
+
+
+def test_training_and_noised_evaluation_have_a_row_each(show, ledger):
+    noised = {"purpose": "evaluate", "mechanism": "noised-metrics", "release": Release(10.0)}
+    for number in (1, 2, 3):
+        ledger.charge(*charge(number))
+        if number != 2:
+            ledger.charge(*charge(number, **noised))
+    ledger.charge(*charge(1, run="r-2"))
+    lines = good(show()).splitlines()
+    entries = ledger.entries("heart")
+    # Round 3's evaluation comes after its training, and so does what is spent by then.
+    trained, evaluated, newer = (f"{entries[i].epsilon_consumers:.4f}" for i in (3, 4, 5))
+    assert [line.split() for line in lines[5:8]] == [
+        ["r-1", "train", "1–3", "distributed", "4", "1", "3", trained, trained],
+        ["r-1", "evaluate", "1–3", "noised-metrics", "10", "1", "2", evaluated, evaluated],
+        ["r-2", "train", "1", "distributed", "4", "1", "1", newer, newer],
+    ]
+    assert "several" not in "".join(lines)
+    (study,) = json.loads(good(show("--json")))["studies"]
+    assert [row["purpose"] for row in study["runs"]] == ["train", "evaluate", "train"]
+    table = list(csv.DictReader(io.StringIO(good(show("--csv")))))
+    assert [row["purpose"] for row in table] == ["train", "evaluate", "train"]
+    assert [row["charges"] for row in table] == ["3", "2", "1"]
+
+
+def test_runs_are_counted_whatever_their_rows(show, ledger):
+    for number in range(32):
+        for purpose in ("train", "evaluate"):
+            ledger.charge(*charge(1, run=f"r-{number:02}", purpose=purpose))
+    (study,) = json.loads(good(show("--json")))["studies"]
+    assert (len(study["runs"]), study["runs_left_out"]) == (60, 2)
 
 
 def test_long_names_are_cut(show, ledger):

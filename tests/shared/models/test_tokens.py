@@ -1,7 +1,10 @@
 """What networks over tokens do with padding and with what comes later."""
 
+import warnings
+
 import pytest
 import torch
+from opacus import GradSampleModule
 
 from fedge.shared.models.text_cnn import TextCNN
 from fedge.shared.models.transformer import (
@@ -77,3 +80,26 @@ def test_too_long_a_sequence_is_refused():
 def test_heads_divide_the_width():
     with pytest.raises(ValueError, match="width: must be a multiple of 3 heads, got 8"):
         TransformerLanguageModel(tokens=TOKENS, length=5, width=8, heads=3)
+
+
+# As many examples as positions, and not: the first would hide that positions have no axis of the examples.
+@pytest.mark.parametrize("examples", [5, 3])
+@pytest.mark.parametrize("language", [False, True])
+def test_positions_have_a_gradient_for_each_example(examples, language):
+    if language:
+        network = TransformerLanguageModel(tokens=TOKENS, length=5, width=8, layers=1)
+        positions = network.decoder.position.weight
+    else:
+        network = TransformerClassifier(tokens=TOKENS, classes=3, length=5, width=8)
+        positions = network.encoder.position.weight
+    x = torch.randint(1, TOKENS, (examples, 5))
+    single = [
+        torch.autograd.grad(network(x[[row]]).square().mean(), positions)[0]
+        for row in range(examples)
+    ]
+    module = GradSampleModule(network)
+    # Torch says of every network's first layer that its input has no gradient.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
+        module(x).square().mean().backward()
+    torch.testing.assert_close(positions.grad_sample, torch.stack(single), atol=1e-6, rtol=1e-4)

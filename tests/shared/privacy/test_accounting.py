@@ -293,6 +293,17 @@ def test_calibrate_keeps_the_promise_with_no_more_noise_than_needed(target, delt
     assert epsilon([Release(noise / 1.0011, rate, steps)], delta) > target
 
 
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_calibrate_leaves_room_for_what_is_beside(rate):
+    beside = [Release(5.0, steps=10)]
+    noise = calibrate(4.0, 1e-5, rate, 50, beside)
+    assert noise > calibrate(4.0, 1e-5, rate, 50)
+    assert epsilon([Release(noise, rate, 50), *beside], 1e-5) <= 4
+    assert epsilon([Release(noise / 1.0011, rate, 50), *beside], 1e-5) > 4
+    with pytest.raises(ValueError, match="must be reachable"):
+        calibrate(2.0, 1e-5, rate, 50, beside)
+
+
 def test_calibrate_at_its_ends():
     assert calibrate(1e7, 1e-5, 0.5, 1) == LEAST_NOISE
     assert calibrate(1e7, 1e-5, 1.0, 1) == LEAST_NOISE

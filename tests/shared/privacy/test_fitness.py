@@ -46,3 +46,37 @@ def test_where_examples_are_hidden_they_may_not() -> None:
     with pytest.raises(ConfigError, match="keep examples apart"):
         require_fit(of("example"), normed(nn.BatchNorm1d(8)))
     require_fit(PrivacySection(), normed(nn.BatchNorm1d(8)))
+
+
+@pytest.mark.parametrize(
+    ("values", "min_sites", "says"),
+    [
+        ({"mechanism": "distributed"}, 5, None),
+        # So little for each of so many sites that the discrete Gaussian would differ.
+        ({"mechanism": "distributed", "noise-multiplier": 0.01}, 5, "noise of one site"),
+        ({"mechanism": "distributed", "noise-multiplier": 0.01}, 0, None),
+        ({"mechanism": "distributed", "noise-multiplier": 1e4}, 5, "noise of one site"),
+        ({"mechanism": "local"}, 0, None),
+        ({"mechanism": "local", "noise-multiplier": 1e-3}, 0, "noise: must be 1000"),
+        (
+            {"mechanism": "local", "metrics": "noised", "metrics-noise-multiplier": 1e-5},
+            0,
+            "noise on counters",
+        ),
+        (
+            {"mechanism": "example", "metrics": "noised", "metrics-noise-multiplier": 1.0},
+            0,
+            None,
+        ),
+    ],
+)
+def test_noise_that_fits_no_grid_is_refused(
+    values: dict[str, Any], min_sites: int, says: str | None
+) -> None:
+    section = PrivacySection.model_validate({"noise-multiplier": 1.0, **values})
+    if says is None:
+        require_fit(section, get_task("digits"), min_sites)
+        return
+    with pytest.raises(ConfigError, match=says) as caught:
+        require_fit(section, get_task("digits"), min_sites)
+    assert caught.value.code == 211

@@ -98,6 +98,10 @@ def edit(path, *statements):
             db.execute(sql, values)
 
 
+def marker(path):
+    return path.with_name(f"{FILE}.made")
+
+
 def rows(path):
     with closing(sqlite3.connect(path)) as db:
         return db.execute("SELECT id, record, hash FROM charge ORDER BY id").fetchall()
@@ -153,13 +157,21 @@ def test_fresh_noise_for_the_same_round_is_charged_again(path):
     assert twice.consumers == accounting.epsilon([replace(ALONE, steps=2)], DELTA) > once.consumers
 
 
-def test_studies_and_units_do_not_mix(path):
+def test_studies_do_not_mix_and_units_do(path):
     book = Ledger.create(path)
     one = book.charge(charge(), PLENTY)
-    for number, changes in enumerate(({"study": "lung"}, {"unit": "example"}), start=2):
-        assert book.charge(charge(number, **changes), PLENTY) == one
+    assert book.charge(charge(2, study="lung"), PLENTY) == one
     assert book.spent("heart", "site", DELTA) == one
-    assert book.spent("lung", "example", DELTA).charges == 0
+    # What hides a whole site hides its examples: they cost as much, and the two add up.
+    assert book.spent("heart", "example", DELTA) == one
+    two = book.charge(charge(3, unit="example"), PLENTY)
+    assert (two.consumers, two.charges) == (accounting.epsilon([ALONE, ALONE], DELTA), 2)
+    # What hides single examples bounds nothing for the site.
+    assert book.spent("heart", "site", DELTA).consumers == math.inf
+    with pytest.raises(SiteError, match="bound nothing for the site") as refused:
+        book.charge(charge(4), PLENTY)
+    assert refused.value.code == 427
+    assert book.spent("lung", "example", DELTA).charges == 1
     assert book.studies() == ["heart", "lung"]
     assert [entry.id for entry in book.entries("heart")] == [1, 3]
     # A study's digest is fixed by its own last charge, not by what others do later.
@@ -272,7 +284,10 @@ def test_killed_after_the_commit_the_charge_stays_and_before_it_there_is_none(pa
     assert process.returncode == -signal.SIGKILL
     book = Ledger(path)
     assert [entry.charge.server_round for entry in book.entries()] == list(range(left))
+    behind = int(marker(path).read_text().split()[1])
+    assert behind == 2  # after the commit, the marker lacks one; nothing of that charge was sent
     assert book.charge(charge(9), PLENTY).charges == left + 1
+    assert marker(path).read_text().split()[1:] == [str(left + 1), book.verify()]
 
 
 def test_two_processes_at_once_never_exceed_the_budget(path):
@@ -460,9 +475,152 @@ def test_only_a_digest_that_has_left_the_site_shows_a_ledger_that_was_made_anew(
         sql = "UPDATE charge SET record = ?, hash = ? WHERE id = ?"
         edit(filled, (sql, record.decode(), head, number))
     edit(filled, ("UPDATE meta SET head = ?", head))
+    # Who forgets the marker is noticed.
+    assert "got another one" in refused(lambda: Ledger(filled))
+    marker(filled).write_text(f"{name} 5 {head}\n")
     book = Ledger(filled)
     assert book.spent("heart", "site", DELTA).consumers < 0.1
     assert book.digest("heart") != published
+
+
+# ---- an older copy
+
+
+def _copied(path):
+    """A backup as use-differential-privacy.md makes it, of a ledger that is in use."""
+    copy = path.with_name("copy.sqlite")
+    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(copy)) as into:
+        db.backup(into)
+    return copy
+
+
+def _since(release, study="heart"):
+    return lambda entries: [(charge(0, release, run_id="restored", study=study), DELTA)]
+
+
+@pytest.fixture
+def older(filled):
+    """A ledger of five charges in place of the one of seven."""
+    copy = _copied(filled)
+    book = Ledger(filled)
+    for number in (6, 7):
+        book.charge(charge(number), PLENTY)
+    head = book.verify()
+    copy.replace(filled)
+    return filled, head
+
+
+def test_an_older_copy_is_refused_by_its_marker(older):
+    path, head = older
+    message = refused(lambda: Ledger(path))
+    assert f"must hold charge 7 with hash {head}, got an older copy with 5 charges" in message
+    assert len(rows(path)) == 5
+    # The failing twin: with a marker of the name only, as an earlier fedge wrote it, nothing tells.
+    name = marker(path).read_text().split()[0]
+    marker(path).write_text(f"{name}\n")
+    assert len(Ledger(path).entries()) == 5
+
+
+def test_a_marker_of_an_earlier_fedge_is_upgraded_by_the_next_charge(filled):
+    name = marker(filled).read_text().split()[0]
+    marker(filled).write_text(f"{name}\n")
+    book = Ledger(filled)
+    assert marker(filled).read_text() == f"{name}\n"
+    book.charge(charge(6), PLENTY)
+    assert marker(filled).read_text() == f"{name} 6 {book.verify()}\n"
+
+
+def test_a_ledger_one_ahead_of_its_marker_was_killed_between_and_goes_on(filled):
+    book = Ledger(filled)
+    before = marker(filled).read_bytes()
+    book.charge(charge(6), PLENTY)
+    marker(filled).write_bytes(before)
+    assert len(Ledger(filled).entries()) == 6
+    assert marker(filled).read_bytes() == before, "readers write nothing"
+    refused(lambda: book.charge(charge(7), Budget(0.1, DELTA)), 427)
+    assert marker(filled).read_text().split()[1:] == ["6", book.verify()]
+
+
+def test_a_copy_that_was_charged_elsewhere_is_refused(filled):
+    copy = _copied(filled)
+    Ledger(filled).charge(charge(6), PLENTY)
+    kept = marker(filled).read_bytes()
+    copy.replace(filled)
+    Ledger.restore(filled, _since(ALONE))
+    Ledger(filled).charge(charge(8), PLENTY)
+    marker(filled).write_bytes(kept)
+    assert "charged elsewhere" in refused(lambda: Ledger(filled))
+
+
+def test_an_older_copy_is_taken_with_a_charge_for_what_was_sent_since(older):
+    path, _ = older
+    (added,) = Ledger.restore(path, _since(replace(ALONE, steps=2)))
+    book = Ledger(path)
+    assert book.entries()[-1] == added and added.id == 6
+    assert added.charge.run_id == "restored"
+    # Three of the copy's five are heart's; with the two that it lacks all is counted again.
+    assert book.spent("heart", "site", DELTA).consumers == pytest.approx(
+        accounting.epsilon([replace(ALONE, steps=5)], DELTA)
+    )
+    assert marker(path).read_text().split()[1:] == ["6", book.verify()]
+    assert book.charge(charge(8), PLENTY).charges == 5
+
+
+def test_without_a_charge_an_older_copy_stays_refused(older):
+    path, _ = older
+    before = marker(path).read_bytes()
+    with pytest.raises(ValueError, match="at least 1 for what was sent since"):
+        Ledger.restore(path, lambda entries: [])
+    refused(lambda: Ledger(path))
+    assert (len(rows(path)), marker(path).read_bytes()) == (5, before)
+
+
+def test_no_budget_stops_what_was_sent_already(older):
+    path, _ = older
+    (added,) = Ledger.restore(path, _since(Release(0.0)))
+    assert added.epsilon_consumers == math.inf
+    refused(lambda: Ledger(path).charge(charge(9), PLENTY), 427)
+
+
+def test_a_copy_without_its_marker_is_refused_until_it_is_restored(filled):
+    marker(filled).unlink()
+    assert "privacy.sqlite.made" in refused(lambda: Ledger(filled).charge(charge(6), PLENTY))
+    assert not marker(filled).exists()
+    Ledger.restore(filled, _since(ALONE))
+    assert Ledger(filled).charge(charge(7), PLENTY).charges == 5
+
+
+@pytest.mark.parametrize("spoil", [_quieter, lambda path: path.unlink()])
+def test_what_is_altered_or_gone_is_not_restored(older, spoil):
+    path, _ = older
+    spoil(path)
+    refused(lambda: Ledger.restore(path, _since(ALONE)))
+
+
+def test_a_ledger_of_another_home_is_not_restored(filled, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = Ledger.create(tmp_path / "other" / FILE)
+    other.charge(charge(), PLENTY)
+    filled.write_bytes((tmp_path / "other" / FILE).read_bytes())
+    assert "another one" in refused(lambda: Ledger.restore(filled, _since(ALONE)))
+
+
+def test_readers_beside_writers_never_take_the_ledger_for_an_older_copy(path):
+    Ledger.create(path)
+    with (
+        child(path, 1e6, 25, wait="y", name="1") as one,
+        child(path, 1e6, 25, wait="y", name="2") as two,
+    ):
+        for process in (one, two):
+            assert process.stdout.readline() == "ready\n"
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        seen = [0]
+        while one.poll() is None or two.poll() is None:
+            seen.append(len(Ledger(path).entries()))
+        assert [int(process.stdout.read()) for process in (one, two)] == [25, 25]
+    assert seen == sorted(seen)
+    assert marker(path).read_text().split()[1:] == ["50", Ledger(path).verify()]
 
 
 # ---- what is no ledger
@@ -491,18 +649,17 @@ def test_a_deleted_ledger_does_not_reset_the_budget(filled):
 def test_a_ledger_is_created_once(filled):
     before = filled.read_bytes()
     refused(lambda: Ledger.create(filled))
-    (filled.parent / f"{FILE}.made").unlink()
+    marker(filled).unlink()
     refused(lambda: Ledger.create(filled))
     assert filled.read_bytes() == before
 
 
 def test_a_ledger_whose_creation_was_cut_short_gets_its_marker_before_its_first_charge(path):
     book = Ledger.create(path)
-    marker = path.parent / f"{FILE}.made"
-    written = marker.read_bytes()
-    marker.unlink()
+    name = marker(path).read_text().split()[0]
+    marker(path).unlink()
     book.charge(charge(), PLENTY)
-    assert marker.read_bytes() == written
+    assert marker(path).read_text() == f"{name} 1 {book.verify()}\n"
 
 
 def test_a_ledger_of_another_home_is_refused(filled, tmp_path):
@@ -539,7 +696,7 @@ def _other_program(path):
             id="link",
         ),
         pytest.param(
-            lambda path: path.with_name(f"{FILE}.made").write_bytes(b"\xff"),
+            lambda path: marker(path).write_bytes(b"\xff"),
             "another one",
             id="marker",
         ),
@@ -609,5 +766,4 @@ def test_under_the_server_s_noise_nothing_bounds_what_the_server_learns(tmp_path
     # What was spent before cannot be hidden again by noise of another mechanism.
     again = ledger.charge(charge(release=Release(1e3), unit="site"), Budget(10, 1e-5, "consumers"))
     assert again.server == math.inf
-    # Single examples have a budget of their own.
-    assert ledger.spent(central.study, "example", 1e-5).server == 0
+    assert ledger.spent(central.study, "example", 1e-5).server == math.inf

@@ -159,12 +159,12 @@ def test_a_run_that_fails_has_its_number_in_all_that_is_written(fedge, tmp_path)
     }
     status, out, _ = fedge(keys, "--out", "s", noise="0.001,1")
     assert status == 1
-    assert "noise-0.001-seed-42: FE-503 " in " ".join(out.split())
+    assert "noise-0.001-seed-42: FE-211 " in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     rows = TABLE.findall(out)
     assert [row[0] for row in rows] == ["none", "1"]
     found = strict((tmp_path / "s" / "sweep.json").read_text())
-    assert found["points"][0]["runs"][0]["problem"].startswith("FE-503 ")
+    assert found["points"][0]["runs"][0]["problem"].startswith("FE-211 ")
     assert found["points"][0]["mean"] is None
     assert "1 run without a figure" in (tmp_path / "s" / "sweep.html").read_text()
 
