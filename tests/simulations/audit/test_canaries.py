@@ -120,14 +120,18 @@ def test_what_is_refused():
         Sizes(parameters=0)
 
 
+#: Canaries and guesses of a real audit, on a quarter of its coordinates, for time.
+REAL = Sizes(parameters=25_000)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mechanism", NAMES)
 def test_at_the_real_sizes(mechanism):
-    honest = audited(config(mechanism, 1.0), sizes=Sizes(), key=None)
+    honest = audited(config(mechanism, 1.0), sizes=REAL, key=None)
     assert honest.claim == pytest.approx(4.37718, abs=1e-5)
     assert 0.3 < honest.bound < honest.claim
-    cut = audited(config(mechanism, 1.0), sizes=Sizes(), factor=0.25, key=None)
+    cut = audited(config(mechanism, 1.0), sizes=REAL, factor=0.25, key=None)
     assert cut.bound > cut.claim
 
 
