@@ -159,8 +159,8 @@ def test_large_logits_may_differ_by_as_many_of_their_digits() -> None:
             weights.mul_(1000.0)
     data = export_onnx(network, shape)
     found = parity(network, data, shape)
-    assert found.tolerance > 10
-    assert 1e-4 < found.max_abs_difference < 1e-3 * found.tolerance, "the absolute rule refuses it"
+    assert found.tolerance > 5
+    assert 1e-4 < found.max_abs_difference < 0.1 * found.tolerance, "the absolute rule refuses it"
 
     # A thousandth off is still too much.
     with torch.no_grad():
@@ -170,11 +170,12 @@ def test_large_logits_may_differ_by_as_many_of_their_digits() -> None:
     assert error.value.code == 603
 
 
-def test_small_logits_are_held_to_the_tolerance_itself() -> None:
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
+def test_logits_of_a_usual_size_are_held_to_the_tolerance_itself(scale: float) -> None:
     network = nn.Linear(6, 2)
     with torch.no_grad():
         for weights in network.parameters():
-            weights.mul_(1e-3)
+            weights.mul_(scale)
     data = export_onnx(network, (6,))
     assert parity(network, data, (6,)).tolerance == export.TOLERANCE
     with torch.no_grad():
