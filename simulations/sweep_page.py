@@ -9,8 +9,8 @@ from typing import Final
 
 from fedge.server.report import format as fmt
 from fedge.server.report import sweep as drawing
+from fedge.server.report.epsilon import epsilon_text
 from fedge.server.report.format import esc, metric_name, metric_value
-from fedge.server.report.privacy import epsilon_text
 from fedge.server.report.sweep import EXACT, UNITS, Point, Sweep, words
 
 _STYLE: Final = ".state.incomplete { background: var(--late); color: var(--late-text); }\n"

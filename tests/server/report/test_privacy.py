@@ -12,7 +12,8 @@ import pytest
 
 from fedge.server.report import render
 from fedge.server.report.data import read
-from fedge.server.report.privacy import MAX_ROWS, certainty, epsilon_text, spent
+from fedge.server.report.epsilon import epsilon_text, spent
+from fedge.server.report.privacy import MAX_ROWS, certainty
 from fedge.simulations.progress import summary_table
 
 from .test_page import Page, Run, page, put, run_files
