@@ -13,7 +13,7 @@ from fedge.shared.errors import FedgeError
 from fedge.shared.privacy.charges import Entry, Unit
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.privacy.ledger_file import MARKER_SUFFIX
-from fedge.shared.privacy.reckoning import of_study, part_of
+from fedge.shared.privacy.reckoning import of_entries
 
 _UNITS: Final = ("example", "site")
 
@@ -49,13 +49,10 @@ def spent(home: Path) -> dict[str, Any] | None:
 
 
 def _after(entries: Sequence[Entry], unit: Unit) -> dict[str, float | None]:
-    last = entries[-1]
-    both = last.epsilon_consumers, last.epsilon_server
-    if last.charge.unit != unit:
-        kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
-        both = of_study(kept, unit, last.epsilon_delta)
+    delta = entries[-1].epsilon_delta
+    both = of_entries(entries, unit, delta)
     consumers, server = (e if math.isfinite(e) else None for e in both)
-    return {"consumers": consumers, "server": server, "delta": last.epsilon_delta}
+    return {"consumers": consumers, "server": server, "delta": delta}
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-    from fedge.shared.privacy.charges import Entry, Unit
+    from fedge.shared.privacy.charges import Entry
 
 #: Runs of a study and unit that are shown, the newest, unless all are asked for.
 MAX_RUNS: Final = 30
@@ -152,6 +152,9 @@ def _study(
         budget: epsilon.
         most: runs to give, the newest.
     """
+    from fedge.shared.privacy.reckoning import of_entries
+
+    unit = entries[-1].charge.unit
     delta = entries[-1].epsilon_delta if delta is None else delta
     places: dict[str, dict[str, list[int]]] = {}
     for i, entry in enumerate(entries):
@@ -163,10 +166,10 @@ def _study(
         key=lambda rows: _last(rows[-1]),
     )
     shown = in_order[-int(min(most, len(in_order))) :]
-    consumers, server = _after(of_study, entries[-1].charge.unit, delta)
+    consumers, server = of_entries(of_study, unit, delta)
     return {
         "study": entries[-1].charge.study,
-        "unit": entries[-1].charge.unit,
+        "unit": unit,
         "delta": delta,
         "budget": budget,
         "epsilon_consumers": consumers,
@@ -177,11 +180,7 @@ def _study(
         "runs": [
             _run(
                 [entries[i] for i in where],
-                _after(
-                    [e for e in of_study if e.id <= entries[where[-1]].id],
-                    entries[-1].charge.unit,
-                    delta,
-                ),
+                of_entries([e for e in of_study if e.id <= entries[where[-1]].id], unit, delta),
             )
             for rows in shown
             for where in rows
@@ -191,17 +190,6 @@ def _study(
 
 def _last(where: Sequence[int]) -> int:
     return where[-1]
-
-
-def _after(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[float, float]:
-    """Epsilon of a unit after all of these, of one study, against consumers and server."""
-    from fedge.shared.privacy.reckoning import of_study, part_of
-
-    last = entries[-1]
-    if last.epsilon_delta == delta and last.charge.unit == unit:
-        return last.epsilon_consumers, last.epsilon_server
-    kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
-    return of_study(kept, unit, delta)
 
 
 def _run(entries: Sequence[Entry], after: tuple[float, float]) -> dict[str, Any]:

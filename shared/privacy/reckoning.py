@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import CENTRAL, Unit, check_delta
+from fedge.shared.privacy.charges import CENTRAL, Entry, Unit, check_delta
 
 #: Noise multiplier, sampling rate, fixed size, steps.
 Part: TypeAlias = tuple[float, float, bool, int]
@@ -48,6 +48,18 @@ def of_study(
     sites = [part for of, _, part in every if of == "site"]
     consumers, server = reckon_parts(examples, sites, delta)
     return consumers, math.inf if any(name in CENTRAL for _, name, _ in every) else server
+
+
+def of_entries(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[float, float]:
+    """As ``of_study``, of the first charges of a study as its ledger holds them, at least one.
+
+    The newest says it already where it is of this unit and delta; that takes no accountant.
+    """
+    last = entries[-1]
+    if (last.charge.unit, last.epsilon_delta) == (unit, delta):
+        return last.epsilon_consumers, last.epsilon_server
+    kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
+    return of_study(kept, unit, delta)
 
 
 def reckon_parts(
