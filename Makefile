@@ -62,6 +62,6 @@ test: install
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 clean:
-	rm -rf .venv .venv-edge build dist *.egg-info \
+	rm -rf .venv .venv-edge .bench build dist *.egg-info \
 		.mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

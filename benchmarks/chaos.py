@@ -12,7 +12,6 @@ case ends otherwise or goes on too late.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -21,17 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedge.shared.daemon import home as homes
-from fedge.shared.failpoints import COORDINATOR, VARIABLE
+from fedge.shared.failpoints import COORDINATOR
+
+# Beside this file; named here as a test loads this file by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from live import PATIENCE, Live, federation, reference, sha256
 
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
 SITES, ROUNDS, KILL_ROUND = 3, 3, 2
 VICTIM = "site-2"
 #: Seconds from a kill until the run moves on. Flower takes a killed node back once its last heartbeat is 60 s old.
@@ -54,97 +56,6 @@ deadline = 300
 """
 
 
-class Live:
-    """A federation that runs now.
-
-    Args:
-        config: configuration file.
-        out: run directory.
-        fail_point: for the first coordinator.
-    """
-
-    def __init__(self, config: Path, out: Path, fail_point: str = "", *more: str) -> None:
-        self.out = out
-        self.log = out.with_name(f"{out.name}.log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [*FEDGE, "up", "--config", str(config), "--out", str(out), *more]
-        environment = {**os.environ, VARIABLE: fail_point}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-    def home(self, name: str) -> Path:
-        """Of "server" or a site."""
-        return self.out / "server" if name == "server" else self.out / "sites" / name
-
-    def pid(self, name: str, service: str) -> int:
-        """Process id of a daemon's service or task, 0 where it does not run."""
-        for found, pid, _ in homes.processes(homes.status(self.home(name)) or {}):
-            if found == service:
-                return pid
-        return 0
-
-    def host(self, name: str) -> list[int]:
-        """All processes of a daemon, itself first."""
-        return [pid for _, pid, _ in homes.processes(homes.status(self.home(name)) or {})]
-
-    def text(self, name: str, log: str) -> str:
-        """A log so far."""
-        path = self.home(name) / "log" / f"{log}.log"
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-    def committed(self) -> int:
-        """Rounds in rounds.jsonl."""
-        path = self.out / "rounds.jsonl"
-        return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-
-    def heard(self) -> int:
-        """Replies and rounds that events.jsonl tells of, a number that only grows while one coordinator lives."""
-        path = self.out / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return sum('"event": "site"' in line or '"event": "round"' in line for line in lines)
-
-    def wait(self, true: Callable[[], Any], seconds: float, what: str) -> float:
-        """Wait until something is true; the seconds that it took.
-
-        Raises:
-            TimeoutError: it did not come.
-        """
-        started = time.monotonic()
-        while not true():
-            if time.monotonic() - started > seconds:
-                raise TimeoutError(f"{what}: not within {seconds:g} s\n{self.tail()}")
-            if self.process.poll() is not None and not true():
-                raise TimeoutError(
-                    f"{what}: fedge up ended with {self.process.returncode}\n{self.tail()}"
-                )
-            time.sleep(0.02)
-        return time.monotonic() - started
-
-    def tail(self) -> str:
-        """The end of what ``fedge up`` has said."""
-        return self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-
-    def end(self, seconds: float = 30.0) -> None:
-        """SIGTERM, and SIGKILL where that is not enough."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-@contextmanager
-def federation(config: Path, out: Path, fail_point: str = "", *more: str) -> Iterator[Live]:
-    """A federation that ends with the block."""
-    live = Live(config, out, fail_point, *more)
-    try:
-        yield live
-    finally:
-        live.end()
-
-
 @dataclass(frozen=True)
 class Case:
     """One kill.
@@ -153,46 +64,52 @@ class Case:
         name: in the table.
         limit: seconds until the run moves on.
         fail_point: of the coordinator, with SERVER for the server's status file; empty where killed from outside.
-        moment: true when it is time, for a kill from outside.
+        moment: true when it is time, given the round of the kill; for a kill from outside.
         victims: whom to kill then.
     """
 
     name: str
     limit: float
     fail_point: str = ""
-    moment: Callable[[Live], bool] = lambda _: False
+    moment: Callable[[Live, int], bool] = lambda _live, _round: False
     victims: Callable[[Live], list[int]] = lambda _: []
 
 
-def in_round(live: Live) -> bool:
+def in_round(live: Live, server_round: int) -> bool:
     """Whether the round of the kill is being played."""
-    return live.committed() == KILL_ROUND - 1
+    return live.committed() == server_round - 1
 
 
-def has_taken(live: Live) -> bool:
+def has_taken(live: Live, server_round: int) -> bool:
     """The site's node has started a process for the request."""
-    return in_round(live) and live.pid(VICTIM, "flwr-clientapp") > 0
+    return in_round(live, server_round) and live.pid(VICTIM, "flwr-clientapp") > 0
 
 
-def is_training(live: Live) -> bool:
+def is_training(live: Live, server_round: int) -> bool:
     """The site's worker is at it: its processor time grows while a request is there."""
-    return has_taken(live) and _spins(live.pid(VICTIM, "worker"))
+    return has_taken(live, server_round) and _spins(live.pid(VICTIM, "worker"))
 
 
-def has_answered(live: Live) -> bool:
+def has_answered(live: Live, server_round: int) -> bool:
     """The site's worker has trained, and its node has not sent the reply yet."""
-    return in_round(live) and live.text(VICTIM, "worker").count("train: answered") >= KILL_ROUND
+    return (
+        in_round(live, server_round)
+        and live.text(VICTIM, "worker").count("train: answered") >= server_round
+    )
 
 
-def has_sent(live: Live) -> bool:
+def has_sent(live: Live, server_round: int) -> bool:
     """The site's node has sent the reply."""
     # The registration is a reply too.
-    return in_round(live) and live.text(VICTIM, "supernode").count("Sent successfully") > KILL_ROUND
+    return (
+        in_round(live, server_round)
+        and live.text(VICTIM, "supernode").count("Sent successfully") > server_round
+    )
 
 
-def is_idle(live: Live) -> bool:
+def is_idle(live: Live, server_round: int) -> bool:
     """The round before is committed, and nothing has reached the site yet."""
-    return in_round(live) and not live.pid(VICTIM, "flwr-clientapp")
+    return in_round(live, server_round) and not live.pid(VICTIM, "flwr-clientapp")
 
 
 def _spins(pid: int) -> bool:
@@ -271,30 +188,38 @@ def play(case: Case, config: Path, out: Path) -> dict[str, Any]:
             if case.fail_point:
                 who = "superlink" if "superlink" in case.fail_point else "coordinator"
                 before = live.committed()
-                killed = _fallen(live, who)
+                killed = fallen(live, who)
             else:
-                live.wait(lambda: case.moment(live), 60, "the moment of the kill")
-                before = live.committed()
-                victims = case.victims(live)
-                if not victims:
-                    raise TimeoutError("nobody to kill")
-                for pid in victims:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                killed = time.monotonic()
-            live.wait(lambda: live.committed() > before or _over(out), 300, "the next round")
+                killed = strike(live, case, KILL_ROUND)
+                before = KILL_ROUND - 1
+            live.wait(lambda: live.committed() > before or sha256(out), 300, "the next round")
             found["continues_s"] = round(time.monotonic() - killed, 2)
-            live.process.wait(300)
+            live.process.wait(PATIENCE * 300)
             found["ends_s"] = round(time.monotonic() - started, 1)
             found["status"] = live.process.returncode
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             found["problem"] = str(error)[-2500:]
-    model = out / "model.safetensors"
-    found["sha256"] = hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else ""
+    found["sha256"] = sha256(out)
     return found
 
 
-def _fallen(live: Live, who: str) -> float:
+def strike(live: Live, case: Case, server_round: int) -> float:
+    """Wait for the moment of a kill from outside in a round, and kill; when that was.
+
+    Raises:
+        TimeoutError: it did not come, or nobody was there to kill.
+    """
+    live.wait(lambda: case.moment(live, server_round), 200, "the moment of the kill")
+    victims = case.victims(live)
+    if not victims:
+        raise TimeoutError("nobody to kill")
+    for pid in victims:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return time.monotonic()
+
+
+def fallen(live: Live, who: str) -> float:
     """Wait until the server's daemon says that a process of it fell; when that was."""
     sign = "its coordinator killed by SIGKILL" if who == "coordinator" else "superlink (pid"
     path = live.out / "federation" / "log" / "server.log"
@@ -305,17 +230,6 @@ def _fallen(live: Live, who: str) -> float:
 
     live.wait(told, 120, f"the kill of the {who}")
     return time.monotonic()
-
-
-def _over(out: Path) -> bool:
-    return (out / "model.safetensors").is_file()
-
-
-def reference(config: Path, out: Path) -> str:
-    """SHA-256 of the weights that a simulation of the same configuration ends with."""
-    command = [*FEDGE, "simulate", str(config), "--out", str(out), "--quiet"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
 def judge(found: list[dict[str, Any]], wanted: str) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Final
 
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import SiteError
 
 ANSWERED = 423
+#: Purposes of which a run has one sum: of two, over other sites each, the difference tells of one site.
+ONCE: Final = ("calibrate", "qualify")
 
 
 class Answered:
@@ -22,12 +25,14 @@ class Answered:
         self._folder = folder
 
     def require_new(self, run_id: str, purpose: str, server_round: int) -> None:
-        """Refuse a round that was answered, or one before it.
+        """Refuse a round that was answered, or one before it; of what is summed once in a run, any round.
 
         Raises:
             SiteError: 423.
         """
         last = self._read(run_id).get(purpose, -1)
+        if purpose in ONCE and last >= 0:
+            raise SiteError(ANSWERED, f"{purpose}: must be asked once in a run, got it again")
         if server_round <= last:
             raise SiteError(
                 ANSWERED,

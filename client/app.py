@@ -28,6 +28,18 @@ def evaluate(message: Message, context: Context) -> Message:
     return relay.forward(message, context)
 
 
+@app.evaluate("calibrate")
+def calibrate(message: Message, context: Context) -> Message:
+    """Ask the site for the ranges of the final model's activations."""
+    return relay.forward(message, context)
+
+
+@app.evaluate("qualify")
+def qualify(message: Message, context: Context) -> Message:
+    """Ask the site what reduced precisions of the final model score."""
+    return relay.forward(message, context)
+
+
 @app.query("probe")
 def probe(message: Message, context: Context) -> Message:
     """Ask the site whether it is there, and whether it is at work."""

@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 Part = Literal["both", "relay", "worker"]
 
+#: Seconds between two questions of the SuperExec to its node for work. At 0.05 an idle site took 8 % of a core.
+POLL = "0.2"
 #: Seconds between two looks at the server and its certificate.
 LINK_EVERY = 30.0
 #: Seconds in which the node must have taken a reply from a process that ended with an error.
@@ -117,7 +119,7 @@ class SiteDaemon:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL,
             "FEDGE_WORKER_SOCKET": str(self._socket),
             "FEDGE_WORKER_DEADLINE": str(self._site.worker.deadline),
         }

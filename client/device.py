@@ -129,7 +129,11 @@ def scaler(settings: TrainSection, device: torch.device) -> torch.amp.GradScaler
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's generators seeded within, and as before after."""
     with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # torch.manual_seed seeds every kind of device, and keeps a stack trace for each that is never used.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -98,13 +98,7 @@ def init(
     except OSError as error:
         raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
     bundle = bundle or flower_app.sha256()
-    if (home / node_key.PRIVATE_NAME).exists() and (home / node_key.PUBLIC_NAME).exists():
-        # Of an init that was killed, or refused a name: site.toml comes last. The server may know the key already.
-        node_key.check(home / node_key.PRIVATE_NAME)
-    else:
-        node_key.create(home)
-    if not (home / own_roster.KEY).exists():
-        signing.new_key(home / own_roster.KEY)
+    _keys(home)
     if vouched is not None:
         write_atomically(home / own_roster.TRUST, vouched.key)
         write_atomically(home / own_roster.FILE, vouched.roster)
@@ -119,11 +113,30 @@ def init(
     )
     examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
     site_file.write(home, name=name, task=task, address=server, data=examples)
-    if vouched is None:
+    return _made(home, bundle, vouched.listed if vouched else None)
+
+
+def _keys(home: Path) -> None:
+    """Make the keys that are not in a home yet.
+
+    Raises:
+        DeployError: 908, the key that is there is not usable.
+    """
+    if (home / node_key.PRIVATE_NAME).exists() and (home / node_key.PUBLIC_NAME).exists():
+        # Of an init that was killed, or refused a name: site.toml comes last. The server may know the key already.
+        node_key.check(home / node_key.PRIVATE_NAME)
+    else:
+        node_key.create(home)
+    if not (home / own_roster.KEY).exists():
+        signing.new_key(home / own_roster.KEY)
+
+
+def _made(home: Path, bundle: str, listed: Roster | None) -> str:
+    """What lies in a new home, and what is to be done with it, for people."""
+    if listed is None:
         public = signing.public_path(home / own_roster.KEY)
         known = f"signing   {public}  (give it to the consortium: fedge roster add)\n"
     else:
-        listed = vouched.listed
         known = (
             f"roster    {home / own_roster.FILE}  (version {listed.version} of {listed.consortium}, "
             f"{len(listed.sites)} sites)\n"

@@ -15,7 +15,7 @@ from typing import Annotated, Final
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field
 
-from fedge.client import privacy_policy
+from fedge.client import policy_text, privacy_policy
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol, toml_file
 from fedge.shared.durable import write_atomically
@@ -29,7 +29,7 @@ _REFUSED: Final = 418
 _NOT_APPROVED: Final = 419
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_COHORTS: Final = (protocol.TRAIN, protocol.EVALUATE)
+_COHORTS: Final = (protocol.TRAIN, protocol.EVALUATE, protocol.CALIBRATE, protocol.QUALIFY)
 #: What gives something of the data away unless it is masked.
 _IN_CLEAR: Final = (protocol.REGISTER, *_COHORTS)
 
@@ -75,6 +75,12 @@ class Policy(Section):
     share_statistics: bool = Field(
         True,
         description="whether sums over each feature of the training data may go to the server in the clear",
+    )
+    share_ranges: bool | None = Field(
+        None,
+        description="whether the smallest and largest value of each input and activation over training examples, which"
+        " are single examples' own, may go to the server without noise, and in the clear; as share-statistics unless"
+        " given, but false where privacy is required",
     )
     device: str = Field(
         "auto",
@@ -146,10 +152,31 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
             wanted = "site while share-statistics is false"
             raise _refusal(protocol.STANDARDISE, wanted, standardise)
     privacy_policy.allow(policy.privacy, kind, config)
+    if kind == protocol.CALIBRATE:
+        _allow_ranges(policy, config, masked=isinstance(secure, ConfigRecord))
     if kind in _COHORTS:
         cohort = config.get(protocol.COHORT, 0)
         if type(cohort) is not int or cohort < policy.min_cohort:
             raise _refusal(protocol.COHORT, f"at least {policy.min_cohort}", cohort)
+
+
+def shares_ranges(policy: Policy) -> bool:
+    """Whether ranges of activations over training data may leave as they are, where the owner says so or by default."""
+    if policy.share_ranges is not None:
+        return policy.share_ranges
+    return policy.share_statistics and not policy.privacy.required
+
+
+def _allow_ranges(policy: Policy, config: ConfigRecord, *, masked: bool) -> None:
+    """Hold a request for ranges against the policy: where privacy is required, masks do not make up for noise."""
+    if shares_ranges(policy) or privacy_policy.section_of(config).metrics == "noised":
+        return
+    if policy.privacy.required:
+        wanted = "with noise while privacy.required is true and share-ranges is not"
+        raise _refusal(protocol.CALIBRATE, wanted, "without")
+    if not masked:
+        wanted = "under masks or with noise while share-ranges is false"
+        raise _refusal(protocol.CALIBRATE, wanted, "in clear")
 
 
 def _allow_secure(policy: SecurePolicy, secure: ConfigRecord) -> None:
@@ -221,68 +248,6 @@ class PolicyFile:
         return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
 
 
-_TEXT: Final = """\
-# What this site's worker serves. Only the site's owner changes this file; a change takes effect at the next request.
-
-# Tasks that may be trained and evaluated here.
-tasks = {tasks}
-# SHA-256 of the Flower bundles that this site approved; `fedge server bundle` prints the server's.
-bundles = {bundles}
-# Versions of the server's fedge.
-versions = {versions}
-
-# Highest round of a run that is served.
-max-rounds = {max_rounds}
-# Fewest sites invited to a round. With few others, a model tells more about this site.
-min-cohort = {min_cohort}
-# Whether the server may learn, when the site registers, the sum and the sum of squares of each feature over this site's
-# training data, in the clear; a run with data.standardise = "federated" needs them, and is refused where this is false.
-share-statistics = {share_statistics}
-
-# Device: cpu, cuda, cuda:N, or auto, which takes a GPU where there is one.
-device = "{device}"
-# Most of the GPU's memory, as a share.
-gpu-memory-fraction = 0.9
-# Most data of the worker's process, in GiB; unbounded while this line is a comment. Only where it computes on the CPU:
-# with a GPU it must stay a comment, and the service manager's bound (MemoryMax= of systemd) holds instead.
-# memory-gib = 8.0
-# Largest request that is read, in MiB.
-max-request-mib = 1024
-
-[secure-aggregation]
-# Whether weights, metrics and counts leave the site under masks only; needs a signed roster here.
-required = {required}
-# Fewest sites of a sum. The fewer there are, the more the sum tells of each.
-min-sites = {min_sites}
-# Largest L2 norm to which the server may have an update clipped.
-max-clipping-bound = {max_clipping_bound}
-# Largest bounds of the change of one parameter, and of a value that is none (BatchNorm), which no norm clips.
-max-value-bound = {max_value_bound}
-max-state-bound = {max_state_bound}
-# Most examples that the site may weigh.
-max-weight-cap = {max_weight_cap}
-
-[privacy]
-# Whether the site takes part under differential privacy only.
-required = {private}
-# Name of this site's data in its ledger: all runs on them spend of one budget, whoever asks. The site stops before the
-# round that would exceed it.
-study = "{study}"
-epsilon = {epsilon}
-delta = {delta}
-# Whose epsilon counts: the server's, which sees who takes part, or that of the model's readers (consumers).
-against = "{against}"
-# Whether counts over held-out examples may leave without noise where privacy is required.
-share-metrics = {share_metrics}
-# Whether mean and deviation of columns may be used without noise where privacy is required.
-share-statistics = {share_private_statistics}
-# Whether the server may get updates without noise, to add it itself, where privacy is required.
-trust-server = {trust_server}
-# Sites of a sum that may collude with the server; noise of all sites must make up for so many.
-corrupt-sites = {corrupt_sites}
-"""
-
-
 def write(
     home: Path,
     *,
@@ -292,6 +257,7 @@ def write(
     max_rounds: int = 1_000,
     min_cohort: int = 2,
     share_statistics: bool = True,
+    share_ranges: bool | None = None,
     device: str = "auto",
     secure: SecurePolicy | None = None,
     privacy: PrivacyPolicy | None = None,
@@ -306,6 +272,7 @@ def write(
         max_rounds: highest round served.
         min_cohort: fewest sites invited.
         share_statistics: whether sums over features may leave the site.
+        share_ranges: whether ranges of activations may; where None as ``shares_ranges`` says.
         device: where to compute.
         secure: terms of secure aggregation; not required where None.
         privacy: terms of differential privacy; not required where None.
@@ -320,36 +287,17 @@ def write(
         "share-statistics": share_statistics,
         "device": device,
     }
-    secure, privacy = secure or SecurePolicy(), privacy or PrivacyPolicy()
     toml_file.check({**given, **others}, Policy, FILE)
-    text = _TEXT.format(
-        **{key: _list(values) for key, values in given.items()},
+    text = policy_text.text(
+        **given,
         max_rounds=max_rounds,
         min_cohort=min_cohort,
-        share_statistics=str(share_statistics).lower(),
+        share_statistics=share_statistics,
+        share_ranges=share_ranges,
         device=device,
-        required=str(secure.required).lower(),
-        min_sites=secure.min_sites,
-        max_clipping_bound=secure.max_clipping_bound,
-        max_value_bound=secure.max_value_bound,
-        max_state_bound=secure.max_state_bound,
-        max_weight_cap=secure.max_weight_cap,
-        private=str(privacy.required).lower(),
-        study=privacy.study,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        against=privacy.against,
-        share_metrics=str(privacy.share_metrics).lower(),
-        share_private_statistics=str(privacy.share_statistics).lower(),
-        trust_server=str(privacy.trust_server).lower(),
-        corrupt_sites=privacy.corrupt_sites,
+        secure=secure or SecurePolicy(),
+        privacy=privacy or PrivacyPolicy(),
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(home / FILE, text.encode())
     return read(home)
-
-
-def _list(values: Sequence[str]) -> str:
-    import tomli_w
-
-    return tomli_w.dumps({"v": list(values)}, multiline_strings=False).partition("=")[2].strip()

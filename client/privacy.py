@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -53,8 +53,16 @@ class Asked:
         return cls(kind, address, job.of(kind, request))
 
 
+_PURPOSES: Final[Mapping[str, Purpose]] = {
+    protocol.TRAIN: "train",
+    protocol.EVALUATE: "evaluate",
+    protocol.CALIBRATE: "calibrate",
+    protocol.QUALIFY: "qualify",
+}
+
+
 def _purpose(asked: Asked) -> Purpose:
-    return "train" if asked.kind == protocol.TRAIN else "evaluate"
+    return _PURPOSES[asked.kind]
 
 
 class SitePrivacy:
@@ -169,7 +177,7 @@ class SitePrivacy:
             return Ledger.create(path)
 
     def _path(self, asked: Asked) -> Path:
-        # One for each purpose: a round that is redone asks for both again.
+        # One for each purpose: a round that is redone asks for all again.
         name = "last-reply" if asked.kind == protocol.TRAIN else f"last-reply-{_purpose(asked)}"
         return self._home / FOLDER / name
 

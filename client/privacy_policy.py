@@ -18,7 +18,16 @@ from fedge.shared.section import Section
 _REFUSED: Final = 418
 _LARGEST_SECTION: Final = 10_000
 #: What is asked of the data; later steps of a secure sum go on from one of these.
-_ABOUT_DATA: Final = (protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE, messages.STATISTICS)
+_ABOUT_DATA: Final = (
+    protocol.REGISTER,
+    protocol.TRAIN,
+    protocol.EVALUATE,
+    protocol.CALIBRATE,
+    protocol.QUALIFY,
+    messages.STATISTICS,
+)
+#: Counts over held-out examples.
+_METRICS: Final = (protocol.EVALUATE, protocol.QUALIFY)
 
 
 class PrivacyPolicy(Section):
@@ -107,7 +116,8 @@ def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
     if asked.statistics == "unprotected" and not policy.share_statistics:
         wanted = "off while privacy.share-statistics is false"
         raise _refusal("privacy.statistics", wanted, asked.statistics)
-    if kind == protocol.EVALUATE and not policy.share_metrics and asked.metrics != "noised":
+    noised = asked.metrics == "noised"
+    if kind in _METRICS and not policy.share_metrics and not noised:
         raise _refusal(
             kind, "left out while privacy.share-metrics is false, or noised", asked.metrics
         )

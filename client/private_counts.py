@@ -1,14 +1,15 @@
-"""Between the worker and its ledger: counters over held-out examples that get noise, and are charged for it."""
+"""Between the worker and its ledger: counters over examples that get noise, and are charged for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from flwr.app import MetricRecord, RecordDict
 
 from fedge.client import requests
+from fedge.client.figures import Figures, Told
 from fedge.client.privacy import Asked, SitePrivacy
 from fedge.client.requests import Address
 from fedge.client.secure_answers import is_secure, min_sites_of
@@ -22,7 +23,6 @@ from fedge.shared.privacy.section import PrivacySection
 
 #: Name in the ledger of what protects the counters: the same whatever protects the updates.
 MECHANISM: Final = "noised-metrics"
-Count = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ class Evaluation:
     """What is asked, and how the counters leave.
 
     Attributes:
-        request: to evaluate.
+        request: itself.
         address: of it.
+        figures: what it asks for.
         counts: the noise.
         min_sites: fewest sites of a sum whose noise together hides each; 0 where each site's own does.
     """
 
     request: RecordDict
     address: Address
+    figures: Figures
     counts: NoisedCounts
     min_sites: int = 0
 
@@ -46,17 +48,16 @@ class PrivateCounts:
     """Evaluation under differential privacy in one worker.
 
     Args:
-        counter_names: of the task's metrics.
         privacy: of the site.
     """
 
-    def __init__(self, counter_names: tuple[str, ...], privacy: SitePrivacy) -> None:
-        self._names, self._privacy = counter_names, privacy
+    def __init__(self, privacy: SitePrivacy) -> None:
+        self._privacy = privacy
 
     def evaluation(
-        self, request: RecordDict, address: Address, section: PrivacySection
+        self, request: RecordDict, address: Address, section: PrivacySection, figures: Figures
     ) -> Evaluation | None:
-        """How counters leave the site; None where they leave it without noise.
+        """How figures leave the site; None where they leave it without noise.
 
         Raises:
             SiteError: 414, the request's own section says that nobody evaluates, its numbers do not agree, or the noise
@@ -76,28 +77,21 @@ class PrivateCounts:
                 raise requests.refuse(
                     "privacy.corrupt-sites", f"below {least}", section.corrupt_sites
                 )
-        counts = noised_counts.of(section, self._names, honest)
+        names = figures.names if figures.noised is None else figures.noised
+        counts = noised_counts.of(section, names, honest, figures.sensitivity)
         if counts is None:
             return None
         try:
             counts.require_grid()
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
-        return Evaluation(request, address, counts, least)
+        return Evaluation(request, address, figures, counts, least)
 
-    def answer(
-        self,
-        of: Evaluation,
-        num_examples: int,
-        count: Count,
-        reply: Callable[[MetricRecord], RecordDict],
-    ) -> RecordDict:
-        """The reply to an evaluation in clear: charged, made, kept; or the one that was kept.
+    def answer(self, of: Evaluation, reply: Callable[[MetricRecord], RecordDict]) -> RecordDict:
+        """The reply in clear: charged, made, kept; or the one that was kept.
 
         Args:
             of: what is asked.
-            num_examples: held out; told where the unit is an example, as when the site registered.
-            count: the exact counters.
             reply: with these metrics.
 
         Raises:
@@ -105,18 +99,24 @@ class PrivateCounts:
         """
 
         def make(spent: Spent) -> RecordDict:
-            metrics: dict[str, int | float] = {
-                protocol.NUM_EXAMPLES: num_examples if of.counts.unit == "example" else 1,
+            # Where the unit is an example their number is told, as when the site registered.
+            whole = of.counts.unit == "site"
+            metrics: Told = {
+                protocol.NUM_EXAMPLES: 1 if whole else of.figures.num_examples,
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,
-                **self._noised(of, count),
             }
+            found = self._noised(of)
+            if of.figures.listed:
+                metrics[protocol.COUNTS] = [found[name] for name in of.figures.noised or ()]
+            else:
+                metrics.update(found)
             return self._privacy.vouch(reply(MetricRecord({**metrics})))
 
         asked, release = self._asked(of), Release(of.counts.noise_multiplier)
         return self._privacy.answer(asked, of.counts.unit, MECHANISM, release, make)
 
-    def charged(self, of: Evaluation, count: Count) -> dict[str, float]:
+    def charged(self, of: Evaluation) -> dict[str, float]:
         """Counters for one attempt at a secure sum, charged first; each attempt has noise of its own.
 
         Raises:
@@ -124,14 +124,14 @@ class PrivateCounts:
         """
         release = Release(of.counts.noise_multiplier)
         self._privacy.charge(self._asked(of), of.counts.unit, MECHANISM, release)
-        return self._noised(of, count)
+        return self._noised(of)
 
     def vouch(self, reply: RecordDict) -> RecordDict:
         """Put the ledger's digest into a reply."""
         return self._privacy.vouch(reply)
 
-    def _noised(self, of: Evaluation, count: Count) -> dict[str, float]:
-        found = count()
+    def _noised(self, of: Evaluation) -> dict[str, float]:
+        found = of.figures.count()
         try:
             return of.counts.make(found, self._privacy.entropy)
         except ValueError as error:
@@ -139,4 +139,4 @@ class PrivateCounts:
 
     @staticmethod
     def _asked(of: Evaluation) -> Asked:
-        return Asked.of(protocol.EVALUATE, of.request, of.address)
+        return Asked.of(of.figures.kind, of.request, of.address)

@@ -24,6 +24,8 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_ROUND = 1_000_000
 MAX_SETTINGS_CHARS = 10_000
 MAX_MU = 1e6
+#: Figures of a run besides its evaluations, where it is calibrated.
+CALIBRATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def rounds(config: ConfigRecord) -> int:
 
 
 def evaluations(config: ConfigRecord) -> int:
-    """Of the whole run that a request belongs to; one every round where it says nothing of them.
+    """Noised figures of the whole run that a request belongs to; an evaluation every round where it says nothing.
 
     Raises:
         SiteError: 414.
@@ -124,8 +126,8 @@ def evaluations(config: ConfigRecord) -> int:
         if protocol.EVALUATE_EVERY in config
         else 1
     )
-    # The last round is evaluated in any case.
-    return -(-rounds(config) // every)
+    # The last round is evaluated in any case; then ranges and scores are asked for.
+    return -(-rounds(config) // every) + (CALIBRATIONS if protocol.CALIBRATION in config else 0)
 
 
 def standardise(config: ConfigRecord) -> str:
@@ -226,14 +228,19 @@ def _decode(name: str, array: Array, spec: Spec) -> NDArray[Any]:
 
 def _standardise(config: ConfigRecord, columns: int) -> Standardise:
     mean, std = (
-        _floats(config, key, columns) for key in (protocol.FEATURE_MEAN, protocol.FEATURE_STD)
+        floats(config, key, columns) for key in (protocol.FEATURE_MEAN, protocol.FEATURE_STD)
     )
     if min(std, default=0.0) < 0:
         raise refuse(protocol.FEATURE_STD, "0 or more", min(std))
     return Standardise(mean=mean, std=std)
 
 
-def _floats(config: ConfigRecord, key: str, count: int) -> tuple[float, ...]:
+def floats(config: ConfigRecord, key: str, count: int) -> tuple[float, ...]:
+    """Finite numbers, ``count`` of them.
+
+    Raises:
+        SiteError: 414.
+    """
     values = config.get(key)
     if not isinstance(values, list) or len(values) != count:
         raise refuse(key, f"{count} numbers", len(values) if isinstance(values, list) else values)

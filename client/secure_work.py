@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedge.client import contribution, secure_answers
 from fedge.client.answered import Answered
 from fedge.client.contribution import Contribution, SiteNoise
+from fedge.client.figures import Figures
 from fedge.client.private_counts import Evaluation
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import SecureAnswers
@@ -144,21 +145,23 @@ class SecureWork:
         self,
         request: RecordDict,
         terms: Terms,
+        figures: Figures,
         count: Callable[[], Mapping[str, float]],
         noised: Evaluation | None = None,
     ) -> ConfigRecord:
-        """Begin the sum of an evaluation's counters.
+        """Begin the sum of counters.
 
         Args:
-            request: to evaluate.
+            request: to evaluate, calibrate or qualify.
             terms: of it.
+            figures: what it asks for.
             count: the counters; with noise that is paid for, each time anew, where there is some.
             noised: which noise; None where they have none.
 
         Raises:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
-        names = self._task.counter_names if noised is None else noised.counts.told
+        names = figures.names if noised is None else noised.counts.told
         of = layout.of_evaluation(names, noised=noised is not None)
 
         def contribute() -> Contribution:
@@ -166,7 +169,7 @@ class SecureWork:
             return contribution.evaluation(of, {n: found[n] for n in names})
 
         return self.require().begin(
-            protocol.EVALUATE,
+            figures.kind,
             request,
             terms.address,
             terms.seed,

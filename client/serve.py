@@ -15,7 +15,6 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -139,8 +138,6 @@ def _serve(site: SiteFile, worker: SiteWorker, policies: PolicyFile) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop(0))
         log.info("ready")
-        # Beside the first requests, which wait for the network more than for this process.
-        threading.Thread(target=worker.warm_up, daemon=True).start()
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             selector.register(woken, selectors.EVENT_READ)

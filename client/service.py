@@ -27,7 +27,7 @@ from fedge.client import device as devices
 from fedge.client import policy
 from fedge.client.policy import Policy, PolicyFile
 from fedge.client.socket_link import PERMIT, STATUS
-from fedge.client.worker import TASK_FAILED, SiteWorker
+from fedge.client.worker import EVALUATIONS, TASK_FAILED, SiteWorker
 from fedge.shared import protocol, wire
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.secagg import messages
@@ -48,7 +48,7 @@ START_ANEW: Final = 75
 
 _LOOK: Final = 0.5
 _NO_POLICY_LIMIT: Final = 2**20
-_KEPT: Final = (protocol.TRAIN, protocol.EVALUATE, messages.STATISTICS)
+_KEPT: Final = (protocol.TRAIN, *EVALUATIONS, messages.STATISTICS)
 _REFUSED, _MALFORMED = 418, 414
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
 from fedge.client import device
+from fedge.client.eager import EagerAdam, EagerSGD
 from fedge.shared.config import TrainSection
 from fedge.shared.tasks.task import Task
 
@@ -36,10 +37,10 @@ class Examples:
 def optimizer(settings: TrainSection, network: nn.Module) -> Optimizer:
     """A fresh optimiser, without memory of earlier rounds."""
     if settings.optimizer == "adam":
-        return Adam(
+        return EagerAdam(
             network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-    return SGD(
+    return EagerSGD(
         network.parameters(),
         lr=settings.learning_rate,
         momentum=settings.momentum,

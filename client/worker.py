@@ -18,8 +18,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedge.client import device as devices
-from fedge.client import requests
+from fedge.client import figures, requests
+from fedge.client.calibration import SiteCalibration
 from fedge.client.data import SiteData
+from fedge.client.figures import Figures
 from fedge.client.learner import Learner
 from fedge.client.privacy import SitePrivacy
 from fedge.client.privacy_policy import PrivacyPolicy, section_of, simulated
@@ -31,10 +33,7 @@ from fedge.client.requests import Address, Terms
 from fedge.client.secure_answers import is_secure
 from fedge.client.secure_session import Anchors
 from fedge.client.secure_work import SecureWork
-from fedge.client.train import Examples, optimizer
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config import TrainSection
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.npy import encode
 from fedge.shared.privacy.section import PrivacySection
@@ -46,6 +45,8 @@ log = logging.getLogger(__name__)
 TASK_FAILED = 413
 #: Metric of a reply to a probe: 1 while the site trains or evaluates, else 0.
 BUSY = "busy"
+#: Requests for counts over the site's examples.
+EVALUATIONS = (protocol.EVALUATE, protocol.CALIBRATE, protocol.QUALIFY)
 
 
 class SiteWorker:
@@ -81,12 +82,8 @@ class SiteWorker:
         ledger = SitePrivacy(home, privacy or simulated)
         work = PrivateWork(task, ledger)
         self._private = PrivateRounds(self.learner, work, self._secure, self._reply)
-        self._counts = PrivateCounts(task.counter_names, ledger)
-
-    def warm_up(self) -> None:
-        """Let torch import its compiler, as it does with the first optimiser; no request should pay for that."""
-        # Nothing is drawn here: the generator is one for the process, and a request may be training beside this.
-        optimizer(TrainSection(), torch.nn.ParameterList([torch.zeros(1)]))
+        self._counts = PrivateCounts(ledger)
+        self._calibration = SiteCalibration(self.learner)
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict:
         """Answer a request; one at a time, except that a probe is answered at once.
@@ -125,13 +122,14 @@ class SiteWorker:
         """Let go of all that the next request can make anew."""
         with self._lock:
             self.learner.drop()
+            self._calibration.drop()
         devices.free()
 
     def _answer(self, kind: str, content: RecordDict) -> RecordDict:
         answers: dict[str, Callable[[RecordDict], RecordDict]] = {
             protocol.REGISTER: self._register,
             protocol.TRAIN: self._train,
-            protocol.EVALUATE: self._evaluate,
+            **{kind: partial(self._evaluate, kind) for kind in EVALUATIONS},
             messages.STATISTICS: self._sum_statistics,
             **dict.fromkeys(messages.STEPS, partial(self._continue, kind)),
         }
@@ -191,35 +189,42 @@ class SiteWorker:
         }
         return self._reply(terms.address, MetricRecord({**metrics}), trained)
 
-    def _evaluate(self, request: RecordDict) -> RecordDict:
+    def _evaluate(self, kind: str, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
         terms = requests.terms(config, self.learner.columns)
         received = requests.arrays(request, self.learner.specs)
-        _, held_out = self.learner.prepare(terms)
-        noised = self._counts.evaluation(request, terms.address, section_of(config))
-        if noised is not None:
-            return self._evaluate_noised(noised, terms, received, held_out)
-        if is_secure(request):
+        fit, held_out = self.learner.prepare(terms)
+        section = section_of(config)
+        if kind == protocol.EVALUATE:
             count = partial(self.learner.count, received, held_out)
-            return self._reply(terms.address, self._secure.evaluate(request, terms, count))
-        found = self.learner.count(received, held_out)
-        metrics: dict[str, int | float] = {protocol.NUM_EXAMPLES: len(held_out.y)}
-        metrics |= {name: found[name] for name in self.task.counter_names}
-        return self._reply(terms.address, MetricRecord({**metrics}))
+            asked = figures.of_evaluation(self.task.counter_names, len(held_out.y), count)
+        else:
+            asked = self._calibration.figures(
+                kind, request, terms, received, (fit, held_out), section
+            )
+        noised = self._counts.evaluation(request, terms.address, section, asked)
+        if noised is not None:
+            return self._evaluate_noised(noised, terms)
+        if is_secure(request):
+            bundle = self._secure.evaluate(request, terms, asked, asked.count)
+            return self._reply(terms.address, bundle)
+        return self._told(asked, terms, MetricRecord({**asked.told()}))
 
-    def _evaluate_noised(
-        self, of: Evaluation, terms: Terms, received: NDArrays, held_out: Examples
-    ) -> RecordDict:
+    def _evaluate_noised(self, of: Evaluation, terms: Terms) -> RecordDict:
         if self.learner.statistics is not None:
             self._require_statistics(section_of(requests.config_of(of.request, self.task.name)))
-        count = partial(self.learner.count, received, held_out)
         if is_secure(of.request):
-            noised = partial(self._counts.charged, of, count)
-            bundle = self._secure.evaluate(of.request, terms, noised, of)
+            noised = partial(self._counts.charged, of)
+            bundle = self._secure.evaluate(of.request, terms, of.figures, noised, of)
             return self._counts.vouch(self._reply(terms.address, bundle))
-        return self._counts.answer(
-            of, len(held_out.y), count, lambda metrics: self._reply(terms.address, metrics)
-        )
+        return self._counts.answer(of, partial(self._told, of.figures, terms))
+
+    def _told(self, asked: Figures, terms: Terms, metrics: MetricRecord) -> RecordDict:
+        reply = self._reply(terms.address, metrics)
+        config = reply[protocol.CONFIG]
+        if isinstance(config, ConfigRecord):
+            config.update({**asked.config()})
+        return reply
 
     def _sum_statistics(self, request: RecordDict) -> RecordDict:
         address = requests.address(requests.config_of(request, self.task.name))

@@ -5,17 +5,25 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
+    from fedge.edge.record import DeviceRecord
     from fedge.shared.bundle import Bundle
 
 MAX_THREADS: Final = 256
 
+_Number = TypeVar("_Number", int, float)
+
 
 def add_bundle(parser: ArgumentParser) -> None:
     """The arguments that every command on a bundle has."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a .fedge file")
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="a .fedge file, or a folder that `install` made",
+    )
     parser.add_argument(
         "--trust",
         type=Path,
@@ -25,24 +33,34 @@ def add_bundle(parser: ArgumentParser) -> None:
     )
 
 
-def open_trusted(arguments: Namespace) -> Bundle:
-    """Open the bundle that the arguments name.
+def open_trusted(arguments: Namespace) -> tuple[Bundle, DeviceRecord | None]:
+    """Open the bundle that the arguments name, with the record of its installation where it has one.
 
     Raises:
-        BundleError: 701 to 707.
+        BundleError: 701 to 707, 711.
     """
-    from fedge.shared.bundle import open_bundle
+    from fedge.edge.installed import open_installed
     from fedge.shared.signing import load_public
 
-    return open_bundle(arguments.bundle, load_public(arguments.trust))
+    return open_installed(arguments.bundle, load_public(arguments.trust))
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     """A parser of whole numbers from ``low`` to ``high``."""
+    return _within(int, low, high)
 
-    def parse(text: str) -> int:
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` to ``high``."""
+    return _within(float, low, high)
+
+
+def _within(
+    read: Callable[[str], _Number], low: _Number, high: _Number
+) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
         try:
-            value = int(text)
+            value = read(text)
         except ValueError:
             value = low - 1
         if not low <= value <= high:

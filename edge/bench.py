@@ -6,8 +6,6 @@ import json
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedge.edge.arguments import (
@@ -18,19 +16,22 @@ from fedge.edge.arguments import (
     whole,
 )
 from fedge.shared.command import Command
-from fedge.shared.errors import InputError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from fedge.shared.schema import InputSchema
-
-_MAX_BATCH_VALUES = 2**26
-_FEWEST_RUNS = 10
+    from fedge.edge.runtime import EdgeModel
+    from fedge.shared.bundle import Bundle
 
 
 def _arguments(parser: ArgumentParser) -> None:
     add_bundle(parser)
+    parser.add_argument(
+        "--artefact", metavar="NAME", help="this one of the bundle alone (default: the best here)"
+    )
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="then compare it with the fp32 graph, on made-up inputs",
+    )
     parser.add_argument(
         "--runs",
         type=whole(1, 1_000_000),
@@ -46,7 +47,7 @@ def _arguments(parser: ArgumentParser) -> None:
         type=whole(1, 3600),
         default=20,
         metavar="S",
-        help=f"end then, if {_FEWEST_RUNS} runs are timed (default 20)",
+        help="end then, if 10 runs are timed (default 20)",
     )
     add_statistics(parser)
     add_threads(parser)
@@ -58,16 +59,23 @@ def _run(arguments: Namespace) -> int:
     from fedge.edge.runtime import EdgeModel
 
     start = time.perf_counter()
-    bundle = open_trusted(arguments)
+    bundle, record = open_trusted(arguments)
     verified = time.perf_counter()
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None
-    model = EdgeModel.from_bundle(bundle, threads=arguments.threads, statistics=statistics)
+    model = EdgeModel.from_bundle(
+        bundle,
+        threads=arguments.threads,
+        statistics=statistics,
+        artefact=arguments.artefact,
+        record=record,
+    )
     loaded = time.perf_counter()
 
-    from fedge.shared import preprocess
+    from fedge.edge.timing import peak_rss_mb, percentile, timed
+    from fedge.shared import made_up
 
-    x = example(model.manifest.input, arguments.batch)
-    ready = preprocess.apply(model.steps, x)
+    x = made_up.example(model.manifest.input, arguments.batch, model.steps)
+    ready = model.prepare(x)
     inference = timed(lambda: model.logits(ready), arguments.runs, arguments.seconds)
     whole = timed(lambda: model.predict(x), arguments.runs, arguments.seconds)
     result = {
@@ -82,70 +90,30 @@ def _run(arguments: Namespace) -> int:
         "runs": len(inference),
         "batch": arguments.batch,
         "threads": arguments.threads,
-        "device": "cpu",
+        "device": model.device,
+        "artefact": model.artefact,
+        "backend": model.backend,
     }
+    if arguments.parity:
+        result |= _compared(bundle, model, arguments.threads)
     sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _text(result))
     return 0
 
 
-def example(schema: InputSchema, batch: int) -> NDArray[Any]:
-    """Raw examples ``(batch, *shape)`` of float32 that the schema allows.
+def _compared(bundle: Bundle, model: EdgeModel, threads: int) -> dict[str, float]:
+    """How far the model is from the fp32 graph on the CPU, on batches of several sizes."""
+    from fedge.edge import parity
+    from fedge.edge.choice import reference
 
-    Raises:
-        InputError: 805, the batch is too large to hold.
-    """
-    import math
-
-    import numpy as np
-
-    if batch * math.prod(schema.shape) > _MAX_BATCH_VALUES:
-        raise InputError(
-            805, f"--batch: must be at most {_MAX_BATCH_VALUES // math.prod(schema.shape)}"
-        )
-    x = np.random.default_rng(0).random((batch, *schema.shape)).astype(np.float32)
-    for index, feature in enumerate(schema.features):
-        if feature.categories:
-            x[:, index] = feature.categories[0]
-        else:
-            x[:, index] = feature.low + (feature.high - feature.low) * x[:, index]
-    return x
-
-
-def timed(work: Callable[[], object], runs: int, seconds: float) -> list[float]:
-    """Milliseconds of each run, after a tenth as many (at most 20) that are not counted."""
-    for _ in range(max(1, min(20, runs // 10))):
-        work()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < runs:
-        start = time.perf_counter()
-        work()
-        now = time.perf_counter()
-        times.append((now - start) * 1e3)
-        if now > end and len(times) >= _FEWEST_RUNS:
-            break
-    return times
-
-
-def percentile(times: list[float], percent: int) -> float:
-    """The smallest time that at least ``percent`` of all do not exceed, to the microsecond."""
-    ordered = sorted(times)
-    return round(ordered[-(-len(ordered) * percent // 100) - 1], 4)
-
-
-def peak_rss_mb() -> float:
-    """The most memory that this process held, in MB of 10^6 bytes."""
-    # getrusage would count the parent's memory too, from before this program was started.
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    graph = reference(bundle, model.shapes, threads)
+    batches = parity.examples(model.manifest, model.steps, parity.BATCH_SIZES)
+    found = parity.difference(
+        [model.logits(batch) for batch in batches],
+        [graph.run(batch) for batch in batches],
+        model.manifest.output,
+        model.artefact,
+    )
+    return dict(vars(found))
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -157,6 +125,12 @@ def _text(result: dict[str, Any]) -> str:
         " (with preprocessing and probabilities)\n"
         f"start      {result['verify_ms']:.1f} ms to verify, {result['load_ms']:.1f} ms to load\n"
         f"memory     {result['peak_rss_mb']:.0f} MB at its peak\n"
+        f"backend    {result['backend']}, {result['device']}\n"
+    ) + (
+        f"parity     within {result['max_abs_difference']:.3g} of fp32, whose largest logit is"
+        f" {result['largest_logit']:.3g}; {100 * result['agreement']:.4g} % the same labels\n"
+        if "agreement" in result
+        else ""
     )
 
 

@@ -7,10 +7,17 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from fedge.edge import bench, predict, verify
+from fedge.edge import bench, install, predict, verify
+from fedge.edge.serving import command as serve
 from fedge.shared.command_line import Parser, guarded, missing_extra
 
-COMMANDS: Final = {"verify": verify.COMMAND, "predict": predict.COMMAND, "bench": bench.COMMAND}
+COMMANDS: Final = {
+    "verify": verify.COMMAND,
+    "install": install.COMMAND,
+    "predict": predict.COMMAND,
+    "bench": bench.COMMAND,
+    "serve": serve.COMMAND,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,12 +29,14 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    bundle = open_trusted(arguments)
+    bundle, record = open_trusted(arguments)
     from fedge.edge.inputs import RowRules, read_examples, read_statistics
     from fedge.edge.runtime import EdgeModel
 
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None
-    model = EdgeModel.from_bundle(bundle, threads=arguments.threads, statistics=statistics)
+    model = EdgeModel.from_bundle(
+        bundle, threads=arguments.threads, statistics=statistics, record=record
+    )
     rules = RowRules.of(model.manifest.input, model.steps)
     row = 0
     for examples in read_examples(arguments.input, rules):

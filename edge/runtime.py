@@ -2,82 +2,127 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.edge.graph import refuse_external_data
+from fedge.edge.backends.backend import Backend, Shapes
+from fedge.edge.choice import Choice, best, named
+from fedge.edge.decision import Prediction, decide
+from fedge.edge.record import DeviceRecord
+from fedge.edge.rehearsal import rehearse
 from fedge.shared import preprocess
 from fedge.shared.bundle import Bundle
 from fedge.shared.errors import BundleError, InputError
-from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT, ONNX_FP32, Manifest
+from fedge.shared.manifest import Manifest
 from fedge.shared.manifest_rules import network_shape
-from fedge.shared.onnx_session import load_onnxruntime
 from fedge.shared.preprocess import Standardise, Step
 from fedge.shared.schema import OutputSchema
 
+__all__ = ["EdgeModel", "Prediction", "decide", "with_statistics"]
+
 Array: TypeAlias = NDArray[Any]
 
-_ONLY_FATAL = 4
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of ``n`` examples.
-
-    Attributes:
-        indices: ``(n,)`` of int64, of the chosen labels.
-        probabilities: ``(n, labels)`` of float64, rows sum to 1.
-    """
-
-    indices: Array
-    probabilities: Array
+_log = logging.getLogger(__name__)
 
 
 class EdgeModel:
-    """A model of a bundle, loaded into ONNX Runtime.
+    """A model of a bundle, loaded into the best backend that this device has for it.
+
+    The fp32 graph on the CPU stands ready behind every other backend. One that fails to run is dropped, and the
+    graph answers the same request. All methods may be called from any thread.
 
     Attributes:
         manifest: what the bundle says of the model.
         steps: preprocessing as it is applied.
+        shapes: what goes through the network.
     """
 
-    def __init__(
-        self, manifest: Manifest, steps: Sequence[Step], session: Any, artefact: str
-    ) -> None:
+    def __init__(self, manifest: Manifest, steps: Sequence[Step], choice: Choice) -> None:
         self.manifest = manifest
         self.steps = tuple(steps)
-        self._session = session
-        self._artefact = artefact
+        self.shapes = shapes(manifest)
+        self._lock = threading.Lock()
+        self._backends = choice.backends
+        self._fallbacks = choice.fallbacks
 
     @classmethod
     def from_bundle(
-        cls, bundle: Bundle, *, threads: int = 1, statistics: Standardise | None = None
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int = 1,
+        statistics: Standardise | None = None,
+        artefact: str | None = None,
+        record: DeviceRecord | None = None,
+        allow_unqualified: bool = False,
+        rehearsed: bool = False,
     ) -> EdgeModel:
         """Load the model that ``open_bundle`` has verified.
 
         Args:
-            bundle: as verified; its bytes are used, no file is opened.
+            bundle: as verified; its bytes are used, no file of it is opened.
             threads: CPU threads of one inference.
             statistics: a site's own mean and deviation, where the manifest leaves them to each site.
+            artefact: run exactly this one, qualified or not, and nothing in its place.
+            record: what was installed on this device; its order counts, and what it has qualified is not
+                tried again.
+            allow_unqualified: take artefacts that were executed neither at the release nor here. They are
+                tried and compared in a child process all the same. Unsafe: nothing is known of their accuracy.
+            rehearsed: let the fp32 graph answer in a child process before this one opens it.
 
         Raises:
-            BundleError: 706 or 708, the artefact does not load, or is not what the manifest says.
+            BundleError: 706 or 708, the fp32 graph does not load, or is not what the manifest says; 709 or 710,
+                it failed its rehearsal; 706, 708, 710 or 711, the artefact that was named does not load.
             InputError: 807, statistics are missing, do not fit, or the manifest holds its own.
         """
         manifest = bundle.manifest
         steps = with_statistics(manifest, statistics)
-        artefact = next((a for a in manifest.artefacts if a.kind == ONNX_FP32), None)
-        if artefact is None:
-            raise BundleError(706, f"manifest.json: must list an artefact of kind {ONNX_FP32}")
-        onnx = bundle.artefacts[artefact.name]
-        refuse_external_data(onnx, artefact.name)
-        session = _session(onnx, artefact.name, threads)
-        _check_graph(session, manifest, artefact.name)
-        return cls(manifest, steps, session, artefact.name)
+        if rehearsed:
+            rehearse(bundle, shapes(manifest), steps, threads)
+        if artefact is not None:
+            found = named(bundle, artefact, shapes(manifest), threads, record)
+            return cls(manifest, steps, Choice((found,)))
+        if allow_unqualified:
+            _log.warning("artefacts that were executed neither at the release nor here may serve")
+        choice = best(
+            bundle,
+            shapes(manifest),
+            steps,
+            threads=threads,
+            record=record,
+            allow_unqualified=allow_unqualified,
+        )
+        return cls(manifest, steps, choice)
+
+    @property
+    def backend(self) -> str:
+        """What is at work: artefact and place, for example ``"model.int8.onnx on CPU"``."""
+        return self._backends[0].name
+
+    @property
+    def artefact(self) -> str:
+        """Name of the artefact that is at work."""
+        return self._backends[0].artefact
+
+    @property
+    def device(self) -> str:
+        """Name of the processor that computes."""
+        return self._backends[0].device
+
+    @property
+    def engine(self) -> bool:
+        """Whether a TensorRT engine is at work, not a graph."""
+        return self._backends[0].engine
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Why better artefacts are not at work, each with its number, in the order in which it happened."""
+        return self._fallbacks
 
     def predict(self, x: Array, first_row: int = 0) -> Prediction:
         """Predict raw examples, ``(n, *input.shape)`` of float32.
@@ -91,36 +136,77 @@ class EdgeModel:
                 categories.
             BundleError: 708, the model fails; 709, it gives NaN or infinity.
         """
-        with np.errstate(all="ignore"):
-            ready = preprocess.apply(self.steps, x)
-        if (row := _first_not_finite(ready)) is not None:
-            where = f"row {first_row + row}"
-            raise InputError(
-                804, f"{where}: must stay finite in preprocessing, got too large a value"
-            )
+        ready = self.prepare(x, first_row)
         logits = self.logits(ready)
         if (row := _first_not_finite(logits)) is not None:
             row += first_row
             raise BundleError(709, f"row {row}: must give finite logits, got NaN or infinity")
         return decide(logits, self.manifest.output)
 
-    def logits(self, x: Array) -> Array:
-        """Run the graph on preprocessed examples, ``(n, *network shape)``; gives ``(n, k)``.
+    def prepare(self, x: Array, first_row: int = 0) -> Array:
+        """Raw examples ``(n, *input.shape)`` as the network takes them, ``(n, *network shape)``.
 
         Raises:
-            BundleError: 708, the model fails.
+            InputError: 804, a value overflows; 806, it is not among its column's categories.
         """
-        try:
-            (logits,) = self._session.run([GRAPH_OUTPUT], {GRAPH_INPUT: np.ascontiguousarray(x)})
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BundleError(
-                708, f"{self._artefact}: fails to run ({_first_line(error)})"
-            ) from None
-        if logits.shape != (len(x), _logits(self.manifest.output)):
-            raise BundleError(
-                708, f"{self._artefact}: must give one row an example, got {list(logits.shape)}"
+        ready = x
+        if self.steps:
+            with np.errstate(all="ignore"):
+                ready = preprocess.apply(self.steps, x)
+        if (row := _first_not_finite(ready)) is not None:
+            where = f"row {first_row + row}"
+            raise InputError(
+                804, f"{where}: must stay finite in preprocessing, got too large a value"
             )
-        return np.asarray(logits)
+        return ready
+
+    def logits(self, x: Array) -> Array:
+        """Run the network on preprocessed examples, ``(n, *network shape)`` of float32; gives ``(n, k)``.
+
+        Raises:
+            InputError: 802 or 803, of another shape or type.
+            BundleError: 708 or 710, the model fails.
+        """
+        # A fault of the caller must not cost a backend its place.
+        if x.shape[1:] != self.shapes.input:
+            raise InputError(802, f"input: must be {list(self.shapes.input)}, got {x.shape[1:]}")
+        if x.dtype != np.float32:
+            raise InputError(803, f"input: must be float32, got {x.dtype}")
+        if not len(x):
+            return np.empty((0, self.shapes.logits), np.float32)
+        backends = self._backends
+        while True:
+            try:
+                return backends[0].run(x)
+            except BundleError as error:
+                if len(backends) == 1:
+                    raise
+                backends = self._without(backends[0], error)
+
+    def close(self) -> None:
+        """Free what the backends hold; the model cannot be used afterwards."""
+        for backend in self._backends:
+            backend.close()
+
+    def _without(self, failed: Backend, error: BundleError) -> tuple[Backend, ...]:
+        """Drop a backend that failed; what is left."""
+        with self._lock:
+            # Of several threads that it fails, the first drops it.
+            first = failed is self._backends[0] and len(self._backends) > 1
+            if first:
+                self._backends = self._backends[1:]
+                reason = f"{error.label} {error.message}"
+                self._fallbacks = (*self._fallbacks, reason)
+                _log.warning("%s; %s goes on", reason, self._backends[0].name)
+            left = self._backends
+        if first:
+            failed.close()
+        return left
+
+
+def shapes(manifest: Manifest) -> Shapes:
+    """What goes through the manifest's network."""
+    return Shapes(network_shape(manifest.input, manifest.preprocessing), _logits(manifest.output))
 
 
 def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple[Step, ...]:
@@ -157,70 +243,12 @@ def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple
     return replaced
 
 
-def decide(logits: Array, output: OutputSchema) -> Prediction:
-    """Labels and probabilities of finite logits ``(n, k)``."""
-    logits = logits.astype(np.float64)
-    if output.activation == "sigmoid":
-        # exp(-|z|) cannot overflow.
-        small = np.exp(-np.abs(logits[:, 0]))
-        second = np.where(logits[:, 0] >= 0, 1.0, small) / (1.0 + small)
-        probabilities = np.stack([1.0 - second, second], axis=1)
-        return Prediction((second >= output.threshold).astype(np.int64), probabilities)
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
-    return Prediction(probabilities.argmax(axis=1), probabilities)
-
-
 def _first_not_finite(x: Array) -> int | None:
-    bad = ~np.isfinite(x).reshape(len(x), -1).all(axis=1)
-    return int(np.flatnonzero(bad)[0]) if bad.any() else None
+    finite = np.isfinite(x)
+    if finite.all():
+        return None
+    return int(np.flatnonzero(~finite.reshape(len(x), -1).all(axis=1))[0])
 
 
 def _logits(output: OutputSchema) -> int:
     return 1 if output.activation == "sigmoid" else len(output.labels)
-
-
-def _session(onnx: bytes, name: str, threads: int) -> Any:
-    onnxruntime = load_onnxruntime()
-    onnxruntime.set_default_logger_severity(_ONLY_FATAL)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = _ONLY_FATAL
-    # Threads that wait by spinning would hold cores that a vehicle needs elsewhere, to gain 2 %.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise BundleError(708, f"{name}: does not load ({_first_line(error)})") from None
-
-
-def _check_graph(session: Any, manifest: Manifest, name: str) -> None:
-    """Compare the graph's own description with the manifest."""
-    for kind, found, wanted, shape in (
-        (
-            "input",
-            session.get_inputs(),
-            GRAPH_INPUT,
-            network_shape(manifest.input, manifest.preprocessing),
-        ),
-        ("output", session.get_outputs(), GRAPH_OUTPUT, (_logits(manifest.output),)),
-    ):
-        if [node.name for node in found] != [wanted]:
-            raise BundleError(
-                708, f"{name}: must have one {kind} named {wanted!r}, got {len(found)}"
-            )
-        (node,) = found
-        if node.type != "tensor(float)":
-            raise BundleError(708, f"{name}: {kind} must be float32, got {node.type}")
-        if node.shape[1:] != list(shape) or isinstance(node.shape[0], int):
-            raise BundleError(
-                708,
-                f"{name}: {kind} must have shape [batch, {', '.join(map(str, shape))}], got {node.shape}",
-            )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

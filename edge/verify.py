@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedge.edge.arguments import add_bundle, open_trusted
 from fedge.shared.command import Command
+from fedge.shared.manifest_artefacts import ONNX_FP32
 
 if TYPE_CHECKING:
+    from fedge.edge.record import DeviceRecord
     from fedge.shared.bundle import Bundle
+    from fedge.shared.manifest_artefacts import Artefact
 
 _SHOWN = 8
 _STATISTICS = {
@@ -26,17 +29,17 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    bundle = open_trusted(arguments)
+    bundle, record = open_trusted(arguments)
     if arguments.json:
-        text = json.dumps(report(bundle), allow_nan=False) + "\n"
+        text = json.dumps(report(bundle, record), allow_nan=False) + "\n"
     else:
-        text = summary(bundle, arguments.bundle.name)
+        text = summary(bundle, arguments.bundle.name, record)
     sys.stdout.write(text)
     return 0
 
 
-def report(bundle: Bundle) -> dict[str, Any]:
-    """All that a verified bundle says of itself, as JSON values."""
+def report(bundle: Bundle, record: DeviceRecord | None = None) -> dict[str, Any]:
+    """All that a verified bundle says of itself, and its installation of it, as JSON values."""
     return {
         "verified": True,
         "key_id": bundle.key_id,
@@ -44,10 +47,11 @@ def report(bundle: Bundle) -> dict[str, Any]:
         "parts": [dict(vars(part)) for part in bundle.parts],
         "manifest": bundle.manifest.to_json(),
         "statement": bundle.statement,
+        **({"installed": record.to_json()} if record else {}),
     }
 
 
-def summary(bundle: Bundle, name: str) -> str:
+def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> str:
     """The same for people, a line a topic."""
     m = bundle.manifest
     sites = ", ".join(m.sites[:_SHOWN]) + (", …" if len(m.sites) > _SHOWN else "")
@@ -84,8 +88,48 @@ def summary(bundle: Bundle, name: str) -> str:
             ("latency", f"p50 {m.latency.p50_ms:.3g} ms, p99 {m.latency.p99_ms:.3g} ms ({where})")
         )
     lines += [(part.name, f"{part.bytes:,} bytes, sha256 {part.sha256}") for part in bundle.parts]
+    lines += [("artefact", artefact_line(artefact)) for artefact in m.artefacts]
+    if record:
+        lines += installed_lines(record)
     width = max(len(key) for key, _ in lines)
     return "".join(f"{key:{width}}  {value}\n" for key, value in lines)
+
+
+def artefact_line(artefact: Artefact) -> str:
+    """What the release says of an artefact, in one line."""
+    told = [f"{artefact.name}: {artefact.kind}", f"{artefact.bytes:,} bytes"]
+    if artefact.engine:
+        built = " ".join(f"sm{c}" for c in artefact.engine.capabilities)
+        told.append(f"for {built} by {artefact.engine.runtime} {artefact.engine.version}")
+    found = artefact.qualification
+    if found is None:
+        source = artefact.kind == ONNX_FP32
+        told.append("the graph that others are compared with" if source else "not executed")
+    elif not found.executed:
+        told.append(f"not executed ({found.reason})")
+    else:
+        told.append(
+            f"executed, within {found.max_abs_difference:.2g} (allowed {found.tolerance:.2g})"
+        )
+    if found and found.agreement is not None:
+        told.append(f"{100 * found.agreement:.4g} % the same labels")
+    if found and found.score:
+        score = found.score
+        told.append(f"{score.metric} {score.value:.4g} at the sites (fp32 {score.reference:.4g})")
+    if found and found.latency:
+        told.append(f"p50 {found.latency.p50_ms:.3g} ms, p99 {found.latency.p99_ms:.3g} ms")
+    return ", ".join(told)
+
+
+def installed_lines(record: DeviceRecord) -> list[tuple[str, str]]:
+    """What an installation has found, a line an artefact, in the order in which they are taken."""
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    where = ", ".join(part for part in (record.cpu, record.gpu, versions) if part)
+    lines = [("installed", where)]
+    for entry in record.entries:
+        p50 = "" if entry.p50_ms is None else f", p50 {entry.p50_ms:.3g} ms"
+        lines.append(("runs", f"{entry.candidate.name}{p50}, {entry.reason}"))
+    return lines
 
 
 COMMAND = Command(

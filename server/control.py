@@ -117,7 +117,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1",
         "FEDGE_RUNS": str(home / "runs"),
         "FEDGE_NODES": str(home / "nodes.json"),
         "PATH": os.environ.get("PATH", os.defpath),

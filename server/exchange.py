@@ -16,7 +16,8 @@ from fedge.server.conversation import Conversation, Watch
 from fedge.server.link import Link
 from fedge.server.liveness import Liveness
 
-_FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.5
+#: Seconds between two pulls: a share of those without a reply, within bounds. A pull costs the SuperLink some 20 ms.
+_FIRST_PAUSE, _LAST_PAUSE, _SHARE = 0.05, 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,14 @@ def exchange(
     of.push_all()
     if not direct:
         live.wait_for_next()
-    pause = _FIRST_PAUSE
+    news = clock.now()
     while pending := of.pending():
         asked_at = clock.now()
         of.pull(pending)
         took = clock.now() - asked_at
         left = of.until - clock.now()
         if len(of.pending()) < len(pending):
-            pause = _FIRST_PAUSE
+            news = clock.now()
             if direct or left > 0:
                 continue
         # Whatever came, nothing of it was waited for: a flood of strays must not outlive the deadline.
@@ -92,8 +93,8 @@ def exchange(
             of.mend()
         of.tick()
         # Many sites are many calls: the SuperLink shall have as long for others as for us.
-        clock.sleep(min(max(pause, min(took, _LAST_PAUSE)), max(left, 0.0)))
-        pause = min(pause * 1.5, _LAST_PAUSE)
+        pause = max(_FIRST_PAUSE, took, _SHARE * (clock.now() - news))
+        clock.sleep(min(pause, _LAST_PAUSE, max(left, 0.0)))
     absent = (*of.unsent, *of.pending())
     return Exchange(
         of.replies,

@@ -151,6 +151,8 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
     row = begun(journal)
     directory.write_lines(lines)
     directory.write_json(directory.metrics, results(row.id, config, lines))
+    if (told := journal.calibration()) is not None:
+        write_atomically(directory.calibration, told.encode())
     finished = now()
     write_run(directory, journal, config, counted, finished, hashlib.sha256(data).hexdigest())
     report.write(directory.path)
@@ -194,7 +196,7 @@ def restore(directory: RunDirectory) -> None:
     """
     journal = Journal(directory.journal)
     try:
-        row, lines = begun(journal), journal.lines()
+        row, lines, calibrated = begun(journal), journal.lines(), journal.calibration()
     finally:
         journal.close()
     weights = directory.model.read_bytes() if directory.model.is_file() else b""
@@ -208,6 +210,8 @@ def restore(directory: RunDirectory) -> None:
     metrics = results(row.id, directory.load_config(), lines)
     if not _holds(directory.metrics, json.dumps(metrics, indent=2, allow_nan=False) + "\n"):
         directory.write_json(directory.metrics, metrics)
+    if calibrated is not None and not _holds(directory.calibration, calibrated):
+        write_atomically(directory.calibration, calibrated.encode())
     if not directory.report.is_file():
         report.write(directory.path)
 

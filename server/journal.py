@@ -24,6 +24,8 @@ CREATE TABLE IF NOT EXISTS flower_run (flower_run_id TEXT NOT NULL, started TEXT
 CREATE TABLE IF NOT EXISTS site (
     name TEXT PRIMARY KEY, train_examples INTEGER NOT NULL, test_examples INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS calibration (text TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS ranges (text TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS round (
     number INTEGER PRIMARY KEY, line TEXT NOT NULL, checkpoint TEXT NOT NULL, checkpoint_sha256 TEXT NOT NULL
 ) STRICT;
@@ -155,6 +157,37 @@ class Journal:
         self._query(
             "UPDATE round SET line = ? WHERE number = ?", json.dumps(line, allow_nan=False), number
         )
+
+    def calibrate(self, text: str, number: int, line: Line) -> None:
+        """Write down calibration.json, and what it adds to the line of the last round, together."""
+        self._rewrite(
+            "DELETE FROM calibration", "INSERT INTO calibration VALUES (?)", text, number, line
+        )
+
+    def keep_ranges(self, text: str, number: int, line: Line) -> None:
+        """Write down what of calibration.json is known after its first exchange, likewise."""
+        self._rewrite("DELETE FROM ranges", "INSERT INTO ranges VALUES (?)", text, number, line)
+
+    def _rewrite(self, delete: str, insert: str, text: str, number: int, line: Line) -> None:
+        self._query("BEGIN IMMEDIATE")
+        try:
+            self._query(delete)
+            self._query(insert, text)
+            self.amend(number, line)
+        except BaseException:
+            self._query("ROLLBACK")
+            raise
+        self._query("COMMIT")
+
+    def ranges(self) -> str | None:
+        """What was known of calibration.json after its first exchange; None where it was not written down."""
+        rows = self._query("SELECT text FROM ranges")
+        return None if not rows else str(rows[0][0])
+
+    def calibration(self) -> str | None:
+        """calibration.json as it was written down; None where it was not."""
+        rows = self._query("SELECT text FROM calibration")
+        return None if not rows else str(rows[0][0])
 
     def last(self) -> Commit | None:
         """The newest committed round."""

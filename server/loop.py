@@ -20,6 +20,8 @@ from fedge.server import checkpoint, finish, masked_terms, requests, results, st
 from fedge.server.admission import admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.attendance import Attendance
+from fedge.server.calibration import Calibrator
+from fedge.server.calibration_exchange import Exchanges
 from fedge.server.central import Central
 from fedge.server.central_terms import checkpoints_kept, secret_sample
 from fedge.server.evaluation import Evaluator
@@ -34,6 +36,8 @@ from fedge.server.tally import Tally
 from fedge.server.verdicts import Expected
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays, digest
+from fedge.shared.compile import calibration
+from fedge.shared.compile.calibration import Calibration
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
@@ -157,6 +161,34 @@ class Loop:
         if tally.metrics:
             self.journal.amend(self.done, tally.completed(line, line["seconds"]))
             self.directory.write_lines(self.journal.lines())
+
+    def calibrate(self) -> None:
+        """Ask the sites about the final model where that is configured and not done yet."""
+        lines = self.journal.lines()
+        if not self.config.calibration.enabled or self.journal.calibration() is not None:
+            return
+        if not any(line["outcome"] == "committed" for line in lines):
+            return
+        started = time.monotonic()
+        exchanges = Exchanges(
+            self.config, self.run_id, self.talk, self.attendance, self.steps, self.sums
+        )
+        kept = self.journal.ranges()
+        known = None if kept is None else calibration.parse(kept.encode())
+
+        def keep(ranges: Calibration) -> None:
+            line = exchanges.charged(lines[-1])
+            self.journal.keep_ranges(calibration.dump(ranges).decode(), self.done, line)
+            if self.sums is not None:
+                self.sums.settled()
+
+        calibrator = Calibrator(exchanges, self.task, known, keep)
+        found = calibrator.run(self.done, self.arrays, lines[-1])
+        line = calibrator.line(lines[-1], found, time.monotonic() - started)
+        self.journal.calibrate(calibration.dump(found).decode(), self.done, line)
+        if self.sums is not None:
+            self.sums.settled()
+        self.directory.write_lines(self.journal.lines())
 
     def _commit(self, server_round: int, line: Line) -> None:
         memory = strategies.state(self.strategy)

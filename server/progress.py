@@ -28,7 +28,8 @@ class Listener(Protocol):
 
         Args:
             server_round: 0 before the first.
-            phase: ``connect``, ``register``, ``train``, ``evaluate``, or ``superlink`` while that does not answer.
+            phase: ``connect``, ``register``, ``train``, ``evaluate``, ``calibrate``, ``qualify``, or ``superlink``
+                while that does not answer.
             sites: that are waited for; none where it is not known who will come.
             seconds: since this phase began.
         """

@@ -5,40 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import nn
-
-from fedge.server import report
+from fedge.server import report, trained
 from fedge.server.central_terms import secret_sample
-from fedge.server.export import export_onnx, opset_of, parity
+from fedge.server.compile import qualify, record
+from fedge.server.compile.record import Compiled
+from fedge.server.compile.stand_in import statistics_options
 from fedge.server.report.noised import lost
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import arrays, preprocess
-from fedge.shared.bounded import read_bounded, reason
+from fedge.server.trained import Trained
 from fedge.shared.bundle import Part, write_bundle
-from fedge.shared.errors import BundleError, ConfigError, ReleaseError, RunError
-from fedge.shared.manifest import ONNX_FP32, Artefact, Latency, Manifest
+from fedge.shared.compile.export import export_onnx, opset_of
+from fedge.shared.compile.parity import parity
+from fedge.shared.errors import BundleError, ReleaseError, RunError
+from fedge.shared.manifest import Manifest
+from fedge.shared.manifest_artefacts import ONNX_FP32, Artefact, Latency
 from fedge.shared.manifest_privacy import Privacy
-from fedge.shared.manifest_rules import network_shape
 from fedge.shared.signing import key_id, load_private, new_key, public_path
-from fedge.shared.tasks.registry import get_task
-from fedge.shared.tasks.task import Task
 
 MODEL: Final = "model.onnx"
 RELEASE: Final = "release.json"
-BENCH_DEADLINE: Final = 180.0  # seconds
-BENCH_SECONDS: Final = 10  # after which no further run is timed
-BENCH_RUNS: Final = 500
-_JSON_LIMIT: Final = 64 * 2**20
-_PART: Final = "run.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,14 @@ class ReleaseSummary:
         }
 
 
-def release(run_dir: Path, key: Path, out: Path, *, replace_out: bool = False) -> ReleaseSummary:
+def release(
+    run_dir: Path,
+    key: Path,
+    out: Path,
+    *,
+    artifacts: Path | None = None,
+    replace_out: bool = False,
+) -> ReleaseSummary:
     """Release the model of a finished run.
 
     Writes ``out`` and the run directory's release.json, and renders the run's report again.
@@ -77,57 +75,53 @@ def release(run_dir: Path, key: Path, out: Path, *, replace_out: bool = False) -
         run_dir: as `fedge simulate` has written it.
         key: private key in PEM.
         out: the bundle.
+        artifacts: output of `fedge compile` for this run; its artefacts go into the bundle.
         replace_out: whether an existing ``out`` may be replaced.
 
     Raises:
         ConfigError: 209, not a run directory.
         RunError: 504, the run's files are damaged; 505, it is not finished.
-        ReleaseError: 602 to 607.
+        ReleaseError: 602 to 607; 610, ``artifacts`` are of another model, or were changed.
+        BundleError: 705, together they are larger than a device takes.
     """
     directory = RunDirectory(run_dir)
-    if not run_dir.is_dir() or not directory.run.is_file():
-        raise ConfigError(209, f"{run_dir}: must be a run directory, got no {_PART} in it")
     private = load_private(key)
     if out.exists() and not replace_out:
         raise ReleaseError(605, f"{out}: must not exist yet")
     if not out.parent.is_dir():
         raise ReleaseError(606, f"{out}: must lie in a folder that exists")
-    run = _read_json(directory.run)
-    if run.get("state") != "finished":
-        done, rounds = run.get("rounds_done"), run.get("rounds")
-        raise RunError(505, f"{run_dir}: must be finished, got {done} of {rounds} rounds")
+    model = trained.of_run(run_dir)
     config = directory.load_config()
-    contributors = _contributors(run, secret=secret_sample(config.privacy))
-    manifest, onnx = _prepare(directory, run, contributors)
-    latency = _timed(manifest, onnx)
-    manifest = replace(manifest, latency=latency)
-    part = write_bundle(out, manifest, {MODEL: onnx}, private, replace=replace_out)
+    contributors = _contributors(model.run, secret=secret_sample(config.privacy))
+    manifest, onnx = _prepare(directory, model, contributors)
+    manifest = replace(manifest, latency=_timed(manifest, onnx))
+    contents = {MODEL: onnx}
+    if artifacts is not None:
+        compiled, contents = _compiled(artifacts, manifest)
+        manifest = replace(manifest, artefacts=compiled.kept)
+    part = write_bundle(out, manifest, contents, private, replace=replace_out)
+    if artifacts is not None:
+        # The report shows what was released, not what was compiled last.
+        directory.write_json(run_dir / record.FILE, compiled.to_json())
     summary = ReleaseSummary(part, key_id(private.public_key()), manifest)
     directory.write_json(run_dir / RELEASE, summary.to_json())
     report.write(run_dir)
     return summary
 
 
-def load_network(path: Path, task: Task, sha256: str) -> nn.Module:
-    """The task's network with the weights of a safetensors file.
+def _compiled(folder: Path, manifest: Manifest) -> tuple[Compiled, dict[str, bytes]]:
+    """What `fedge compile` kept for this very model, and its bytes.
 
     Raises:
-        RunError: 504, the file is damaged, or not that of the task's network.
+        ReleaseError: 610, it is of another model, or was changed.
     """
-    loaded = arrays.read(path, sha256)
-    with torch.random.fork_rng(devices=[]):
-        network = task.network()
-    expected = {name: (tuple(t.shape), t.numpy().dtype) for name, t in network.state_dict().items()}
-    found = {name: (a.shape, a.dtype) for name, a in loaded.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise RunError(
-                504,
-                f"{path.name}: {name} must be {_tensor(expected.get(name))}, "
-                f"got {_tensor(found.get(name))}",
-            )
-    network.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in loaded.items()})
-    return network.eval()
+    compiled = record.load(folder)
+    if compiled.model_sha256 != manifest.model_sha256:
+        raise ReleaseError(610, f"{folder}: must be of the run's model, got another")
+    (own,) = manifest.artefacts
+    if not any(a.name == own.name and a.sha256 == own.sha256 for a in compiled.kept):
+        raise ReleaseError(610, f"{folder}: must hold the {own.name} of this model, got another")
+    return compiled, {a.name: record.content(folder, a) for a in compiled.kept}
 
 
 def _contributors(run: dict[str, Any], *, secret: bool = False) -> tuple[str, ...]:
@@ -145,28 +139,21 @@ def _contributors(run: dict[str, Any], *, secret: bool = False) -> tuple[str, ..
             sorted(s for s, told in run["sites"].items() if secret or int(told["rounds"]) > 0)
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(504, f"{_PART}: sites cannot be read ({error!r})") from None
+        raise RunError(504, f"{trained.RUN}: sites cannot be read ({error!r})") from None
     if not names:
-        raise RunError(505, f"{_PART}: must name a site whose update counted, got none")
+        raise RunError(505, f"{trained.RUN}: must name a site whose update counted, got none")
     return names
 
 
-def _tensor(described: tuple[tuple[int, ...], Any] | None) -> str:
-    return "absent" if described is None else f"{described[1]} {list(described[0])}"
-
-
 def _prepare(
-    directory: RunDirectory, run: dict[str, Any], contributors: tuple[str, ...]
+    directory: RunDirectory, model: Trained, contributors: tuple[str, ...]
 ) -> tuple[Manifest, bytes]:
     """The manifest without latency, and the exported model."""
-    task = get_task(str(run.get("task")))
-    config = _read(directory.config)
-    metrics = _metrics(_read_json(directory.metrics))
+    task, run = model.task, model.run
+    config = trained.read(directory.config)
+    metrics = _metrics(trained.read_json(directory.metrics))
     try:
-        steps = preprocess.from_json(run["preprocessing"])
-        shape = network_shape(task.input, steps)
-        network = load_network(directory.model, task, str(run["model_sha256"]))
-        onnx = export_onnx(network, shape)
+        onnx = export_onnx(model.network, model.shape)
         sha256 = hashlib.sha256(onnx).hexdigest()
         manifest = Manifest(
             task=task.name,
@@ -181,16 +168,16 @@ def _prepare(
             artefacts=(Artefact(MODEL, ONNX_FP32, sha256, len(onnx), opset_of(onnx)),),
             input=task.input,
             output=task.output,
-            preprocessing=steps,
+            preprocessing=model.steps,
             metrics=metrics,
-            parity=parity(network, onnx, shape),
+            parity=parity(model.network, onnx, model.shape),
             privacy=_privacy(directory, contributors),
         )
         return Manifest.from_bytes(manifest.to_bytes()), onnx
     except BundleError as error:
-        raise RunError(504, f"{_PART}: {error.message}") from None
+        raise RunError(504, f"{trained.RUN}: {error.message}") from None
     except (KeyError, TypeError) as error:
-        raise RunError(504, f"{_PART}: does not parse ({error!r})") from error
+        raise RunError(504, f"{trained.RUN}: does not parse ({error!r})") from error
 
 
 def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
@@ -246,57 +233,8 @@ def _timed(manifest: Manifest, onnx: bytes) -> Latency:
         key, bundle = folder / "key", folder / "model.fedge"
         new_key(key)
         write_bundle(bundle, manifest, {MODEL: onnx}, load_private(key))
-        command = [sys.executable, "-P", "-m", "fedge.edge", "bench", str(bundle), "--json"]
-        command += ["--trust", str(public_path(key)), "--runs", str(BENCH_RUNS)]
-        command += ["--seconds", str(BENCH_SECONDS), *_statistics(manifest, folder)]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=BENCH_DEADLINE,
-                check=False,
-                text=True,
-            )
-        except subprocess.TimeoutExpired:
-            raise ReleaseError(
-                604, f"{MODEL}: must be timed within {BENCH_DEADLINE:g} seconds"
-            ) from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ReleaseError(604, f"{MODEL}: fedge-edge bench failed ({lines[-1]})")
-    result = json.loads(done.stdout)
-    return Latency(
-        p50_ms=float(result["p50_ms"]),
-        p99_ms=float(result["p99_ms"]),
-        batch=int(result["batch"]),
-        threads=int(result["threads"]),
-        device=str(result["device"]),
-    )
-
-
-def _statistics(manifest: Manifest, folder: Path) -> list[str]:
-    """Options that stand in for a site's own statistics; the time does not depend on their values."""
-    if not manifest.site_statistics:
-        return []
-    shape = network_shape(manifest.input, manifest.preprocessing)
-    path = folder / "statistics.json"
-    path.write_text(json.dumps({"mean": [0.0] * shape[0], "std": [1.0] * shape[0]}))
-    return ["--statistics", str(path)]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return read_bounded(path, _JSON_LIMIT)
-    except OSError as error:
-        raise RunError(504, f"{path.name}: cannot be read ({reason(error)})") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        raise RunError(504, f"{path.name}: must be JSON") from None
-    if not isinstance(value, dict):
-        raise RunError(504, f"{path.name}: must be a JSON object")
-    return value
+        options = statistics_options(manifest, folder)
+        timed = qualify.bench(bundle, public_path(key), MODEL, options)
+    if timed.failure:
+        raise ReleaseError(604, f"{MODEL}: fedge-edge bench failed ({timed.failure})")
+    return qualify.latency_of(timed)

@@ -114,6 +114,8 @@ def settings(
         values[protocol.ROUNDS] = config.run.rounds
     if config.privacy.metrics == "noised":
         values[protocol.EVALUATE_EVERY] = min(config.run.evaluate_every, config.run.rounds)
+        if config.calibration.enabled:
+            values[protocol.CALIBRATION] = config.calibration.model_dump_json(by_alias=True)
     for step in steps:
         if isinstance(step, Standardise) and step.mean:
             values[protocol.FEATURE_MEAN], values[protocol.FEATURE_STD] = (
@@ -179,13 +181,14 @@ def evaluate(
     members: Sequence[Member],
     config: Config,
     secure: ConfigRecord | None = None,
+    kind: str = protocol.EVALUATE,
 ) -> list[Message]:
-    """Evaluation requests in site-name order; ``secure`` is the record that begins a secure sum."""
+    """Requests for figures in site-name order; ``secure`` is the record that begins a secure sum."""
     content = _with(
         {protocol.ARRAYS: record(arrays), protocol.CONFIG: ConfigRecord({**common})}, secure
     )
     server_round, deadline = int(str(common[protocol.SERVER_ROUND])), config.round.deadline
-    return [message(content, m, MessageType.EVALUATE, server_round, deadline) for m in members]
+    return [message(content, m, kind, server_round, deadline) for m in members]
 
 
 def _with(records: Mapping[str, Any], secure: ConfigRecord | None) -> RecordDict:

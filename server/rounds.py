@@ -79,6 +79,7 @@ def run(
             loop.catch_up()
             while loop.done < config.run.rounds:
                 loop.play(loop.done + 1)
+            loop.calibrate()
             reach("before-export", config.run.rounds)
             finish.complete(directory, journal, config, loop.arrays)
         except (RunError, KeyboardInterrupt, SystemExit):

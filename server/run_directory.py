@@ -42,6 +42,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.sites = path / "sites"
         self.seen = path / "seen.json"
+        self.calibration = path / "calibration.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

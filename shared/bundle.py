@@ -13,10 +13,10 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -30,6 +30,8 @@ from fedge.shared.manifest_rules import PART as MANIFEST
 
 STATEMENT: Final = "statement.dsse.json"
 _CHUNK: Final = 2**20
+#: Name, size, SHA-256 and content of what is to be written.
+_Member: TypeAlias = "tuple[str, int, str, bytes | Path]"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def write_bundle(
     key: Ed25519PrivateKey,
     *,
     replace: bool = False,
+    limits: Limits | None = None,
 ) -> Part:
     """Sign a manifest and write it with its artefacts; the file appears whole or not at all.
 
@@ -110,12 +113,14 @@ def write_bundle(
         artefacts: name -> contents, or a file that holds them.
         key: signs the statement.
         replace: whether an existing file may be replaced.
+        limits: of the devices that are to read it.
 
     Returns:
         Name, size and hash of the file.
 
     Raises:
-        BundleError: 706, the manifest would be refused by a device.
+        BundleError: 705, a part or the whole is larger than ``limits``; 706, the manifest would be refused by a
+            device. Nothing was written.
         ReleaseError: 605, ``path`` exists; 606, it cannot be written; 603, an artefact is not the
             manifest's.
     """
@@ -124,17 +129,18 @@ def write_bundle(
     statement = signing.sign(_statement(manifest, hashlib.sha256(data).hexdigest(), len(data)), key)
     if set(artefacts) != {artefact.name for artefact in manifest.artefacts}:
         raise ReleaseError(603, f"{MANIFEST}: must list {sorted(artefacts)}")
+    members: list[_Member] = [
+        (STATEMENT, len(statement), hashlib.sha256(statement).hexdigest(), statement),
+        (MANIFEST, len(data), hashlib.sha256(data).hexdigest(), data),
+        *((a.name, a.bytes, a.sha256, artefacts[a.name]) for a in manifest.artefacts),
+    ]
+    _refuse_large(members, limits or Limits())
     if os.path.lexists(path) and not replace:
         raise ReleaseError(605, f"{path}: must not exist yet")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     whole = hashlib.sha256()
     try:
         with temporary.open("xb") as file:
-            members: list[tuple[str, int, str, bytes | Path]] = [
-                (STATEMENT, len(statement), hashlib.sha256(statement).hexdigest(), statement),
-                (MANIFEST, len(data), hashlib.sha256(data).hexdigest(), data),
-                *((a.name, a.bytes, a.sha256, artefacts[a.name]) for a in manifest.artefacts),
-            ]
             size = 0
             for name, expected, sha256, content in members:
                 for chunk in _member(name, expected, sha256, content):
@@ -154,6 +160,24 @@ def write_bundle(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return Part(path.name, size, whole.hexdigest())
+
+
+def _refuse_large(members: Sequence[_Member], limits: Limits) -> None:
+    """Hold what is to be written against what is read.
+
+    Raises:
+        BundleError: 705.
+    """
+    bounds = {STATEMENT: limits.statement, MANIFEST: limits.manifest}
+    sizes = [(name, size, bounds.get(name, limits.artefact)) for name, size, *_ in members]
+    total = sum(archive.BLOCK + size + len(archive.padding(size)) for _, size, _ in sizes)
+    for name, size, bound in (*sizes, ("archive", total + len(archive.END), limits.total)):
+        if size > bound:
+            raise BundleError(
+                705,
+                f"{name}: must be at most {bound} bytes, got {size}",
+                remedy="Compile for fewer targets, or make the model smaller; no device would take this bundle.",
+            )
 
 
 def _member(name: str, size: int, sha256: str, content: bytes | Path) -> Iterator[bytes]:

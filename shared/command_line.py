@@ -74,7 +74,7 @@ def guarded(program: str, work: Callable[[], int]) -> int:
 
 @contextmanager
 def missing_extra(where: str, extra: str) -> Iterator[None]:
-    """Turn the absence of a package that an extra brings into the command that installs it.
+    """Turn the absence of a package that an extra brings into the extra's name.
 
     A module missing from fedge itself, or from a package that is there, is a defect and passes.
 
@@ -91,7 +91,7 @@ def missing_extra(where: str, extra: str) -> Iterator[None]:
             raise
         raise UsageError(
             101,
-            f"{where} needs fedge[{extra}]: pip install 'fedge[{extra}]' ({package} is missing)",
+            f"{where} needs fedge with its extra `{extra}` ({package} is missing)",
         ) from error
 
 

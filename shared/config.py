@@ -198,6 +198,35 @@ class SecureAggregationSection(Section):
     )
 
 
+class CalibrationSection(Section):
+    """What the sites say of the final model, so that it can be quantised without their examples."""
+
+    enabled: bool = Field(
+        False,
+        description="whether the sites are asked, after the last round, for ranges of activations and for what each"
+        " reduced precision scores on their held-out examples; needs fedge[export] at the server and the sites",
+    )
+    examples: int = Field(
+        512,
+        ge=64,
+        le=65_536,
+        description="most training examples that a site looks at for the ranges, drawn by seed and site; of no use"
+        " where noise hides single examples, as a site then looks at all",
+    )
+    bound: float = Field(
+        10_000.0,
+        gt=0,
+        le=2**14,
+        description="to which a site clips its activations: no range tells of more",
+    )
+    deadline: float = Field(
+        120.0,
+        gt=0,
+        le=3600,
+        description="seconds that one graph may take at a site, which grants no more than 300",
+    )
+
+
 class Config(Section):
     """A federation."""
 
@@ -211,6 +240,7 @@ class Config(Section):
     admission: AdmissionSection = AdmissionSection()
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
     privacy: PrivacySection = PrivacySection()
+    calibration: CalibrationSection = CalibrationSection()
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Config:

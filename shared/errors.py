@@ -37,7 +37,10 @@ class Entry:
 
 
 CATALOGUE: Final[dict[int, Entry]] = {
-    101: Entry("a command's extra is not installed", "Run the pip command that the message names."),
+    101: Entry(
+        "a command's extra is not installed",
+        "Install that extra from where fedge came: pip install 'WHEEL[EXTRA]', or '.[EXTRA]' in its repository.",
+    ),
     102: Entry(
         "unknown command or option",
         "Do what the message asks; --help of the command says what it takes.",
@@ -75,7 +78,8 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     208: Entry("the run directory is in use", "Wait for the other process, or stop it."),
     209: Entry(
-        "not a run directory", "Name a directory that `fedge simulate` or `fedge up` has written."
+        "not a run directory",
+        "Name a directory that `fedge simulate` or `fedge up` has written; weights that lie elsewhere need --task.",
     ),
     210: Entry(
         "the run directory cannot be written",
@@ -180,6 +184,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Put the newest backup of privacy.sqlite in its place and charge what was sent since: `fedge privacy restore`; "
         "if it is only locked, end the other process.",
     ),
+    429: Entry(
+        "the site's graph is not the server's",
+        "Run the same releases of fedge, torch and onnx at the site and the server; calibration names tensors.",
+    ),
     501: Entry("too few sites to make a round", "Connect more sites, or lower round.min-sites."),
     502: Entry(
         "a required site is missing", "Bring the site back, or take it off round.require-sites."
@@ -235,6 +243,22 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the output cannot be written", "Choose a folder that exists and that you may write to."
     ),
     607: Entry("the network cannot be exported", "Report the network; nothing was released."),
+    608: Entry(
+        "a target is not known, or cannot be built here",
+        "Use a target of `fedge compile --help`; a missing wheel is named in the message.",
+    ),
+    609: Entry(
+        "there are no activation ranges to quantise by",
+        "Run with --set calibration.enabled=true, and compile that run.",
+    ),
+    610: Entry(
+        "the artefacts do not belong to the run",
+        "Compile the run again: `fedge compile RUN_DIR --out DIR`, and release with that DIR.",
+    ),
+    611: Entry(
+        "an artefact cannot be built",
+        "Read what its builder said in the message; leave the target out to go on without it.",
+    ),
     701: Entry("the bundle cannot be read", "Give the path of a .fedge file."),
     702: Entry(
         "the bundle is not a fedge archive, or was altered",
@@ -258,6 +282,14 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "the model's output is not finite",
         "Check the row that the message names; the model cannot judge it.",
     ),
+    710: Entry(
+        "the artefact does not work on this device",
+        "None needed, the next best artefact serves; `fedge-edge install` says what this device can run.",
+    ),
+    711: Entry(
+        "what was installed on this device is damaged",
+        "Install the bundle again: `fedge-edge install`.",
+    ),
     801: Entry("the input cannot be read", "Give a .npy or .csv file."),
     802: Entry(
         "the input's shape or columns differ from the schema",
@@ -272,6 +304,18 @@ CATALOGUE: Final[dict[int, Entry]] = {
     807: Entry(
         "the statistics file does not fit",
         "Pass the statistics.json that the site's worker wrote; none where verify asks for none.",
+    ),
+    808: Entry(
+        "the server has as many requests as it may hold",
+        "Try again later, send fewer at a time, or raise --max-queue.",
+    ),
+    809: Entry(
+        "the request's deadline passed before its answer",
+        "Allow more time, or lower --max-batch and the load.",
+    ),
+    810: Entry(
+        "the request is not one of the Open Inference Protocol that this model answers",
+        "See the names and shapes in the model's metadata (ModelMetadata).",
     ),
     901: Entry(
         "not a home of a server or site",
@@ -324,6 +368,10 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Where signing.key is missing or revoked, make one (`fedge keys new`); then give signing.key.pub "
         "to the consortium: `fedge roster add`, `fedge roster sign`.",
     ),
+    920: Entry(
+        "a certificate or key of the inference server cannot be used",
+        "Give PEM files to --tls-cert, --tls-key and --client-ca; without TLS only loopback addresses are served.",
+    ),
 }
 
 
@@ -333,16 +381,17 @@ class FedgeError(Exception):
     Args:
         code: a key of ``CATALOGUE``.
         message: what happened, in one line, with the name of the part at fault.
+        remedy: what to do about it, where the catalogue's words do not fit this case.
 
     Raises:
         KeyError: ``code`` is not in the catalogue (a defect in fedge).
     """
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.remedy = CATALOGUE[code].remedy
+        self.remedy = remedy or CATALOGUE[code].remedy
 
     @property
     def label(self) -> str:

@@ -28,6 +28,8 @@ COORDINATOR: Final = (
 )
 #: One more where updates are masked, between "all-received" and "mid-aggregate": the last exchange comes next.
 MASKED: Final = ("before-unmask",)
+#: One more where the model is calibrated: ranges are in the journal, and nobody has been asked for scores.
+BETWEEN: Final = "before-qualify"
 
 
 def reach(point: str, server_round: int) -> None:

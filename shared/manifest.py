@@ -7,6 +7,7 @@ rather than guess.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,15 @@ from typing import Any, Final
 
 from fedge.shared import manifest_privacy, preprocess
 from fedge.shared.errors import BundleError
+from fedge.shared.manifest_artefacts import (
+    ENGINE_KINDS,
+    KINDS,
+    ONNX_FP32,
+    Artefact,
+    Latency,
+    latency_from_json,
+    whole,
+)
 from fedge.shared.manifest_privacy import Privacy
 from fedge.shared.manifest_rules import (
     PART,
@@ -28,7 +38,6 @@ from fedge.shared.schema import InputSchema, OutputSchema
 from fedge.shared.signing import canonical_json, parse_canonical
 
 FORMAT: Final = "fedge.manifest/1"
-ONNX_FP32: Final = "onnx-fp32"
 
 #: Names within the ONNX graph; the batch is its only open dimension.
 GRAPH_INPUT: Final = "input"
@@ -40,26 +49,8 @@ MAX_ARTEFACTS: Final = 64
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,5}")
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?Z")
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """One file of the bundle.
-
-    Attributes:
-        name: of the archive's member, for example ``"model.onnx"``.
-        kind: what a runtime needs to know to open it; ``"onnx-fp32"`` is the only one so far.
-        sha256: of its bytes, in hexadecimal.
-        bytes: its size.
-        opset: version of ONNX's default operator set.
-    """
-
-    name: str
-    kind: str
-    sha256: str
-    bytes: int
-    opset: int
 
 
 @dataclass(frozen=True)
@@ -75,17 +66,6 @@ class Parity:
     max_abs_difference: float
     tolerance: float
     batch_sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of one inference where the release was made, in milliseconds."""
-
-    p50_ms: float
-    p99_ms: float
-    batch: int
-    threads: int
-    device: str
 
 
 @dataclass(frozen=True)
@@ -137,7 +117,7 @@ class Manifest:
             "fedge": self.fedge,
             "config_sha256": self.config_sha256,
             "model_sha256": self.model_sha256,
-            "artefacts": [dict(vars(artefact)) for artefact in self.artefacts],
+            "artefacts": [artefact.to_json() for artefact in self.artefacts],
             "input": self.input.to_json(),
             "output": self.output.to_json(),
             "preprocessing": [step.to_json() for step in self.preprocessing],
@@ -219,10 +199,14 @@ class Manifest:
                 1 <= artefact.opset <= 1000, where, f"opset must be 1 to 1000, got {artefact.opset}"
             )
             require(
-                artefact.kind == ONNX_FP32,
+                artefact.kind in KINDS,
                 where,
-                f"kind must be {ONNX_FP32!r}, got {artefact.kind!r}",
+                f"kind must be one of {', '.join(KINDS)}, got {artefact.kind!r}",
             )
+            _check_engine(artefact, where)
+            _check_qualification(artefact, where)
+        sources = [artefact.name for artefact in self.artefacts if artefact.kind == ONNX_FP32]
+        require(len(sources) == 1, "artefacts", f"must hold one of kind {ONNX_FP32!r}")
         check_output(self.output)
         network_shape(self.input, self.preprocessing)
         require(
@@ -261,41 +245,63 @@ def _floats(value: Any) -> Any:
             return {key: _floats(item) for key, item in value.items()}
         case list():
             return [_floats(item) for item in value]
+        case bool():
+            return value
         case int():
             return float(value)
     return value
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"must be a whole number, got {value!r:.40}")
-    return value
+def _check_engine(artefact: Artefact, where: str) -> None:
+    """Hold what an engine says of itself against its kind."""
+    engine = artefact.engine
+    require(
+        (engine is not None) == (artefact.kind in ENGINE_KINDS),
+        where,
+        "engine must be of an engine",
+    )
+    if engine is None:
+        return
+    named = engine.runtime == artefact.kind.rpartition("-")[0]
+    require(named, where, f"runtime must be that of kind {artefact.kind!r}")
+    require(_VERSION.fullmatch(engine.version) is not None, where, "version must be numbers")
+    found = engine.capabilities
+    ascending = all(a < b for a, b in itertools.pairwise(found))
+    require(
+        bool(found) and ascending and all(10 <= c <= 999 for c in found),
+        where,
+        "capabilities must be ascending numbers such as 86 and 89",
+    )
+
+
+def _check_qualification(artefact: Artefact, where: str) -> None:
+    """Hold the figures of an artefact to what they can be."""
+    q = artefact.qualification
+    if q is None:
+        return
+    require(q.executed != bool(q.reason), where, "reason must be given where it was not executed")
+    counted = q.max_abs_difference is not None and q.tolerance is not None
+    require(q.executed == counted, where, "parity must be given where it was executed")
+    low = [q.max_abs_difference, q.tolerance, q.peak_rss_mb]
+    require(all(v is None or v >= 0 for v in low), where, "figures must not be negative")
+    require(q.agreement is None or 0 <= q.agreement <= 1, where, "agreement must be 0 to 1")
 
 
 def _from_json(value: dict[str, Any]) -> Manifest:
     parity, latency = value["parity"], value["latency"]
     for n in value["input"]["shape"]:
-        _integer(n)
+        whole(n)
     return Manifest(
         task=str(value["task"]),
         run=str(value["run"]),
         strategy=str(value["strategy"]),
-        rounds=_integer(value["rounds"]),
+        rounds=whole(value["rounds"]),
         sites=tuple(str(site) for site in value["sites"]),
         created=str(value["created"]),
         fedge=str(value["fedge"]),
         config_sha256=str(value["config_sha256"]),
         model_sha256=str(value["model_sha256"]),
-        artefacts=tuple(
-            Artefact(
-                name=str(a["name"]),
-                kind=str(a["kind"]),
-                sha256=str(a["sha256"]),
-                bytes=_integer(a["bytes"]),
-                opset=_integer(a["opset"]),
-            )
-            for a in value["artefacts"]
-        ),
+        artefacts=tuple(Artefact.from_json(a) for a in value["artefacts"]),
         input=InputSchema.from_json(value["input"]),
         output=OutputSchema.from_json(value["output"]),
         preprocessing=preprocess.from_json(value["preprocessing"]),
@@ -306,16 +312,8 @@ def _from_json(value: dict[str, Any]) -> Manifest:
         parity=Parity(
             max_abs_difference=float(parity["max_abs_difference"]),
             tolerance=float(parity["tolerance"]),
-            batch_sizes=tuple(_integer(size) for size in parity["batch_sizes"]),
+            batch_sizes=tuple(whole(size) for size in parity["batch_sizes"]),
         ),
-        latency=None
-        if latency is None
-        else Latency(
-            p50_ms=float(latency["p50_ms"]),
-            p99_ms=float(latency["p99_ms"]),
-            batch=_integer(latency["batch"]),
-            threads=_integer(latency["threads"]),
-            device=str(latency["device"]),
-        ),
+        latency=None if latency is None else latency_from_json(latency),
         privacy=manifest_privacy.from_json(value["privacy"]) if "privacy" in value else None,
     )

@@ -13,6 +13,8 @@ from typing import Final
 REGISTER: Final = "query.register"
 TRAIN: Final = "train"
 EVALUATE: Final = "evaluate"
+CALIBRATE: Final = "evaluate.calibrate"  # the final model's activation ranges
+QUALIFY: Final = "evaluate.qualify"  # what graphs made of it score
 PROBE: Final = "query.probe"  # is the site there, while a reply of it is missing
 
 # Records of a message.
@@ -45,6 +47,18 @@ EVALUATE_EVERY: Final = (
     "evaluate-every"  # int, rounds between evaluations; with noised metrics only, else 1
 )
 
+# Keys of CONFIG, requests to calibrate and qualify; CALIBRATION in all requests where such figures get noise.
+CALIBRATION: Final = "calibration"  # str, JSON of config.CalibrationSection
+GRAPH: Final = "graph-sha256"  # str, hex, of the fp32 graph; replies too
+CANDIDATES: Final = "candidates"  # list[str], kinds of graphs
+CANDIDATE_DIGESTS: Final = (
+    "candidate-sha256"  # list[str], hex, one a candidate; replies too, "" for none
+)
+RANGE_LOW: Final = (
+    "range-low"  # list[float], one a tensor, in the graph's order; METRICS of replies too
+)
+RANGE_HIGH: Final = "range-high"  # list[float]
+
 # Keys of CONFIG, requests to train.
 SETTINGS: Final = "train"  # str, JSON of config.TrainSection
 PROXIMAL_MU: Final = "proximal-mu"  # float; Flower's FedProx sets it
@@ -59,6 +73,7 @@ LOSS_AT: Final = (
 # Keys of METRICS.
 NUM_EXAMPLES: Final = "num-examples"  # int
 TRAIN_LOSS: Final = "train-loss"  # float
+COUNTS: Final = "counts"  # list[float], counters too many for names
 NUM_TRAIN_EXAMPLES: Final = "num-train-examples"  # int, when registering
 NUM_TEST_EXAMPLES: Final = "num-test-examples"  # int, when registering
 EPSILON_CONSUMERS: Final = (

@@ -34,7 +34,7 @@ def session(folder: Path, text: str, ci: str, *options: str) -> subprocess.Compl
         env={**os.environ, "CI": ci},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -113,7 +113,7 @@ def shell(tmp_path, edge_env):
             env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **environment},
             capture_output=True,
             text=True,
-            timeout=480,
+            timeout=900,
         )
 
     run.work = work
@@ -121,7 +121,7 @@ def shell(tmp_path, edge_env):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("page", [p for p in WITH_SHELL if p.name != "add-a-task.md"], ids=name_of)
 def test_the_shell_blocks_of_a_page_run(shell, page):
     done = shell(script(page))
@@ -130,7 +130,7 @@ def test_the_shell_blocks_of_a_page_run(shell, page):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_block_that_fails_is_noticed(shell):
     assert (
         shell("set -euo pipefail\nfedge config check nowhere.toml | cat\necho reached").returncode
@@ -139,7 +139,7 @@ def test_a_block_that_fails_is_noticed(shell):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_the_task_of_the_page_can_be_added(shell):
     page = ROOT / "docs" / "how-to" / "add-a-task.md"
     source = shell.work / "wine"
@@ -160,7 +160,7 @@ def test_the_task_of_the_page_can_be_added(shell):
         [*pip, "--no-build-isolation", "--target", installed, source],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     done = shell(script(page), PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stdout + done.stderr

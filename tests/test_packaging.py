@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ("client", "edge", "server", "shared", "simulations")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EDGE_MAY_USE = {"numpy", "onnxruntime", "cryptography", "grpc", "google"}
+#: prometheus_client comes with the extra `serve`, and is imported where --metrics asks for it.
+EDGE_MAY_USE = {"numpy", "onnxruntime", "cryptography", "grpc", "google", "prometheus_client"}
 
 
 def sources() -> list[Path]:
@@ -122,7 +123,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
         env={"PYTHONPATH": str(root / ".src"), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -227,7 +228,7 @@ def test_a_device_s_environment_holds_what_the_edge_needs_and_no_more(edge_env):
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     names = {row["name"].lower() for row in json.loads(listing.stdout)}
@@ -247,7 +248,11 @@ def test_a_device_s_environment_holds_what_the_edge_needs_and_no_more(edge_env):
 
 def run(bin_folder: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [bin_folder / command[0], *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=60
+        [bin_folder / command[0], *command[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -262,7 +267,7 @@ def test_the_wheel_s_commands_run_in_a_device_s_environment(edge_env, tmp_path):
     for name in PROJECT["project"]["entry-points"]["fedge.commands"]:
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
     # The modules of all commands load with the standard library alone.
-    assert "pip install" not in done.stdout and "does not load" not in done.stdout
+    assert "its extra" not in done.stdout and "does not load" not in done.stdout
 
 
 @pytest.mark.slow
@@ -273,12 +278,12 @@ def test_the_wheel_s_commands_run_in_a_device_s_environment(edge_env, tmp_path):
         (["config", "check", "config.toml"], "simulation"),
     ],
 )
-def test_a_command_without_its_extra_names_the_pip_command(edge_env, tmp_path, command, extra):
+def test_a_command_without_its_extra_names_it(edge_env, tmp_path, command, extra):
     (tmp_path / "config.toml").write_text('[task]\nname = "digits"\n')
     done = run(edge_env, tmp_path, "fedge", *command)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        f"FE-101 fedge {command[0]} needs fedge[{extra}]: pip install 'fedge[{extra}]'"
+        f"FE-101 fedge {command[0]} needs fedge with its extra `{extra}` ("
     )
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert not (tmp_path / "run").exists()

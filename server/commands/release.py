@@ -28,13 +28,21 @@ def _arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="the bundle, for example model.fedge",
     )
+    parser.add_argument(
+        "--artifacts",
+        type=Path,
+        metavar="DIR",
+        help="output of `fedge compile` for this run, to go into the bundle",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run(arguments: Namespace) -> int:
     from fedge.server.release import release
 
-    summary = release(arguments.run_dir, arguments.key, arguments.out)
+    summary = release(
+        arguments.run_dir, arguments.key, arguments.out, artifacts=arguments.artifacts
+    )
     if arguments.json:
         sys.stdout.write(json.dumps(summary.to_json(), allow_nan=False) + "\n")
     else:
@@ -49,6 +57,10 @@ def _text(summary: ReleaseSummary, out: Path) -> str:
         f"key       {summary.key_id}",
         f"parity    within {manifest.parity.max_abs_difference:.2g} of the trained model",
     ]
+    for artefact in manifest.artefacts[1:]:
+        found = artefact.qualification
+        how = "qualified here" if found and found.executed else "to be qualified on the device"
+        lines.append(f"artefact  {artefact.name}, {how}")
     if manifest.latency:
         p50, p99 = manifest.latency.p50_ms, manifest.latency.p99_ms
         lines.append(f"latency   p50 {p50:.3g} ms, p99 {p99:.3g} ms")
@@ -60,5 +72,8 @@ COMMAND = Command(
     extra="export",
     arguments=_arguments,
     run=_run,
-    epilog="example:\n  fedge release runs/digits --key release.key --out model.fedge",
+    epilog=(
+        "example:\n  fedge release runs/digits --key release.key --out model.fedge"
+        "\n  fedge release runs/a --artifacts compiled --key release.key --out a.fedge"
+    ),
 )

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from fedge.server.report import format as fmt
 from fedge.server.report.charts import Band, Line, line_chart, responsive
-from fedge.server.report.data import Run, mapping, number
+from fedge.server.report.records import Run
+from fedge.server.report.values import mapping, number
 
 #: Epsilon against who runs the server (text).
 UNBOUNDED: Final = "unbounded: it gets the updates before the noise"

@@ -6,7 +6,7 @@ from functools import partial
 
 from fedge.server.report import format as fmt
 from fedge.server.report.charts import Column, column_chart, responsive
-from fedge.server.report.data import Round, Run
+from fedge.server.report.records import Round, Run
 
 #: Columns of a chart by round; with more rounds, neighbours share one.
 MAX_COLUMNS = 80

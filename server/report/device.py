@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fedge.server.report import format as fmt
-from fedge.server.report.data import Run, mapping, number, numbers, text, whole
 from fedge.server.report.format import MISSING, THIN, esc, metric_name, metric_value, tile
+from fedge.server.report.records import Run
+from fedge.server.report.values import mapping, number, numbers, text, whole
 
 
 def _milliseconds(value: float | None) -> str:

@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 from fedge.server.report import format as fmt
 from fedge.server.report.central import UNBOUNDED, by_round, reached
 from fedge.server.report.charts import Band, Line, line_chart, responsive
-from fedge.server.report.data import Run
 from fedge.server.report.learning import MAX_SITES_SINGLY
+from fedge.server.report.records import Run
 
 ROWS_OF_A_SHORT_TABLE: Final = 12
 #: Largest epsilon that the server takes from a site; what is beyond is no figure.

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 #: Between a number and its unit; keeps them on one line.
@@ -155,8 +155,11 @@ def table(
     *,
     css: str = "",
     tall: bool = False,
+    labels: Sequence[str] = (),
 ) -> str:
     """A table in a box of its own that scrolls sideways, first column as row headers.
+
+    With ``labels`` it scrolls nowhere: on a narrow page each row is a block of its own, and each cell tells what it is.
 
     Args:
         caption: text; names the table for those who cannot see it.
@@ -164,19 +167,32 @@ def table(
         rows: HTML of the cells.
         css: further classes of the table.
         tall: whether the box has a greatest height and scrolls.
+        labels: text of what each column's cells are where there is no head; the first one's is not shown.
     """
     columns = list(head)
+    css = f"{css} stacked".strip() if labels else css
     heads = "".join(f'<th scope="col" class="{css_}">{esc(text)}</th>' for text, css_ in columns)
     lines = []
     for row in rows:
         cells = list(row)
-        rest = "".join(f'<td class="{columns[i][1]}">{cells[i]}</td>' for i in range(1, len(cells)))
+        rest = "".join(
+            _cell(cells[i], columns[i][1], labels[i] if labels else "")
+            for i in range(1, len(cells))
+        )
         lines.append(f'<tr><th scope="row" class="{columns[0][1]}">{cells[0]}</th>{rest}</tr>')
     return (
         f'<div class="scroll{" tall" if tall else ""}" role="region" aria-label="{esc(caption)}" tabindex="0">'
         f'<table class="{css}"><caption>{esc(caption)}</caption><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _cell(text: str, css: str, label: str) -> str:
+    """A cell; on a narrow page one that has a label and no value takes no room."""
+    if not label:
+        return f'<td class="{css}">{text}</td>'
+    css = f"{css} none".strip() if text == MISSING else css
+    return f'<td class="{css}" data-label="{esc(label)}">{text}</td>'
 
 
 def section(anchor: str, title: str, lead: str, body: str) -> str:

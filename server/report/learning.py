@@ -9,8 +9,8 @@ from statistics import quantiles
 from fedge.server.report import format as fmt
 from fedge.server.report import noised
 from fedge.server.report.charts import Band, Line, line_chart, responsive
-from fedge.server.report.data import Round, Run
 from fedge.server.report.format import esc, metric_name, metric_value
+from fedge.server.report.records import Round, Run
 
 #: Sites up to which each has a curve and a row of its own.
 MAX_SITES_SINGLY = 24

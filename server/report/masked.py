@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
-from fedge.server.report.data import Round, Run, mapping, sequence, text, whole
+from fedge.server.report.records import Round, Run
+from fedge.server.report.values import mapping, sequence, text, whole
 
 #: What the server calls the exchanges.
 EXCHANGES: Final = ("begin", "share", "masked", "commit", "unmask")

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from fedge.server.report.data import Round, Run, mapping, numbers, text
 from fedge.server.report.format import MISSING, THIN, is_share, metric_name, metric_value
+from fedge.server.report.records import Round, Run
+from fedge.server.report.values import mapping, numbers, text
 
 #: Standard deviation beyond which a share between 0 and 1 says nothing; the terminal and the release have the same.
 LOST: Final = 0.25

@@ -12,14 +12,16 @@ from pathlib import Path
 from string import Template
 
 from fedge.server.report import format as fmt
+from fedge.server.report.compiled import compiled
 from fedge.server.report.cost import cost
-from fedge.server.report.data import Run, read
+from fedge.server.report.data import read
 from fedge.server.report.device import device
 from fedge.server.report.format import esc
 from fedge.server.report.learning import learning
 from fedge.server.report.participation import participation
 from fedge.server.report.privacy import WORDS as PRIVACY_WORDS
 from fedge.server.report.privacy import privacy, private
+from fedge.server.report.records import Run
 from fedge.server.report.release import hash_html, release
 from fedge.server.report.secure import WORDS, secure
 from fedge.server.report.sites import site_results
@@ -117,11 +119,13 @@ def render(run_dir: Path) -> str:
         privacy(run),
         sweep(run),
         cost(run),
+        compiled(run),
         release(run),
         device(run),
     ]
     names = (
-        "learning", "sites", "participation", "secure", "privacy", "sweep", "cost", "release", "device",
+        "learning", "sites", "participation", "secure", "privacy", "sweep", "cost", "compiled", "release",
+        "device",
     )  # fmt: skip
     titles = (
         "Learning",
@@ -131,6 +135,7 @@ def render(run_dir: Path) -> str:
         "Privacy",
         "Sweep",
         "Cost",
+        "Compiled",
         "Bundle",
         "Device",
     )

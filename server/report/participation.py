@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from fedge.server.report import format as fmt
-from fedge.server.report.data import Refusal, Round, Run, mapping, number
 from fedge.server.report.format import esc
+from fedge.server.report.records import Refusal, Round, Run
+from fedge.server.report.values import mapping, number
 from fedge.shared.errors import CATALOGUE
 
 #: The last rounds and the sites that the matrix shows, and the rows of the table of refusals.

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from fedge.server.report import format as fmt
 from fedge.server.report.central import UNBOUNDED, invited, reached
-from fedge.server.report.data import Run, mapping, number, text
 from fedge.server.report.epsilon import (
     ROWS_OF_A_SHORT_TABLE,
     Spent,
@@ -22,6 +21,8 @@ from fedge.server.report.epsilon import (
 )
 from fedge.server.report.format import MISSING, THIN, esc
 from fedge.server.report.learning import MAX_SITES_SINGLY
+from fedge.server.report.records import Run
+from fedge.server.report.values import mapping, number, text
 
 #: Rows of the table of sites, and sites that a sentence names.
 MAX_ROWS: Final = 500

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from fedge.server.report import format as fmt
 from fedge.server.report import noised
-from fedge.server.report.data import Run, mapping, number, numbers, sequence, text
 from fedge.server.report.device import latency_card
 from fedge.server.report.format import MISSING, esc, metric_name
+from fedge.server.report.records import Run
+from fedge.server.report.values import mapping, number, numbers, sequence, text
 
 #: Parts of the manifest that have a place of their own; every other one is listed as it is.
 _SHOWN: Final = frozenset(

@@ -9,10 +9,11 @@ from typing import Any, Final
 
 from fedge.server.report import format as fmt
 from fedge.server.report.charts import Column, column_chart, responsive
-from fedge.server.report.data import Round, Run, number, sequence, whole
 from fedge.server.report.format import MISSING, esc
 from fedge.server.report.masked import EXCHANGES, Sum, sums
 from fedge.server.report.pictures import greys, picture, range_text, scaled_bins
+from fedge.server.report.records import Round, Run
+from fedge.server.report.values import number, sequence, whole
 
 #: Rows of a table.
 MAX_ROWS: Final = 1000

@@ -10,9 +10,9 @@ from statistics import quantiles
 from fedge.server.report import format as fmt
 from fedge.server.report import noised
 from fedge.server.report.charts import Column, bar, column_chart, responsive, sparkline
-from fedge.server.report.data import Run
 from fedge.server.report.format import esc, metric_name, metric_value
 from fedge.server.report.learning import MAX_SITES_SINGLY, axis_name, by_site, scaled
+from fedge.server.report.records import Run
 from fedge.server.report.scales import nice_ticks, tick_texts
 
 #: Rows of the weakest and of the strongest sites where there are more.

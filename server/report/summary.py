@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fedge.server.report import format as fmt
 from fedge.server.report import noised
-from fedge.server.report.data import Run, mapping, number
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.participation import in_words, tally
 from fedge.server.report.privacy import in_brief as spent_in_brief
 from fedge.server.report.privacy import unevaluated
+from fedge.server.report.records import Run
 from fedge.server.report.release import parity
 from fedge.server.report.secure import in_brief
 from fedge.server.report.sites import not_evaluated, with_value
+from fedge.server.report.values import mapping, number
 
 
 def contributors(run: Run) -> list[str]:

@@ -12,10 +12,11 @@ from typing import Any, Final
 
 from fedge.server.report import format as fmt
 from fedge.server.report.charts import Band, Line, line_chart, responsive
-from fedge.server.report.data import Run, mapping, number, sequence, text
 from fedge.server.report.epsilon import MOST, epsilon_text
 from fedge.server.report.format import MISSING, esc, metric_name, metric_value
 from fedge.server.report.learning import axis_name, scaled
+from fedge.server.report.records import Run
+from fedge.server.report.values import mapping, number, sequence, text
 
 #: Points of a sweep that are shown, runs of a point, and runs that failed.
 MAX_POINTS: Final = 100

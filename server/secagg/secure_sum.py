@@ -14,9 +14,9 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server import requests
-from fedge.server.admission import ledger_of
 from fedge.server.exchange import Exchange
 from fedge.server.members import Member
+from fedge.server.reply import ledger_of
 from fedge.server.secagg.group import Group, LostError
 from fedge.server.secagg.ledger import Ledger
 from fedge.server.secagg.outcome import NAMES, SAMPLE, Begin, Opened, Outcome

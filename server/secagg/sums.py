@@ -61,6 +61,26 @@ class Trained:
     seen: dict[str, list[float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Counters:
+    """What an evaluation counts.
+
+    Attributes:
+        purpose: of the sum.
+        names: of the counters where they have no noise.
+        noised: how they get noise; None where they have none.
+    """
+
+    purpose: transcript.Purpose
+    names: tuple[str, ...]
+    noised: NoisedCounts | None
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Names of those that are in the sum."""
+        return self.names if self.noised is None else self.noised.told
+
+
 class SecureSums:
     """The secure sums of one run.
 
@@ -171,13 +191,24 @@ class SecureSums:
             _log.warning("round %d: bounds have changed updates (%s)", server_round, told)
 
     def evaluate(
-        self, server_round: int, asked: list[Member], compose: Compose
+        self,
+        server_round: int,
+        asked: list[Member],
+        compose: Compose,
+        counters: Counters | None = None,
     ) -> tuple[dict[str, float] | None, Outcome]:
-        """Sum the task's counters over the members' test examples; None where the sum is not opened."""
-        noised = self.noised_counts()
-        names = self._task.counter_names if noised is None else noised.told
+        """Sum counters over the members' examples; None where the sum is not opened.
+
+        Args:
+            server_round: of the run.
+            asked: members that are invited.
+            compose: makes the requests for some of them, with the record of an attempt.
+            counters: what is counted; the task's counters over test examples unless given.
+        """
+        counters = counters or Counters("evaluate", self._task.counter_names, self.noised_counts())
+        names, noised = counters.summed, counters.noised
         of = layout.of_evaluation(names, noised=noised is not None)
-        outcome = self._run(server_round, "evaluate", of, [asked], compose)
+        outcome = self._run(server_round, counters.purpose, of, [asked], compose)
         for opened in outcome.opened:
             try:
                 counted = mean.counted(of, opened)
@@ -187,8 +218,10 @@ class SecureSums:
             return layout.from_task_counters(counted, names), outcome
         return None, outcome
 
-    def noised_counts(self) -> NoisedCounts | None:
-        """How each site's counters leave it; None where they have no noise."""
+    def noised_counts(
+        self, names: Sequence[str] | None = None, sensitivity: float | None = None
+    ) -> NoisedCounts | None:
+        """How each site's counters leave it, the task's unless named; None where they have no noise."""
         honest = 1
         if self._private == "distributed":
             least, corrupt = (
@@ -196,7 +229,8 @@ class SecureSums:
                 self._config.privacy.corrupt_sites,
             )
             honest = max(1, least - corrupt)
-        return noised_counts.of(self._config.privacy, self._task.counter_names, honest)
+        names = self._task.counter_names if names is None else names
+        return noised_counts.of(self._config.privacy, names, honest, sensitivity)
 
     def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
         """How many were made at a round's sum, those before a coordinator was started anew too."""

@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias, get_args
 from fedge.shared.privacy.accounting import Release
 
 Unit: TypeAlias = Literal["example", "site"]
-Purpose: TypeAlias = Literal["train", "evaluate", "statistics"]
+Purpose: TypeAlias = Literal["train", "evaluate", "statistics", "calibrate", "qualify"]
 
 #: Mechanisms whose noise is the server's: it gets the updates without, so that nothing bounds what it learns.
 CENTRAL: Final = ("central", "central-mf")

@@ -21,6 +21,11 @@ def unfit(config: Config) -> Iterator[str]:
     yield from _of_strategy(config)
     yield from _of_masks(config)
     yield from _of_cohort(config)
+    if config.calibration.enabled and config.privacy.metrics == "off":
+        yield (
+            "calibration.enabled: must be false with privacy.metrics off, as ranges and scores are figures over the"
+            " sites' examples like metrics, got true"
+        )
     if config.privacy.mechanism == "example" and config.train.mixed_precision != "off":
         yield (
             "train.mixed-precision: must be off under differential privacy, as noise is added in full"

@@ -118,7 +118,10 @@ class NoisedCounts:
 
 
 def of(
-    section: PrivacySection, counter_names: Iterable[str], honest: int = 1
+    section: PrivacySection,
+    counter_names: Iterable[str],
+    honest: int = 1,
+    sensitivity: float | None = None,
 ) -> NoisedCounts | None:
     """How counters leave a site; None where they leave it without noise, or not at all.
 
@@ -127,12 +130,14 @@ def of(
         counter_names: of the task's metrics.
         honest: sites whose noise is in every sum that is opened, at least, where it is their noise together that
             hides a site; 1 where each site's noise has to do.
+        sensitivity: what one unit changes all counters by together, in L2 norm; the root of their number unless
+            given. Of a histogram one example changes one bin, and a site's shares have a norm of 1 at most.
     """
     if section.metrics != "noised" or section.metrics_noise_multiplier is None:
         return None
     told = tuple(sorted(name for name in counter_names if name != LOSS))
-    counters = max(1, len(_noised(section.unit, told)))
-    deviation = section.metrics_noise_multiplier * math.sqrt(counters / honest)
+    changed = sensitivity or math.sqrt(max(1, len(_noised(section.unit, told))))
+    deviation = section.metrics_noise_multiplier * changed / math.sqrt(honest)
     return NoisedCounts(section.unit, told, deviation, section.metrics_noise_multiplier)
 
 

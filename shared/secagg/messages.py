@@ -4,6 +4,8 @@
 exchange  message type             request, beside run, round and task         reply, beside site, run and round
 ========  =======================  ==========================================  ==================================
 0         train, evaluate,         attempt, bounds, cap                        a signed key bundle
+          evaluate.calibrate,
+          evaluate.qualify,
           query.secagg_statistics
 1         query.secagg_share       all bundles                                 commitment, sealed shares
 2         query.secagg_masked      who shared, their boxes for this site       the masked vector
@@ -42,6 +44,8 @@ BEGIN: Final[Mapping[Purpose, str]] = {
     "statistics": STATISTICS,
     "train": protocol.TRAIN,
     "evaluate": protocol.EVALUATE,
+    "calibrate": protocol.CALIBRATE,
+    "qualify": protocol.QUALIFY,
 }
 #: Exchanges 1 to 4.
 STEPS: Final = (SHARE, MASKED, COMMIT, UNMASK)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedge.shared.secagg.agreement import framed
 from fedge.shared.section import SITE_NAME
 
-Purpose: TypeAlias = Literal["statistics", "train", "evaluate"]
+Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qualify"]
 
 #: Of the protocol; a site serves only its own.
 VERSION: Final = 1

@@ -18,6 +18,7 @@ from torch import nn
 from fedge.shared.models.fnn import FNN
 from fedge.shared.preprocess import Standardise
 from fedge.shared.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.tasks import bundled
 from fedge.shared.tasks.classification import (
     ACCURACY,
     LOSS,
@@ -55,13 +56,8 @@ FEATURES = tuple(
 
 def load(path: Path | None = None) -> Table:  # noqa: ARG001 - the signature is every task's
     """All tumours; needs no file."""
-    from sklearn.datasets import load_breast_cancer  # slow to import, and servers never call this
-
-    bunch = load_breast_cancer()
-    return Table(
-        features=np.asarray(bunch.data, dtype=np.float32),
-        labels=np.asarray(bunch.target, dtype=np.int64),
-    )
+    rows = bundled.rows("breast_cancer.csv", "load_breast_cancer", header=1)
+    return Table(features=rows[:, :-1].astype(np.float32), labels=rows[:, -1].astype(np.int64))
 
 
 def network() -> nn.Module:

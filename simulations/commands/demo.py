@@ -43,7 +43,8 @@ def _run(arguments: Namespace) -> int:
     import time
 
     from fedge.simulations import demo, device
-    from fedge.simulations.progress import Progress, summary_table
+    from fedge.simulations.progress import Progress
+    from fedge.simulations.summary import summary_table
 
     started = time.monotonic()
 

@@ -32,7 +32,7 @@ def show(directory: RunDirectory, *, as_json: bool) -> None:
     import json
     import sys
 
-    from fedge.simulations.progress import summary_table
+    from fedge.simulations.summary import summary_table
 
     metrics = directory.metrics.read_text(encoding="utf-8")
     if as_json:

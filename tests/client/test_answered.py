@@ -20,6 +20,18 @@ def test_a_new_site_has_answered_nothing(tmp_path):
     assert not (tmp_path / "secagg").exists()
 
 
+@pytest.mark.parametrize("purpose", ["calibrate", "qualify"])
+def test_figures_of_the_final_model_are_summed_once_in_a_run(tmp_path, purpose):
+    answered = Answered(tmp_path)
+    answered.require_new("run-1", purpose, 3)
+    answered.note("run-1", purpose, 3)
+    for server_round in (3, 4):
+        told = refused(answered, "run-1", purpose, server_round)
+        assert told == f"{purpose}: must be asked once in a run, got it again"
+    answered.require_new("run-1", "evaluate", 3)
+    answered.require_new("run-2", purpose, 3)
+
+
 def test_an_answered_round_and_those_before_it_are_refused_also_after_a_restart(tmp_path):
     first = Answered(tmp_path / "secagg")
     first.note("run-1", "train", 3)

@@ -196,7 +196,7 @@ def daemon(home: Path, state: str = "ready", **facts: Any) -> Iterator[None]:
         finally:
             os._exit(0)
     try:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         while operate.status(home)["services"].get("supernode", {}).get("state") != state:
             assert time.monotonic() < until
             time.sleep(0.05)

@@ -49,10 +49,16 @@ def test_the_written_file_is_commented_and_read_again(tmp_path, allowed):
     assert (allowed.gpu_memory_fraction, allowed.max_request_mib) == (0.9, 1024)
     assert allowed.memory_gib is None
     assert allowed.share_statistics is True
+    assert (allowed.share_ranges, policy.shares_ranges(allowed)) == (None, True)
     text = (tmp_path / "policy.toml").read_text()
     assert text.count("# ") > 8
     (tmp_path / "policy.toml").write_text(text.replace("# memory-gib", "memory-gib"))
     assert policy.read(tmp_path).memory_gib == 8.0
+    (tmp_path / "policy.toml").write_text(text.replace("# share-ranges", "share-ranges"))
+    assert policy.read(tmp_path).share_ranges is False
+    for share in (True, False):
+        own = policy.write(tmp_path / "own", **GOOD, share_ranges=share)
+        assert (own.share_ranges, policy.shares_ranges(own)) == (share, share)
 
 
 def test_names_are_written_as_toml(tmp_path):

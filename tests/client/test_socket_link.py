@@ -43,13 +43,13 @@ def hang_up(connection):
 
 
 def listen_and_hang_up(connection):
-    wire.receive(connection, 2**20, time.monotonic() + 5)
+    wire.receive(connection, 2**20, time.monotonic() + 60)
 
 
 def answer(reply):
     def act(connection):
-        wire.receive(connection, 2**20, time.monotonic() + 5)
-        wire.send(connection, wire.encode_reply(reply), time.monotonic() + 5)
+        wire.receive(connection, 2**20, time.monotonic() + 60)
+        wire.send(connection, wire.encode_reply(reply), time.monotonic() + 60)
 
     return act
 
@@ -103,8 +103,8 @@ def test_the_bundle_is_the_environments(tmp_path, monkeypatch):
     seen = []
 
     def look(connection):
-        seen.append(wire.decode_request(wire.receive(connection, 2**20, time.monotonic() + 5)))
-        wire.send(connection, wire.encode_reply(RecordDict()), time.monotonic() + 5)
+        seen.append(wire.decode_request(wire.receive(connection, 2**20, time.monotonic() + 60)))
+        wire.send(connection, wire.encode_reply(RecordDict()), time.monotonic() + 60)
 
     monkeypatch.setenv("FEDGE_BUNDLE", "ab" * 32)
     playing(tmp_path / "s", look, look)
@@ -131,7 +131,7 @@ def test_the_relays_side_imports_neither_torch_nor_pydantic_nor_data():
         " 'fedge.shared.tasks.task') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout.strip() == "[]"
 

@@ -20,7 +20,7 @@ needs_systemd = pytest.mark.skipif(
 
 def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60
+        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=300
     )
 
 

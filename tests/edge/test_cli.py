@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,12 @@ import numpy as np
 import pytest
 
 import fedge.edge
-from fedge.edge import bench
+from fedge.edge.backends.device import cpu_name
 from fedge.edge.cli import COMMANDS, main
-from fedge.shared.errors import InputError
 from fedge.shared.manifest_privacy import Privacy
-from fedge.shared.schema import Feature, InputSchema
 
 Capture = pytest.CaptureFixture[str]
 ALLOWED = ("numpy", "onnxruntime", "cryptography", "cffi", "_cffi_backend", "fedge")
-TABLE = InputSchema(
-    shape=(3,),
-    features=(
-        Feature("age", low=20, high=100),
-        Feature("pain", low=1, high=3, categories=(1.0, 2.0, 3.0)),
-        Feature("pulse", low=30, high=220),
-    ),
-)
 
 
 def _json(capsys: Capture, *argv: object) -> Any:
@@ -215,7 +204,10 @@ def test_predict_names_the_columns_outside_the_schema(
 def test_bench_measures(capsys: Capture, table_bundle: Path, trust: Path) -> None:
     argv = ["bench", table_bundle, "--trust", trust, "--runs", 20, "--batch", 3, "--threads", 2]
     found = _json(capsys, *argv, "--json")
-    assert (found["runs"], found["batch"], found["threads"], found["device"]) == (20, 3, 2, "cpu")
+    assert (found["runs"], found["batch"], found["threads"]) == (20, 3, 2)
+    assert (found["artefact"], found["backend"]) == ("model.onnx", "model.onnx on CPU")
+    assert found["device"] == cpu_name()
+    assert "agreement" not in found
     assert 0 < found["p50_ms"] <= found["p99_ms"] < 1000
     assert found["p50_ms"] <= found["predict_p99_ms"]
     assert found["items_per_second"] > 0
@@ -223,27 +215,6 @@ def test_bench_measures(capsys: Capture, table_bundle: Path, trust: Path) -> Non
     assert found["load_ms"] > 0
     assert main([str(word) for word in argv]) == 0
     assert "p99" in capsys.readouterr().out
-
-
-def test_percentiles_are_of_the_nearest_rank() -> None:
-    times = [float(n) for n in range(100, 0, -1)]
-    assert (bench.percentile(times, 50), bench.percentile(times, 99)) == (50.0, 99.0)
-    assert (bench.percentile([3.0], 50), bench.percentile([3.0], 99)) == (3.0, 3.0)
-
-
-def test_examples_to_time_follow_the_schema() -> None:
-    found = bench.example(TABLE, 100)
-    assert found.shape == (100, 3)
-    assert (found[:, 0] >= 20).all()
-    assert (found[:, 1] == 1).all()
-    with pytest.raises(InputError) as error:
-        bench.example(InputSchema(shape=(2**20,)), 65)
-    assert error.value.code == 805
-
-
-def test_timing_ends_when_its_time_is_over() -> None:
-    assert len(bench.timed(lambda: time.sleep(0.01), 1000, 0.01)) == 10
-    assert len(bench.timed(lambda: None, 25, 60)) == 25
 
 
 @pytest.mark.parametrize(
@@ -269,7 +240,8 @@ def test_a_damaged_bundle_is_refused_by_every_command(
     bad = tmp_path / "bad.fedge"
     bad.write_bytes(damage(image_bundle.read_bytes()))
     np.save(tmp_path / "x.npy", np.zeros((1, 6)))
-    more = ["--input", tmp_path / "x.npy"] if command == "predict" else []
+    more = {"predict": ["--input", tmp_path / "x.npy"], "install": ["--into", tmp_path / "d"]}
+    more = more.get(command, [])
     assert _error(capsys, 1, command, bad, "--trust", trust, *more).startswith(label)
 
 
@@ -308,7 +280,8 @@ def test_help_fits_a_screen_and_shows_an_example(
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"] if command else ["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24
+    # With as many options as a server has, help may scroll.
+    assert len(lines) <= {"serve": 50, "bench": 30}.get(command, 24)
     assert max(map(len, lines)) <= 80
     assert "example:" in lines
     assert lines[lines.index("example:") + 1].startswith("  fedge-edge ")
@@ -324,7 +297,7 @@ def test_version(capsys: Capture) -> None:
 def _child(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedge.edge", *map(str, argv)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, **options
+        command, capture_output=True, text=True, timeout=300, check=False, **options
     )
 
 
@@ -360,14 +333,18 @@ def test_onnx_runtime_leaves_nothing_behind(
 
 
 def test_onnx_runtime_is_loaded_in_one_place_only() -> None:
+    """Its tools may be imported elsewhere, but not before that place has loaded it."""
     root = Path(fedge.edge.__file__).parents[1]
-    found = {
-        path.relative_to(root).as_posix()
-        for component in ("client", "edge", "server", "shared", "simulations")
-        for path in (root / component).rglob("*.py")
-        if re.search(r"^\s*(import|from) onnxruntime", path.read_text(), re.MULTILINE)
-    }
-    assert found == {"shared/onnx_session.py"}
+    loads = re.compile(r"^\s*(?:import|from) onnxruntime", re.MULTILINE)
+    found = set()
+    for component in ("client", "edge", "server", "shared", "simulations"):
+        for path in (root / component).rglob("*.py"):
+            text = path.read_text()
+            for match in loads.finditer(text):
+                function = text[text.rfind("\ndef ", 0, match.start()) : match.start()]
+                if "load_onnxruntime()" not in function:
+                    found.add(path.relative_to(root).as_posix())
+    assert found == set()
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -378,7 +355,7 @@ def test_no_room_for_the_output_is_one_line(
     command = [sys.executable, "-m", "fedge.edge", "verify", image_bundle, "--trust", trust]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, env=env, timeout=60, check=False
+            command, stdout=full, stderr=subprocess.PIPE, env=env, timeout=300, check=False
         )
     assert done.returncode == 1
     assert done.stderr.decode() == (
@@ -427,16 +404,18 @@ sys.exit(main())
         ["bench", image_bundle, "--trust", trust, "--runs", "5"],
     ):
         command = [sys.executable, "-c", program, *map(str, argv)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert (done.returncode, done.stderr) == (0, ""), argv
 
 
-def test_a_missing_package_names_the_pip_command(
+def test_a_missing_package_names_the_extra(
     capsys: Capture, image_bundle: Path, trust: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     error = _error(capsys, 1, "bench", image_bundle, "--trust", trust)
-    assert error.startswith("FE-101 fedge-edge bench needs fedge[edge]: pip install 'fedge[edge]'")
+    assert error.startswith(
+        "FE-101 fedge-edge bench needs fedge with its extra `edge` (onnxruntime"
+    )
     assert main(["verify", str(image_bundle), "--trust", str(trust)]) == 0
 
 
@@ -452,7 +431,7 @@ def test_a_closed_pipe_is_quiet(table_bundle: Path, trust: Path, tmp_path: Path)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (141, b"")
 
 
@@ -466,7 +445,7 @@ def test_an_interrupt_is_one_line(table_bundle: Path, trust: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.startswith(b"FE-103 fedge-edge: interrupted.")
     assert err.count(b"\n") == 1

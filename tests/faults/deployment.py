@@ -18,16 +18,27 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedge.client import operate
 from fedge.server.run_directory import state_of
+from fedge.shared import flower_app
 from fedge.shared.daemon import home as homes
 
 FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
 #: Seconds without a word that nobody has to bear, and within which a lost host is told.
 SILENCE, LOST = 120.0, 75.0
+#: How much slower than an idle one a machine may be before a test gives up.
+PATIENCE = 4
+
+
+@cache
+def _bundle() -> str:
+    """What a site approves; Flower's command that builds it takes as long as a site's other preparations."""
+    return flower_app.sha256()
 
 
 class Deployment:
@@ -54,7 +65,12 @@ class Deployment:
         """Run one command of fedge; what it printed."""
         command = [*FEDGE, *map(str, words)]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=120, check=False
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE * 120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -63,9 +79,7 @@ class Deployment:
         """Make a site's home and let it in; it dials the port ``dial`` where given."""
         home, ca = self.folder / site, self.server / "ca" / "ca.crt"
         address = f"127.0.0.1:{dial or self.port}"
-        self.fedge(
-            "site", "init", site, "--home", home, "--task", task, "--server", address, "--ca", ca
-        )
+        operate.init(home, site, task=task, server=address, ca=ca, bundle=_bundle())
         policy = home / "policy.toml"
         # A round without the others has a cohort of one, which a site refuses unless told otherwise.
         text = policy.read_text(encoding="utf-8")
@@ -111,12 +125,17 @@ class Deployment:
     def wait(self, true: Callable[[], Any], seconds: float, what: str) -> float:
         """Wait until something is true; the seconds that it took.
 
+        Args:
+            true: asked every .1 s.
+            seconds: enough where the machine has nothing else to do; ``PATIENCE`` times that is waited.
+            what: is waited for.
+
         Raises:
             TimeoutError: it did not come, with the ends of all logs.
         """
         started = time.monotonic()
         while not true():
-            if time.monotonic() - started > seconds:
+            if time.monotonic() - started > PATIENCE * seconds:
                 raise TimeoutError(f"{what}: not within {seconds:g} s\n{self.tails()}")
             time.sleep(0.1)
         return time.monotonic() - started
@@ -144,7 +163,7 @@ class Deployment:
             daemon = self.daemons[name]
             daemon.terminate()
             try:
-                daemon.wait(30)
+                daemon.wait(PATIENCE * 30)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()

@@ -33,8 +33,7 @@ def playing(
         path: folder of packages that its processes find besides their own, made in the folder.
     """
 
-    def play(name: str, wait: float) -> None:
-        own = folder(name[:20])
+    def play(name: str, own: Path, wait: float) -> None:
         time.sleep(wait)
         with Deployment(own / "d", path(own / "packages")) as deployment:
             scenes[name](deployment)
@@ -42,5 +41,10 @@ def playing(
     here = [item for item in request.session.items if item.path == request.path]
     asked = {item.callspec.params.get("scene") for item in here if hasattr(item, "callspec")}
     wanted = [name for name in scenes if name in asked]
+    # Not in the threads: pytest empties the folder above all others when the first is asked for.
+    places = [folder(name[:20]) for name in wanted]
     with ThreadPoolExecutor(len(scenes)) as pool:
-        yield {name: pool.submit(play, name, i * APART) for i, name in enumerate(wanted)}
+        yield {
+            name: pool.submit(play, name, own, i * APART)
+            for i, (name, own) in enumerate(zip(wanted, places, strict=True))
+        }

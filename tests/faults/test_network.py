@@ -15,7 +15,7 @@ from .deployment import LOST, SILENCE, Deployment, Told
 from .proxy import FaultProxy
 from .scenes import playing
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CONFIG = """
 [task]

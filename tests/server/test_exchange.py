@@ -117,12 +117,12 @@ def test_all_answer_and_nobody_waits_for_the_deadline():
 def test_the_absent_are_named_when_the_deadline_has_passed_and_polling_ends():
     network = Network({1: after(0.0), 2: after(), 3: after()})
     started = time.monotonic()
-    got = exchange(network, asked(1, 2, 3), 0.15)
+    got = exchange(network, asked(1, 2, 3), 1.5)
     took = time.monotonic() - started
     assert set(got.replies) == {1}
     assert got.absent == (2, 3)
-    assert 0.15 <= took < 2
-    assert sum("id-2" in ids for ids in network.asked_for) < 8, "pauses grow"
+    assert 1.5 <= took < 5
+    assert sum("id-2" in ids for ids in network.asked_for) < 26, "pauses grow: without, 30"
     assert network.asked_for[-2:] == [["id-2"], ["id-3"]], "what is here is not asked for again"
     pulls = network.pulls
     assert exchange(network, [], 30.0).replies == {}

@@ -65,10 +65,10 @@ def process(
     finally:
         child.terminate()
         try:
-            child.wait(10)
+            child.wait(60)
         except subprocess.TimeoutExpired:
             child.kill()
-            child.wait(10)
+            child.wait(60)
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):
@@ -139,7 +139,7 @@ def pair(home) -> Iterator[tuple[int, list[tuple[str, int]]]]:
 
 def connect(home: Path, port: int, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
     context = context or ssl.create_default_context(cafile=certificates.authority_path(home))
-    plain = socket.create_connection(("127.0.0.1", port), timeout=10)
+    plain = socket.create_connection(("127.0.0.1", port), timeout=60)
     try:
         return context.wrap_socket(plain, server_hostname="fed.example.org")
     except BaseException:
@@ -282,7 +282,7 @@ def test_a_second_request_on_the_line_is_judged_by_itself(home, pair):
 def test_plaintext_is_refused(home, pair):
     port, seen = pair
     before = len(seen)
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as plain:
         plain.sendall(post(FLEET))
         answer = everything(plain)
     assert status(answer) == 400
@@ -328,7 +328,7 @@ def test_half_open_connections_go_away(home):
 
     port = free_port()
     with upstream(home, port) as seen, serving(home, port, hasty) as (front_port, _):
-        silent = socket.create_connection(("127.0.0.1", front_port), timeout=10)
+        silent = socket.create_connection(("127.0.0.1", front_port), timeout=60)
         streams = [connect(home, front_port) for _ in range(2)]
         started = time.monotonic()
         streams[0].sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
@@ -377,7 +377,7 @@ def test_a_killed_front_starts_again_at_once(home):
     port = free_port()
     with upstream(home, port), serving(home, port) as (front_port, child):
         child.send_signal(signal.SIGKILL)
-        child.wait(10)
+        child.wait(60)
         assert not answers(front_port)
         with process(front.command(home), home / "front.log"):
             wait_for(lambda: answers(front_port), 10, "nginx does not listen again")
@@ -483,7 +483,7 @@ class SuperLink:
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             cwd=self.folder,
         )
         assert done.returncode == 0, done.stdout + done.stderr

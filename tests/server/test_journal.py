@@ -68,7 +68,7 @@ def test_everything_is_there_after_reopening(path: Path):
 
 
 def test_a_commit_outlives_a_kill(path: Path):
-    done = subprocess.run([sys.executable, "-c", _CHILD, path], timeout=60)
+    done = subprocess.run([sys.executable, "-c", _CHILD, path], timeout=300)
     assert done.returncode == -signal.SIGKILL
     journal = Journal(path)
     assert journal.last() == Commit(2, "round-2", "ab")
@@ -198,3 +198,20 @@ def test_a_line_can_be_completed(path: Path):
     assert last is not None
     assert (last.number, last.checkpoint) == (2, "round-2")
     journal.close()
+
+
+def test_ranges_are_kept_with_their_line_until_the_calibration_is_whole(path: Path):
+    journal = Journal(path)
+    journal.commit(Commit(1, "round-1", "aa"), {"round": 1})
+    assert journal.ranges() is None
+    journal.keep_ranges("first", 1, {"round": 1, "privacy": {}})
+    journal.close()
+    again = Journal(path)
+    assert (again.ranges(), again.calibration()) == ("first", None)
+    assert again.lines() == [{"round": 1, "privacy": {}}]
+    with pytest.raises(ValueError):
+        again.keep_ranges("second", 1, {"loss": float("nan")})
+    assert again.ranges() == "first"
+    again.calibrate("whole", 1, {"round": 1})
+    assert (again.ranges(), again.calibration()) == ("first", "whole")
+    again.close()

@@ -16,8 +16,10 @@ from torch import nn
 
 from fedge.edge.runtime import EdgeModel
 from fedge.server import release as release_module
-from fedge.server.release import load_network, release
+from fedge.server.compile import qualify
+from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
+from fedge.server.trained import load_network
 from fedge.shared import arrays, cli, config_file, preprocess
 from fedge.shared.bundle import Bundle, open_bundle
 from fedge.shared.errors import ConfigError, FedgeError, ReleaseError, RunError
@@ -324,7 +326,7 @@ def test_key_and_output_are_checked_first(run: Run, key: Path, tmp_path: Path) -
 def test_a_model_that_takes_too_long_to_time_is_not_released(
     run: Run, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release_module, "BENCH_DEADLINE", 0.01)
+    monkeypatch.setattr(qualify, "BENCH_DEADLINE", 0.01)
     assert "model.onnx" in _fails(ReleaseError, 604, run.path, key, tmp_path / "m")
 
 

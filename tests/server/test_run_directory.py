@@ -45,7 +45,7 @@ def held(out: Path) -> Iterator[Path]:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield out
-        process.communicate("", timeout=30)
+        process.communicate("", timeout=120)
 
 
 def refusal(path: Path, of: Config, *, resume: bool) -> FedgeError:
@@ -162,10 +162,10 @@ def test_one_process_may_lock_twice_and_holds_until_the_outer_end(out: Path):
     with directory.lock():
         with RunDirectory(out / ".." / "first").lock():
             pass
-        inside = subprocess.run(attempt, input="", text=True, capture_output=True, timeout=60)
+        inside = subprocess.run(attempt, input="", text=True, capture_output=True, timeout=300)
     assert inside.returncode != 0
     assert "FE-208" in inside.stderr
-    after = subprocess.run(attempt, input="", text=True, capture_output=True, timeout=60)
+    after = subprocess.run(attempt, input="", text=True, capture_output=True, timeout=300)
     assert after.returncode == 0
 
 

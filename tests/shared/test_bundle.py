@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from fedge.shared import archive, signing
 from fedge.shared.bundle import STATEMENT, Limits, Part, open_bundle, write_bundle
 from fedge.shared.errors import BundleError, ReleaseError
-from fedge.shared.manifest import Artefact, Manifest, Parity
+from fedge.shared.manifest import Manifest, Parity
+from fedge.shared.manifest_artefacts import Artefact
 from fedge.shared.preprocess import Scale
 from fedge.shared.schema import InputSchema, OutputSchema
 
@@ -28,8 +29,8 @@ MODEL = random.Random(0).randbytes(3000)
 EXTRA = b"\0" * 512
 
 
-def _artefact(name: str, data: bytes) -> Artefact:
-    return Artefact(name, "onnx-fp32", hashlib.sha256(data).hexdigest(), len(data), 20)
+def _artefact(name: str, data: bytes, kind: str = "onnx-fp32") -> Artefact:
+    return Artefact(name, kind, hashlib.sha256(data).hexdigest(), len(data), 20)
 
 
 MANIFEST = Manifest(
@@ -42,7 +43,7 @@ MANIFEST = Manifest(
     fedge="0.1.0",
     config_sha256="a" * 64,
     model_sha256="b" * 64,
-    artefacts=(_artefact("model.onnx", MODEL), _artefact("extra.onnx", EXTRA)),
+    artefacts=(_artefact("model.onnx", MODEL), _artefact("extra.onnx", EXTRA, "onnx-fp16")),
     input=InputSchema(shape=(8, 8)),
     output=OutputSchema(labels=("0", "1"), activation="softmax"),
     preprocessing=(Scale(0.0625),),
@@ -260,7 +261,8 @@ def test_another_key_is_refused(good: Path) -> None:
 def test_parts_of_two_bundles_do_not_mix(tmp_path: Path, good: Path) -> None:
     other = random.Random(3).randbytes(3000)
     manifest = dataclasses.replace(
-        MANIFEST, artefacts=(_artefact("model.onnx", other), _artefact("extra.onnx", EXTRA))
+        MANIFEST,
+        artefacts=(_artefact("model.onnx", other), _artefact("extra.onnx", EXTRA, "onnx-fp16")),
     )
     write_bundle(tmp_path / "other", manifest, {"model.onnx": other, "extra.onnx": EXTRA}, KEY)
     first, second = _members(good.read_bytes()), _members((tmp_path / "other").read_bytes())
@@ -331,6 +333,40 @@ def test_sizes_beyond_the_limits_are_refused_before_they_are_read(
         assert (error.code, error.message.split(":")[0]) == (705, part)
     (tmp_path / "c").write_bytes(data)
     open_bundle(tmp_path / "c", TRUST, limits=Limits(len(data), len(data), 3000, len(data)))
+
+
+def test_what_no_device_would_read_is_not_written(tmp_path: Path, good: Path) -> None:
+    data = good.read_bytes()
+    sizes = {name: len(content) for name, content in _members(data)}
+    exact = Limits(sizes[STATEMENT], sizes["manifest.json"], 3000, len(data))
+    fits = tmp_path / "fits"
+    assert write_bundle(fits, MANIFEST, ARTEFACTS, KEY, limits=exact).bytes == len(data)
+    open_bundle(fits, TRUST, limits=exact)
+    fits.write_bytes(b"what served before")
+    for field, part in (
+        ("total", "archive"),
+        ("statement", STATEMENT),
+        ("manifest", "manifest.json"),
+        ("artefact", "model.onnx"),
+    ):
+        small = dataclasses.replace(exact, **{field: getattr(exact, field) - 1})
+        assert _refused(tmp_path / "b", data, limits=small).code == 705
+        with pytest.raises(BundleError) as error:
+            write_bundle(fits, MANIFEST, ARTEFACTS, KEY, replace=True, limits=small)
+        assert (error.value.code, error.value.message.split(":")[0]) == (705, part)
+        assert "fewer targets" in error.value.remedy
+        assert fits.read_bytes() == b"what served before"
+
+
+def test_an_artefact_too_large_is_refused_without_being_read(tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    with huge.open("wb") as file:
+        file.truncate(Limits().artefact + 1)
+    listed = (dataclasses.replace(MANIFEST.artefacts[0], bytes=Limits().artefact + 1),)
+    manifest = dataclasses.replace(MANIFEST, artefacts=listed)
+    with pytest.raises(BundleError, match="FE-705 model.onnx"):
+        write_bundle(tmp_path / "b", manifest, {"model.onnx": huge}, KEY)
+    assert [p.name for p in tmp_path.iterdir()] == ["huge"]
 
 
 def test_a_sparse_giant_costs_nothing(tmp_path: Path, good: Path) -> None:

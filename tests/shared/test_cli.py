@@ -174,21 +174,19 @@ def test_debug_shows_the_trace_before_the_line(probe, capsys, monkeypatch):
         assert err.splitlines()[-1].startswith("FE-")
 
 
-def test_a_missing_package_names_the_pip_command(probe, capsys):
+def test_a_missing_package_names_the_extra(probe, capsys):
     status, _, err = run(capsys, "probe-missing")
     assert status == 1
     assert err.startswith(
-        "FE-101 fedge probe-missing needs fedge[edge]: pip install 'fedge[edge]' (nowhere_installed is missing)."
+        "FE-101 fedge probe-missing needs fedge with its extra `edge` (nowhere_installed is missing)."
     )
+    assert "from where fedge came" in err, "it is on no index"
 
 
-def test_a_command_that_does_not_load_for_want_of_a_package_names_the_pip_command(probe, capsys):
+def test_a_command_that_does_not_load_for_want_of_a_package_names_the_extra(probe, capsys):
     status, _, err = run(capsys, "probe-unloadable")
     assert status == 1
-    assert (
-        "FE-101 fedge probe-unloadable needs fedge[simulation]: pip install 'fedge[simulation]'"
-        in err
-    )
+    assert "FE-101 fedge probe-unloadable needs fedge with its extra `simulation`" in err
 
 
 @pytest.mark.parametrize(
@@ -204,7 +202,7 @@ def test_a_module_missing_from_what_is_installed_is_a_defect(probe, capsys, name
     assert err.startswith(
         f"FE-104 fedge {name}: unexpected ModuleNotFoundError: No module named '{module}'"
     )
-    assert "pip install" not in err
+    assert "its extra" not in err
 
 
 def test_an_entry_point_that_is_no_command_is_a_defect(probe, capsys):
@@ -217,7 +215,10 @@ def test_an_entry_point_that_is_no_command_is_a_defect(probe, capsys):
     ("arguments", "said"),
     [
         (["simulte"], "fedge: unknown command 'simulte'; the nearest known is 'simulate'"),
-        (["qqqq"], "fedge: unknown command 'qqqq'; known are audit, config, demo, down, keys"),
+        (
+            ["qqqq"],
+            "fedge: unknown command 'qqqq'; known are audit, compile, config, demo, down, keys",
+        ),
         (["--nonsense"], "fedge: unrecognized arguments: --nonsense"),
         (["probe-option"], "fedge probe-option: the following arguments are required: --times"),
         (["probe-option", "--times", "x"], "argument --times: invalid int value: 'x'"),
@@ -245,7 +246,7 @@ def test_ctrl_c_in_a_real_process(probe):
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.startswith("FE-103") and err.count("\n") == 1
 
@@ -260,11 +261,11 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(probe, unbuffered):
         assert process.stdout.readline() == b"0\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=20) == command_line.STDOUT_CLOSED
+        assert process.wait(timeout=120) == command_line.STDOUT_CLOSED
 
 
 def test_a_broken_pipe_that_is_not_stdout_is_reported(probe):
-    done = subprocess.run([FEDGE, "probe-broken-pipe"], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([FEDGE, "probe-broken-pipe"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "unexpected BrokenPipeError" in done.stderr
 
@@ -275,7 +276,7 @@ def test_no_room_for_the_output_is_one_line(probe, name, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
-            [FEDGE, name], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=20
+            [FEDGE, name], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=120
         )
     assert done.returncode == 1
     assert done.stderr.decode() == (
@@ -298,7 +299,7 @@ def test_a_failure_with_output_that_has_no_room_is_one_line(probe):
             stdout=full,
             stderr=subprocess.PIPE,
             env=environment,
-            timeout=20,
+            timeout=120,
         )
     assert (done.returncode, done.stderr.decode().count("\n")) == (1, 1)
     assert done.stderr.startswith(b"FE-505 ")
@@ -307,7 +308,7 @@ def test_a_failure_with_output_that_has_no_room_is_one_line(probe):
 def test_characters_that_the_output_does_not_have_are_escaped(probe):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [FEDGE, "probe-blocks"], capture_output=True, text=True, env=environment, timeout=20
+        [FEDGE, "probe-blocks"], capture_output=True, text=True, env=environment, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2588\\u2591 4 %\n", "")
 
@@ -345,7 +346,7 @@ def test_the_log_goes_to_stderr_as_far_as_asked(probe, capsys, before, after, li
 
 def test_flower_warns_once_and_does_not_tell_of_every_step(probe):
     done = subprocess.run(
-        [FEDGE, "-v", "probe-flower-logs"], capture_output=True, text=True, timeout=60
+        [FEDGE, "-v", "probe-flower-logs"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == ["WARNING flwr: flower warns"]
@@ -373,7 +374,7 @@ def test_help_lists_every_command_even_one_that_does_not_load(probe, capsys):
         )
         assert listed["probe-status"] == "returns"
         assert listed["probe-unloadable"].startswith(
-            "fedge probe-unloadable needs fedge[simulation]: pip install"
+            "fedge probe-unloadable needs fedge with its extra `simulation`"
         )
         assert listed["probe-no-command"].startswith(
             "does not load: TypeError: entry point probe-no-command"
@@ -418,7 +419,7 @@ def test_only_the_chosen_command_is_imported_and_help_imports_nothing_heavy():
     def loaded(arguments: list[str]) -> str:
         program = textwrap.dedent(code.format(arguments=arguments))
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
         )
         return done.stderr.strip()
 

@@ -84,6 +84,10 @@ def test_one_line_is_bounded():
     assert "…" in line and line.endswith(CATALOGUE[702].remedy)
 
 
+def test_a_case_of_its_own_has_a_remedy_of_its_own():
+    assert one_line(ConfigError(206, "a", remedy="Do b.")) == "FE-206 a. Remedy: Do b."
+
+
 def test_label_and_text():
     error = ConfigError(201, "run.rounds: must be at least 1, got 0")
     assert error.label == "FE-201"

@@ -23,7 +23,7 @@ def _child(wish: str | None) -> subprocess.CompletedProcess[str]:
     if wish is not None:
         environment[failpoints.VARIABLE] = wish
     return subprocess.run(
-        [sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True, timeout=300
     )
 
 

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest import (
+from fedge.shared.manifest import Manifest, Parity
+from fedge.shared.manifest_artefacts import (
     Artefact,
+    Engine,
     Latency,
-    Manifest,
-    Parity,
+    Qualification,
+    Score,
 )
 from fedge.shared.manifest_privacy import Privacy
 from fedge.shared.manifest_rules import network_shape
@@ -32,7 +34,34 @@ MANIFEST = Manifest(
     fedge="0.1.0",
     config_sha256="a" * 64,
     model_sha256="b" * 64,
-    artefacts=(Artefact("model.onnx", "onnx-fp32", "c" * 64, 10, 20),),
+    artefacts=(
+        Artefact("model.onnx", "onnx-fp32", "c" * 64, 10, 20),
+        Artefact(
+            "model.int8.onnx",
+            "onnx-int8",
+            "d" * 64,
+            5,
+            20,
+            qualification=Qualification(
+                True,
+                max_abs_difference=0.1,
+                tolerance=1.0,
+                agreement=0.99,
+                peak_rss_mb=60.0,
+                latency=Latency(0.05, 0.1, 1, 1, "cpu"),
+                score=Score("accuracy", 0.89, 0.9, 400),
+            ),
+        ),
+        Artefact(
+            "model.fp16.engine",
+            "tensorrt-rtx-fp16",
+            "e" * 64,
+            5,
+            20,
+            Engine("tensorrt-rtx", "1.7.1.116", (86, 89)),
+            Qualification(False, "no GPU here"),
+        ),
+    ),
     input=InputSchema(
         shape=(3,),
         features=(
@@ -193,7 +222,7 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("surprise", 1), "surprise"),
         (_set("rounds", -1), "rounds"),
         (_set("rounds", "3"), "whole number"),
-        (_set("rounds", True), "true or false"),
+        (_set("rounds", True), "whole number"),
         (_set("created", "yesterday"), "created"),
         (_set("model_sha256", "B" * 64), "model_sha256"),
         (_set("task", "\x1b[31m"), "printable"),
@@ -208,6 +237,20 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("artefacts", 0, "kind", "pickle"), "kind"),
         (_set("artefacts", 0, "opset", 0), "opset"),
         (_set("artefacts", 0, "sha256", "../../x"), "sha256"),
+        (_set("artefacts", 0, "kind", "onnx-fp16"), "one of kind 'onnx-fp32'"),
+        (_set("artefacts", 1, "kind", "onnx-fp32"), "one of kind 'onnx-fp32'"),
+        (_set("artefacts", 1, "engine", {}), "does not parse"),
+        (_set("artefacts", 1, "kind", "tensorrt-rtx-int8"), "engine must be of an engine"),
+        (_set("artefacts", 1, "qualification", "executed", 1), "true or false"),
+        (_set("artefacts", 1, "qualification", "executed", False), "reason"),
+        (_set("artefacts", 1, "qualification", "agreement", 1.5), "agreement"),
+        (_set("artefacts", 1, "qualification", "tolerance", True), "artefacts"),
+        (_set("artefacts", 1, "qualification", "score", "surprise", 1), "artefacts"),
+        (_set("artefacts", 2, "qualification", "executed", True), "reason"),
+        (_set("artefacts", 2, "qualification", "reason", ""), "reason"),
+        (_set("artefacts", 2, "engine", "runtime", "tensorrt"), "runtime"),
+        (_set("artefacts", 2, "engine", "version", "latest"), "version"),
+        (_set("artefacts", 2, "engine", "capabilities", [89, 86]), "ascending"),
         (_set("input", "shape", [-3]), "input"),
         (_set("input", "shape", []), "input"),
         (_set("input", "shape", [2**20, 2**20]), "input"),

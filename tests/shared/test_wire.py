@@ -195,7 +195,7 @@ def pair():
         yield one, other
 
 
-def soon(seconds=5.0):
+def soon(seconds=60.0):
     return time.monotonic() + seconds
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,9 @@ from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, bundle, config_file, signing
 from fedge.shared.config import Config
 from fedge.shared.errors import ConfigError, RunError
-from fedge.shared.failpoints import VARIABLE
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.simulations.engine import simulate
-
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
 
 
 def config(mechanism: str = "central", privacy: Any = None, **sections: Any) -> Config:
@@ -154,26 +148,17 @@ def test_a_run_of_noise_alone_does_not_go_on_for_ever(tmp_path: Path) -> None:
 # Kills.
 
 
-def _run(folder: Path, point: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [*FEDGE, "simulate", str(folder / "config.toml"), "--quiet"]
-    command += ["--out", str(folder / "run"), *more]
-    return subprocess.run(
-        command,
-        env={**os.environ, VARIABLE: point},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def _words(folder: Path) -> list[str]:
+    return ["simulate", str(folder / "config.toml"), "--out", str(folder / "run"), "--quiet"]
 
 
-def _begin(folder: Path, mechanism: str, point: str) -> list[dict[str, Any]]:
+def _begin(fedge: Any, folder: Path, mechanism: str, point: str) -> list[dict[str, Any]]:
     """Kill a run of three rounds in its second; its committed lines."""
     privacy = {"metrics": "unprotected"}
     privacy |= {"min-separation": 1, "bands": 2} if mechanism == "central-mf" else {}
     asked = config(mechanism, privacy, run={"rounds": 3})
     (folder / "config.toml").write_text(config_file.dump(asked))
-    killed = _run(folder, f"{point}:2")
+    killed = fedge(*_words(folder), fail_point=f"{point}:2")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     journal = Journal(folder / "run/journal.db")
     try:
@@ -192,13 +177,17 @@ def _begin(folder: Path, mechanism: str, point: str) -> list[dict[str, Any]]:
         ("central-mf", "mid-checkpoint"),
     ],
 )
-def test_a_killed_run_goes_on(mechanism: str, point: str, tmp_path: Path) -> None:
-    committed = _begin(tmp_path, mechanism, point)
+def test_a_killed_run_goes_on(
+    mechanism: str, point: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    # One case by the path of users, from nothing; forks, which save seconds, for the others.
+    fedge = request.getfixturevalue("fresh" if point == "mid-checkpoint" else "forked")
+    committed = _begin(fedge, tmp_path, mechanism, point)
     assert len(committed) == (2 if point == "after-commit" else 1)
     if point == "after-commit":
         # Nothing of a round has left before its commit, not even to be evaluated.
         assert "pooled" not in committed[-1]["metrics"]
-    resumed = _run(tmp_path, "", "--resume")
+    resumed = fedge(*_words(tmp_path), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     found = lines(tmp_path / "run")
     assert [line["round"] for line in found] == [1, 2, 3]
@@ -214,8 +203,8 @@ def test_a_killed_run_goes_on(mechanism: str, point: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_whose_past_noise_is_gone_does_not_go_on(tmp_path: Path) -> None:
-    _begin(tmp_path, "central-mf", "after-commit")
+def test_a_run_whose_past_noise_is_gone_does_not_go_on(tmp_path: Path, forked: Any) -> None:
+    _begin(forked, tmp_path, "central-mf", "after-commit")
     journal = Journal(tmp_path / "run/journal.db")
     last = journal.last()
     assert last is not None

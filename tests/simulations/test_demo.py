@@ -23,7 +23,7 @@ def test_the_whole_chain(edge_env: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def test_the_whole_chain(edge_env: Path, tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert refused.returncode == 1

@@ -25,7 +25,8 @@ from fedge.shared.secagg import encoding, messages
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.engine import simulate
 from fedge.simulations.grid import InProcessGrid
-from fedge.simulations.progress import round_facts, summary_table
+from fedge.simulations.summary import summary_table
+from fedge.simulations.wording import round_facts
 
 FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
 CAP = 1000

@@ -10,7 +10,7 @@ import pytest
 from fedge.server.report.central import UNBOUNDED
 from fedge.server.report.data import read
 from fedge.server.report.epsilon import spent
-from fedge.simulations.progress import summary_table
+from fedge.simulations.summary import summary_table
 
 from .test_page import Page, Run, page, put, run_files
 

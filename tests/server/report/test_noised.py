@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fedge.server.report.noised import parsed, shown, spread
-from fedge.simulations.progress import round_facts, summary_table
+from fedge.simulations.summary import summary_table
+from fedge.simulations.wording import round_facts
 
 from .test_page import Page, Run, page, run_files
 from .test_secure import masked_files

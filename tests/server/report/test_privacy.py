@@ -14,7 +14,7 @@ from fedge.server.report import render
 from fedge.server.report.data import read
 from fedge.server.report.epsilon import epsilon_text, spent
 from fedge.server.report.privacy import MAX_ROWS, certainty
-from fedge.simulations.progress import summary_table
+from fedge.simulations.summary import summary_table
 
 from .test_page import Page, Run, page, put, run_files
 

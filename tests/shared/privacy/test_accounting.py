@@ -359,4 +359,4 @@ def test_the_module_loads_without_numpy():
         "import sys; import fedge.shared.privacy.accounting as a; a.epsilon([a.Release(1.0)], 1e-5); "
         "sys.exit(bool({'numpy', 'scipy', 'dp_accounting'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

@@ -103,7 +103,7 @@ if not child:
     os._exit(0)
 """
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300
     )
     (first, first_twin), (second, second_twin) = (
         line.split() for line in ended.stdout.split("\n")[:2]

@@ -48,7 +48,7 @@ def test_declaring_tasks_does_not_import_scikit_learn():
         "print('sklearn' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout.strip() == "False"
 
@@ -103,7 +103,7 @@ def check_in_new_process(tmp_path, task):
         "print(status, 'torch' in sys.modules)"
     )
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
 
 

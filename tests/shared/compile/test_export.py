@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fedge.edge.graph import refuse_external_data
-from fedge.server import export
-from fedge.server.export import export_onnx, opset_of, parity
+from fedge.shared.compile import export
+from fedge.shared.compile.export import export_onnx, opset_of, parity
+from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.errors import ReleaseError
 from fedge.shared.models.cnn import CNN
 
@@ -79,14 +81,14 @@ def test_parity_leaves_nothing_behind(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from torch import nn
-from fedge.server.export import parity
+from fedge.shared.compile.export import parity
 parity(nn.Linear(3, 2), Path(sys.argv[1]).read_bytes(), (3,), tolerance=1e9)
 """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "ORT_"))}
     subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "model.onnx")],
         env={**kept, "HOME": str(home)},
-        timeout=120,
+        timeout=300,
         check=True,
     )
     assert list(home.rglob("*")) == []
@@ -121,7 +123,7 @@ def test_the_same_weights_give_the_same_bytes_and_no_names_of_this_machine() -> 
 def test_another_process_exports_the_same_bytes() -> None:
     program = """
 import hashlib, torch
-from fedge.server.export import export_onnx
+from fedge.shared.compile.export import export_onnx
 from fedge.shared.models.cnn import CNN
 torch.manual_seed(0)
 print(hashlib.sha256(export_onnx(CNN(channels=1, side=8, classes=10), (1, 8, 8))).hexdigest())
@@ -135,7 +137,7 @@ print(hashlib.sha256(export_onnx(CNN(channels=1, side=8, classes=10), (1, 8, 8))
         text=True,
         check=True,
         env=environment,
-        timeout=120,
+        timeout=300,
     )
     assert (done.stdout.strip(), done.stderr) == (expected, "")
 
@@ -172,6 +174,7 @@ def test_large_logits_may_differ_by_as_many_of_their_digits() -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
 def test_logits_of_a_usual_size_are_held_to_the_tolerance_itself(scale: float) -> None:
+    torch.manual_seed(0)
     network = nn.Linear(6, 2)
     with torch.no_grad():
         for weights in network.parameters():
@@ -235,3 +238,130 @@ def test_too_large_a_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ReleaseError) as error:
         export_onnx(nn.Linear(100, 100), (100,))
     assert error.value.code == 607
+
+
+class Found(NamedTuple):
+    scores: Tensor
+    labels: Tensor
+
+
+class Tagger(nn.Module):
+    """Two outputs of different types for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+
+    def forward(self, x: Tensor) -> Found:
+        y = self.embedding(x)
+        return Found(y.amax(dim=2), y.argmax(dim=2))
+
+
+TEXT = GraphInput((6,), tokens=9, open={1: "length"})
+SIZES = ({"length": 1}, {"length": 40})
+
+
+def _axes(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def test_tokens_and_several_outputs_by_name() -> None:
+    torch.manual_seed(0)
+    network = Tagger()
+    data = export_onnx(network, TEXT)
+    graph = onnx.load_model_from_string(data).graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+    assert {v.name: _axes(v) for v in [*graph.input, *graph.output]} == {
+        "input": ["batch", "length"],
+        "scores": ["batch", "length"],
+        "labels": ["batch", "length"],
+    }
+    assert parity(network, data, TEXT, sizes=SIZES).max_abs_difference == 0
+    assert export_onnx(network, TEXT) == data
+
+    other = Tagger()
+    with pytest.raises(ReleaseError, match=r"FE-603 .* (scores|labels)"):
+        parity(other, data, TEXT)
+    other.load_state_dict(network.state_dict())
+    # The same scores, but the labels of other columns.
+    with torch.no_grad():
+        other.embedding.weight.copy_(network.embedding.weight.flip(1))
+    with pytest.raises(ReleaseError, match="FE-603 .*must give the trained model's labels"):
+        parity(other, data, TEXT)
+
+
+def test_computed_sizes_have_names_of_their_own() -> None:
+    torch.manual_seed(0)
+    network = nn.Conv1d(2, 3, 3, stride=2)
+    given = GraphInput((2, 16), open={2: "time"})
+    data = export_onnx(network, given)
+    (made,) = onnx.load_model_from_string(data).graph.output
+    assert _axes(made) == ["batch", 3, "logits_2"]
+    parity(network, data, given, sizes=({"time": 3}, {"time": 101}))
+
+
+def test_open_axes_are_named_where_named_ones_do_not_export(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(1, 2, 3, padding=1)
+    given = GraphInput((1, 6, 8), open={2: "height", 3: "width"})
+    expected = onnx.load_model_from_string(export_onnx(network, given)).graph
+    real = torch.onnx.export
+
+    def export_by_marks(*arguments: object, **options: object) -> object:
+        (axes,) = options["dynamic_shapes"]  # type: ignore[misc]
+        if "batch" in axes.values():
+            raise RuntimeError("names are not understood")
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.onnx, "export", export_by_marks)
+    found = onnx.load_model_from_string(export_onnx(network, given)).graph
+    for value, twin in zip(
+        [*found.input, *found.output], [*expected.input, *expected.output], strict=True
+    ):
+        assert _axes(value) == _axes(twin)
+        assert _axes(value)[2:] == ["height", "width"]
+
+
+def test_a_difference_at_another_size_alone_is_found() -> None:
+    class Padded(nn.Module):
+        def __init__(self, error: float) -> None:
+            super().__init__()
+            self.error = error
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.error * (x.shape[1] - 6) * torch.ones_like(x)
+
+    given = GraphInput((6,), open={1: "length"})
+    data = export_onnx(Padded(0.0), given)
+    parity(Padded(0.01), data, given)
+    with pytest.raises(ReleaseError, match=r"FE-603 .*at batch size \d+, length 40"):
+        parity(Padded(0.01), data, given, sizes=SIZES)
+
+
+def test_outputs_without_a_name_are_refused() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, -x
+
+    with pytest.raises(ReleaseError, match="FE-607 .*must be a tensor or a named tuple of tensors"):
+        export_onnx(Pair(), (3,))
+
+
+class Interrupted(nn.Module):
+    """What the exporter meets when somebody presses Ctrl-C while it traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            raise KeyboardInterrupt
+        return x
+
+
+def test_an_interrupt_is_no_fault_of_the_network() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(Interrupted(), (3,))

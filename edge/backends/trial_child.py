@@ -1,0 +1,80 @@
+"""The child's side of a trial: `python -P -m fedge.edge.backends.trial_child`, see ``trial``."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from fedge.edge.backends.backend import Shapes
+from fedge.edge.backends.opening import open_artefact
+from fedge.edge.timing import peak_rss_mb, percentile, timed
+from fedge.shared.bounded import read_exactly
+from fedge.shared.errors import FedgeError, brief
+from fedge.shared.manifest_artefacts import Artefact
+
+_HEADER_BYTES: Final = 64 * 1024
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> int:
+    """Read a trial from stdin, run it, answer on stdout; 0 where there is an answer, be it a failure."""
+    _die_with_parent()
+    # Libraries that print would otherwise write into the answer.
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)
+        try:
+            line, logits = _trial(sys.stdin.buffer)
+        except FedgeError as error:
+            line, logits = {"failure": _without_name(error)}, b""
+        except Exception as error:  # whatever it is, the parent is told
+            line, logits = {"failure": brief(error)}, b""
+        out.write(json.dumps(line).encode() + b"\n" + logits)
+    return 0
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process with its parent: a run that never ends would outlive it for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _trial(source: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    header = json.loads(source.readline(_HEADER_BYTES))
+    if os.getppid() != header["parent"]:  # it was gone before it could be asked for
+        raise ProcessLookupError("parent: must wait for the answer, it is gone")
+    artefact = Artefact.from_json(header["artefact"])
+    shapes = Shapes(tuple(header["input"]), header["logits"])
+    data = read_exactly(source, artefact.bytes)
+    row = 4 * math.prod(shapes.input)
+    batches = [
+        np.frombuffer(read_exactly(source, size * row), "<f4").reshape(size, *shapes.input)
+        for size in header["batches"]
+    ]
+    backend = open_artefact(artefact, header["place"], data, shapes, threads=header["threads"])
+    p50 = p99 = None
+    if header["runs"]:
+        times = timed(lambda: backend.run(batches[0]), header["runs"], header["seconds"])
+        p50, p99 = percentile(times, 50), percentile(times, 99)
+    # Of what was timed; the larger batches below would add theirs.
+    peak = peak_rss_mb()
+    logits = b"".join(backend.run(batch).astype("<f4").tobytes() for batch in batches)
+    told = {"device": backend.device, "p50_ms": p50, "p99_ms": p99, "peak_rss_mb": peak}
+    backend.close()
+    return told, logits
+
+
+def _without_name(error: FedgeError) -> str:
+    """The message without the artefact's name in front, which the parent says itself."""
+    _, _, reason = error.message.partition(": ")
+    return reason or error.message
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The inference server of a device: the Open Inference Protocol over gRPC."""

@@ -1,0 +1,140 @@
+"""Whether an exported graph is the network: ONNX Runtime against torch on generated inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedge.shared.compile.graph_input import GraphInput
+from fedge.shared.errors import ReleaseError
+from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT, Parity
+from fedge.shared.onnx_session import load_onnxruntime
+
+TOLERANCE: Final = 1e-4
+#: Of the largest logit, where that is more: as with noise in the weights, of which float32 has no more digits.
+RELATIVE: Final = 1e-5
+BATCH_SIZES: Final = (1, 2, 7, 32)
+
+
+def outputs_of(made: Any) -> dict[str, Tensor]:
+    """What a network gave, by the names of the graph's outputs: those of a named tuple, or ``"logits"``.
+
+    Raises:
+        TypeError: it is neither a tensor nor a named tuple of tensors.
+    """
+    if isinstance(made, Tensor):
+        return {GRAPH_OUTPUT: made}
+    names = getattr(made, "_fields", ())
+    if names and all(isinstance(part, Tensor) for part in made):
+        return dict(zip(names, made, strict=True))
+    raise TypeError(f"output: must be a tensor or a named tuple of tensors, got {type(made)!r}")
+
+
+def parity(
+    network: nn.Module,
+    onnx: bytes,
+    shape: Sequence[int] | GraphInput,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    sizes: Sequence[Mapping[str, int]] = (),
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> Parity:
+    """Compare ONNX Runtime with the eager network on generated inputs of several sizes.
+
+    Args:
+        network: as it was trained.
+        onnx: what was exported of it.
+        shape: of one example as the network takes it, or what else goes in.
+        batch_sizes: to try.
+        sizes: of the other open axes, by name, to try at each batch size besides the example's.
+        tolerance: largest difference allowed, or ``RELATIVE`` of the output's largest number over all inputs
+            where that is more; whole numbers, as of labels, must be equal.
+        seed: of the inputs.
+
+    Returns:
+        The largest difference, and what was allowed in the same unit.
+
+    Raises:
+        ReleaseError: 603, they differ by more than is allowed, in shape, or one is not finite.
+    """
+    given = GraphInput.of(shape)
+    session = _session(onnx)
+    network = copy.deepcopy(network).cpu().eval()
+    generator = np.random.default_rng(seed)
+    largest: dict[str, float] = {}
+    worst: dict[str, tuple[float, str]] = {}
+    for other in ({}, *sizes):
+        for batch in batch_sizes:
+            where = f"batch size {batch}" + "".join(f", {k} {v}" for k, v in other.items())
+            x = given.draw(generator, batch, other)
+            with torch.no_grad():
+                eager = {k: v.numpy() for k, v in outputs_of(network(torch.from_numpy(x))).items()}
+            found = _run(session, x, list(eager), where)
+            for name, expected in eager.items():
+                difference = _difference(found[name], expected, name, where)
+                worst[name] = max(worst.get(name, (0.0, where)), (difference, where))
+                largest[name] = max(largest.get(name, 0.0), float(np.max(np.abs(expected))))
+    allowed = {name: max(tolerance, RELATIVE * value) for name, value in largest.items()}
+    # Of several outputs the one that comes nearest to what it is allowed speaks for all.
+    name = max(worst, key=lambda name: worst[name][0] / allowed[name])
+    difference, where = worst[name]
+    if difference > allowed[name]:
+        raise ReleaseError(
+            603,
+            f"model.onnx: must be within {allowed[name]:g} of the trained model, "
+            f"got {difference:g} in {name} at {where}",
+        )
+    return Parity(difference, allowed[name], tuple(batch_sizes))
+
+
+def _session(onnx: bytes) -> Any:
+    onnxruntime = load_onnxruntime()
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        return onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ReleaseError(603, f"model.onnx: does not load ({first_line(error)})") from None
+
+
+def _run(session: Any, x: NDArray[Any], names: list[str], where: str) -> dict[str, NDArray[Any]]:
+    try:
+        return dict(zip(names, session.run(names, {GRAPH_INPUT: x}), strict=True))
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        message = f"model.onnx: fails at {where} ({first_line(error)})"
+        raise ReleaseError(603, message) from None
+
+
+def _difference(found: NDArray[Any], eager: NDArray[Any], name: str, where: str) -> float:
+    """The largest between two outputs.
+
+    Raises:
+        ReleaseError: 603, they cannot be compared, or are whole numbers and differ.
+    """
+    if found.shape != eager.shape or found.dtype != eager.dtype:
+        raise ReleaseError(
+            603,
+            f"model.onnx: must give {name} of {eager.dtype} {list(eager.shape)}, "
+            f"got {found.dtype} {list(found.shape)} at {where}",
+        )
+    if not (np.isfinite(eager).all() and np.isfinite(found).all()):
+        raise ReleaseError(603, f"model.onnx: must give finite {name}, got others at {where}")
+    if not np.issubdtype(eager.dtype, np.floating):
+        if not np.array_equal(found, eager):
+            raise ReleaseError(
+                603, f"model.onnx: must give the trained model's {name}, got others at {where}"
+            )
+        return 0.0
+    return float(np.max(np.abs(found.astype(np.float64) - eager), initial=0.0))
+
+
+def first_line(error: Any) -> str:
+    """What foreign code raised, in one line of at most 200 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return str(lines[0])[:200]

@@ -1,0 +1,117 @@
+"""What can be compiled for: a target's name, its GPUs, and the kinds of artefact that it asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fedge.shared.errors import ReleaseError
+from fedge.shared.manifest_artefacts import (
+    ONNX_FP16,
+    ONNX_FP32,
+    ONNX_INT8,
+    ONNX_INT8_SYMMETRIC,
+    RTX_FP16,
+    RTX_INT8,
+    TRT_FP16,
+    TRT_INT8,
+)
+
+CPU_FP32: Final = "cpu-fp32"
+CPU_INT8: Final = "cpu-int8"
+ONNX: Final = "onnx"
+TENSORRT: Final = "tensorrt"
+TENSORRT_RTX: Final = "tensorrt-rtx"
+NAMES: Final = (CPU_FP32, CPU_INT8, ONNX, TENSORRT, TENSORRT_RTX)
+
+#: Compute capabilities that TensorRT for RTX builds for without such a GPU at hand.
+RTX_CAPABILITIES: Final = (75, 80, 86, 89, 120, 121)
+_CAPABILITY = re.compile(r"sm(\d{2,3})")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target of ``--targets``.
+
+    Attributes:
+        name: one of ``NAMES``.
+        capabilities: of ``tensorrt-rtx``: compute capabilities that one engine is for, ascending.
+    """
+
+    name: str
+    capabilities: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """As it is written in ``--targets``."""
+        listed = "+".join(f"sm{c}" for c in self.capabilities)
+        return f"{self.name}:{listed}" if listed else self.name
+
+    def kinds(self, *, calibrated: bool) -> tuple[str, ...]:
+        """Kinds of artefact besides the fp32 graph; INT8 for GPUs only where there are activation ranges."""
+        match self.name:
+            case "cpu-int8":
+                return (ONNX_INT8,)
+            case "tensorrt-rtx":
+                return _with_graphs((RTX_FP16, RTX_INT8) if calibrated else (RTX_FP16,))
+            case "tensorrt":
+                return _with_graphs((TRT_FP16, TRT_INT8) if calibrated else (TRT_FP16,))
+        return ()
+
+
+#: The graph that an artefact of each kind is made of.
+SOURCES: Final = {
+    RTX_FP16: ONNX_FP16,
+    RTX_INT8: ONNX_INT8_SYMMETRIC,
+    TRT_FP16: ONNX_FP16,
+    TRT_INT8: ONNX_INT8_SYMMETRIC,
+    ONNX_FP16: ONNX_FP32,
+    ONNX_INT8: ONNX_FP32,
+    ONNX_INT8_SYMMETRIC: ONNX_FP32,
+}
+
+
+def _with_graphs(engines: tuple[str, ...]) -> tuple[str, ...]:
+    """Engines behind their graphs: a device with another version of the runtime builds its own of them."""
+    return (*(SOURCES[kind] for kind in engines), *engines)
+
+
+def parse(text: str) -> tuple[Target, ...]:
+    """Read ``--targets``: names with commas between them, ``tensorrt-rtx:sm86+sm89`` with its GPUs.
+
+    Raises:
+        ReleaseError: 608, a target is not known, given twice, or names a GPU that nothing is built for.
+    """
+    found = [_one(part.strip()) for part in text.split(",")]
+    for target in found:
+        if found.count(target) > 1:
+            raise ReleaseError(608, f"--targets: must hold {target} once")
+    return tuple(found)
+
+
+def _one(text: str) -> Target:
+    name, colon, listed = text.partition(":")
+    if name not in NAMES:
+        raise ReleaseError(608, f"--targets: must be of {', '.join(NAMES)}, got {name[:40]!r}")
+    if name != TENSORRT_RTX:
+        if colon:
+            raise ReleaseError(608, f"--targets: must name no GPU with {name}, got {text[:60]!r}")
+        return Target(name)
+    return Target(name, _capabilities(listed.split("+") if colon else []))
+
+
+def _capabilities(listed: Sequence[str]) -> tuple[int, ...]:
+    known = ", ".join(f"sm{c}" for c in RTX_CAPABILITIES)
+    example = f"{TENSORRT_RTX}:sm86+sm89 with GPUs of {known}"
+    found = []
+    for text in listed:
+        match = _CAPABILITY.fullmatch(text)
+        if not match or int(match[1]) not in RTX_CAPABILITIES:
+            raise ReleaseError(608, f"--targets: must be {example}, got {text[:20]!r}")
+        found.append(int(match[1]))
+    if not found:
+        raise ReleaseError(608, f"--targets: must be {example}, got no GPU")
+    if len(set(found)) != len(found):
+        raise ReleaseError(608, f"--targets: must name each GPU once, got {'+'.join(listed)[:60]}")
+    return tuple(sorted(found))

@@ -1,0 +1,169 @@
+"""A build of an engine in a child process: a builder that crashes or hangs ends alone.
+
+Graph, timing cache and engine pass through files in a private temporary folder; the child writes a line of JSON for
+each step and one for the outcome.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fedge.shared.bounded import read_bounded
+from fedge.shared.compile.tensorrt_types import Built, Listener, Sizes
+from fedge.shared.errors import CATALOGUE, ReleaseError
+
+CHILD: Final = "fedge.shared.compile.tensorrt_child"
+GRAPH: Final = "graph.onnx"
+CACHE: Final = "timing-cache"
+ENGINE: Final = "model.engine"
+REQUEST: Final = "request.json"
+#: Timing for TensorRT on a small device takes minutes.
+DEADLINE: Final = 1800.0
+#: Largest engine or timing cache that is taken, largest account of a failure, longest line.
+_MOST_BYTES: Final = 1536 * 2**20
+_MOST_WORDS: Final = 64 * 2**10
+_LONGEST_LINE: Final = 2**16
+
+
+def build_in_child(
+    onnx: bytes,
+    *,
+    runtime: str,
+    capabilities: Sequence[int] = (),
+    sizes: Mapping[str, Sizes] | None = None,
+    timing_cache: bytes | None = None,
+    listener: Listener | None = None,
+    deadline: float = DEADLINE,
+    command: Sequence[str] = (sys.executable, "-P", "-m", CHILD),
+) -> Built:
+    """``tensorrt.build`` in a child process.
+
+    Args:
+        onnx: the graph.
+        runtime: as for ``build``, like the next four.
+        capabilities: GPUs that the engine is for.
+        sizes: of the open axes.
+        timing_cache: of an earlier build.
+        listener: told the phase and the share that is done; called by this thread.
+        deadline: seconds until the child is ended.
+        command: that starts the child; its folder is added.
+
+    Raises:
+        ReleaseError: as ``build``; 611 too where the child crashes or takes too long.
+        ValueError: as ``build``.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedge-engine-") as name:
+        folder = Path(name)
+        (folder / GRAPH).write_bytes(onnx)
+        if timing_cache is not None:
+            (folder / CACHE).write_bytes(timing_cache)
+        asked = {"runtime": runtime, "capabilities": list(capabilities), "sizes": dict(sizes or {})}
+        (folder / REQUEST).write_text(json.dumps(asked))
+        outcome: dict[str, Any] | None = None
+        told = _lines([*command, name], folder / "stderr", runtime, deadline)
+        # Whatever the listener raises, the child ends before its folder does.
+        with contextlib.closing(told):
+            for line in told:
+                if "phase" in line and listener is not None:
+                    listener(str(line["phase"]), float(line["share"]))
+                elif "phase" not in line:
+                    outcome = line
+        if outcome is None:
+            raise ReleaseError(611, f"{runtime}: must give an engine, got no word from the builder")
+        if "message" in outcome:
+            _raise(outcome)
+        cache = read_bounded(folder / CACHE, _MOST_BYTES) if outcome["timing_cache"] else None
+        return Built(
+            read_bounded(folder / ENGINE, _MOST_BYTES),
+            cache,
+            str(outcome["version"]),
+            tuple(int(number) for number in outcome["capabilities"]),
+        )
+
+
+def _raise(outcome: Mapping[str, Any]) -> None:
+    """What the child's build raised."""
+    code, message = outcome["code"], str(outcome["message"])
+    if code in CATALOGUE:
+        raise ReleaseError(code, message)
+    raise ValueError(message)
+
+
+def _lines(
+    command: Sequence[str], errors: Path, runtime: str, deadline: float
+) -> Generator[dict[str, Any], None, None]:
+    """What a child tells, until it ends well.
+
+    Raises:
+        ReleaseError: 611, it ends otherwise, or not in time.
+    """
+    end = time.monotonic() + deadline
+    with errors.open("wb") as stderr:
+        child = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+        )
+    try:
+        assert child.stdout is not None  # noqa: S101 (asked for above)
+        rest = b""
+        while True:
+            ready, _, _ = select.select([child.stdout], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                raise ReleaseError(
+                    611, f"{runtime}: must be built within {deadline:g} s, got no engine by then"
+                )
+            data = child.stdout.read1(_LONGEST_LINE)  # type: ignore[attr-defined]
+            *whole, rest = (rest + data).split(b"\n")
+            yield from (found for line in whole if (found := _object(line)) is not None)
+            if len(rest) > _LONGEST_LINE:
+                rest = b""
+            if not data:
+                break
+        try:
+            code = child.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise ReleaseError(
+                611, f"{runtime}: must end within {deadline:g} s, got no end"
+            ) from None
+        if code:
+            raise ReleaseError(611, f"{runtime}: must build the graph, {_end(code, errors)}")
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """A line's JSON object; None for anything else that a library prints."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _end(code: int, errors: Path) -> str:
+    """How a child ended, in words."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"its process ended by {name}"
+    with errors.open("rb") as file:
+        file.seek(max(0, errors.stat().st_size - _MOST_WORDS))
+        lines = file.read(_MOST_WORDS).decode("utf-8", "replace").strip().splitlines() or [
+            "no word"
+        ]
+    return f"its process ended with {code} ({lines[-1][:200]})"

@@ -1,0 +1,95 @@
+"""Ranges of activations: exact merges, histograms that are never tighter, and what noise leaves of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedge.shared.compile import ranges
+from fedge.shared.compile.ranges import BINS, EDGES, HiddenError
+
+VALUE = st.floats(-(2**14), 2**14, width=32)
+
+
+def extremes(*rows):
+    """(n, 1, 2) of one tensor."""
+    return np.array(rows, np.float64).reshape(-1, 1, 2)
+
+
+def test_the_grid_is_half_octaves_from_2_to_the_minus_14_to_2_to_the_14():
+    assert (EDGES[0], EDGES[1], EDGES[-1], BINS) == (0.0, 2.0**-14, 2.0**14, 58)
+    assert np.allclose(np.diff(np.log2(EDGES[1:])), 0.5, atol=1e-12)
+    assert EDGES[3] == 2.0**-13
+
+
+@given(st.lists(st.tuples(VALUE, VALUE), min_size=1, max_size=20))
+def test_a_histogram_s_range_is_never_tighter_and_at_most_a_bin_wider(pairs):
+    found = extremes(*(sorted(pair) for pair in pairs))
+    ((low, high),) = ranges.outermost(ranges.histogram(found).astype(float), 2.0**14)
+    for reach, told in ((-found[..., 0].min(), -low), (found[..., 1].max(), high)):
+        assert told >= reach
+        within = max(reach, 0.0)
+        assert told <= max(within * math.sqrt(2) * (1 + 1e-12), EDGES[1])
+        assert within or told == 0
+
+
+@given(st.lists(st.lists(st.tuples(VALUE, VALUE), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_sites_merge_to_what_all_examples_together_give(sites):
+    parts = [extremes(*(sorted(p) for p in pairs)) for pairs in sites]
+    pooled = np.concatenate(parts)
+    merged = ranges.merged([ranges.merged(list(part)) for part in parts])
+    assert merged.tolist() == [[pooled[..., 0].min(), pooled[..., 1].max()]]
+    counts = sum(ranges.histogram(part) for part in parts)
+    assert (counts == ranges.histogram(pooled)).all()
+
+
+def test_each_example_is_in_one_bin_of_each_histogram_so_that_the_sensitivity_is_the_root_of_2t():
+    one = np.array([[[-1.0, 3.0], [0.0, 0.0], [-2e-5, 100.0]]])
+    counts = ranges.histogram(one)
+    assert counts.shape == (3, 2, BINS)
+    assert (counts.sum(axis=2) == 1).all()
+    assert np.sqrt((counts.astype(float) ** 2).sum()) == ranges.sensitivity(3) == math.sqrt(6)
+    assert len(ranges.names(3)) == counts.size == len(set(ranges.names(3)))
+
+
+def test_what_is_clipped_is_said_and_what_is_not_finite_is_refused():
+    kept, beyond = ranges.clipped(np.array([[[-5.0, 2e6]]], np.float32), 100.0)
+    assert kept.tolist() == [[[-5.0, 100.0]]]
+    assert beyond
+    assert not ranges.clipped(np.array([[[-5.0, 100.0]]]), 100.0)[1]
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="must be finite"):
+            ranges.clipped(np.array([[[bad, 0.0]]]), 100.0)
+    with pytest.raises(ValueError, match="at most 16384"):
+        ranges.histogram(extremes((0, 2.0**14 + 1)))
+
+
+def test_a_range_does_not_go_beyond_the_bound():
+    counts = ranges.histogram(extremes((-100.0, 100.0))).astype(float)
+    assert ranges.outermost(counts, 100.0).tolist() == [[-100.0, 100.0]]
+    # A bin's edge lies where it is without a bound.
+    assert ranges.outermost(counts, 2.0**14).tolist() == [[-128.0, 128.0]]
+
+
+def test_noise_alone_moves_hardly_any_range():
+    draw, tensors, deviation = np.random.default_rng(0), 20, 3.0
+    threshold = ranges.above_noise(deviation, tensors)
+    noise = draw.normal(0, deviation, (400, tensors * 2 * BINS))
+    # One calibration in a thousand; of 400 none or one.
+    assert (noise > threshold).any(axis=1).sum() <= 2
+    assert (noise > threshold / 2).any(axis=1).sum() > 100
+
+
+def test_a_tensor_of_which_noise_leaves_nothing_is_named():
+    counts = np.zeros((2, 2, BINS))
+    counts[0, :, 5] = 50.0
+    counts[1, 0, 5] = 50.0
+    counts[1, 1, 5] = 9.0
+    with pytest.raises(HiddenError) as caught:
+        ranges.outermost(counts, 1.0, threshold=10.0)
+    assert caught.value.tensor == 1
+    assert ranges.outermost(counts, 1.0, threshold=8.0).tolist() == [[-EDGES[5], EDGES[5]]] * 2
