@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -17,6 +18,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ("client", "edge", "server", "shared", "simulations")
+#: Versions that these tests have passed with, as `make install` takes them.
+CONSTRAINTS = ROOT / "constraints" / "python{}.{}.txt".format(*sys.version_info[:2])
 
 # Two workers on two cores leave none for a second thread of BLAS or OpenMP, which waits by spinning: beside others, a
 # dot product of 25,000 numbers took 5 ms of processor time, alone 5 us. Set before numpy and torch are imported.
@@ -25,6 +28,11 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # A worker that has had a gRPC server or client forks in later tests: gRPC's own preparations for that wait for ever
 # in the child, which never uses it. Set before grpc is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# A suite started by nohup or from a script's background inherits an ignored SIGINT, and so would every process that
+# a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Generated cases are checked for what they do; two workers on two cores make times vary.
 settings.register_profile("fedge", deadline=None)
@@ -54,11 +62,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI everything that the tests need is there: a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("CI") != "true" or reporter is None or exitstatus != pytest.ExitCode.OK:
+    if os.environ.get("CI") != "true" or reporter is None:
         return
-    if skipped := reporter.stats.get("skipped", []):
+    skipped = reporter.stats.get("skipped", [])
+    if skipped and exitstatus == pytest.ExitCode.OK:
         reporter.write_line(f"CI: {len(skipped)} skipped, none may be", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and not skipped:
+        _name_failed(
+            session, {r.nodeid for k in ("failed", "error") for r in reporter.stats.get(k, ())}
+        )
+
+
+def _name_failed(session: pytest.Session, failed: set[str]) -> None:
+    """Write the names of failed tests for .ci/run, a line each, where all of them are ``realtime``."""
+    again = {i.nodeid for i in session.items if i.get_closest_marker("realtime")}
+    if failed and failed <= again:
+        names = ROOT / ".pytest_cache" / "realtime-failed"
+        names.parent.mkdir(exist_ok=True)
+        names.write_text("".join(f"{name}\n" for name in sorted(failed)), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +119,7 @@ def edge_env(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     def build(folder: Path) -> None:
         venv.create(folder, with_pip=True)
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
-        _run([*pip, "--quiet", f"{wheel}[edge]"], cwd=folder, timeout=280)
+        _run([*pip, "--quiet", "-c", CONSTRAINTS, f"{wheel}[edge]"], cwd=folder, timeout=600)
 
     return _once(tmp_path_factory, "edge-env", build) / "bin"
 

@@ -1,0 +1,172 @@
+"""Everything that takes too long for `make test`: each row a command of its own, all of them in one table.
+
+Runs the tests marked ``soak`` (networks, hosts, audits at full size, the documents' federations), the whole matrix of
+kills, and the unit tests on the other Python. Writes benchmarks/results/soak.json, exits 1 where a row fails.
+
+    python benchmarks/soak.py                 all rows, about an hour on two cores
+    python benchmarks/soak.py chaos audit     those whose name contains one of these words; nothing is written
+    python benchmarks/soak.py --age           how old the last results are, in one line
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+UNIT = "not slow and not realtime and not soak"
+#: Seconds that a row may take; a soak that hangs shall still print its table.
+LIMIT = 3000
+#: Lines of a failed row's output that are printed.
+TAIL = 40
+
+
+@dataclass
+class Row:
+    """One command.
+
+    Attributes:
+        name: in the table.
+        commands: run one after the other, to the first that fails.
+        why_not: says why it cannot run here; empty where it can.
+        seconds: that it took, of wall time.
+        outcome: "passed", "failed", "not run".
+        said: its last line, or why it was not run.
+    """
+
+    name: str
+    commands: Sequence[Sequence[str]] = field(repr=False)
+    why_not: str = ""
+    seconds: float = 0.0
+    outcome: str = "not run"
+    said: str = ""
+
+
+def rows() -> list[Row]:
+    """What there is to run, in order."""
+    marked = subprocess.run(
+        [*PYTEST, "--collect-only", "-m", "soak"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=LIMIT,
+    )  # fmt: skip
+    files = dict.fromkeys(
+        line.split("::")[0] for line in marked.stdout.splitlines() if "::" in line
+    )
+    found = [Row(file, [[*PYTEST, "-m", "soak", file]]) for file in files]
+    found.append(Row("benchmarks/chaos.py", [[sys.executable, "benchmarks/chaos.py"]]))
+    return [*found, _other_python()]
+
+
+def _other_python() -> Row:
+    """The unit tests on the Python that .venv has not; its environment stays below .bench."""
+    version = "3.12" if sys.version_info[:2] == (3, 11) else "3.11"
+    name, folder = f"unit tests on Python {version}", ROOT / ".bench" / f"python{version}"
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+        return Row(name, [], f"there is no python{version} on PATH")
+    own, constraints = str(folder / "bin" / "python"), f"constraints/python{version}.txt"
+    pip = [own, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", constraints]
+    return Row(
+        name,
+        [
+            [python, "-m", "venv", str(folder)],
+            [*pip, "setuptools"],
+            [*pip, "--no-build-isolation", "-e", ".[dev]"],
+            [own, *PYTEST[1:], "-n", "2", "--dist", "loadfile", "-m", UNIT],
+        ],
+    )
+
+
+def play(row: Row) -> None:
+    """Run a row's commands and fill in what came of them."""
+    if row.why_not:
+        row.said = row.why_not
+        return
+    started, lines = time.monotonic(), [""]
+    row.outcome = "passed"
+    for command in row.commands:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, check=False,
+                timeout=max(1.0, LIMIT - (time.monotonic() - started)),
+            )  # fmt: skip
+            lines = done.stdout.strip().splitlines() or [""]
+            row.outcome = "failed" if done.returncode else "passed"
+        except subprocess.TimeoutExpired as error:
+            lines = [f"not within {error.timeout:.0f} s"]
+            row.outcome = "failed"
+        if row.outcome == "failed":
+            print("\n".join(lines[-TAIL:]), file=sys.stderr, flush=True)
+            break
+    row.seconds = round(time.monotonic() - started, 1)
+    row.said = lines[-1].strip("= ")
+
+
+def line_of(row: Row) -> str:
+    """A row of the table."""
+    return f"{row.name:52} {row.seconds:7.0f} s  {row.outcome:8} {row.said[:60]}"
+
+
+def age() -> str:
+    """When the last soak was, and how it ended, in one line."""
+    try:
+        found = json.loads(RESULTS.read_text(encoding="utf-8"))
+        days = (datetime.now(UTC) - datetime.fromisoformat(found["date"])).days
+        ended = [row["outcome"] for row in found["rows"]]
+        counts = ", ".join(f"{ended.count(word)} {word}" for word in dict.fromkeys(ended))
+        return f"soak: {days} days ago, of commit {found['commit'][:9]}: {counts}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "soak: has not run here yet; `make soak`"
+
+
+def main() -> int:
+    """Run the rows that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="parts of the names of rows")
+    parser.add_argument("--age", action="store_true", help="only tell how old the results are")
+    arguments = parser.parse_args()
+    if arguments.age:
+        print(age())
+        return 0
+    chosen = [
+        row for row in rows() if not arguments.words or any(w in row.name for w in arguments.words)
+    ]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    started = datetime.now(UTC)
+    for row in chosen:
+        print(f"{row.name} ...", flush=True)
+        play(row)
+        print(line_of(row), flush=True)
+    print("\n" + "\n".join(line_of(row) for row in chosen))
+    failed = any(row.outcome == "failed" for row in chosen)
+    if not arguments.words:
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "commit": commit.stdout.strip(),
+            "date": started.isoformat(timespec="seconds"),
+            "passed": not failed,
+            "rows": [
+                {k: v for k, v in asdict(row).items() if k not in ("commands", "why_not")}
+                for row in chosen
+            ],
+        }
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
