@@ -4,7 +4,7 @@ Flower's node sleeps three seconds after each poll that finds nothing, and half 
 are fixed in ``start_client_internal``. Between the exchanges of a run that is most of the time a round takes, so
 there the pauses are shorter. Where a release of Flower has no such place, only speed is lost.
 
-A test names the Flower version for which it was read.
+A test names the Flower versions for which it was read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 #: Flower's releases whose ``start_client_internal`` was read for this.
-READ: Final = ("1.41",)
+READ: Final = ("1.41", "1.42")
 #: Seconds between polls for ``BUSY_FOR`` seconds after a message, and between looks for its reply.
 POLL, LOOK, BUSY_FOR = 0.5, 0.05, 60.0
 

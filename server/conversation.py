@@ -1,8 +1,9 @@
 """The state of one exchange: what is under way to and from each node, and what to do where nothing comes.
 
 Requests and replies get lost: a SuperNode forgets what it holds when it stops, and Flower drops what it holds for a
-site that is not connected. A SuperNode handles one message after the other, so where a small probe is answered while
-the reply is missing, the reply will not come, and the request is sent once more. Requests are idempotent at a site.
+site that is not connected, and a reply whose upload broke off; 1.43 does so without a word. A SuperNode handles one
+message after the other, so where a small probe is answered while the reply is missing, the reply will not come, and
+the request is sent once more. Requests are idempotent at a site.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ GRACE = 60.0
 _REPORTED = 1000
 #: Flower's numbers for a site that is not connected, and for a ClientApp whose process died.
 _NODE_UNAVAILABLE, _CLIENT_APP_CRASHED = 5, 8
-#: Seconds until a request that Flower has dropped is sent again to a site that is connected.
+#: Seconds until a request that Flower has dropped, or not stored, is sent again.
 _PUSH_PAUSE = 2.0
+#: How often in a row Flower may refuse to store a node's request, until nobody waits for that node any more.
+_REFUSALS = 3
 #: How much longer than the first an unanswered probe may live, at most.
 _LONGEST_PROBE = 8
 
@@ -62,6 +65,7 @@ class _Asked:
     probed_at: float = 0.0
     probes_lost: int = 0
     pushes_again: int = 0
+    refused: int = 0  # pushes in a row that were not stored; no copy is under way then
     answered: bool = False  # a probe, since the last push
     done: bool = False
 
@@ -94,7 +98,6 @@ class Conversation:
         self.main: dict[str, int] = {}  # message id to node
         self.probes: dict[str, int] = {}
         self.answered: set[str] = set()
-        self.unsent: list[int] = []
         self.replies: dict[int, Message] = {}
         self.late: list[int] = []
         self.again: list[int] = []
@@ -107,8 +110,12 @@ class Conversation:
         return self.started + self.deadline
 
     def pending(self) -> list[int]:
-        """Nodes that were asked and have not answered."""
-        return [node for node, a in self.nodes.items() if not a.done and node not in self.unsent]
+        """Nodes that may still answer."""
+        return [n for n, a in self.nodes.items() if not a.done and a.refused < _REFUSALS]
+
+    def unsent(self) -> list[int]:
+        """Nodes of which the SuperLink has not stored the request."""
+        return [node for node, a in self.nodes.items() if a.refused]
 
     def push_all(self) -> None:
         """Send every request, large ones one by one, so that the progress can be seen."""
@@ -118,26 +125,29 @@ class Conversation:
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
             for message, number in zip(some, self._push(some), strict=True):
-                node = message.metadata.dst_node_id
-                if number:
-                    self.main[number] = node
-                    self.nodes[node].copies.add(number)
-                    self.nodes[node].asked_at = self.clock.now()
-                else:
-                    self.unsent.append(node)
+                self._pushed(message.metadata.dst_node_id, number)
             self.watch.sent(start + len(some), len(requests), self.sent)
         self.watch.pushed()
 
     def _push(self, messages: list[Message]) -> list[str | None]:
         grid = self.link.grid
-        ids: list[str | None] = list(
-            self.link.call(
-                "send requests", lambda: list(grid.push_messages(messages)), self.until, self.tick
-            )
+        given = self.link.call(
+            "send requests", lambda: list(grid.push_messages(messages)), self.until, self.tick
         )
-        self.sent += sum(payload_bytes(m) for m in messages)
-        # Flower gives no id for a message that could not be sent, and no ids at all where none could.
-        return ids + [None] * (len(messages) - len(ids))
+        # Flower gives "" or None for a message that it did not store, and no ids at all where it took none.
+        ids = [number or None for number in given] + [None] * (len(messages) - len(given))
+        self.sent += sum(payload_bytes(m) for m, n in zip(messages, ids, strict=True) if n)
+        return ids
+
+    def _pushed(self, node: int, number: str | None) -> None:
+        asked = self.nodes[node]
+        asked.asked_at = self.clock.now()
+        if number:
+            self.main[number] = node
+            asked.copies.add(number)
+            asked.refused = 0
+        elif not asked.copies:
+            asked.refused += 1
 
     def pull(self, pending: Iterable[int]) -> None:
         """Take what has come for these nodes."""
@@ -234,7 +244,7 @@ class Conversation:
         now = self.clock.now()
         for node in self.pending():
             asked = self.nodes[node]
-            if node in self.live.gone:
+            if node in self.live.gone and not asked.refused:
                 continue
             dropped = not asked.copies and now - asked.asked_at >= _PUSH_PAUSE
             if (asked.answered or dropped) and asked.pushes_again < self.patience.pushes_again:
@@ -252,12 +262,10 @@ class Conversation:
     def _push_again(self, node: int, asked: _Asked) -> None:
         # Anew, as Flower knows a message by what it holds, its time included, and delivers it once.
         (number,) = self._push([self._fresh(asked.request)])
-        asked.answered, asked.asked_at = False, self.clock.now()
+        asked.answered = False
         asked.pushes_again += 1
         self.pushed_again += 1
-        if number:
-            asked.copies.add(number)
-            self.main[number] = node
+        self._pushed(node, number)
 
     def _fresh(self, request: Message) -> Message:
         left = max(self.until - self.clock.now(), 1.0)

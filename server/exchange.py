@@ -95,7 +95,7 @@ def exchange(
         # Many sites are many calls: the SuperLink shall have as long for others as for us.
         pause = max(_FIRST_PAUSE, took, _SHARE * (clock.now() - news))
         clock.sleep(min(pause, _LAST_PAUSE, max(left, 0.0)))
-    absent = (*of.unsent, *of.pending())
+    absent = tuple(node for node, asked in of.nodes.items() if not asked.done)
     return Exchange(
         of.replies,
         tuple(of.late),
@@ -105,7 +105,7 @@ def exchange(
         of.sent,
         of.received,
         {n: s for n in absent if (s := live.away(n)) is not None},
-        tuple(of.unsent),
+        tuple(of.unsent()),
         tuple(of.arriving()),
         of.pushed_again,
     )

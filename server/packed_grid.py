@@ -25,9 +25,20 @@ class PackedGrid(WrappedGrid):
         """Push messages, each packed; the messages given are left as they are."""
         return self._grid.push_messages([_packed(message) for message in messages])
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull replies; one that cannot be unpacked stays as it came, and the gate refuses it."""
-        replies = list(self._grid.pull_messages(message_ids))
+    def pull_messages(
+        self,
+        message_ids: Iterable[str] | None = None,
+        *,
+        reply_to_message_ids: Iterable[str] | None = None,
+    ) -> Iterable[Message]:
+        """Pull replies; one that cannot be unpacked stays as it came, and the gate refuses it.
+
+        Args:
+            message_ids: of the requests.
+            reply_to_message_ids: the same, as Flower 1.43 names them.
+        """
+        # By position, as the inner grid's name for them depends on the release.
+        replies = list(self._grid.pull_messages(message_ids or reply_to_message_ids or ()))
         for reply in replies:
             _unpack(reply)
         return replies

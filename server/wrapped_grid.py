@@ -47,9 +47,14 @@ class WrappedGrid(Grid):
         """Pass on."""
         return self._grid.push_messages(messages)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
-        return self._grid.pull_messages(message_ids)
+    def pull_messages(
+        self,
+        message_ids: Iterable[str] | None = None,
+        *,
+        reply_to_message_ids: Iterable[str] | None = None,
+    ) -> Iterable[Message]:
+        """Pass on, by position: Flower 1.43 names the ids ``reply_to_message_ids``."""
+        return self._grid.pull_messages(message_ids or reply_to_message_ids or ())
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

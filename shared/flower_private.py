@@ -4,7 +4,7 @@ Flower offers no public way to approve bundles by hash (``--trusted-entities`` k
 ``flwr-clientapp`` and in ``flwr-serverapp`` the bundle's bytes pass through ``install_from_fab``; we stand in front of
 it, at a site to ask its policy, at the server to run no code but the installed one.
 
-A test names the Flower version for which both were read.
+A test names the Flower versions for which both were read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 #: Flower's releases whose modules below were read for this.
-READ: Final = ("1.41",)
+READ: Final = ("1.41", "1.42")
 CLIENT_APP: Final = "flwr.supernode.runtime.run_clientapp"
 SERVER_APP: Final = "flwr.superlink.runtime.run_serverapp"
 

@@ -1,4 +1,4 @@
-"""The two private places of Flower 1.41 that an in-process Grid needs; nothing else in fedge touches any.
+"""The two private places of Flower 1.41 and 1.42 that an in-process Grid needs; nothing else in fedge touches any.
 
 Flower's runtime sets a process-wide task identity before an app may build messages, and its SuperLink numbers the
 messages. A simulation has neither process, so it does both here. tests/simulations/test_flower_private.py names the

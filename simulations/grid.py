@@ -88,9 +88,19 @@ class InProcessGrid(Grid):
             ids.append(message_id)
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Let the next site of these messages work, and return its reply."""
-        for message_id in message_ids:
+    def pull_messages(
+        self,
+        message_ids: Iterable[str] | None = None,
+        *,
+        reply_to_message_ids: Iterable[str] | None = None,
+    ) -> Iterable[Message]:
+        """Let the next site of these messages work, and return its reply.
+
+        Args:
+            message_ids: of the requests.
+            reply_to_message_ids: the same, as Flower 1.43 names them.
+        """
+        for message_id in message_ids or reply_to_message_ids or ():
             if message_id in self._waiting:
                 return [self._answer(message_id, self._waiting.pop(message_id))]
         return []

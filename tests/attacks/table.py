@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -56,7 +55,11 @@ def page() -> str:
     """The page; every attack is run."""
     ours = run_ours((*ATTACKS, *FAULTS))
     theirs = {outcome.name: outcome for outcome in flower.run_all(SEED)}
-    lines = [_HEAD, f"| attack | fedge | Flower {version('flwr')} SecAgg+ |", "|---|---|---|"]
+    lines = [
+        _HEAD,
+        f"| attack | fedge | Flower {' and '.join(flower.MEASURED)} SecAgg+ |",
+        "|---|---|---|",
+    ]
     lines += [f"| {name} | {_cell(o)} | {_cell(theirs[name])} |" for name, o in ours.items()]
     lines += [_MORE, "| attack | what the server does | fedge |", "|---|---|---|"]
     for attack, (name, outcome) in zip(MORE, run_ours(MORE).items(), strict=True):

@@ -134,10 +134,11 @@ class FakeTime:
 
 
 class SuperLink(Grid):
-    """A SuperLink and its SuperNodes as Flower 1.41 has them, in a time of its own.
+    """A SuperLink and its SuperNodes as Flower 1.41 and 1.42 have them, in a time of its own.
 
     A site handles one message after the other. While it is down it handles none, what it held is lost, and 60 s after
-    it went down it is not listed: then Flower answers for it, and forgets the request.
+    it went down it is not listed: then Flower answers for it, and forgets the request. Flower 1.43 does neither, nor
+    does it say that a reply is gone: set ``tells`` to False.
 
     Args:
         time: the clock.
@@ -164,6 +165,10 @@ class SuperLink(Grid):
         self.lose: Callable[[Message], bool] = lambda message: False
         self.lose_reply: Callable[[Message], bool] = lambda message: False
         self.slower: Callable[[Message], float] = lambda message: 0.0
+        #: Requests that are not stored, and those whose reply was announced and never came whole.
+        self.refuse: Callable[[Message], bool] = lambda message: False
+        self.gone: Callable[[Message], bool] = lambda message: False
+        self.tells = True
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -196,6 +201,9 @@ class SuperLink(Grid):
         self._fails()
         ids = []
         for message in messages:
+            if self.refuse(message):
+                ids.append("")
+                continue
             ids.append(f"m{len(self.pushed)}")
             flower_private.number(message, ids[-1])
             self.pushed.append(message)
@@ -224,30 +232,38 @@ class SuperLink(Grid):
                 if reply is not None and not self.lose_reply(message):
                     self.ready[message.metadata.message_id] = (end, reply)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    # By position alone, as releases of Flower name the ids differently.
+    def pull_messages(self, message_ids: Iterable[str], /) -> Iterable[Message]:
         self._fails()
         for node in self.queues:
             self._work(node)
         found = []
         for number in message_ids:
+            assert number, "a message that was not stored is asked for"
             node = self.where.get(number)
-            if node is not None and not self.listed(node):
+            if self.tells and node is not None and not self.listed(node):
                 found.append(self._flower_says(number, 5))
                 self.queues[node] = [
                     q for q in self.queues[node] if q[1].metadata.message_id != number
                 ]
                 self.where.pop(number)
                 self.ready.pop(number, None)
-            elif node is None:
+            elif self.tells and node is None:
                 found.append(self._flower_says(number, 3))
             elif number in self.ready and self.ready[number][0] <= self.time.time:
-                found.append(self.ready.pop(number)[1])
+                reply = self.ready.pop(number)[1]
                 self.where.pop(number)
+                if not self.gone(self._request(number)):
+                    found.append(reply)
+                elif self.tells:
+                    found.append(self._flower_says(number, 3))
         return found
 
+    def _request(self, number: str) -> Message:
+        return next(m for m in self.pushed if m.metadata.message_id == number)
+
     def _flower_says(self, number: str, code: int) -> Message:
-        request = next(m for m in self.pushed if m.metadata.message_id == number)
-        error = Message(Error(code=code, reason="unavailable"), reply_to=request)
+        error = Message(Error(code=code, reason="unavailable"), reply_to=self._request(number))
         error.metadata.__dict__["_src_node_id"] = 1 << 60
         return error
 

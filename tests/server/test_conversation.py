@@ -12,6 +12,8 @@ from fedge.server.conversation import Watch
 from fedge.server.exchange import Exchange, exchange
 from fedge.server.link import Clock, Link, Patience
 from fedge.server.liveness import Liveness
+from fedge.server.payload import payload_bytes
+from fedge.server.tally import absence
 from fedge.shared import protocol
 from fedge.shared.errors import RunError
 
@@ -51,9 +53,15 @@ def requests(nodes: Sequence[int]) -> list[Message]:
     return [Message(content, dst_node_id=n, message_type="train", ttl=700.0) for n in nodes]
 
 
-def play(grid: Any, told: Told, deadline: float = 600.0, **patience: Any) -> Exchange:
+def play(
+    grid: Any,
+    told: Told,
+    deadline: float = 600.0,
+    probe: RecordDict | None = PROBE,
+    **patience: Any,
+) -> Exchange:
     link = Link(grid, Clock(grid.time.now, grid.time.sleep), Patience(**patience))
-    return exchange(Liveness(link), requests(list(grid.queues)), deadline, told.watch(), PROBE)
+    return exchange(Liveness(link), requests(list(grid.queues)), deadline, told.watch(), probe)
 
 
 def mains(grid: Any, node: int) -> list[Message]:
@@ -68,9 +76,11 @@ def probes(grid: Any) -> list[Message]:
     return [m for m in grid.pushed if m.metadata.message_type == protocol.PROBE]
 
 
-@pytest.fixture
-def grid(superlink: Any, fake_time: Any) -> Any:
-    return superlink(fake_time, answer, [1, 2, 3])
+@pytest.fixture(params=[True, False], ids=["flower 1.42", "flower 1.43"])
+def grid(superlink: Any, fake_time: Any, request: pytest.FixtureRequest) -> Any:
+    found = superlink(fake_time, answer, [1, 2, 3])
+    found.tells = request.param
+    return found
 
 
 @pytest.fixture
@@ -115,6 +125,94 @@ def test_a_lost_request_or_reply_is_made_good_within_seconds(what: str, grid: An
     )
     assert second.content is first.content
     assert len(probes(grid)) == 1
+
+
+def test_a_reply_whose_objects_are_gone_is_made_good_within_seconds(grid: Any, told: Told):
+    """Flower 1.42 says so; with 1.43 the reply does not come, as if the site were still at work."""
+    grid.gone = once(grid, 2)
+    got = play(grid, told)
+    assert set(got.replies) == {1, 2, 3}
+    assert got.again == got.stray == ()
+    assert got.pushed_again == 1
+    assert told.at() < 20
+    assert len(probes(grid)) == (0 if grid.tells else 1)
+
+
+def test_where_flower_says_nothing_it_is_the_probe_that_finds_out(grid: Any, told: Told):
+    grid.gone = once(grid, 2)
+    got = play(grid, told, probe=None)
+    assert got.absent == (() if grid.tells else (2,))
+    assert (told.at() >= 600) is not grid.tells
+
+
+def test_a_request_that_is_not_stored_is_sent_again(grid: Any, told: Told):
+    first, probe = once(grid, 2), once(grid, 3, protocol.PROBE)
+    grid.refuse = lambda message: first(message) or probe(message)
+    grid.lose = once(grid, 3)
+    got = play(grid, told)
+    assert set(got.replies) == {1, 2, 3}
+    assert got.absent == got.unsent == got.again == got.stray == ()
+    assert len(mains(grid, 2)) == 1
+    assert got.sent == payload_bytes(requests([2])[0]) * 4 + payload_bytes(probes(grid)[0])
+    assert told.at() < 40
+
+
+def test_a_repetition_that_is_not_stored_leaves_the_first_request_under_way(grid: Any, told: Told):
+    seen: list[Message] = []
+
+    def repeated(message: Message) -> bool:
+        main = message.metadata.message_type == "train" and message.metadata.dst_node_id == 2
+        seen.extend([message] if main else [])
+        return main and len(seen) > 1
+
+    grid.refuse = repeated
+    grid.slower = lambda m: 0.0 if m.metadata.message_type == protocol.PROBE else 5.0
+    grid.lose_reply = once(grid, 2)
+    got = play(grid, told, deadline=100.0)
+    assert len(seen) > 3
+    assert (got.absent, got.unsent) == ((2,), ())
+    assert absence(got, 2, 100.0) == "connected, but no reply within 100 s"
+
+
+@pytest.mark.parametrize("number", ["", None, "none at all"])
+def test_sites_whose_requests_are_never_stored_are_not_waited_for(
+    number: str | None, grid: Any, told: Told
+):
+    tries: list[int] = []
+    push = grid.push_messages
+
+    def refuse(message: Message) -> bool:
+        tries.append(message.metadata.dst_node_id)
+        return tries[-1] != 1
+
+    def pushing(messages: Any) -> Any:
+        ids = [found or number for found in push(messages)]
+        return [] if set(ids) == {"none at all"} else ids
+
+    grid.refuse, grid.push_messages = refuse, pushing
+    got = play(grid, told, large=1)
+    assert set(got.replies) == {1}
+    assert got.absent == got.unsent == (2, 3)
+    assert [tries.count(node) for node in (1, 2, 3)] == [1, 3, 3]
+    assert told.at() < 10
+    assert absence(got, 2, 600.0) == "the SuperLink takes no requests for it"
+
+
+def test_a_site_that_is_not_connected_either_is_not_waited_for(
+    grid: Any, told: Told, fake_time: Any
+):
+    grid.refuse = lambda m: m.metadata.dst_node_id == 2
+    grid.down[2] = [(fake_time.now() - 100.0, 1e9)]
+    got = play(grid, told, listing=0.5)
+    assert got.absent == got.unsent == (2,)
+    assert told.at() < 10
+    assert absence(got, 2, 600.0).startswith("not connected for")
+
+
+def test_a_deadline_between_two_refusals_says_what_was_wrong(grid: Any, told: Told):
+    grid.refuse = lambda m: m.metadata.dst_node_id == 2
+    got = play(grid, told, deadline=3.0)
+    assert got.absent == got.unsent == (2,)
 
 
 def test_a_slow_site_has_one_probe_under_way_and_is_not_asked_again(grid: Any, told: Told):

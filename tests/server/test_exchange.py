@@ -248,19 +248,6 @@ def test_an_error_that_flower_itself_answers_with_does_not_count_for_the_site():
     assert got.stray == ()
 
 
-@pytest.mark.parametrize("unsent", [[None, "id-2", ""], []])
-def test_what_could_not_be_sent_is_absent(unsent: list[str | None]):
-    class Failing(Network):
-        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            list(super().push_messages(messages))
-            return unsent  # type: ignore[return-value]
-
-    got = exchange(Failing({n: after(0.0) for n in (1, 2, 3)}), asked(1, 2, 3), 5.0)
-    sent = {2} if unsent else set()
-    assert set(got.replies) == sent
-    assert set(got.absent) == {1, 2, 3} - sent
-
-
 def test_bytes_are_counted_both_ways():
     request = ask(1)
     got = exchange(Network({1: after(0.0, 0.0)}), [request], 5.0)

@@ -27,9 +27,12 @@ def answer(message: Message) -> Message:
     return Message(RecordDict({"config": ConfigRecord({"of": "site"})}), reply_to=message)
 
 
-@pytest.fixture
-def grid(superlink: Any, fake_time: Any) -> Iterator[Any]:
-    """Node 2's first reply is announced and never complete: whoever asks for it waits in the call."""
+@pytest.fixture(params=[True, False], ids=["flower 1.42", "flower 1.43"])
+def grid(superlink: Any, fake_time: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Node 2's first reply is announced and never complete: whoever asks for it waits in the call.
+
+    In the end Flower 1.42 says that it is gone; 1.43 says nothing.
+    """
     over = threading.Event()
 
     class Broken(superlink):  # type: ignore[misc]
@@ -45,9 +48,12 @@ def grid(superlink: Any, fake_time: Any) -> Iterator[Any]:
             while self.broken in ids and self.time.now() < begun + HELD and not over.is_set():
                 time.sleep(0.005)
             found = list(super().pull_messages([i for i in ids if i != self.broken]))
-            return [*found, self._flower_says(self.broken, 3)] if self.broken in ids else found
+            gone = self.tells and self.broken in ids
+            return [*found, self._flower_says(self.broken, 3)] if gone else found
 
-    yield Broken(fake_time, answer, [1, 2, 3])
+    found = Broken(fake_time, answer, [1, 2, 3])
+    found.tells = request.param
+    yield found
     over.set()
 
 

@@ -137,6 +137,31 @@ def test_a_reply_that_comes_later_is_simply_not_there_yet(
     assert [r.metadata.reply_to_message_id for r in grid.pull_messages(ids)] == ids[1:]
 
 
+@pytest.mark.parametrize("name", ["message_ids", "reply_to_message_ids"])
+def test_both_names_for_the_ids_are_taken_and_the_inner_grid_is_called_with_neither(
+    name: str,
+) -> None:
+    class Renamed(Scripted):
+        """As Flower 1.43, to which ``message_ids`` is a name that goes."""
+
+        def pull_messages(
+            self, reply_to_message_ids: Any = None, *, message_ids: Any = None
+        ) -> Iterable[Message]:
+            assert message_ids is None
+            assert reply_to_message_ids is not None, "would be everything"
+            return super().pull_messages(reply_to_message_ids)
+
+    for inner in (Scripted(), Renamed()):
+        grid = PackedGrid(inner)
+        ids = list(grid.push_messages([request(3)]))
+        inner.reply(0, packed.pack(answer()))
+        assert [r.content for r in grid.pull_messages(**{name: ids})] == [answer()]
+        assert list(grid.pull_messages(**{name: []})) == []
+        assert list(grid.pull_messages()) == []
+        with pytest.raises(TypeError):
+            grid.pull_messages(ids=ids)  # type: ignore[call-arg]
+
+
 STRANGE = {
     "garbage": RecordDict({packed.NAME: ConfigRecord({packed.NAME: b"\xff" * 50})}),
     "a number": RecordDict({packed.NAME: ConfigRecord({packed.NAME: 7})}),

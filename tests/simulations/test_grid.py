@@ -115,6 +115,15 @@ def test_only_what_is_asked_for_is_worked_on(grid: InProcessGrid, sites: Sites):
     assert list(grid.pull_messages(["unknown"])) == []
 
 
+def test_flower_1_43_names_the_ids_anew(grid: InProcessGrid):
+    ids = list(grid.push_messages(requests()))
+    (one,) = grid.pull_messages(message_ids=ids[1:])
+    (other,) = grid.pull_messages(reply_to_message_ids=ids[2:])
+    assert [r.metadata.src_node_id for r in (one, other)] == [2, 3]
+    assert list(grid.pull_messages(reply_to_message_ids=["unknown"])) == []
+    assert list(grid.pull_messages()) == [], "node 1's is still there, and nobody asked for it"
+
+
 def test_message_ids_never_come_again(grid: InProcessGrid):
     first, second = (list(grid.push_messages(requests())) for _ in range(2))
     assert not set(first) & set(second)

@@ -22,7 +22,7 @@ SITES = 1000
 
 
 def inverted(clipping_bound: float, fraction_below: float) -> float:
-    """The rule as Flower 1.41 has it."""
+    """The rule as Flower 1.41 and 1.42 have it."""
     return clipping_bound * math.exp(0.2 * (fraction_below - 0.5))
 
 
