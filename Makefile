@@ -3,6 +3,8 @@
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
+# Where it is set, each of the hundreds of processes of the tests would compile fedge anew.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install demo static check test soak upgrade clean
@@ -76,7 +78,7 @@ test: install $(STATIC)
 	@$(BIN)/python benchmarks/soak.py --age
 	@rm -f .pytest_cache/realtime-failed
 	$(BIN)/pytest -q $(PARALLEL) -m "not realtime and not soak"
-	$(BIN)/pytest -q -m "realtime and not soak"
+	$(BIN)/pytest -q -m "realtime and not soak" $$(grep -rl --include='test_*.py' mark.realtime tests)
 
 soak: install $(STATIC)
 	$(BIN)/python benchmarks/soak.py

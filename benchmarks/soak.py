@@ -1,7 +1,8 @@
-"""Everything that takes too long for `make test`: each row a command of its own, all of them in one table.
+"""Everything, also what takes too long for `make test`: each row a command of its own, all of them in one table.
 
-Runs the tests marked ``soak`` (networks, hosts, audits at full size, the documents' federations), the whole matrix of
-kills, and the unit tests on the other Python. Writes benchmarks/results/soak.json, exits 1 where a row fails.
+Runs what `make test` runs, the tests marked ``soak`` (networks, hosts, audits at full size, the documents'
+federations), the whole matrix of kills, and the unit tests on the other Python. Writes benchmarks/results/soak.json,
+exits 1 where a row fails.
 
     python benchmarks/soak.py                 all rows, about an hour on two cores
     python benchmarks/soak.py chaos audit     those whose name contains one of these words; nothing is written
@@ -63,7 +64,12 @@ def rows() -> list[Row]:
     files = dict.fromkeys(
         line.split("::")[0] for line in marked.stdout.splitlines() if "::" in line
     )
-    found = [Row(file, [[*PYTEST, "-m", "soak", file]]) for file in files]
+    parallel = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    found = [
+        Row("make test, in parallel", [[*PYTEST, *parallel, "-m", "not realtime and not soak"]]),
+        Row("make test, realtime", [[*PYTEST, "-m", "realtime and not soak"]]),
+    ]
+    found += [Row(file, [[*PYTEST, "-m", "soak", file]]) for file in files]
     found.append(Row("benchmarks/chaos.py", [[sys.executable, "benchmarks/chaos.py"]]))
     return [*found, _other_python()]
 

@@ -120,7 +120,7 @@ def shell(tmp_path, edge_env):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("page", [p for p in WITH_SHELL if p.name != "add-a-task.md"], ids=name_of)
 def test_the_shell_blocks_of_a_page_run(shell, page):
@@ -138,7 +138,7 @@ def test_a_block_that_fails_is_noticed(shell):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1000)
 def test_the_task_of_the_page_can_be_added(shell):
     page = ROOT / "docs" / "how-to" / "add-a-task.md"

@@ -17,7 +17,7 @@ from .deployment import LOST, SILENCE, Deployment, Told
 from .proxy import FaultProxy
 from .scenes import playing
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.soak, pytest.mark.realtime, pytest.mark.timeout(1800)]
 
 CONFIG = """
 [task]

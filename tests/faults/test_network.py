@@ -15,7 +15,7 @@ from .deployment import LOST, SILENCE, Deployment, Told
 from .proxy import FaultProxy
 from .scenes import playing
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1800)]
 
 CONFIG = """
 [task]
@@ -132,6 +132,13 @@ def scenes(
         yield found
 
 
-@pytest.mark.parametrize("scene", SCENES)
+# What people meet most; the others take minutes.
+@pytest.mark.parametrize(
+    "scene",
+    [
+        pytest.param(name, marks=() if scene is a_reset_every_5_s else pytest.mark.soak)
+        for name, scene in SCENES.items()
+    ],
+)
 def test_a_bad_line(scenes: dict[str, Future[None]], scene: str) -> None:
     scenes[scene].result()

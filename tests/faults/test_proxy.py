@@ -9,7 +9,7 @@ import pytest
 from .proxy import CHUNK, HOST, FaultProxy
 
 SHORT = 0.2
-WAIT = 5.0
+WAIT = 60.0
 
 
 class _Echo(socketserver.BaseRequestHandler):
@@ -77,16 +77,16 @@ def test_without_faults_bytes_pass_unchanged_and_are_counted(echo):
 
 def test_latency_delays_each_way_and_ends_when_it_is_set_back(echo):
     with FaultProxy(echo, latency=SHORT) as proxy, connected(proxy) as client:
-        assert 2 * SHORT <= ask(client) < 2 * SHORT + 1
+        assert 2 * SHORT <= ask(client) < 30
         proxy.latency = 0.0
-        assert ask(client) < 2 * SHORT
+        assert min(ask(client) for _ in range(10)) < 2 * SHORT
 
 
 def test_latency_does_not_thin(echo):
-    # One chunk at a time would take a latency for each: 64 chunks, 12.8 s each way.
-    data = bytes(64 * CHUNK)
+    # One chunk at a time would take a latency for each: 256 chunks, 51.2 s each way.
+    data = bytes(256 * CHUNK)
     with FaultProxy(echo, latency=SHORT) as proxy, connected(proxy) as client:
-        assert 2 * SHORT <= ask(client, data) < 3
+        assert 2 * SHORT <= ask(client, data) < 25
 
 
 def test_bandwidth_is_shared_by_all_connections(echo):
@@ -103,9 +103,9 @@ def test_bandwidth_is_shared_by_all_connections(echo):
         other.start()
         ask(one, data)
         other.join(WAIT)
-        assert expected * 0.9 <= time.monotonic() - begun < 3 * expected + 1
+        assert expected * 0.9 <= time.monotonic() - begun < 30
         proxy.bandwidth = None
-        assert ask(one, data) < expected * 0.9
+        assert min(ask(one, data) for _ in range(10)) < expected * 0.9
 
 
 def test_a_sender_is_held_back_when_the_buffer_is_full(echo):
@@ -124,7 +124,8 @@ def test_connections_are_reset_again_and_again(echo):
             proxy.reset_every = SHORT
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
-        with connected(proxy) as client, pytest.raises(ConnectionResetError):
+        # The reset may come as early as in connect().
+        with pytest.raises(ConnectionResetError), connected(proxy) as client:
             client.recv(1)
         assert proxy.resets >= 2
         proxy.reset_every = None
@@ -162,11 +163,12 @@ def test_half_open_swallows_both_ways_on_old_and_new_connections(echo):
 
 
 def test_half_open_swallows_what_is_on_its_way(echo):
-    with FaultProxy(echo, latency=SHORT) as proxy, connected(proxy) as client:
+    with FaultProxy(echo, latency=5 * SHORT) as proxy, connected(proxy) as client:
         client.sendall(b"ping")
-        time.sleep(1.5 * SHORT)  # the echo is on its way back
+        until(lambda: proxy.delivered["up"] == 4)
+        time.sleep(SHORT)  # the echo is on its way back
         proxy.half_open = True
-        client.settimeout(3 * SHORT)
+        client.settimeout(8 * SHORT)
         with pytest.raises(TimeoutError):
             client.recv(1)
         assert proxy.delivered == {"up": 4, "down": 0}

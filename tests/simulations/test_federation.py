@@ -16,7 +16,7 @@ import pytest
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import process
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1800)]
 
 FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
 
@@ -75,11 +75,13 @@ def _naming(text: str) -> list[int]:
     return found
 
 
-def test_a_deployed_run_is_the_simulated_one(
-    chaos: ModuleType, config: Path, simulated: str, tmp_path: Path
+def test_a_deployed_run_whose_coordinator_is_killed_is_the_simulated_one(
+    chaos: ModuleType, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    with chaos.federation(config, out) as live:
+    config, out = tmp_path / "config.toml", tmp_path / "run"
+    config.write_text(chaos.CONFIG.replace("local-steps = 400", "local-steps = 20"))
+    simulated = chaos.reference(config, tmp_path / "simulated")
+    with chaos.federation(config, out, "mid-checkpoint:2") as live:
         live.wait(lambda: live.committed() >= 1, 300, "round 1")
         known = _processes(out)
         # Each site has a daemon, a node and a worker of its own; the relay's processes know no torch.
@@ -89,11 +91,13 @@ def test_a_deployed_run_is_the_simulated_one(
             for relay in (daemon, live.pid(site, "supernode"), live.pid(site, "superexec")):
                 assert "libtorch" not in Path(f"/proc/{relay}/maps").read_text()
             assert (out / "sites" / site / "site.key").stat().st_mode & 0o777 == 0o600
+        chaos.fallen(live, "coordinator")
         assert live.process.wait(chaos.PATIENCE * 200) == 0, live.tail()
     _none_left(known, out)
     assert chaos.sha256(out) == simulated
     told = json.loads((out / "run.json").read_text())
-    other = json.loads((config.parent / "simulated" / "run.json").read_text())
+    assert len(told["flower_runs"]) == 2
+    other = json.loads((tmp_path / "simulated" / "run.json").read_text())
     assert told["state"] == "finished"
     assert told["sites"] == other["sites"]
     assert told["model_sha256"] == other["model_sha256"]
@@ -103,6 +107,7 @@ def test_a_deployed_run_is_the_simulated_one(
     assert len(keys) == 3
 
 
+@pytest.mark.soak
 def test_killed_in_every_round_it_goes_on_and_ends_with_the_same_bytes(
     chaos: ModuleType, config: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +132,7 @@ def test_killed_in_every_round_it_goes_on_and_ends_with_the_same_bytes(
     _none_left([], out)
 
 
+@pytest.mark.soak
 def test_a_killed_parent_leaves_nothing_the_run_goes_on_and_down_ends_it(
     chaos: ModuleType, config: Path, simulated: str, tmp_path: Path
 ) -> None:
@@ -162,6 +168,7 @@ def test_a_killed_parent_leaves_nothing_the_run_goes_on_and_down_ends_it(
     assert chaos.sha256(out) == simulated
 
 
+@pytest.mark.soak
 def test_a_required_site_that_is_not_there_fails_loudly(
     chaos: ModuleType, config: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from fedge.shared.compile import calibration
 from fedge.shared.daemon import home as homes
 from fedge.shared.manifest_artefacts import ONNX_KINDS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1800)]
 
 PURPOSES = ("train", "evaluate", "calibrate", "qualify")
 CONFIG = """
