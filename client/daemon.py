@@ -25,7 +25,7 @@ from fedge.client import flower_private, link_check, node_log
 from fedge.client.site_file import SiteFile, load
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import launcher, sockets
-from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.process import Preloaded, Program, preload, script
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import SiteError
 from fedge.shared.flower_private import CLIENT_APP, before_bundle
@@ -34,8 +34,9 @@ _log = logging.getLogger(__name__)
 
 Part = Literal["both", "relay", "worker"]
 
-#: Seconds between two questions of the SuperExec to its node for work. At 0.05 an idle site took 8 % of a core.
-POLL = "0.2"
+#: Seconds between two questions of the SuperExec to its node for work. At 0.05 an idle site took 8 % of a core; four
+#: sites that start ask some two hundred times before their first round ends.
+POLL = "0.3"
 #: Seconds between two looks at the server and its certificate.
 LINK_EVERY = 30.0
 #: Seconds in which the node must have taken a reply from a process that ended with an error.
@@ -44,14 +45,17 @@ TAKEN_WITHIN = 5.0
 DEAF_EVERY, GOOD_BYE = 1.0, 5.0
 #: Seconds that a client process has beyond the worker's deadline, and a look at the server in all.
 APP_EXTRA, LINK_WITHIN = 120.0, 30.0
+#: What a fork server is asked for, with the home.
+WORKER = "worker"
 
 
-def run(home: Path, part: Part = "both") -> int:
+def run(home: Path, part: Part = "both", *, fork_server: Path | None = None) -> int:
     """Run the daemon until SIGTERM.
 
     Args:
         home: as ``fedge site init`` made it.
         part: which half runs here; with two users each half has a home of its own.
+        fork_server: socket of a process that forks workers; a worker is a new interpreter where there is none.
 
     Returns:
         The exit status: 0 after SIGTERM.
@@ -66,7 +70,7 @@ def run(home: Path, part: Part = "both") -> int:
     with homes.lock(home):
         # What a daemon that was killed has left is given the time to end, and its port with it.
         homes.clear(home)
-        daemon = SiteDaemon(home, site, part)
+        daemon = SiteDaemon(home, site, part, fork_server)
         daemon.supervisor.run()
     return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
 
@@ -78,10 +82,14 @@ class SiteDaemon:
         home: absolute.
         site: its site.toml.
         part: "both", or one half.
+        fork_server: as ``run``.
     """
 
-    def __init__(self, home: Path, site: SiteFile, part: Part) -> None:
+    def __init__(
+        self, home: Path, site: SiteFile, part: Part, fork_server: Path | None = None
+    ) -> None:
         self._home, self._site = home, site
+        self._fork_server = fork_server
         self._socket = home / site.worker.socket
         self._port = 0
         self._node_log = node_log.NodeLog(home / "log" / "supernode.log")
@@ -97,21 +105,19 @@ class SiteDaemon:
 
     def _keep_worker(self) -> None:
         command = (sys.executable, "-m", "fedge.client.serve", str(self._home), "--with-parent")
-        log = self.supervisor.log_of("worker")
-        self.supervisor.add(
-            Service(
-                "worker",
-                lambda: Program("fedge worker", log, command=command),
-                ready=self._worker_answers,
-            )
+        program = Program(
+            f"fedge worker --home {self._home}",
+            self.supervisor.log_of("worker"),
+            command=command,
+            preloaded=Preloaded(self._fork_server, WORKER, (str(self._home),))
+            if self._fork_server
+            else None,
         )
+        self.supervisor.add(Service("worker", lambda: program, ready=self._worker_answers))
 
     def _keep_relay(self) -> None:
-        # Only the relay's side knows Flower; imported before the first fork, as every fork then has it.
-        import flwr.supernode.cli  # noqa: F401
-
-        from fedge.client import app  # noqa: F401
-
+        # Only the relay's side knows Flower.
+        preload(("flwr.supernode.cli", "flwr.supernode.main", "httpcore", "fedge.client.app"))
         self._secret = self._home / "superexec.secret"
         homes.write_secret(self._secret)
         self._environment = {

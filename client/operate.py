@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedge.client import budget, node_key, own_roster, policy, site_file
-from fedge.client.privacy_policy import PrivacyPolicy
-from fedge.client.socket_link import SocketLink
+from fedge.client import node_key, own_roster, site_file
 from fedge.shared import flower_app, signing
 from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.daemon import home as homes
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import BundleError, DeployError, FedgeError
 from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
+
+if TYPE_CHECKING:
+    from fedge.client.policy import SecurePolicy
+    from fedge.client.privacy_policy import PrivacyPolicy
 
 #: Days before its end from which a certificate is worth a warning.
 WARN_DAYS = 30
@@ -54,7 +56,7 @@ def init(
     data: Path | None = None,
     share: Path | None = None,
     bundle: str | None = None,
-    secure: policy.SecurePolicy | None = None,
+    secure: SecurePolicy | None = None,
     privacy: PrivacyPolicy | None = None,
     trust: Trust | None = None,
 ) -> str:
@@ -103,6 +105,9 @@ def init(
         write_atomically(home / own_roster.TRUST, vouched.key)
         write_atomically(home / own_roster.FILE, vouched.roster)
         own_roster.read(home)
+    # Here, as it imports Flower.
+    from fedge.client import policy
+
     policy.write(
         home,
         tasks=[task],
@@ -183,6 +188,10 @@ def status(home: Path) -> dict[str, Any]:
     services: dict[str, Any] = told.get("services", {})
     link = _as_of_now(told.get("link") or {})
     worker: dict[str, Any] | None
+    # Here, as these import Flower.
+    from fedge.client import budget
+    from fedge.client.socket_link import SocketLink
+
     try:
         worker = SocketLink(home.absolute() / site.worker.socket, deadline=5.0).status()
     except FedgeError as error:
@@ -213,6 +222,8 @@ def status(home: Path) -> dict[str, Any]:
 
 def _unserved(home: Path, task: str) -> str:
     """Why the worker, though it answers, serves nothing; empty where it does, or where the policy is another user's."""
+    from fedge.client import policy
+
     try:
         allowed = policy.read(home)
     except DeployError:
@@ -254,6 +265,8 @@ def status_text(found: Mapping[str, Any]) -> str:
             f"serves     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
         )
     if found["privacy"] is not None:
+        from fedge.client import budget
+
         lines += budget.lines(found["privacy"])
     for name, service in found["services"].items():
         restarts = f", {service['restarts']} restarts" if service["restarts"] else ""

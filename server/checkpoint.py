@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fedge.server.journal import Commit
 from fedge.shared.arrays import NDArrays, encode, read
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
-from fedge.shared.tasks.task import Task
+
+if TYPE_CHECKING:
+    from fedge.shared.tasks.task import Task
 
 _ARRAYS, _MEMORY = "arrays/", "memory/"
 #: The newest is what counts; the one before it is kept against a disk that lies about a flush.
@@ -21,6 +22,8 @@ KEPT = 2
 
 def initial_arrays(task: Task, seed: int) -> NDArrays:
     """The task's network as drawn from ``seed``, whatever was drawn before."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = task.network()

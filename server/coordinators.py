@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from fedge.server import finish
 from fedge.server.control import CONNECTION, Control
 from fedge.server.run_directory import RunDirectory, state_of
 from fedge.shared import flower_app, flower_private
-from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.process import Preloaded, Program, script
 from fedge.shared.daemon.supervisor import Supervisor, words
 from fedge.shared.errors import RunError
 from fedge.shared.flower_private import SERVER_APP
@@ -40,6 +40,8 @@ MOST_REFUSALS = 12
 FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
 #: Seconds between two looks at the directories.
 LOOK_EVERY = 0.5
+#: What a fork server is asked for, with Flower's arguments.
+COORDINATOR = "coordinator"
 #: File by which an operator asks for a run's end.
 STOP_REQUEST = "stop"
 
@@ -70,6 +72,7 @@ class Coordinators:
         control: of its SuperLink.
         environment: of Flower's processes.
         at_once: runs played at the same time.
+        fork_server: socket of a process that forks coordinators; each is a fork of the daemon where there is none.
     """
 
     def __init__(
@@ -79,11 +82,13 @@ class Coordinators:
         control: Control,
         environment: Mapping[str, str],
         at_once: int = 1,
+        fork_server: Path | None = None,
     ) -> None:
         self._folder, self._supervisor, self._control = home / "runs", supervisor, control
         self._memory = home / "flower-runs.json"
         self._environment, self._at_once = dict(environment), at_once
         self._app = home / "app"
+        self._fork_server = fork_server
         self._runs: dict[str, _Run] = {}
         self._given_up: set[str] = set()
         self._next_look = 0.0
@@ -126,8 +131,11 @@ class Coordinators:
         program = Program(
             f"flwr-serverapp {name}",
             self._supervisor.log_of("coordinator"),
-            function=partial(_server_app, arguments),
+            function=partial(play, arguments),
             environment=environment,
+            preloaded=Preloaded(self._fork_server, COORDINATOR, tuple(arguments))
+            if self._fork_server
+            else None,
         )
         ended = partial(self._ended, run)
         run.pid = self._supervisor.task(f"coordinator {name}", program, ended)
@@ -268,7 +276,7 @@ def in_order(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=submitted) if folder.is_dir() else []
 
 
-def _server_app(arguments: list[str]) -> int | None:
+def play(arguments: Sequence[str]) -> int | None:
     """What a fork runs for ``flwr-serverapp``: Flower's own command, but no code that a bundle brings."""
     flower_private.before_bundle(SERVER_APP, flower_app.require_ours)
     return script("flwr-serverapp", arguments)()

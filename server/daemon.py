@@ -23,7 +23,7 @@ from fedge.server.coordinators import Coordinators
 from fedge.shared import flower_app
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import launcher
-from fedge.shared.daemon.process import Program, script
+from fedge.shared.daemon.process import Program, preload, script
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError, FedgeError
@@ -38,11 +38,12 @@ ASK_AGAIN = 70.0
 MOST_FAILURES = 4
 
 
-def run(home: Path) -> int:
+def run(home: Path, *, fork_server: Path | None = None) -> int:
     """Run the daemon until SIGTERM.
 
     Args:
         home: as ``fedge server init`` made it.
+        fork_server: socket of a process that forks coordinators, where there is one.
 
     Returns:
         The exit status: 0 after SIGTERM.
@@ -57,7 +58,7 @@ def run(home: Path) -> int:
     with homes.lock(home):
         # What a daemon that was killed has left is given the time to end, and its port with it.
         homes.clear(home)
-        daemon = ServerDaemon(home, settings)
+        daemon = ServerDaemon(home, settings, fork_server)
         daemon.supervisor.run()
     return 0 if daemon.supervisor.ended_by in (0, signal.SIGTERM) else 130
 
@@ -68,17 +69,16 @@ class ServerDaemon:
     Args:
         home: absolute.
         settings: its server.toml.
+        fork_server: as ``run``.
 
     Raises:
         DeployError: as ``run``.
     """
 
-    def __init__(self, home: Path, settings: server_file.ServerFile) -> None:
-        # Imported before the first fork, as every fork then has it.
-        import flwr.cli.app
-        import flwr.supercore.cli
-        import flwr.superlink.cli  # noqa: F401
-
+    def __init__(
+        self, home: Path, settings: server_file.ServerFile, fork_server: Path | None = None
+    ) -> None:
+        preload(("flwr.cli.app", "flwr.supercore.cli", "flwr.superlink.cli", "httpcore"))
         self._home, self._server = home, settings.server
         self._days = certificates.check(
             home, datetime.now(UTC), host=homes.split_address(settings.server.address)[0]
@@ -106,7 +106,9 @@ class ServerDaemon:
         self._asked: dict[str, float] = {}
         self._anew = not (home / "superlink.db").exists() and bool(self._nodes)
         self._next_roster = self._next_nodes = 0.0
-        self._runs = Coordinators(home, self.supervisor, self._control, self._environment)
+        self._runs = Coordinators(
+            home, self.supervisor, self._control, self._environment, fork_server=fork_server
+        )
         self._keep()
 
     def _keep(self) -> None:

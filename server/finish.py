@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import flwr
-
 from fedge.server import report
 from fedge.server.journal import Journal, RunRow
 from fedge.server.run_directory import RunDirectory
@@ -97,7 +95,7 @@ def write_run(
             "finished": finished,
             "model_sha256": model_sha256,
             "fedge": version("fedge"),
-            "flower": flwr.__version__,
+            "flower": version("flwr"),
         },
     )
 

@@ -20,8 +20,6 @@ from fedge.server.report.noised import lost
 from fedge.server.run_directory import RunDirectory
 from fedge.server.trained import Trained
 from fedge.shared.bundle import Part, write_bundle
-from fedge.shared.compile.export import export_onnx, opset_of
-from fedge.shared.compile.parity import parity
 from fedge.shared.errors import BundleError, ReleaseError, RunError
 from fedge.shared.manifest import Manifest
 from fedge.shared.manifest_artefacts import ONNX_FP32, Artefact, Latency
@@ -149,6 +147,10 @@ def _prepare(
     directory: RunDirectory, model: Trained, contributors: tuple[str, ...]
 ) -> tuple[Manifest, bytes]:
     """The manifest without latency, and the exported model."""
+    # Here, as what is wrong with a path or a key is told without torch.
+    from fedge.shared.compile.export import export_onnx, opset_of
+    from fedge.shared.compile.parity import parity
+
     task, run = model.task, model.run
     config = trained.read(directory.config)
     metrics = _metrics(trained.read_json(directory.metrics))

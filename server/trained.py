@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Final
 
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, preprocess
@@ -18,7 +15,11 @@ from fedge.shared.errors import BundleError, ConfigError, RunError, UsageError
 from fedge.shared.manifest_rules import network_shape
 from fedge.shared.preprocess import Step
 from fedge.shared.tasks.registry import get_task
-from fedge.shared.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedge.shared.tasks.task import Task
 
 JSON_LIMIT: Final = 64 * 2**20
 RUN: Final = "run.json"
@@ -146,6 +147,9 @@ def load_network(path: Path, task: Task, sha256: str) -> nn.Module:
 
 
 def _network(task: Task, weights: NDArrays, *, remedy: str = "") -> nn.Module:
+    # Here, as a directory that is none is refused without.
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         network = task.network()
     expected = {name: (tuple(t.shape), t.numpy().dtype) for name, t in network.state_dict().items()}

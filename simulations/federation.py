@@ -7,41 +7,45 @@ is that of a simulation, with the server's home in ``server/`` and each site's i
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from fedge.server.journal import Journal
-from fedge.server.run_directory import RunDirectory, prepare, state_of
+from fedge.server.run_directory import RunDirectory, state_of
 from fedge.shared.config import Config
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import process
 from fedge.shared.daemon.process import Program
 from fedge.shared.daemon.supervisor import Service, Supervisor
-from fedge.shared.errors import (
-    ConfigError,
-    DataError,
-    DeployError,
-    FedgeError,
-    RunError,
-    SiteError,
-)
-from fedge.simulations.local_homes import make_homes
+from fedge.shared.errors import ConfigError, DeployError
+from fedge.simulations.preparation import SOCKET, error_of, prepared
 
+#: What every fork has then, as these processes are forks of this one; torch is for workers and coordinator alone.
+_FLOWER: Final = (
+    "flwr.cli.app",
+    "flwr.supercore.cli",
+    "flwr.superlink.cli",
+    "flwr.superlink.main",
+    "flwr.supernode.cli",
+    "flwr.supernode.main",
+    # Flower's client and its server import these at the first request.
+    "httpcore",
+    "anyio.streams.tls",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
+    "fedge.client.daemon",
+    "fedge.server.daemon",
+)
 #: Times that a daemon may end at once before the federation is given up.
 MOST_FAILURES: Final = 4
 #: Seconds in which the server must be ready, from the beginning and after a restart.
 READY_WITHIN: Final = 120.0
 #: Seconds that a daemon has to end, as it ends its own services one layer after the other.
 DAEMON_GRACE: Final = 25.0
-
-_BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
 
 
 def federate(
@@ -67,97 +71,23 @@ def federate(
     out = out.absolute()
     if homes.held(out / "federation"):
         raise DeployError(902, f"{out}: must be free, got a running federation")
-    # Beside the division of the data, this process imports Flower.
-    work = _begin(partial(_divide, config, out, resume))
-    _import_flower()
-    finished = _result(work)
-    if not finished:
-        (out / "federation").mkdir(exist_ok=True)
-        with homes.lock(out / "federation"):
-            make_homes(config, out)
-            _supervise(RunDirectory(out), quiet=quiet)
-        _sweep(out)
+    # Before the first fork, as workers and coordinator need Flower too.
+    process.preload(_FLOWER)
+    from fedge.simulations.local_homes import make_homes
+
+    with prepared(config, out, resume=resume) as finished:
+        if not finished:
+            (out / "federation").mkdir(exist_ok=True)
+            with homes.lock(out / "federation"):
+                make_homes(config, out)
+                _supervise(RunDirectory(out), quiet=quiet)
+            _sweep(out)
     directory = RunDirectory(out)
     if directory.journal.is_file():
         # Its last user leaves it as one file, also where somebody looked on while the coordinator closed it.
         Journal(directory.journal).close()
     _raise_what_stopped(directory)
     return directory
-
-
-def _import_flower() -> None:
-    """Import it before the first fork, as every fork then has it; torch is for workers and coordinator alone."""
-    import flwr.cli.app
-    import flwr.superlink.cli
-    import flwr.supernode.cli  # noqa: F401
-
-    from fedge.client import daemon as site_daemon  # noqa: F401
-    from fedge.server import daemon as server_daemon  # noqa: F401
-
-
-def _divide(config: Config, out: Path, resume: bool) -> bool:
-    """Make the run directory, and every site's share of the data; whether the run is finished already."""
-    from fedge.client import share
-    from fedge.client.data import site_shares
-    from fedge.server import finish
-    from fedge.shared.privacy.fitness import require_fit
-    from fedge.shared.tasks.check import check
-    from fedge.shared.tasks.registry import get_task
-
-    task = get_task(config.task.name)
-    if not RunDirectory(out).says_finished():
-        check(task)
-        require_fit(config.privacy, task, config.secure_aggregation.min_sites)
-    shares = site_shares(config, task)
-    directory, finished = prepare(out, config, resume=resume)
-    if finished:
-        finish.restore(directory)
-        return True
-    for name, data in shares.items():
-        place = out / "sites" / name
-        if not (place / "site.toml").exists():
-            place.mkdir(parents=True, exist_ok=True)
-            share.write(place / "share", data)
-    return False
-
-
-_Work: TypeAlias = tuple[BaseProcess, Connection]
-
-
-def _begin(work: partial[bool]) -> _Work:
-    """Begin work in a process of its own: it imports torch and reads the data, which no relay may inherit."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_report, args=(work, there))
-    child.start()
-    there.close()
-    return child, here
-
-
-def _result(work: _Work) -> bool:
-    """What the work gave, or its error."""
-    child, here = work
-    try:
-        told = json.loads(here.recv_bytes(1 << 20))
-    except EOFError:
-        told = {"code": 104, "message": "the preparation ended without a word"}
-    finally:
-        child.join()
-    if "code" in told:
-        raise _BY_FAULT.get(told["code"] // 100, FedgeError)(told["code"], told["message"])
-    return bool(told["finished"])
-
-
-def _report(work: partial[bool], there: Connection) -> None:
-    process.die_with_parent()
-    told: dict[str, object]
-    try:
-        told = {"finished": work()}
-    except FedgeError as error:
-        told = {"code": error.code, "message": error.message}
-    except KeyboardInterrupt:
-        told = {"code": 103, "message": "interrupted"}
-    there.send_bytes(json.dumps(told).encode())
 
 
 def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
@@ -175,7 +105,7 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
                 name,
                 partial(
                     Program, f"fedge {name} --home {home}", supervisor.log_of(name),
-                    function=partial(run, home),
+                    function=partial(run, home, fork_server=out / SOCKET),
                 ),
                 ready=partial(_is_ready, home, names if name == "server" else ()),
                 after=() if name == "server" else ("server",),
@@ -284,7 +214,7 @@ def _raise_what_stopped(directory: RunDirectory) -> None:
         code, message = int(str(told["code"]).removeprefix("FE-")), str(told["message"])
     except (OSError, ValueError, KeyError, TypeError):
         code, message = 509, f"{directory.path}: must be finished, got {state}"
-    raise _BY_FAULT.get(code // 100, RunError)(code, message)
+    raise error_of(code, message)
 
 
 def _sweep(out: Path) -> int:

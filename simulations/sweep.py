@@ -19,7 +19,6 @@ from typing import Any, Final, TypeAlias
 
 import tomli_w
 
-from fedge.client.privacy_policy import simulated
 from fedge.server import report
 from fedge.server.progress import Silent
 from fedge.server.run_directory import RunDirectory, state_of
@@ -29,7 +28,6 @@ from fedge.shared.errors import FedgeError
 from fedge.shared.privacy.charges import Unit
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.tasks.registry import get_task
-from fedge.simulations.engine import simulate
 
 NAME: Final = "sweep.json"
 
@@ -135,6 +133,9 @@ def run(all_jobs: Sequence[Job], folder: Path, delta: float, told: Told) -> list
         delta: at which epsilon is reckoned.
         told: of the progress.
     """
+    # Here, as a configuration that is refused above is refused without torch.
+    from fedge.simulations.engine import simulate
+
     found = []
     for i, job in enumerate(all_jobs, 1):
         directory = RunDirectory(folder / "runs" / job.name)
@@ -178,6 +179,8 @@ def spent(directory: RunDirectory, unit: Unit, delta: float) -> tuple[float, flo
     Returns:
         The largest epsilon against the model's consumers, and against the server; None where no site was charged.
     """
+    from fedge.client.privacy_policy import simulated
+
     study = simulated().study
     ledgers = [Ledger(path) for path in sorted(directory.sites.glob(f"*/{FILE}"))]
     totals = [ledger.spent(study, unit, delta) for ledger in ledgers]

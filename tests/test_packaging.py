@@ -1,7 +1,6 @@
 """What is shipped: the package list, the wheel, the edge's dependencies, and who may import whom."""
 
 import ast
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,11 @@ COMPONENTS = ("client", "edge", "server", "shared", "simulations")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 #: prometheus_client comes with the extra `serve`, and is imported where --metrics asks for it.
 EDGE_MAY_USE = {"numpy", "onnxruntime", "cryptography", "grpc", "google", "prometheus_client"}
+
+LISTING = """
+from importlib.metadata import distributions
+print(*(d.metadata["Name"].lower() for d in distributions()))
+"""
 
 
 def sources() -> list[Path]:
@@ -138,6 +142,7 @@ def tree(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_import_contracts_hold_over_every_module(tree):
     done = lint_imports(tree)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -146,6 +151,7 @@ def test_the_import_contracts_hold_over_every_module(tree):
     assert "0 broken" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
@@ -184,6 +190,7 @@ def test_a_forbidden_import_breaks_its_contract(tree, file, line, broken):
     assert re.search(rf"{re.escape(broken)}.* BROKEN", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 def test_types_are_checked_in_every_component(tree, tmp_path):
     """One wrong line in each, as a checker that follows no link finds nothing to complain of."""
     assert set(PROJECT["tool"]["mypy"]["packages"]) == {f"fedge.{name}" for name in COMPONENTS}
@@ -203,7 +210,7 @@ def test_types_are_checked_in_every_component(tree, tmp_path):
             cwd=tree,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
         )
     finally:
         for component in COMPONENTS:
@@ -216,22 +223,7 @@ def test_types_are_checked_in_every_component(tree, tmp_path):
 
 @pytest.mark.slow
 def test_a_device_s_environment_holds_what_the_edge_needs_and_no_more(edge_env):
-    listing = subprocess.run(
-        [
-            edge_env / "python",
-            "-m",
-            "pip",
-            "list",
-            "--format",
-            "json",
-            "--disable-pip-version-check",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    names = {row["name"].lower() for row in json.loads(listing.stdout)}
+    names = set(run(edge_env, edge_env, "python", "-c", LISTING).stdout.split())
     assert {"fedge", "numpy", "onnxruntime", "cryptography", "grpcio", "protobuf"} <= names
     assert not names & {
         "torch",
@@ -243,7 +235,7 @@ def test_a_device_s_environment_holds_what_the_edge_needs_and_no_more(edge_env):
         "scikit-learn",
         "safetensors",
     }
-    assert len(names - {"fedge", "pip", "setuptools", "wheel"}) <= 12, names
+    assert len(names - {"fedge"}) <= 12, names
 
 
 def run(bin_folder: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess[str]:

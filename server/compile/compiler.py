@@ -21,8 +21,6 @@ from fedge.server.trained import Trained
 from fedge.shared.bundle import write_bundle
 from fedge.shared.compile import calibration
 from fedge.shared.compile.calibration import Calibration
-from fedge.shared.compile.export import export_onnx, opset_of
-from fedge.shared.compile.parity import parity
 from fedge.shared.compile.targets import Target
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import ReleaseError, UsageError
@@ -80,6 +78,10 @@ def compile_model(
     if not out.absolute().parent.is_dir():
         raise ReleaseError(606, f"{out}: must lie in a folder that exists")
     model = trained.of_run(source) if source.is_dir() else trained.of_checkpoint(source, task)
+    # Here, as what is wrong with a path is told without torch.
+    from fedge.shared.compile.export import export_onnx, opset_of
+    from fedge.shared.compile.parity import parity
+
     progress("model.onnx", "exporting", 0.0)
     fp32 = export_onnx(model.network, model.shape)
     found = parity(model.network, fp32, model.shape)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from fedge.shared.arrays import NDArrays, digest
 from fedge.shared.compile.ranges import MOST_TENSORS
@@ -22,7 +20,9 @@ from fedge.shared.manifest_artefacts import (
     ONNX_INT8,
     ONNX_INT8_SYMMETRIC,
 )
-from fedge.shared.tasks.task import Task
+
+if TYPE_CHECKING:
+    from fedge.shared.tasks.task import Task
 
 #: In the order in which they are asked for.
 CANDIDATES: Final = (ONNX_FP32, ONNX_FP16, ONNX_INT8, ONNX_INT8_SYMMETRIC)
@@ -57,6 +57,8 @@ def fp32(task: Task, arrays: NDArrays, shape: tuple[int, ...]) -> bytes:
         found = _kept.get(key)
         if found is not None:
             return found
+        import torch
+
         from fedge.shared.compile.export import export_onnx
 
         with torch.random.fork_rng(devices=[]):

@@ -6,12 +6,13 @@ import fcntl
 import json
 import logging
 import os
+import random
 import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,17 @@ def clear(home: Path) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, nor gets by itself: below those that the system gives to whoever dials.
+
+    Raises:
+        OSError: none of a thousand was free.
+    """
+    choose = random.SystemRandom()
+    for _ in range(1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, choose.randrange(20_000, 32_000)))
+            return int(probe.getsockname()[1])
+    raise OSError(f"{host}: must have a free port between 20000 and 32000, got none")
 
 
 def answers(host: str, port: int, timeout: float = 0.2) -> bool:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedge.shared.daemon import logs, process
+from fedge.shared.daemon import fork_server, logs, process
 from fedge.shared.daemon.process import Program
 
 _log = logging.getLogger(__name__)
@@ -95,10 +95,13 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.services: dict[str, Service] = {}
         self._tasks: dict[int, _Task] = {}
+        # Of processes that are another one's children.
+        self._remote: dict[int, fork_server.Remote] = {}
         self._logs_due = 0.0
         self._selector = selectors.DefaultSelector()
         self._stopping = False
         self._told: str | None = None
+        self._pid, self._born = os.getpid(), process.birth(os.getpid())
         self._signal = 0
 
     @property
@@ -154,7 +157,7 @@ class Supervisor:
         Returns:
             Its process id.
         """
-        pid = process.start(program)
+        pid = self._fork(program)
         ends = None if deadline is None else time.monotonic() + deadline
         self._tasks[pid] = _Task(name, process.birth(pid), time.monotonic(), ends, on_exit)
         return pid
@@ -235,7 +238,7 @@ class Supervisor:
         _safely(self._tell)
 
     def _start(self, service: Service, now: float) -> None:
-        pid = _safely(lambda: process.start(service.program()))
+        pid = _safely(lambda: self._fork(service.program()))
         if pid is None:
             self._put_off(service)
             return
@@ -244,12 +247,29 @@ class Supervisor:
         service.since, service.is_ready = now, False
         _log.info("%s started, pid %d", service.name, service.pid)
 
+    def _fork(self, program: Program) -> int:
+        remote = fork_server.ask(program)
+        if remote is None:
+            return process.start(program)
+        self._remote[remote.pid] = remote
+        return remote.pid
+
+    def _status(self, pid: int) -> int | None:
+        """Wait status of a process that we have started, None while it runs."""
+        remote = self._remote.get(pid)
+        if remote is None:
+            return _ended(pid)
+        status = remote.ended()
+        if status is not None:
+            del self._remote[pid]
+        return status
+
     def _reap(self) -> None:
         for service in self.services.values():
-            if service.pid and (status := _ended(service.pid)) is not None:
+            if service.pid and (status := self._status(service.pid)) is not None:
                 self._ended(service, status)
         for pid in list(self._tasks):
-            if (status := _ended(pid)) is not None:
+            if (status := self._status(pid)) is not None:
                 task = self._tasks.pop(pid)
                 if (told := task.on_exit) is not None:
                     _safely(partial(told, status))
@@ -282,17 +302,13 @@ class Supervisor:
         deadline = time.monotonic() + grace
         for pid in pids:
             _signal(pid, signal.SIGTERM)
-        left = list(pids)
-        while left:
-            left = [pid for pid in left if _ended(pid) is None]
-            if left and time.monotonic() > deadline:
+        left, killed = list(pids), False
+        while left := [pid for pid in left if self._status(pid) is None]:
+            if not killed and time.monotonic() > deadline:
+                killed = True
                 for pid in left:
                     _signal(pid, signal.SIGKILL)
-                for pid in left:
-                    os.waitpid(pid, 0)
-                return
-            if left:
-                time.sleep(0.02)
+            time.sleep(0.02)
 
     def _tell(self, *, force: bool = False) -> None:
         """Write status.json where anything in it has changed."""
@@ -311,8 +327,8 @@ class Supervisor:
         ]
         content: dict[str, Any] = {
             "boot": process.boot(),
-            "pid": os.getpid(),
-            "born": process.birth(os.getpid()),
+            "pid": self._pid,
+            "born": self._born,
             "services": processes,
         }
         content |= {"tasks": tasks, **self.facts}

@@ -21,13 +21,12 @@ from fedge.simulations.audit.bound import lower_bound
 from fedge.simulations.audit.canary_releases import given_out
 from fedge.simulations.audit.canary_rounds import parameters
 from fedge.simulations.audit.canary_vectors import Canaries, Listener
+from fedge.simulations.commands.audit import LEAST_FACTOR
 
 #: How often a mechanism that keeps its promise may be told as broken.
 P: Final = 0.05
 #: A site's own where its policy names none.
 DELTA: Final = 1e-5
-#: Least share of the noise that is left by the check of the check.
-LEAST_FACTOR: Final = 0.01
 
 Verdict: TypeAlias = Literal["unprotected", "caught", "not contradicted"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fedge.shared.command import Command
 
@@ -29,6 +29,10 @@ def _arguments(parser: ArgumentParser) -> None:
         "--noise-factor", metavar="F", type=float, default=1.0,
         help="a check of the check: cut the noise to this share, as 0.25; exit status 1 says that it was caught",
     )  # fmt: skip
+
+
+#: Least share of the noise that is left by the check of the check.
+LEAST_FACTOR: Final = 0.01
 
 
 class Told:
@@ -58,12 +62,10 @@ class Told:
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.simulations.audit.canaries import Sizes
-
-    return run(arguments, Sizes())
+    return run(arguments)
 
 
-def run(arguments: Namespace, sizes: Sizes) -> int:
+def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     """Audit, print, write; the sizes are fixed but in tests.
 
     Returns:
@@ -78,16 +80,9 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
     import sys
     import time
 
-    from fedge.client.data import site_shares
     from fedge.shared.config_file import dump, load
     from fedge.shared.errors import UsageError
-    from fedge.shared.privacy.entropy import Entropy
-    from fedge.shared.privacy.fitness import require_fit
-    from fedge.shared.tasks.check import check
-    from fedge.shared.tasks.registry import get_task
-    from fedge.simulations.audit import page
-    from fedge.simulations.audit.canaries import LEAST_FACTOR, audit
-    from fedge.simulations.audit.inversion import invert
+    from fedge.shared.tasks.registry import get_task, require_task
 
     began, factor = time.monotonic(), arguments.noise_factor
     if not LEAST_FACTOR <= factor <= 1:
@@ -103,6 +98,16 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
             "privacy.noise-multiplier: must be set for an audit, got epsilon, for which each site finds its own;"
             " add --set privacy.noise-multiplier and leave epsilon out",
         )
+    require_task(config.task.name)
+    # Here, as these import torch.
+    from fedge.client.data import site_shares
+    from fedge.shared.privacy.entropy import Entropy
+    from fedge.shared.privacy.fitness import require_fit
+    from fedge.shared.tasks.check import check
+    from fedge.simulations.audit import page
+    from fedge.simulations.audit.canaries import Sizes, audit
+    from fedge.simulations.audit.inversion import invert
+
     task = get_task(config.task.name)
     check(task)
     require_fit(config.privacy, task, config.secure_aggregation.min_sites)
@@ -110,7 +115,7 @@ def run(arguments: Namespace, sizes: Sizes) -> int:
     out = folder(arguments.out, Path("runs/audit"))
     told, entropy = Told(), Entropy()
     try:
-        found = audit(config, task, sizes, entropy, told, noise_factor=factor)
+        found = audit(config, task, sizes or Sizes(), entropy, told, noise_factor=factor)
         told("one update", 0, 1)
         inverted = invert(config, task, next(iter(shares.values())), entropy)
     finally:

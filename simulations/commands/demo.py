@@ -42,9 +42,8 @@ def _run(arguments: Namespace) -> int:
     import sys
     import time
 
-    from fedge.simulations import demo, device
-    from fedge.simulations.progress import Progress
-    from fedge.simulations.summary import summary_table
+    from fedge.simulations import device
+    from fedge.simulations.commands.simulate import require_free
 
     started = time.monotonic()
 
@@ -54,6 +53,12 @@ def _run(arguments: Namespace) -> int:
 
     edge = device.find(arguments.edge)
     out = arguments.out or _free(Path("runs/demo"))
+    require_free(out, resume=False)
+    # Here, as these import torch and Flower.
+    from fedge.simulations import demo
+    from fedge.simulations.progress import Progress
+    from fedge.simulations.summary import summary_table
+
     config = demo.configuration()
     say(
         f"Training {config.task.name} over {config.sites.count} sites "

@@ -10,6 +10,7 @@ from fedge.shared.command import Command
 
 if TYPE_CHECKING:
     from fedge.server.run_directory import RunDirectory
+    from fedge.shared.config import Config
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -25,6 +26,42 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Config:
+    """The configuration, where nothing that can be seen without the task's own code speaks against it.
+
+    Raises:
+        ConfigError: 201 to 211, the configuration or the run directory.
+        DataError: 304, there is no such task.
+    """
+    from fedge.shared.config_file import load
+    from fedge.shared.tasks.registry import require_task
+
+    config = load(path, overrides)
+    require_task(config.task.name)
+    require_free(out, resume=resume)
+    return config
+
+
+def require_free(out: Path, *, resume: bool) -> None:
+    """Refuse a run directory that ``prepare`` would refuse at a glance, and make nothing.
+
+    Raises:
+        ConfigError: 206, not empty and not resumed; 209, a file; 210, cannot be read.
+    """
+    from fedge.shared.errors import ConfigError
+
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(209, f"{out}: must be a directory, got a file")
+        found = sorted(p.name for p in out.iterdir() if p.name != "lock") if out.exists() else []
+    except OSError as error:
+        raise ConfigError(
+            210, f"{out}: must be a directory that can be made, got {error.strerror}"
+        ) from None
+    if found and not resume:
+        raise ConfigError(206, f"{out}: must be empty, got {len(found)} entries such as {found[0]}")
 
 
 def show(directory: RunDirectory, *, as_json: bool) -> None:
@@ -46,11 +83,11 @@ def show(directory: RunDirectory, *, as_json: bool) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.shared.config_file import load
+    config = settled(arguments.config, arguments.set, arguments.out, resume=arguments.resume)
+    # Here, as these import torch and Flower, and what is refused above should be refused at once.
     from fedge.simulations.engine import simulate
     from fedge.simulations.progress import Progress
 
-    config = load(arguments.config, arguments.set)
     with Progress(quiet=arguments.quiet) as progress:
         directory = simulate(config, arguments.out, resume=arguments.resume, listener=progress)
     show(directory, as_json=arguments.json)

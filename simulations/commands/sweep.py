@@ -49,16 +49,10 @@ def _run(arguments: Namespace) -> int:
     import sys
     import time
 
-    from fedge.client.data import site_shares
-    from fedge.server.report.sweep import parse
-    from fedge.server.run_directory import RunDirectory
     from fedge.shared.config_file import read_tree
     from fedge.shared.errors import ConfigError, UsageError
-    from fedge.shared.privacy.fitness import require_fit
-    from fedge.shared.tasks.check import check
-    from fedge.shared.tasks.registry import get_task
-    from fedge.simulations import sweep, sweep_page
-    from fedge.simulations.commands.audit import Told, folder, write
+    from fedge.shared.tasks.registry import get_task, require_task
+    from fedge.simulations import sweep
 
     noise_multipliers = _numbers(arguments.noise_multiplier)
     _require(arguments)
@@ -71,6 +65,16 @@ def _run(arguments: Namespace) -> int:
         )
     jobs = sweep.jobs(tree, noise_multipliers, arguments.seeds)
     config = jobs[1].config
+    require_task(config.task.name)
+    # Here, as these import torch.
+    from fedge.client.data import site_shares
+    from fedge.server.report.sweep import parse
+    from fedge.server.run_directory import RunDirectory
+    from fedge.shared.privacy.fitness import require_fit
+    from fedge.shared.tasks.check import check
+    from fedge.simulations import sweep_page
+    from fedge.simulations.commands.audit import Told, folder, write
+
     task = get_task(config.task.name)
     # What no run could do ends the sweep before it begins.
     check(task)

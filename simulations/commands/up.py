@@ -29,14 +29,14 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.shared.config_file import load
-    from fedge.simulations.commands.simulate import show
-    from fedge.simulations.federation import federate
+    from fedge.simulations.commands.simulate import settled, show
 
     overrides = list(arguments.set)
     if arguments.sites is not None:
         overrides.append(f"sites.count={arguments.sites}")
-    config = load(arguments.config, overrides)
+    config = settled(arguments.config, overrides, arguments.out, resume=arguments.resume)
+    from fedge.simulations.federation import federate
+
     directory = federate(config, arguments.out, resume=arguments.resume, quiet=arguments.quiet)
     show(directory, as_json=arguments.json)
     return 0

@@ -56,6 +56,7 @@ def test_the_version_that_this_was_measured_on() -> None:
     assert minor in flower.MEASURED, "measure again: python -m attacks.flower_secagg"
 
 
+@pytest.mark.slow
 def test_an_honest_round_finds_the_sum() -> None:
     error, examples, true = flower.honest_round(seed=7)
     assert error <= 6  # each of the six rounds at random, by less than one step
@@ -73,6 +74,7 @@ def test_a_client_without_the_whole_secret_stays_masked() -> None:
     assert outcome.verdict == "refused"
 
 
+@pytest.mark.slow
 def test_every_attack_of_the_design_was_run(outcomes: dict[str, flower.Outcome]) -> None:
     assert set(outcomes) == set(SUCCEEDS) | set(REFUSED)
 

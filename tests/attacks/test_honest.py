@@ -36,6 +36,7 @@ def test_batch_norms_statistics_are_summed_and_its_counter_is_not(tmp_path):
     assert (found["1.running_var"] != 0).all()
 
 
+@pytest.mark.slow
 def test_a_site_without_examples_takes_part_with_nothing(tmp_path):
     server = whole(make_sites(tmp_path, site_6=0))
     assert server.is_right()
@@ -51,6 +52,7 @@ def test_a_site_beyond_the_cap_weighs_as_much_as_the_cap(tmp_path):
     assert counted["examples"] == 40 + 70 + 130 + 90 + 25 + BOUNDS.weight_cap
 
 
+@pytest.mark.slow
 def test_a_huge_update_is_clipped_and_counted(tmp_path):
     sites = make_sites(tmp_path)
     sites[VICTIM].learner.data.train_features[...] *= 300
@@ -67,6 +69,7 @@ def test_a_huge_update_is_clipped_and_counted(tmp_path):
     assert np.linalg.norm(server.plain(VICTIM)) > 2 * most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_site_whose_weights_are_not_finite_is_out_before_it_has_a_key(value, tmp_path):
     sites = make_sites(tmp_path)

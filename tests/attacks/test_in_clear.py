@@ -174,6 +174,7 @@ def searched(task: str, home: Path, *, secure: bool) -> tuple[list[Said], set[st
     return said, set().union(*(found_in(raw, secret) for secret in secrets.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["digits", "breast-cancer"])
 def test_nothing_of_one_site_is_in_any_message(task, tmp_path):
     said, found = searched(task, tmp_path, secure=True)
@@ -197,6 +198,7 @@ def test_nothing_of_one_site_is_in_any_message(task, tmp_path):
         assert set(reply[protocol.CONFIG]) == {"site", "run-id", "server-round", "task"}
 
 
+@pytest.mark.slow
 def test_the_twin_without_masks_is_full_of_it(tmp_path):
     _, found = searched("breast-cancer", tmp_path, secure=False)
     assert found >= {

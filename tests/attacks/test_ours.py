@@ -56,6 +56,7 @@ def name_of(attack: Callable[[Path], Attack]) -> str:
     return attack.__name__.replace("_", "-")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", REFUSED, ids=name_of)
 def test_refused(attack, tmp_path, caplog):
     with caplog.at_level(logging.ERROR, logger="fedge"):
@@ -92,6 +93,7 @@ def test_the_honest_twin_opens_the_right_sum(tmp_path):
     assert server.shares_given(VICTIM) == len(NAMES)
 
 
+@pytest.mark.slow
 def test_the_honest_twin_is_asked_again_and_answers_the_same_bytes(tmp_path):
     server = Server(honest_round(tmp_path).sites, server_round=2).begin()
     for kind, values, take in (

@@ -212,6 +212,7 @@ def test_an_environment_that_is_not_complete_is_made_anew(edge, left, monkeypatc
     assert not (folder / "half").exists()
 
 
+@pytest.mark.slow
 def test_what_pip_said_is_told(edge):
     command = [
         sys.executable,
@@ -226,6 +227,7 @@ def test_what_pip_said_is_told(edge):
         edge.edge_servers._run("pip", command)
 
 
+@pytest.mark.slow
 def test_memory_and_time_are_the_processs_own(edge):
     code = "import sys; x = bytearray(64 << 20); del x; sum(range(5_000_000)); print(1, flush=True); sys.stdin.read()"
     ballast = bytearray(b"1" * (256 << 20))

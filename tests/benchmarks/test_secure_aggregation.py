@@ -173,14 +173,18 @@ def test_the_speed_of_masks_counts_bytes(comparison):
     assert all(0.01 < value < 1000 for value in speed.values())
 
 
+@pytest.mark.slow
 def test_own_work_is_not_that_of_others(comparison):
-    elsewhere = comparison.Elsewhere()
+    elsewhere, began = comparison.Elsewhere(), time.monotonic()
     deadline = time.process_time() + 0.3
     while time.process_time() < deadline:
         pass
-    assert 0 <= elsewhere.cores <= os.cpu_count() - 0.2
+    found, took = elsewhere.cores, time.monotonic() - began
+    # Half of ours for what the kernel rounds; beside others, 0.3 s may take seconds.
+    assert 0 <= found <= os.cpu_count() - 0.15 / took
 
 
+@pytest.mark.slow
 def test_the_cost_has_a_row_for_each_size(cost):
     said = []
     small, large = cost.measure((3, 10), (1000,), said.append)

@@ -1,6 +1,7 @@
 from itertools import islice
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ def stream(first: int, steps: int, rows: int = 10, batch_size: int = 4, site: st
     return [b.tolist() for b in found]
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 40),
     batch_size=st.integers(1, 50),

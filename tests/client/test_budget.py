@@ -35,6 +35,7 @@ def test_nothing_is_told_where_nothing_was_charged(home):
     ]
 
 
+@pytest.mark.slow
 def test_each_unit_has_its_line(home):
     ledger = Ledger.create(home / FILE)
     charge(ledger, "central", Release(1.0, 0.1, 100), unit="site")

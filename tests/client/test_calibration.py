@@ -116,6 +116,7 @@ def by_kind(reply, kinds=ONNX_KINDS):
 # Calibrating
 
 
+@pytest.mark.slow
 def test_ranges_are_the_smallest_and_largest_activations_of_the_training_examples(
     tell, worker, about, graph, task, data
 ):
@@ -134,6 +135,7 @@ def test_ranges_are_the_smallest_and_largest_activations_of_the_training_example
     assert metrics(tell(worker, about(CALIBRATE))) == told
 
 
+@pytest.mark.slow
 def test_a_site_looks_at_as_many_examples_as_are_asked_for_and_clips(
     tell, task, many, about, tmp_path
 ):
@@ -159,6 +161,7 @@ def test_one_example_more_is_another_sample_and_not_the_same_with_one_more():
     assert len(calibration_ranges.rows(500, 64, 42, "a", every=True)) == 500
 
 
+@pytest.mark.slow
 def test_examples_are_looked_at_in_parts_with_the_same_result(
     tell, worker, about, monkeypatch, task, data, tmp_path
 ):
@@ -168,6 +171,7 @@ def test_examples_are_looked_at_in_parts_with_the_same_result(
     assert metrics(tell(again, about(CALIBRATE))) == whole
 
 
+@pytest.mark.slow
 def test_a_run_gets_its_ranges_once_and_the_same_again_after_a_restart(
     tell, worker, task, data, about, weights
 ):
@@ -193,6 +197,7 @@ def test_a_run_gets_its_ranges_once_and_the_same_again_after_a_restart(
     assert metrics(tell(again, about(CALIBRATE, run_id="r-2", graph_sha256=graph))) != told
 
 
+@pytest.mark.slow
 def test_a_graph_gets_five_minutes_at_most_whatever_is_asked(about, task, weights):
     for deadline, granted in ((3600, 300.0), (7, 7.0)):
         content = about(CALIBRATE, section={"deadline": deadline}).content
@@ -311,6 +316,7 @@ def test_an_unknown_candidate_or_too_many_or_ranges_that_are_none_are_refused(
 # Under differential privacy
 
 
+@pytest.mark.slow
 def test_noised_histograms_are_charged_with_the_noise_of_2t_changes(tell, worker, about, graph):
     reply = tell(worker, about(CALIBRATE, privacy=PRIVACY))
     told = metrics(reply)
@@ -345,6 +351,7 @@ def counts(task, data, home, about, privacy):
     return np.array([found[name] for name in asked.noised or asked.names]), asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 149])
 def test_one_example_less_changes_the_histograms_by_the_root_of_2t_at_most(
     task, many, about, tmp_path, gone, graph
@@ -365,6 +372,7 @@ def test_one_example_less_changes_the_histograms_by_the_root_of_2t_at_most(
     assert np.linalg.norm(drawn - other) > 1.5 * most
 
 
+@pytest.mark.slow
 def test_noised_scores_are_charged_on_their_own(tell, worker, about, scores):
     kinds = (ONNX_FP32, ONNX_INT8)
     told = metrics(tell(worker, scores(kinds, privacy=PRIVACY)))

@@ -122,6 +122,7 @@ def waits(true: Callable[[], Any]) -> Callable[[], bool]:
     return lambda: bool(true())
 
 
+@pytest.mark.slow
 def test_a_client_process_that_was_killed_costs_the_node(site: Site) -> None:
     """Flower's node waits for ever on the reply that nobody will write."""
 
@@ -139,6 +140,7 @@ def test_a_client_process_that_was_killed_costs_the_node(site: Site) -> None:
     assert site.node.restarts == 1
 
 
+@pytest.mark.slow
 def test_one_that_failed_without_an_answer_does_so_after_a_moment(site: Site) -> None:
     site.app = lambda: 1
     site.until(
@@ -151,6 +153,7 @@ def test_one_that_failed_without_an_answer_does_so_after_a_moment(site: Site) ->
     assert site.node.restarts == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 1])
 def test_one_that_answered_costs_nothing(site: Site, status: int) -> None:
     """The twin: the node took a reply, an error among them."""
@@ -183,6 +186,7 @@ def test_one_that_answered_costs_nothing(site: Site, status: int) -> None:
     assert site.node.restarts == 0
 
 
+@pytest.mark.slow
 def test_an_answer_to_an_earlier_request_is_no_answer(site: Site) -> None:
     def before() -> None:
         with site.log.open("a") as file:
@@ -199,6 +203,7 @@ def test_an_answer_to_an_earlier_request_is_no_answer(site: Site) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [DEAF, "SSL/TLS handshake error detected\n"])
 def test_a_node_that_gave_up_its_line_is_started_again(site: Site, words: str) -> None:
     def gives_up() -> None:
@@ -213,6 +218,7 @@ def test_a_node_that_gave_up_its_line_is_started_again(site: Site, words: str) -
     assert site.node.last_exit == "killed by SIGTERM"
 
 
+@pytest.mark.slow
 def test_one_whose_good_bye_hangs_is_killed(site: Site) -> None:
     site.deaf_to_sigterm = True
 
@@ -232,6 +238,7 @@ def test_one_whose_good_bye_hangs_is_killed(site: Site) -> None:
     assert exits == ["killed by SIGKILL"]
 
 
+@pytest.mark.slow
 def test_a_node_that_hangs_in_its_good_bye_is_killed_whatever_ended_it(site: Site) -> None:
     site.deaf_to_sigterm = True
 
@@ -253,6 +260,7 @@ def test_a_node_that_hangs_in_its_good_bye_is_killed_whatever_ended_it(site: Sit
     assert site.node.restarts == 1
 
 
+@pytest.mark.slow
 def test_a_client_process_has_the_workers_time_and_a_little_more(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +288,7 @@ def test_a_client_process_has_the_workers_time_and_a_little_more(
 # What a node's log says.
 
 
+@pytest.mark.slow
 def test_what_the_log_said_before_the_start_does_not_count(site: Site) -> None:
     site.log.parent.mkdir(parents=True)
     site.log.write_text(DEAF + FINE)
@@ -290,6 +299,7 @@ def test_what_the_log_said_before_the_start_does_not_count(site: Site) -> None:
     assert not site.node.is_ready
 
 
+@pytest.mark.slow
 def test_a_superexec_that_died_takes_the_node_with_it(site: Site) -> None:
     """A task that it had taken and not started would be waited for for ever."""
 
@@ -302,6 +312,7 @@ def test_a_superexec_that_died_takes_the_node_with_it(site: Site) -> None:
     assert site.node.restarts == 1
 
 
+@pytest.mark.slow
 def test_a_node_that_died_takes_its_client_processes_and_debts_with_it(site: Site) -> None:
     site.app = lambda: time.sleep(60)
 
@@ -322,6 +333,7 @@ def test_a_node_that_died_takes_its_client_processes_and_debts_with_it(site: Sit
     assert site.daemon._owed == []
 
 
+@pytest.mark.slow
 def test_since_when_a_site_is_connected(site: Site) -> None:
     told: list[Any] = []
 
@@ -379,6 +391,7 @@ def test_the_node_listens_to_itself_and_dials_by_tls(home: Path) -> None:
     assert "--insecure" not in title
 
 
+@pytest.mark.slow
 def test_a_daemon_is_the_only_one_of_its_home(home: Path) -> None:
     with homes.lock(home), pytest.raises(DeployError) as caught:
         daemon.run(home)
@@ -450,6 +463,7 @@ def test_a_link_that_was_checked_is_in_the_status(home: Path) -> None:
     assert told["link"]["problem"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["hangs", "fails", "says nothing"])
 def test_an_old_look_at_the_server_is_none_where_the_next_one_hangs(
     home: Path, monkeypatch: pytest.MonkeyPatch, how: str

@@ -69,6 +69,7 @@ def failing(task, error):
     return replace(task, loss=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -90,6 +91,7 @@ def test_they_end_the_task_and_the_worker_lives_on(
     assert protocol.METRICS in tell(worker, ask(protocol.EVALUATE, weights))
 
 
+@pytest.mark.slow
 def test_what_did_not_fit_is_let_go(task, data, ask, tell, weights, tmp_path, caplog):
     # Pytest keeps every record, and with it the frames of its exception; no handler of ours does.
     caplog.set_level(logging.CRITICAL + 1, "fedge.client.worker")

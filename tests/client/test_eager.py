@@ -57,6 +57,7 @@ def test_the_steps_are_torchs(own: Any, torchs: Any, settings: dict[str, float])
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_training_does_not_import_torchs_compiler() -> None:
     done = subprocess.run(
         [sys.executable, "-c", TRAINING], capture_output=True, text=True, timeout=300, check=True

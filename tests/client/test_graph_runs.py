@@ -54,6 +54,7 @@ def endless():
     )
 
 
+@pytest.mark.slow
 def test_each_graph_gives_its_logits_or_why_there_are_none():
     graphs = [DOUBLE, b"no graph", ROOT, DOUBLE]
     good, broken, nan, again = graph_runs.logits(graphs, X, 2, TERMS)
@@ -65,6 +66,7 @@ def test_each_graph_gives_its_logits_or_why_there_are_none():
     assert "must be of shape (3, 3), got (3, 2)" in str(narrow)
 
 
+@pytest.mark.slow
 def test_a_crash_is_a_result_and_the_others_get_another_child(monkeypatch):
     monkeypatch.setenv(failpoints.VARIABLE, "graph-run:2")
     first, crashed, third = graph_runs.logits([DOUBLE, DOUBLE, DOUBLE], X, 2, TERMS)
@@ -73,12 +75,14 @@ def test_a_crash_is_a_result_and_the_others_get_another_child(monkeypatch):
     assert np.array_equal(third, 2 * X)
 
 
+@pytest.mark.slow
 def test_a_graph_that_hangs_is_ended_alone():
     hung, good = graph_runs.logits([endless(), DOUBLE], X, 2, Terms(1.0, 1))
     assert str(hung) == "must be run within 1 s"
     assert np.array_equal(good, 2 * X)
 
 
+@pytest.mark.slow
 def test_an_observed_graph_tells_how_far_each_example_goes():
     two = graph(
         helper.make_node("Add", ["input", "input"], ["sum"]),

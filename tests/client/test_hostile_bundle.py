@@ -129,7 +129,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid, context):
-    nodes, until = [], time.monotonic() + 60
+    nodes, until = [], time.monotonic() + 300
     while len(nodes) < context.run_config["nodes"] and time.monotonic() < until:
         nodes = list(grid.get_node_ids())
         time.sleep(0.2)
@@ -178,7 +178,7 @@ def seen(look):
 def ask(frame):
     folder = os.open(os.path.dirname(SOCKET), os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as s:
-        s.settimeout(20)
+        s.settimeout(120)
         s.connect(f"/proc/self/fd/{folder}/{os.path.basename(SOCKET)}")
         got = b""
         try:

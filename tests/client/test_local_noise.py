@@ -67,6 +67,7 @@ def test_asked_again_it_sends_the_same_bytes_also_after_a_crash(
     assert len(Ledger(worker.home / FILE).entries()) == 2
 
 
+@pytest.mark.slow
 def test_the_noise_is_of_twice_the_bound_on_every_parameter(tell, worker, ask, weights):
     found = []
     for number in range(1, 41):

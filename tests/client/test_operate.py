@@ -69,6 +69,7 @@ def test_init_makes_a_home_for_its_owner_with_a_narrow_policy(home: Path, ca: Pa
     assert allowed.min_cohort == 2
 
 
+@pytest.mark.slow
 def test_init_approves_the_bundle_of_this_release_and_says_so(tmp_path: Path, ca: Path) -> None:
     home = tmp_path / "home"
     said = operate.init(home, "clinic-a", task="digits", server="127.0.0.1:1", ca=ca)
@@ -157,7 +158,7 @@ def test_what_is_spent_of_the_privacy_budget_stands_in_the_status(home: Path) ->
 @contextmanager
 def served(home: Path, worker: SiteWorker) -> Iterator[None]:
     """A worker's socket, served by the real thing in a thread."""
-    service = WorkerService(worker, PolicyFile(home), 5.0, lambda _status: None)
+    service = WorkerService(worker, PolicyFile(home), 60.0, lambda _status: None)
     listener = sockets.listen(home / "worker.sock")
     over = threading.Event()
 
@@ -212,6 +213,7 @@ def good(age: float = 0.0, **changes: Any) -> dict[str, Any]:
     return link | changes
 
 
+@pytest.mark.slow
 def test_healthy_is_connected_reachable_and_served(home: Path, worker: SiteWorker) -> None:
     with daemon(home, link=good(), connected_since=7), served(home, worker):
         found = operate.status(home)
@@ -224,6 +226,7 @@ def test_healthy_is_connected_reachable_and_served(home: Path, worker: SiteWorke
     assert "supernode  ready, pid" in text
 
 
+@pytest.mark.slow
 def test_any_part_that_is_missing_is_not_healthy(home: Path, worker: SiteWorker) -> None:
     with daemon(home, link=good()):
         assert operate.status(home)["healthy"] is False
@@ -235,6 +238,7 @@ def test_any_part_that_is_missing_is_not_healthy(home: Path, worker: SiteWorker)
         assert operate.status(home)["healthy"] is False
 
 
+@pytest.mark.slow
 def test_a_problem_of_the_node_is_told_and_not_healthy(home: Path, worker: SiteWorker) -> None:
     with daemon(home, link=good(), problem="FE-913 not admitted"), served(home, worker):
         found = operate.status(home)
@@ -242,6 +246,7 @@ def test_a_problem_of_the_node_is_told_and_not_healthy(home: Path, worker: SiteW
     assert "problem    FE-913 not admitted" in operate.status_text(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("link", "said"),
     [
@@ -260,6 +265,7 @@ def test_what_is_said_of_the_line(
     assert found["healthy"] is now["reachable"]
 
 
+@pytest.mark.slow
 def test_an_old_look_at_the_server_is_none(home: Path, worker: SiteWorker) -> None:
     with daemon(home, link=good(80)), served(home, worker):
         assert operate.status(home)["healthy"] is True
@@ -270,6 +276,7 @@ def test_an_old_look_at_the_server_is_none(home: Path, worker: SiteWorker) -> No
         assert "not connected, not checked since" in operate.status_text(found)
 
 
+@pytest.mark.slow
 def test_the_status_command_tells_by_its_exit_too(
     home: Path, worker: SiteWorker, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +287,7 @@ def test_the_status_command_tells_by_its_exit_too(
     assert json.loads(capsys.readouterr().out)["worker"]["task"] == "blobs"
 
 
+@pytest.mark.slow
 def test_init_of_a_given_bundle_and_status_import_no_torch(home: Path) -> None:
     code = (
         "import sys; from fedge.shared.cli import main; main(sys.argv[1:]);"

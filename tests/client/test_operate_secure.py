@@ -78,6 +78,7 @@ def refused(call: Callable[[], object], kind: type[FedgeError] = DeployError) ->
     return caught.value
 
 
+@pytest.mark.slow
 def test_a_site_that_the_roster_holds_is_ready_for_secure_aggregation(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_site_that_the_roster_holds_is_ready_for_secure_aggregation(
     assert (home / own_roster.SEEN).exists()
 
 
+@pytest.mark.slow
 def test_without_a_roster_nothing_is_required(place: Path) -> None:
     assert init("west", "west") == 0
     home = place / "west"
@@ -105,6 +107,7 @@ def test_without_a_roster_nothing_is_required(place: Path) -> None:
     assert _anchors("west", home, PolicyFile(home)) is None
 
 
+@pytest.mark.slow
 def test_the_fewest_sites_have_a_default(place: Path) -> None:
     assert init("north", "north", *TRUSTED) == 0
     assert policy.read(place / "north").secure_aggregation.min_sites == 5

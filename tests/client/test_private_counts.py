@@ -64,6 +64,7 @@ def test_whole_sites_are_hidden_in_shares(tell, worker, ask, weights, mechanism)
     assert told["epsilon-server"] == pytest.approx(epsilon([OF_METRICS], 1e-5))
 
 
+@pytest.mark.slow
 def test_the_noise_is_as_much_as_is_charged(tell, worker, ask, weights):
     exact = dict(tell(worker, ask(protocol.EVALUATE, weights))[protocol.METRICS])
     asked = [

@@ -76,6 +76,7 @@ def test_each_step_is_that_of_the_paper(task, examples, bound, mu):
     torch.testing.assert_close(flat(made), flat(net), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_noise_has_the_deviation_that_is_charged_and_so_has_a_step_without_examples(
     task, examples
 ):

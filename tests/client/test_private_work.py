@@ -108,6 +108,7 @@ def test_a_task_that_learns_no_statistics_needs_no_word_on_them(
     assert protocol.EPSILON_SERVER in reply[protocol.METRICS]
 
 
+@pytest.mark.slow
 def test_each_site_finds_the_noise_that_keeps_its_run_within_epsilon(tell, worker, ask, weights):
     asked = {"train": '{"local-steps": 4, "batch-size": 8}', "rounds": 3}
     wanted = json.dumps(
@@ -134,6 +135,7 @@ def test_an_epsilon_without_noise_for_it_is_refused(tell, worker, ask, weights, 
     assert not (worker.home / FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_noised_evaluations_are_within_epsilon(tell, worker, ask, weights):
     settings = {"train": '{"local-steps": 4, "batch-size": 8}'}
     wanted = section(
@@ -154,6 +156,7 @@ def test_a_run_and_its_noised_evaluations_are_within_epsilon(tell, worker, ask, 
     assert 0.99 * 3 < epsilon([c.release for c in charges], 1e-5) <= 3
 
 
+@pytest.mark.slow
 def test_where_nothing_is_said_every_round_is_evaluated(tell, task, data, ask, weights, tmp_path):
     found = []
     for every in (None, 1, 3):

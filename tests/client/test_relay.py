@@ -70,6 +70,7 @@ def test_a_refusal_travels_as_its_number(connected, ask, weights, context):
     assert (reply.error.code, reply.error.reason) == (414, "FE-414")
 
 
+@pytest.mark.slow
 def test_the_relay_imports_neither_torch_nor_data():
     code = (
         "import sys, fedge.client.app;"

@@ -67,6 +67,7 @@ def test_a_header_cannot_make_us_allocate(ask):
     )
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=1200))
 def test_any_bytes_are_refused_or_read(data):
     array = Array("float32", (2, 3), "numpy.ndarray", data)

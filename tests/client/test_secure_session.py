@@ -178,8 +178,8 @@ def each_signature_once(monkeypatch):
         (10, "random"),
         (50, "random"),
         pytest.param(50, "contiguous", marks=pytest.mark.slow),
-        pytest.param(128, "random", marks=pytest.mark.slow),
-        pytest.param(128, "contiguous", marks=pytest.mark.slow),
+        pytest.param(128, "random", marks=pytest.mark.soak),
+        pytest.param(128, "contiguous", marks=pytest.mark.soak),
     ],
 )
 def test_the_sum_is_exact_with_losses_at_every_exchange(count, how, each_signature_once):
@@ -195,7 +195,7 @@ def test_the_sum_is_exact_with_losses_at_every_exchange(count, how, each_signatu
     assert sorted(one.noted) == sorted(one.group.shares)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_sum_is_exact_in_a_ring(each_signature_once):
     names = named(200, "random")
     one = Round(names)
@@ -246,6 +246,7 @@ def test_one_fewer_ends_the_attempt(exchange):
         steps[exchange](names[:4])
 
 
+@pytest.mark.slow
 def test_one_fewer_is_refused_by_the_sites_too():
     """A server that goes on with 6 of 10 is told so at each exchange where it names them."""
     names = named(10, "contiguous")

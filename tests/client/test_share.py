@@ -68,6 +68,7 @@ def test_damaged_files_are_refused_before_they_are_read(folder):
         refused(302, share.read, folder)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 127), st.integers(0, 255))
 def test_any_header_is_read_or_refused(folder, position, value):

@@ -72,6 +72,7 @@ def test_path_and_share_exclude_each_other(tmp_path):
         site_file.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_reading_imports_no_torch():
     code = "import sys, fedge.client.site_file; print('torch' in sys.modules)"
     done = subprocess.run(

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from onnx import TensorProto, helper, numpy_helper
 
+from fedge.edge import rehearsal
 from fedge.edge.backends import trial
 from fedge.edge.backends.cuda import Driver
 from fedge.shared.bundle import write_bundle
@@ -331,10 +332,11 @@ def no_gpu() -> None:
     pytest.skip("there is a GPU")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials may take longer than on a device, as the machine may be busy with other tests."""
-    monkeypatch.setattr(trial, "DEADLINE", 60.0)
+    monkeypatch.setattr(trial, "DEADLINE", 120.0)
+    monkeypatch.setattr(rehearsal, "DEADLINE", 120.0)
 
 
 @pytest.fixture

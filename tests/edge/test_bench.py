@@ -41,6 +41,7 @@ def child(path: Path, trust: Path, name: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_one_artefact_is_timed_alone_and_then_compared(
     path: Path, trust: Path, capsys: Capture
 ) -> None:
@@ -83,6 +84,7 @@ def test_what_does_not_run_is_one_line(
     assert ("`fedge-edge verify BUNDLE` lists them" in err) == (name == "missing.onnx")
 
 
+@pytest.mark.slow
 def test_a_crash_ends_the_child_by_its_signal(path: Path, trust: Path) -> None:
     done = child(path, trust, "killer.onnx")
     assert (done.returncode, done.stdout) == (-8, "")

@@ -208,7 +208,7 @@ def test_bench_measures(capsys: Capture, table_bundle: Path, trust: Path) -> Non
     assert (found["artefact"], found["backend"]) == ("model.onnx", "model.onnx on CPU")
     assert found["device"] == cpu_name()
     assert "agreement" not in found
-    assert 0 < found["p50_ms"] <= found["p99_ms"] < 1000
+    assert 0 < found["p50_ms"] <= found["p99_ms"] < 60_000
     assert found["p50_ms"] <= found["predict_p99_ms"]
     assert found["items_per_second"] > 0
     assert 10 < found["peak_rss_mb"] < 10_000
@@ -301,6 +301,7 @@ def _child(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_as_a_process(image_bundle: Path, trust: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((1, 6)))
     argv = ["predict", image_bundle, "--trust", trust, "--input", tmp_path / "x.npy"]
@@ -315,6 +316,7 @@ def test_as_a_process(image_bundle: Path, trust: Path, tmp_path: Path) -> None:
     assert _child("verify").returncode == 2
 
 
+@pytest.mark.slow
 def test_onnx_runtime_leaves_nothing_behind(
     image_bundle: Path, trust: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +349,7 @@ def test_onnx_runtime_is_loaded_in_one_place_only() -> None:
     assert found == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_no_room_for_the_output_is_one_line(
     image_bundle: Path, trust: Path, unbuffered: str
@@ -378,6 +381,7 @@ def test_csv_from_a_pipe(table_bundle: Path, trust: Path) -> None:
     assert [json.loads(line)["row"] for line in done.stdout.splitlines()] == [0, 1]
 
 
+@pytest.mark.slow
 def test_only_the_packages_of_its_extra_are_imported(
     image_bundle: Path, trust: Path, tmp_path: Path
 ) -> None:
@@ -424,6 +428,7 @@ def _start(*argv: object, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_quiet(table_bundle: Path, trust: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.tile([50.0, 1.0, 90.0], (50_000, 1)))
     argv = ["predict", table_bundle, "--trust", trust, "--input", tmp_path / "x.npy"]
@@ -435,6 +440,7 @@ def test_a_closed_pipe_is_quiet(table_bundle: Path, trust: Path, tmp_path: Path)
     assert (process.returncode, err) == (141, b"")
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_one_line(table_bundle: Path, trust: Path) -> None:
     argv = ["predict", table_bundle, "--trust", trust, "--input", "-"]
     process = _start(*argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -313,6 +313,7 @@ def test_statistics_are_read(tmp_path: Path) -> None:
         read_statistics(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.sampled_from([".npy", ".csv"]), st.integers(0, 200))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, noise: bytes, suffix: str, at: int) -> None:

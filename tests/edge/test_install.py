@@ -48,6 +48,7 @@ def install(bundle: Path, trust: Path, into: Path, *more: str) -> int:
     return main([*argv, *more])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_gpu")
 def test_install_qualifies_everything_and_each_command_takes_the_folder(
     path: Path, trust: Path, tmp_path: Path, capsys: Capture
@@ -94,6 +95,7 @@ def test_install_qualifies_everything_and_each_command_takes_the_folder(
     assert json.loads(capsys.readouterr().out)["installed"] == value
 
 
+@pytest.mark.slow
 def test_a_new_installation_takes_over_and_one_that_fails_changes_nothing(
     compiled: Any, graphs: dict[str, bytes], trust: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_new_installation_takes_over_and_one_that_fails_changes_nothing(
     assert read_record(into).folder.name == "000003"
 
 
+@pytest.mark.slow
 def test_what_a_killed_installation_left_is_swept_away(
     compiled: Any, trust: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +177,7 @@ def test_a_folder_of_something_else_is_left_as_it_was(
     assert _tree(into) == before
 
 
+@pytest.mark.slow
 def test_an_installation_is_known_by_its_bundles_or_its_record(
     compiled: Any, trust: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -198,6 +202,7 @@ def test_an_installation_is_known_by_its_bundles_or_its_record(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_sites_own_statistics_are_stood_in_for(
     site_bundle: Path, trust: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -272,6 +277,7 @@ def test_engines_are_built_of_the_graphs_for_this_gpu(
     assert [s.candidate.artefact.kind for s in built] == ["tensorrt-rtx-int8"]
 
 
+@pytest.mark.slow
 def test_an_engine_is_really_built_where_the_wheel_is(
     graphs: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -321,6 +327,7 @@ def test_timings_of_another_user_are_left_aside(tmp_path: Path) -> None:
     assert engines._timings(path) is None
 
 
+@pytest.mark.slow
 def test_int8_that_contradicts_fp32_does_not_serve(extra: Any, graph_of: Any) -> None:
     """Its logits are within a quarter of the largest; its labels are others."""
     weights = np.asarray([[1.0, 0.9, 0.8]] * 6)

@@ -16,6 +16,7 @@ from fedge.shared.signing import load_public
 OUTPUT = OutputSchema(labels=("x", "y", "z"), activation="softmax")
 
 
+@pytest.mark.slow
 def test_batches_differ_and_those_too_large_to_hold_are_left_out(
     image_bundle: Any, trust: Any
 ) -> None:

@@ -122,6 +122,7 @@ def test_an_engine_that_was_built_here_can_be_named(
     assert error.value.message.endswith("model.int8.onnx, rtx.engine, got 'other'")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_another_gpu_than_the_recorded_one_puts_the_record_aside(
     installation: tuple[Path, DeviceRecord], trust: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +142,7 @@ def test_another_gpu_than_the_recorded_one_puts_the_record_aside(
     assert model.fallbacks == (said,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "longer", "gone"])
 @pytest.mark.usefixtures("patient")
 def test_a_changed_engine_puts_the_record_aside(
@@ -160,6 +162,7 @@ def test_a_changed_engine_puts_the_record_aside(
     assert model.backend == "model.int8.onnx on CPU"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -89,6 +89,7 @@ def test_latency_does_not_thin(echo):
         assert 2 * SHORT <= ask(client, data) < 25
 
 
+@pytest.mark.slow
 def test_bandwidth_is_shared_by_all_connections(echo):
     data = bytes(4 * CHUNK)
     # Both connections' bytes, one way: 2 * 64 KiB at 2 Mbit/s.
@@ -108,6 +109,7 @@ def test_bandwidth_is_shared_by_all_connections(echo):
         assert min(ask(one, data) for _ in range(10)) < expected * 0.9
 
 
+@pytest.mark.slow
 def test_a_sender_is_held_back_when_the_buffer_is_full(echo):
     size = 64 * 1024 * 1024
     with FaultProxy(echo, latency=60.0, buffer=4 * CHUNK) as proxy, connected(proxy) as client:
@@ -117,6 +119,7 @@ def test_a_sender_is_held_back_when_the_buffer_is_full(echo):
         assert proxy.delivered["up"] == 0
 
 
+@pytest.mark.slow
 def test_connections_are_reset_again_and_again(echo):
     with FaultProxy(echo) as proxy:
         with connected(proxy) as client:
@@ -142,6 +145,7 @@ def test_reset_ends_all_that_are_open_now(echo):
             client.recv(1)
 
 
+@pytest.mark.slow
 def test_half_open_swallows_both_ways_on_old_and_new_connections(echo):
     with FaultProxy(echo) as proxy, connected(proxy) as old:
         ask(old)
@@ -162,6 +166,7 @@ def test_half_open_swallows_both_ways_on_old_and_new_connections(echo):
             ask(fresh)
 
 
+@pytest.mark.slow
 def test_half_open_swallows_what_is_on_its_way(echo):
     with FaultProxy(echo, latency=5 * SHORT) as proxy, connected(proxy) as client:
         client.sendall(b"ping")

@@ -330,6 +330,7 @@ def _through_the_gate(reply: Message) -> bool:
     return verdict.update is not None
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(st.lists(_alterations, min_size=1, max_size=3))
 def test_generated_replies(alterations: list[tuple[str, Any, Any]]) -> None:

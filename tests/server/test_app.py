@@ -65,6 +65,7 @@ def serve(directory: RunDirectory, flower_run: int) -> None:
             relay.disconnect(site)
 
 
+@pytest.mark.slow
 def test_it_plays_the_run_of_its_directory_and_tells_who_listens(tmp_path: Path):
     directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
     heard = Heard()
@@ -110,6 +111,7 @@ def _serve_alone(directory: RunDirectory) -> None:
     app(grid, Context(501, 0, {}, RecordDict(), {"run-dir": str(directory.path)}))
 
 
+@pytest.mark.slow
 def test_without_a_listener_the_events_go_to_a_file(tmp_path: Path):
     directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
     serve(directory, 501)

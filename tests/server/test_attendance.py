@@ -125,6 +125,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return out.model.read_bytes()
 
 
+@pytest.mark.slow
 def test_lost_messages_and_a_restart_leave_the_models_bytes_as_they_are(
     scene: Any, undisturbed: bytes
 ):
@@ -154,6 +155,7 @@ def test_lost_messages_and_a_restart_leave_the_models_bytes_as_they_are(
     assert all(line["rejected"] == [] for line in lines), "what we repeat is no duplicate"
 
 
+@pytest.mark.slow
 def test_a_host_that_is_back_within_the_deadline_costs_nothing(
     scene: Any, undisturbed: bytes, fake_time: Any
 ):
@@ -165,6 +167,7 @@ def test_a_host_that_is_back_within_the_deadline_costs_nothing(
     assert lines[0]["rejected"] == []
 
 
+@pytest.mark.slow
 def test_a_host_that_is_gone_is_not_invited_again_until_it_is_back(scene: Any, fake_time: Any):
     of = scene(config(rounds=6))
     of.grid.down[2] = [(fake_time.now() + 4.0, fake_time.now() + 180.0)]
@@ -184,6 +187,7 @@ def test_a_host_that_is_gone_is_not_invited_again_until_it_is_back(scene: Any, f
     assert [s for _, s in of.heard.lost_sites] == [s for _, s in of.heard.back_sites] == ["site-2"]
 
 
+@pytest.mark.slow
 def test_a_silent_site_that_is_connected_is_told_apart_and_invited_again(scene: Any):
     of = scene(config(rounds=2))
     of.grid.lose = lambda m: (
@@ -195,6 +199,7 @@ def test_a_silent_site_that_is_connected_is_told_apart_and_invited_again(scene: 
     assert reasons == {"connected, but no reply within 120 s"}
 
 
+@pytest.mark.slow
 def test_a_late_joiner_takes_part_from_the_next_round(scene: Any, fake_time: Any):
     of = scene(config(rounds=4, deadline=60.0))
     of.grid.since[3] = fake_time.now() + 61.0
@@ -235,6 +240,7 @@ def test_a_site_whose_answer_takes_longer_than_a_minute_has_more_time_when_asked
     assert len(first) == 2
 
 
+@pytest.mark.slow
 def test_an_outage_of_the_superlink_between_two_rounds_is_told(scene: Any, fake_time: Any):
     of = scene(config())
     tell = of.heard.round
@@ -268,6 +274,7 @@ def test_502_a_required_site_that_is_lost_is_told_with_the_time(scene: Any, fake
     assert stopped.value.code == 502
 
 
+@pytest.mark.slow
 def test_a_whole_network_that_is_down_is_waited_for(scene: Any, fake_time: Any):
     of = scene(config(rounds=3, **{"max-skipped": 2}))
     now = fake_time.now()

@@ -215,6 +215,7 @@ def test_a_deadline_between_two_refusals_says_what_was_wrong(grid: Any, told: To
     assert got.absent == got.unsent == (2,)
 
 
+@pytest.mark.slow
 def test_a_slow_site_has_one_probe_under_way_and_is_not_asked_again(grid: Any, told: Told):
     grid.work = 500.0
     got = play(grid, told)
@@ -232,6 +233,7 @@ def test_a_lost_probe_is_replaced(grid: Any, told: Told):
     assert told.at() < 60
 
 
+@pytest.mark.slow
 def test_a_probe_that_is_never_answered_repeats_nothing(grid: Any, told: Told):
     grid.lose = lambda message: message.metadata.dst_node_id == 2
     got = play(grid, told)
@@ -241,6 +243,7 @@ def test_a_probe_that_is_never_answered_repeats_nothing(grid: Any, told: Told):
     assert 600 <= told.at() < 603
 
 
+@pytest.mark.slow
 def test_a_site_that_answers_probes_only_is_not_asked_without_end(grid: Any, told: Told):
     grid.lose = lambda m: m.metadata.dst_node_id == 2 and m.metadata.message_type == "train"
     got = play(grid, told, deadline=3000.0)

@@ -130,7 +130,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def coordinator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
     """What a coordinator does; it is given Flower's number and the words of ``flwr run``."""
-    return lambda work: monkeypatch.setattr(coordinators, "_server_app", work)
+    return lambda work: monkeypatch.setattr(coordinators, "play", work)
 
 
 @pytest.fixture
@@ -217,6 +217,7 @@ def test_a_crash_is_a_new_flower_run_of_the_same_run(server: Server, coordinator
     assert server.flower.calls[1] == ["stop", "101", CONNECTION]
 
 
+@pytest.mark.slow
 def test_crashes_without_progress_stop_the_run(server: Server, coordinator: Any) -> None:
     def crashes(arguments: list[str]) -> None:
         began(arguments)
@@ -231,6 +232,7 @@ def test_crashes_without_progress_stop_the_run(server: Server, coordinator: Any)
     assert ["stop", str(100 + MOST_CRASHES), CONNECTION] in server.flower.calls
 
 
+@pytest.mark.slow
 def test_a_round_between_crashes_starts_the_count_anew(server: Server, coordinator: Any) -> None:
     """Twice as many crashes as stop a run, but every second of them after another round."""
 
@@ -262,6 +264,7 @@ def test_an_error_of_fedge_stops_the_run_at_once(server: Server, coordinator: An
     assert stopped(path)["code"] == "FE-502"
 
 
+@pytest.mark.slow
 def test_an_operator_stops_a_run_that_is_under_way(server: Server, coordinator: Any) -> None:
     coordinator(wait_for_a_signal)
     path = server.submit("one")
@@ -279,6 +282,7 @@ def _stop_when_started(path: Path) -> bool:
     return (path / "asked").exists()
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_ignores_its_end_is_killed(
     server: Server, coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +378,7 @@ def test_a_coordinator_that_ends_before_flower_has_answered_is_a_crash_like_othe
     assert ["stop", "101", CONNECTION] in server.flower.calls
 
 
+@pytest.mark.slow
 def test_a_run_that_flower_accepts_and_never_starts_is_submitted_again(
     server: Server, coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +409,7 @@ def test_a_run_that_flower_refuses_is_tried_again(server: Server, coordinator: A
     assert len(server.flower.of("run")) == 2
 
 
+@pytest.mark.slow
 def test_no_run_begins_while_the_superlink_is_not_there(server: Server) -> None:
     server.open = False
     server.submit("one")
@@ -412,6 +418,7 @@ def test_no_run_begins_while_the_superlink_is_not_there(server: Server) -> None:
     assert server.flower.calls == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_only_so_many_runs_are_played_at_once(
     tmp_path: Path, coordinator: Any, at_once: int
@@ -436,6 +443,7 @@ def test_only_so_many_runs_are_played_at_once(
     assert [starts(path) for path in paths] == [["101"], ["102"], ["103"]]
 
 
+@pytest.mark.slow
 def test_a_daemon_that_comes_back_stops_what_died_with_it_and_goes_on(
     server: Server, coordinator: Any
 ) -> None:
@@ -457,6 +465,7 @@ def test_a_memory_that_is_damaged_is_none(tmp_path: Path, text: str) -> None:
     assert Server(tmp_path).flower.calls == []
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_nobody_asked_for_gets_no_run(server: Server, coordinator: Any) -> None:
     """Whoever reaches Flower's Control API can ask for one: it is not started."""
     marks = server.home / "marks"
@@ -470,6 +479,7 @@ def test_a_coordinator_that_nobody_asked_for_gets_no_run(server: Server, coordin
     assert server.pids == {}
 
 
+@pytest.mark.slow
 def test_a_fail_point_kills_once(
     tmp_path: Path, coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

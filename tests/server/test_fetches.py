@@ -89,6 +89,7 @@ def test_a_reply_that_is_never_complete_is_named_at_the_deadline_and_ends_nothin
     assert len(waited) >= 8
 
 
+@pytest.mark.slow
 def test_a_reply_that_takes_its_time_is_fetched_once(grid: Any):
     grid.broken, grid.slow = "", "m2"
     for _ in range(5):

@@ -22,17 +22,12 @@ import pytest
 
 from fedge.client import node_key
 from fedge.server import certificates, front, register
+from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError
 
 FLEET = "/v1/fleet/pull-messages"
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 def wait_for(ready: Callable[[], object], seconds: float, what: str) -> None:
@@ -44,7 +39,7 @@ def wait_for(ready: Callable[[], object], seconds: float, what: str) -> None:
 
 def answers(port: int) -> bool:
     with socket.socket() as probe:
-        probe.settimeout(1)
+        probe.settimeout(30)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
@@ -113,12 +108,12 @@ def upstream(home: Path, port: int) -> Iterator[list[tuple[str, int]]]:
 def serving(
     home: Path, superlink: int, change: Callable[[str], str] = str
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    port = free_port()
+    port = homes.free_port()
     path = front.write(home, ("127.0.0.1", port), f"127.0.0.1:{superlink}")
     path.write_text(change(path.read_text()))
     front.check(home)
     with process(front.command(home), home / "front.log") as child:
-        wait_for(lambda: answers(port), 10, "nginx does not listen")
+        wait_for(lambda: answers(port), 120, "nginx does not listen")
         yield port, child
 
 
@@ -132,7 +127,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pair(home) -> Iterator[tuple[int, list[tuple[str, int]]]]:
     """The front's port, and what arrives behind it."""
-    port = free_port()
+    port = homes.free_port()
     with upstream(home, port) as seen, serving(home, port) as (front_port, _):
         yield front_port, seen
 
@@ -313,7 +308,7 @@ def test_old_tls_is_refused(home, pair, version, accepted):
 @needs_nginx
 def test_an_upstream_of_another_authority_gets_nothing(home, tmp_path):
     certificates.create(tmp_path / "other", [])
-    port = free_port()
+    port = homes.free_port()
     with upstream(tmp_path / "other", port) as seen, serving(home, port) as (front_port, _):
         answer = exchange(home, front_port, post(FLEET, b"secret"))
     assert status(answer) == 502
@@ -321,12 +316,13 @@ def test_an_upstream_of_another_authority_gets_nothing(home, tmp_path):
     assert seen == []
 
 
+@pytest.mark.slow
 @needs_nginx
 def test_half_open_connections_go_away(home):
     def hasty(text: str) -> str:
         return text.replace(f"{front.PATIENCE}s;", "1s;")
 
-    port = free_port()
+    port = homes.free_port()
     with upstream(home, port) as seen, serving(home, port, hasty) as (front_port, _):
         silent = socket.create_connection(("127.0.0.1", front_port), timeout=60)
         streams = [connect(home, front_port) for _ in range(2)]
@@ -336,7 +332,8 @@ def test_half_open_connections_go_away(home):
         for stream in (silent, *streams):
             everything(stream)
             stream.close()
-        assert time.monotonic() - started < 5
+        # By itself nginx waits for 60 s.
+        assert time.monotonic() - started < 30
         assert seen == []
 
 
@@ -344,7 +341,7 @@ def test_half_open_connections_go_away(home):
 @pytest.mark.parametrize(
     ("found", "instead"),
     [
-        (f"rate={front.RATE}r/s", "rate=1r/s"),
+        (f"rate={front.RATE}r/s", "rate=1r/m"),
         (f"limit_conn connections {front.CONNECTIONS}", "limit_conn connections 1"),
     ],
     ids=["rate", "connections"],
@@ -356,31 +353,35 @@ def test_a_flood_is_told_to_come_again(home, found, instead):
         assert found in text
         return text.replace(found, instead).replace(f"burst={front.BURST}", "burst=1")
 
-    port = free_port()
+    port = homes.free_port()
     with (
         upstream(home, port) as seen,
         serving(home, port, strict) as (front_port, _),
         connect(home, front_port) as held,
     ):
         held.sendall(post(FLEET, b"x" * 10)[:-5])
-        time.sleep(0.2)
-        refused = [exchange(home, front_port, post(FLEET)) for _ in range(4)]
-        assert 503 in {status(answer) for answer in refused}
-        assert all(body(answer) == b"" for answer in refused if status(answer) == 503)
+        told: list[bytes] = []
+
+        def refused() -> bool:
+            told.append(exchange(home, front_port, post(FLEET)))
+            return status(told[-1]) == 503
+
+        wait_for(refused, 60, "nothing is refused")
+        assert body(told[-1]) == b""
         held.sendall(b"xxxxx")
         assert status(everything(held)) == 200
-    assert len(seen) < 5
+    assert len(seen) == len(told)  # without the last of these, and with what was held
 
 
 @needs_nginx
 def test_a_killed_front_starts_again_at_once(home):
-    port = free_port()
+    port = homes.free_port()
     with upstream(home, port), serving(home, port) as (front_port, child):
         child.send_signal(signal.SIGKILL)
         child.wait(60)
         assert not answers(front_port)
         with process(front.command(home), home / "front.log"):
-            wait_for(lambda: answers(front_port), 10, "nginx does not listen again")
+            wait_for(lambda: answers(front_port), 120, "nginx does not listen again")
             assert status(exchange(home, front_port, post(FLEET))) == 200
 
 
@@ -446,7 +447,7 @@ class SuperLink:
     """A real SuperLink with node authentication, on loopback."""
 
     def __init__(self, folder: Path, home: Path) -> None:
-        self.home, self.port, self.log = home, free_port(), folder / "superlink.log"
+        self.home, self.port, self.log = home, homes.free_port(), folder / "superlink.log"
         self.folder = folder
         flower = folder / "operator"
         flower.mkdir()
@@ -491,7 +492,7 @@ class SuperLink:
 
     @contextmanager
     def node(self, port: int, key: Path, name: str) -> Iterator[tuple[subprocess.Popen, Path]]:
-        log, runtime = self.folder / f"{name}.log", free_port()
+        log, runtime = self.folder / f"{name}.log", homes.free_port()
         flower = self.folder / name
         flower.mkdir()
         command = [
@@ -508,7 +509,7 @@ class SuperLink:
 def superlink(tmp_path_factory, home) -> Iterator[SuperLink]:
     found = SuperLink(tmp_path_factory.mktemp("flower"), home)
     with process(found.command, found.log, found.environment):
-        wait_for(lambda: answers(found.port), 60, "the SuperLink does not listen")
+        wait_for(lambda: answers(found.port), 300, "the SuperLink does not listen")
         yield found
 
 
@@ -521,15 +522,15 @@ def test_an_admitted_site_comes_through_the_front_and_no_other(home, superlink, 
     superlink.flwr("supernode", "register", key, "lab", "--name", "north")
     with serving(home, superlink.port) as (port, _):
         with superlink.node(port, north / "site.key", "north") as (child, log):
-            wait_for(lambda: "SuperNode ID" in log.read_text(), 60, "the node has no number")
+            wait_for(lambda: "SuperNode ID" in log.read_text(), 300, "the node has no number")
             # It has asked for messages, too.
-            wait_for(lambda: FLEET in superlink.log.read_text(), 60, "the node asks for nothing")
+            wait_for(lambda: FLEET in superlink.log.read_text(), 300, "the node asks for nothing")
             listed = superlink.flwr("supernode", "list", "lab", "--format", "json")
             assert '"online"' in listed
             assert child.poll() is None
         before = superlink.log.read_text()
         with superlink.node(port, stranger / "site.key", "stranger") as (child, log):
-            wait_for(lambda: child.poll() is not None, 60, "the stranger is not turned away")
+            wait_for(lambda: child.poll() is not None, 300, "the stranger is not turned away")
             assert "SuperNode ID" not in log.read_text()
         said = superlink.log.read_text()[len(before) :]
         assert re.search(r'"POST /v1/fleet/activate-node HTTP/1.1" 4\d\d', said)
@@ -545,7 +546,7 @@ def test_the_control_api_answers_here_and_not_through_the_front(home, superlink)
     asked = post("/v1/control/list-runs", headers="Content-Type: application/protobuf\r\n")
     before = reached()
     assert status(exchange(home, superlink.port, asked)) not in (0, 401, 404)
-    wait_for(lambda: reached() == before + 1, 10, "the SuperLink keeps no account of requests")
+    wait_for(lambda: reached() == before + 1, 120, "the SuperLink keeps no account of requests")
     with serving(home, superlink.port) as (port, _):
         for path in (
             "/v1/control/list-runs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -143,7 +143,7 @@ def test_a_damaged_page_is_refused(path: Path):
     journal.close()
     data = bytearray(path.read_bytes())
     assert not Path(f"{path}-wal").exists(), "closing folds the WAL in"
-    data[4096:] = os.urandom(len(data) - 4096)
+    data[4096:] = random.Random(0).randbytes(len(data) - 4096)
     path.write_bytes(bytes(data))
     with pytest.raises(RunError) as refused:
         damaged = Journal(path)

@@ -46,6 +46,7 @@ def test_a_grid_of_this_process_is_called_in_this_thread():
     assert link.call("x", threading.get_ident, 0.0, silent) == threading.get_ident()
 
 
+@pytest.mark.slow
 def test_a_call_that_blocks_is_told_of_and_ends_with_a_number(fake_time: Any, superlink: Any):
     link = Link(
         superlink(fake_time, lambda m: None, [1]), Clock(fake_time.now), Patience(outage=30.0)

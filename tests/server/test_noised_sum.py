@@ -40,6 +40,7 @@ def test_the_noise_is_what_was_asked_for_on_any_grid(noise_multiplier: float, si
         assert of.reach / np.sqrt(size) >= 15
 
 
+@pytest.mark.slow
 @given(
     vectors(np.float64, st.integers(1, 40), elements=st.floats(-1e9, 1e9)),
     st.floats(1e-6, 1e6),

@@ -316,6 +316,7 @@ def test_the_commands_print_text_and_json(
     assert capsys.readouterr().err.startswith("FE-914")
 
 
+@pytest.mark.slow
 def test_a_look_at_a_server_does_not_wait_for_torch(home: Path) -> None:
     code = (
         "import sys; from fedge.shared.cli import main; main(sys.argv[1:]);"

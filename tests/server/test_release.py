@@ -110,6 +110,7 @@ def _open(out: Path, trust: Path) -> Bundle:
     return open_bundle(out, load_public(trust))
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_the_runs_model(released: tuple[Run, Path], trust: Path) -> None:
     run, out = released
     bundle = _open(out, trust)
@@ -149,6 +150,7 @@ def test_release_json_and_report_tell_of_the_bundle(
     assert sha256 in (run.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_release_differs_in_its_latency_only(
     released: tuple[Run, Path],
     key: Path,
@@ -173,6 +175,7 @@ def test_a_second_release_differs_in_its_latency_only(
     assert without_latency(first) == without_latency(second)
 
 
+@pytest.mark.slow
 def test_a_model_for_sites_own_statistics_is_released(
     tmp_path: Path, key: Path, trust: Path
 ) -> None:
@@ -305,6 +308,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.numpy(), good[name])
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_nan_is_not_released(run: Run, key: Path, tmp_path: Path) -> None:
     weights = {
         name: np.full_like(t.numpy(), np.nan) for name, t in run.network.state_dict().items()
@@ -323,6 +327,7 @@ def test_key_and_output_are_checked_first(run: Run, key: Path, tmp_path: Path) -
     _fails(ReleaseError, 606, run.path, key, tmp_path / "no" / "m")
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_too_long_to_time_is_not_released(
     run: Run, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def _lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_round_below_quorum_is_skipped_and_the_next_goes_on(tmp_path: Path) -> None:
     app = _failing(lambda site, r: r == 2 and site != "site-1")
     simulate(_config(), tmp_path, app=app)
@@ -68,6 +69,7 @@ def test_a_round_below_quorum_is_skipped_and_the_next_goes_on(tmp_path: Path) ->
     assert second["trained"] == ["site-1"]
 
 
+@pytest.mark.slow
 def test_too_many_skipped_rounds_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:
     config = _config(run={"rounds": 5}, round={"max-skipped": 2})
     with pytest.raises(RunError) as raised:
@@ -79,6 +81,7 @@ def test_too_many_skipped_rounds_stop_the_run_and_it_can_go_on(tmp_path: Path) -
     assert [line["outcome"] for line in _lines(tmp_path)[3:]] == ["committed", "committed"]
 
 
+@pytest.mark.slow
 def test_a_required_site_that_fails_stops_the_run_loudly(tmp_path: Path) -> None:
     config = _config(round={"require-sites": ["site-2"]})
     with pytest.raises(RunError) as raised:
@@ -98,6 +101,7 @@ def test_a_strategy_that_needs_more_sites_is_refused_at_once(tmp_path: Path) -> 
     assert "3 sites" in raised.value.message
 
 
+@pytest.mark.slow
 def test_a_cohort_is_a_share_of_the_sites_and_all_are_evaluated(tmp_path: Path) -> None:
     simulate(_config(round={"fraction-train": 0.5, "require-sites": ["site-5"]}), tmp_path)
     lines = _lines(tmp_path)
@@ -109,6 +113,7 @@ def test_a_cohort_is_a_share_of_the_sites_and_all_are_evaluated(tmp_path: Path) 
     assert len({tuple(line["invited"]) for line in lines}) > 1
 
 
+@pytest.mark.slow
 def test_evaluation_every_third_round_and_at_the_end(tmp_path: Path) -> None:
     simulate(_config(run={"rounds": 4, "evaluate-every": 3}), tmp_path)
     assert ["per_site" in line["metrics"] for line in _lines(tmp_path)] == [
@@ -120,6 +125,7 @@ def test_evaluation_every_third_round_and_at_the_end(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["final"]["round"] == 4
 
 
+@pytest.mark.slow
 def test_metrics_are_nested_and_the_means_are_what_they_say(tmp_path: Path) -> None:
     simulate(_config(), tmp_path)
     final = json.loads((tmp_path / "metrics.json").read_text())["final"]
@@ -135,6 +141,7 @@ def test_metrics_are_nested_and_the_means_are_what_they_say(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_fedge_run_outlives_flowers(tmp_path: Path) -> None:
     app = _failing(lambda site, r: r >= 2)
     with pytest.raises(RunError):
@@ -148,6 +155,7 @@ def test_a_fedge_run_outlives_flowers(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_numbered_error_and_loses_at_most_the_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +174,7 @@ def test_a_full_disk_is_a_numbered_error_and_loses_at_most_the_round(
     assert len(_lines(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_a_run_without_any_model_is_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(RunError) as raised:
         simulate(_config(run={"rounds": 2}), tmp_path, app=_failing(lambda site, r: True))
@@ -175,6 +184,7 @@ def test_a_run_without_any_model_is_no_finished_run(tmp_path: Path) -> None:
     assert "FE-410" in (tmp_path / "report.html").read_text(), "the report says why"
 
 
+@pytest.mark.slow
 def test_a_site_whose_data_changed_is_named_in_every_round_after_the_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +209,7 @@ def test_a_site_whose_data_changed_is_named_in_every_round_after_the_resume(
     assert json.loads((tmp_path / "run.json").read_text())["sites"]["site-2"]["rounds"] == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_gets_its_lost_files_back_and_a_damaged_model_is_noticed(
     tmp_path: Path,
 ) -> None:

@@ -138,6 +138,7 @@ def test_504_a_journal_that_is_gone_is_noticed(out: Path, how: str):
     assert refusal(out, config(), resume=True).code == 504
 
 
+@pytest.mark.slow
 def test_208_another_process_holds_it(held: Path):
     assert refusal(held, config(), resume=True).code == 208
     with pytest.raises(ConfigError) as refused, RunDirectory(held).lock():
@@ -145,6 +146,7 @@ def test_208_another_process_holds_it(held: Path):
     assert refused.value.code == 208
 
 
+@pytest.mark.slow
 def test_the_lock_goes_with_its_process_even_if_it_is_killed(out: Path):
     prepare(out, config(), resume=False)
     command = [sys.executable, "-c", _HOLDER, str(out)]
@@ -156,6 +158,7 @@ def test_the_lock_goes_with_its_process_even_if_it_is_killed(out: Path):
     assert not prepare(out, config(), resume=True)[1]
 
 
+@pytest.mark.slow
 def test_one_process_may_lock_twice_and_holds_until_the_outer_end(out: Path):
     directory, _ = prepare(out, config(), resume=False)
     attempt = [sys.executable, "-c", _HOLDER, str(out)]

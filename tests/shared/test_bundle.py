@@ -177,6 +177,7 @@ def test_tar_lists_the_members(good: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_refused_with_its_part(tmp_path: Path, good: Path) -> None:
     data = good.read_bytes()
     regions = _regions(data)
@@ -423,6 +424,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_archive_is_refused(tmp_path: Path, good: Path, data: st.DataObject) -> None:

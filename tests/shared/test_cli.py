@@ -344,6 +344,7 @@ def test_the_log_goes_to_stderr_as_far_as_asked(probe, capsys, before, after, li
     assert out == "[]\n"  # the command does not see --verbose
 
 
+@pytest.mark.slow
 def test_flower_warns_once_and_does_not_tell_of_every_step(probe):
     done = subprocess.run(
         [FEDGE, "-v", "probe-flower-logs"], capture_output=True, text=True, timeout=300

@@ -288,6 +288,7 @@ TREES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=5), TREES, max_size=6))
 @example({"strategy": {"name": ["FedAvg"]}})
 @example({"strategy": {"name": {}}})

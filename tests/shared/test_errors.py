@@ -35,6 +35,7 @@ def raised() -> list[tuple[str, str, int]]:
     ]
 
 
+@pytest.mark.slow
 def test_every_number_that_is_raised_stands_in_its_class_s_block_of_the_catalogue():
     calls = raised()
     assert len(calls) > 20

@@ -20,6 +20,7 @@ def built() -> bytes:
     return flower_app.bundle()
 
 
+@pytest.mark.slow
 def test_it_holds_no_code(built: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(built)) as bundle:
         # .info is Flower's own; there is nothing else.
@@ -34,11 +35,13 @@ def test_it_holds_no_code(built: bytes) -> None:
     }
 
 
+@pytest.mark.slow
 def test_whoever_builds_it_gets_the_same_number(built: bytes) -> None:
     # A second build, in another folder, by another process.
     assert flower_app.sha256() == hashlib.sha256(built).hexdigest()
 
 
+@pytest.mark.slow
 def test_its_number_depends_on_what_it_points_at(built: bytes, tmp_path: Path) -> None:
     def another(folder: Path) -> str:
         path = folder / "pyproject.toml"
@@ -61,6 +64,7 @@ def test_a_build_that_fails_is_named(names: tuple[str, ...]) -> None:
     assert "what the command said" in caught.value.message
 
 
+@pytest.mark.slow
 def test_what_flower_refuses_is_named() -> None:
     def broken(folder: Path) -> str:
         (folder / "pyproject.toml").write_text("[project]\nname = 'relay'\n")
@@ -72,6 +76,7 @@ def test_what_flower_refuses_is_named() -> None:
     assert "flwr build: must give one bundle" in caught.value.message
 
 
+@pytest.mark.slow
 def test_the_server_runs_no_other_bundle_s_code(tmp_path: Path) -> None:
     content = flower_app.bundle()
     flower_app.require_ours(content)

@@ -327,6 +327,7 @@ def _paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 PRIVATE: dict[str, Any] = {**VALUE, "privacy": CENTRAL.to_json()}
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.sampled_from(_paths(PRIVATE)), _JSON)
 def test_any_value_anywhere_is_read_or_refused(path: tuple[Any, ...], new: Any) -> None:

@@ -260,6 +260,7 @@ def test_signed_nonsense_is_refused_by_name(tree, named):
     assert named in message
 
 
+@pytest.mark.slow
 def test_ten_thousand_sites_with_long_names_fit_and_one_more_does_not():
     made = {
         f"{'s' * 57}-{number:05}": roster.RosterSite(public(1), number.to_bytes(32, "little"), LAST)

@@ -86,6 +86,7 @@ def test_any_bytes_are_read_or_refused(data):
             decode(data)
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.data())
 def test_a_damaged_frame_is_read_or_refused(data):
@@ -104,6 +105,7 @@ _JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(_JSON, st.sampled_from(["arrays", "metrics", "config", "other"]))
 def test_any_json_is_read_or_refused(tree, kind):
     heads = [
@@ -229,7 +231,7 @@ def test_a_connection_that_ends_or_stalls_is_noticed(pair):
 
 def test_drops_do_not_move_the_deadline(pair):
     def drip():
-        for _ in range(20):
+        for _ in range(900):
             try:
                 pair[0].send(b"\0")
             except OSError:
@@ -238,10 +240,9 @@ def test_drops_do_not_move_the_deadline(pair):
 
     thread = threading.Thread(target=drip)
     thread.start()
-    started = time.monotonic()
+    # Drops that moved it would be enough after 45 s.
     with pytest.raises(TimeoutError):
-        wire._exactly(pair[1], 1000, soon(0.3))
-    assert time.monotonic() - started < 0.8
+        wire._exactly(pair[1], 900, soon(0.3))
     pair[1].close()
     thread.join()
 

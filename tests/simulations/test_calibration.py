@@ -83,6 +83,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(config(), tmp_path_factory.mktemp("plain") / "run").path
 
 
+@pytest.mark.slow
 def test_merged_ranges_are_exactly_those_of_a_central_calibration(
     plain: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ class Interrupts(Silent):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_it_was_calibrated_goes_on_there(
     plain: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +159,7 @@ def altered(alter: Callable[[str, str, Any], None]) -> Any:
     return lambda sites, app, number: Altered(alter, sites, app, number)
 
 
+@pytest.mark.slow
 def test_sites_that_speak_of_other_bytes_are_left_out_by_number(tmp_path: Path) -> None:
     kinds: list[str] = []
 
@@ -192,6 +195,7 @@ def test_sites_that_speak_of_other_bytes_are_left_out_by_number(tmp_path: Path) 
     assert kinds.count(protocol.CALIBRATE) == kinds.count(protocol.QUALIFY) == 3
 
 
+@pytest.mark.slow
 def test_without_ranges_the_run_finishes_and_says_why(tmp_path: Path) -> None:
     def alter(site: str, kind: str, record: Any) -> None:
         if kind == protocol.CALIBRATE:
@@ -211,6 +215,7 @@ def test_without_ranges_the_run_finishes_and_says_why(tmp_path: Path) -> None:
 MASKS = {"enabled": True, "min-sites": 3}
 
 
+@pytest.mark.slow
 def test_under_masks_no_range_is_tighter_and_none_more_than_a_bin_wider(tmp_path: Path) -> None:
     of = config(3, **{"secure-aggregation": MASKS})
     run = simulate(of, tmp_path / "run").path

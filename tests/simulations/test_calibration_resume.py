@@ -195,6 +195,7 @@ def sites(tmp_path: Path) -> Iterator[Sites]:
     made.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("purpose", ["calibrate", "qualify"])
 def test_the_server_is_told_nothing_of_one_site_but_under_masks(whole: Whole, purpose: str) -> None:
     plain = whole.plain[purpose]
@@ -239,6 +240,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_coordinator_that_died_ends_with_the_same_figures(
     moment: str, whole: Whole, sites: Sites
@@ -261,6 +263,7 @@ def test_a_coordinator_that_died_ends_with_the_same_figures(
     assert not list((run / "secagg").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_ranges_that_were_opened_outlive_coordinator_and_workers(
     whole: Whole, sites: Sites
 ) -> None:
@@ -271,6 +274,7 @@ def test_ranges_that_were_opened_outlive_coordinator_and_workers(
     assert figures(sites.coordinate()) == figures(whole.run)
 
 
+@pytest.mark.slow
 def test_ranges_that_were_about_to_be_opened_are_lost_with_the_workers(sites: Sites) -> None:
     with pytest.raises(Killed):
         sites.coordinate(KILLS["ranges about to be opened"])
@@ -302,6 +306,7 @@ def test_a_sum_that_was_opened_is_not_begun_again(whole: Whole, kind: str) -> No
             assert caught.value.code == code, caught.value
 
 
+@pytest.mark.slow
 def test_keys_of_an_attempt_that_was_given_up_open_nothing(sites: Sites) -> None:
     """A server keeps the masked sum of all sites, and begins anew with fewer."""
     with pytest.raises(Killed):
@@ -339,6 +344,7 @@ def spent_once(run: Path, homes: Path) -> None:
     assert told["consumers"] == pytest.approx(epsilon([Release(1.0, steps=4)], 1e-5))
 
 
+@pytest.mark.slow
 def test_noised_sums_are_charged_once_where_the_coordinator_died(tmp_path: Path) -> None:
     sites = Sites(tmp_path, parsed(TOML + NOISED))
     sites.start()

@@ -41,6 +41,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_central_noise_round_by_round(tmp_path: Path) -> None:
     simulate(config(), tmp_path / "out")
     for number, line in enumerate(lines(tmp_path / "out"), 1):
@@ -65,7 +66,7 @@ def test_central_noise_round_by_round(tmp_path: Path) -> None:
 
 def test_a_sample_that_is_empty_makes_a_round_of_noise_alone(tmp_path: Path) -> None:
     """Also where the strategy has a memory, and min-sites is more than were drawn."""
-    privacy = {"sampling-rate": 1e-6, "clipping-quantile": 0.5, "metrics": "unprotected"}
+    privacy = {"sampling-rate": 1e-8, "clipping-quantile": 0.5, "metrics": "unprotected"}
     asked = config("central", privacy, strategy={"name": "FedAdam"}, round={"min-sites": 4})
     simulate(asked, tmp_path / "out")
     found = lines(tmp_path / "out")
@@ -77,6 +78,7 @@ def test_a_sample_that_is_empty_makes_a_round_of_noise_alone(tmp_path: Path) -> 
     assert all("privacy" not in line for line in found)
 
 
+@pytest.mark.slow
 def test_the_sample_is_not_the_seeds(tmp_path: Path) -> None:
     drawn = []
     for name in ("a", "b"):
@@ -94,6 +96,7 @@ def test_the_sample_is_not_the_seeds(tmp_path: Path) -> None:
     assert by_round[-1] == pytest.approx(total)
 
 
+@pytest.mark.slow
 def test_sites_take_turns(tmp_path: Path) -> None:
     asked = config("central-mf", {"min-separation": 2}, run={"rounds": 4})
     simulate(asked, tmp_path / "out")
@@ -262,6 +265,7 @@ def test_a_bundle_of_a_sampled_run_is_silent_also_of_those_who_were_drawn(tmp_pa
 # What the sites are told.
 
 
+@pytest.mark.slow
 def test_no_site_learns_how_many_were_drawn(tmp_path: Path) -> None:
     """The failing twin is a run without sampling, where each learns how many were asked."""
     seen: dict[str, list[int]] = {}
@@ -287,6 +291,7 @@ def test_no_site_learns_how_many_were_drawn(tmp_path: Path) -> None:
     assert set(seen["turns"]) == {2}
 
 
+@pytest.mark.slow
 def test_every_weighted_mean_learns_by_it(tmp_path: Path) -> None:
     for name in ("FedAvg", "FedAvgM", "FedAdam", "FedProx"):
         out = tmp_path / name

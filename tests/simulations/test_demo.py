@@ -80,6 +80,7 @@ def test_a_folder_without_fedge_edge_is_refused(tmp_path: Path) -> None:
     assert raised.value.code == 105
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_is_an_error_with_its_own_words(tmp_path: Path) -> None:
     own = device.find(None)
     (tmp_path / "x.fedge").write_bytes(b"not a bundle")

@@ -91,6 +91,7 @@ def test_the_model_file_holds_tensors_and_nothing_else(first: Path):
     }
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(first: Path, tmp_path: Path):
     second = simulate(config(), tmp_path / "second").path
     assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
@@ -107,6 +108,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(first: Path,
     ).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [{"name": "FedAvgM", "server-momentum": 0.9}, {"name": "Scaffold"}]
 )

@@ -45,7 +45,7 @@ def _processes(out: Path) -> list[tuple[int, int]]:
     ]
 
 
-def _none_left(known: list[tuple[int, int]], out: Path, seconds: float = 60.0) -> None:
+def _none_left(known: list[tuple[int, int]], out: Path, seconds: float = 300.0) -> None:
     """No process that was seen, and none that names the directory, is alive."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedge.client import worker
+from fedge.client import privacy, worker
 from fedge.client.data import site_shares
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import bundle, config_file, preprocess, signing
 from fedge.shared.privacy.accounting import Release, epsilon
+from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.engine import simulate
@@ -24,6 +26,13 @@ from fedge.simulations.engine import simulate
 DIGITS = Path(__file__).parents[2] / "examples" / "digits.toml"
 SMALL = ("run.rounds=2", "sites.count=5", "data.partition='iid'", "train.local-epochs=1")
 NOISED = ("privacy.metrics='noised'", "privacy.metrics-noise-multiplier=2")
+
+
+@pytest.fixture(autouse=True)
+def noise_of_its_own(monkeypatch):
+    """Sites' noise is the same each time that a test runs: the first has the key 1, the next 2."""
+    keys = itertools.count(1)
+    monkeypatch.setattr(privacy, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
 
 
 def config(mechanism, *more, noise_multiplier=1.0):
@@ -42,6 +51,7 @@ def charges(out, site="site-1"):
     return [e.charge for e in Ledger(RunDirectory(out).sites / site / FILE).entries()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam", "FedMedian"])
 def test_a_run_with_local_noise_stays_finite_and_tells_no_sizes(tmp_path, strategy):
     out = tmp_path / "out"
@@ -62,6 +72,7 @@ def test_a_run_with_local_noise_stays_finite_and_tells_no_sizes(tmp_path, strate
         assert known["train_examples"] is known["test_examples"] is None
 
 
+@pytest.mark.slow
 def test_little_local_noise_learns_and_much_does_not(tmp_path):
     def accuracy(noise_multiplier):
         out = tmp_path / f"{noise_multiplier}"
@@ -76,10 +87,11 @@ def test_little_local_noise_learns_and_much_does_not(tmp_path):
         )
         return lines(out)[-1]["metrics"]["pooled"]["accuracy"]
 
-    # Chance is .1; the noise is nobody's to repeat.
+    # Chance is .1.
     assert accuracy(0.01) > 0.3 > accuracy(8.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["example", "local", "distributed"])
 def test_noised_metrics_are_shares_and_charged_by_themselves(tmp_path, mechanism):
     out = tmp_path / "out"
@@ -101,6 +113,7 @@ def test_noised_metrics_are_shares_and_charged_by_themselves(tmp_path, mechanism
         assert told == pytest.approx(entries[-1].epsilon_consumers, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_noised_accuracy_is_near_the_exact_one_and_is_not_it(tmp_path):
     out = tmp_path / "out"
     of = config("example", *NOISED, noise_multiplier=0.6)
@@ -121,6 +134,7 @@ def test_noised_accuracy_is_near_the_exact_one_and_is_not_it(tmp_path):
     assert abs(noised - right / count) < 5 * np.sqrt(5 * 8 * 2) / count
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_spent_stops_the_evaluation_and_not_the_run(tmp_path, monkeypatch):
     once, twice = (epsilon([Release(1.0, 1.0, n)], 1e-5) for n in (1, 2))
     both = epsilon([Release(1.0), Release(0.5)], 1e-5)
@@ -138,6 +152,7 @@ def test_a_budget_that_is_spent_stops_the_evaluation_and_not_the_run(tmp_path, m
     assert [c.purpose for c in charges(out)] == ["train"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["example", "distributed"])
 def test_a_release_holds_the_ledgers_as_the_last_evaluation_left_them(tmp_path, mechanism):
     out = tmp_path / "out"

@@ -37,6 +37,9 @@ STRATEGIES = [
     *("FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "Scaffold"),
 ]
 
+#: One of each kind: a mean, state at the server, at the sites, a median, and one that chooses. The others are in soak.
+UNLIKE = ("FedAvg", "FedAdam", "Scaffold", "FedMedian", "Krum")
+
 
 def _map_first(content: RecordDict, change: Callable[[np.ndarray], np.ndarray]) -> None:
     arrays = content.array_records["arrays"]
@@ -198,12 +201,10 @@ def _play(
     return tmp_path / "poisoned", tmp_path / "honest"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
-    [
-        pytest.param(s, marks=[] if s in ("FedAvg", "Scaffold") else pytest.mark.slow)
-        for s in STRATEGIES
-    ],
+    [pytest.param(s, marks=() if s in UNLIKE else pytest.mark.soak) for s in STRATEGIES],
 )
 def test_no_poison_counts(strategy: str, tmp_path: Path) -> None:
     poisoned, honest = _play(tmp_path, strategy, [poison for poison, _ in REJECTED.values()])
@@ -242,6 +243,7 @@ def test_an_exception_keeps_its_text_at_the_site(tmp_path: Path) -> None:
             assert b"patient-42" not in path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["extra metric", "metric NaN", "metric missing"])
 def test_a_bad_metric_is_dropped_and_the_update_counts(name: str, tmp_path: Path) -> None:
     def poison(content: RecordDict) -> None:
@@ -267,6 +269,7 @@ def test_a_bad_metric_is_dropped_and_the_update_counts(name: str, tmp_path: Path
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [float("nan"), -1.0, 1e30, None])
 def test_a_bad_loss_is_rejected_where_it_is_the_weight(loss: float | None, tmp_path: Path) -> None:
     def poison(content: RecordDict) -> None:
@@ -308,6 +311,7 @@ class _BadNetwork(InProcessGrid):
         return 1e6 if bad and self.kind == "late" else 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "code", "outcome", "counts"),
     [
@@ -386,6 +390,7 @@ def test_a_site_cannot_take_over_by_what_it_registers(
     assert shown in line["rejected"][0]["reason"]
 
 
+@pytest.mark.slow
 def test_a_loss_far_above_the_others_does_not_take_over_where_it_is_the_weight(
     tmp_path: Path,
 ) -> None:

@@ -34,6 +34,7 @@ def lines(out):
     return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_with_dp_sgd_tells_epsilons_and_neither_losses_nor_metrics(tmp_path):
     simulate(config(), tmp_path / "out")
     rows = {line["round"]: line for line in lines(tmp_path / "out")}
@@ -48,6 +49,7 @@ def test_a_run_with_dp_sgd_tells_epsilons_and_neither_losses_nor_metrics(tmp_pat
     assert [e.charge.server_round for e in Ledger(home / FILE).entries()] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_with_distributed_noise_charges_whole_sites_and_only_they_know(tmp_path):
     simulate(config("distributed", {"metrics": "unprotected"}), tmp_path / "out")
     for line in lines(tmp_path / "out"):
@@ -124,6 +126,7 @@ def test_noise_that_does_not_fit_the_grid_begins_no_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["example", "distributed"])
 def test_a_release_holds_the_digests_of_the_ledgers(mechanism, tmp_path):
     out = tmp_path / "out"

@@ -15,6 +15,12 @@ from fedge.simulations.progress import Progress
 from .shown import line
 
 
+@pytest.fixture(autouse=True)
+def usual_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def run(rounds: int, *, quiet: bool = False, done: int = 0) -> list[str]:
     out = io.StringIO()
     with Progress(quiet=quiet, file=out) as progress:
@@ -52,8 +58,11 @@ def test_a_terminal_gets_one_bar() -> None:
             progress.site(1, "site-1", 1, 8)
             progress.round(line(1))
             progress.round(line(2, rejected=[{"site": "[red]x[/red]", "outcome": "late"}]))
+        terminal.write("<end>")
+        terminal.flush()
         shown = b""
-        while select.select([reader], [], [], 0.2)[0]:
+        while not shown.endswith(b"<end>"):
+            assert select.select([reader], [], [], 60)[0]
             shown += os.read(reader, 65_536)
     os.close(reader)
     text = shown.decode()

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_killed_at_every_point(
     assert (tmp_path / "run/report.html").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(
         CONFIG.format(strategy="FedAdam").replace("rounds = 4", "rounds = 4000")
@@ -104,6 +106,7 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
         while not (rounds.exists() and rounds.stat().st_size):
             if process.poll() is not None:
                 pytest.fail(f"ended early: {process.stderr.read() if process.stderr else ''}")
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=300)
     finally:
@@ -115,6 +118,7 @@ def test_ctrl_c_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
     assert "--resume" in stderr
 
 
+@pytest.mark.slow
 def test_resume_of_nothing_starts_and_of_a_finished_run_ends(tmp_path: Path, forked: Any) -> None:
     (tmp_path / "config.toml").write_text(CONFIG.format(strategy="FedAdam"))
     started = forked(*_words(tmp_path, "--resume"))

@@ -187,6 +187,7 @@ def mortal(what: str, server_round: int = 2) -> type[Mortal]:
 KINDS = ["train", messages.SHARE, messages.MASKED, messages.COMMIT, messages.UNMASK, "evaluate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sites_that_live_on_are_asked_on_and_answer_no_round_twice(
     kind: str, deployed: Deployed, expected: bytes, tmp_path: Path
@@ -204,6 +205,7 @@ def test_sites_that_live_on_are_asked_on_and_answer_no_round_twice(
         assert last == {"statistics": 0, "train": 3, "evaluate": 3}
 
 
+@pytest.mark.slow
 def test_statistics_that_were_about_to_be_opened_are_opened_too(
     deployed: Deployed, expected: bytes
 ) -> None:
@@ -212,6 +214,7 @@ def test_statistics_that_were_about_to_be_opened_are_opened_too(
     assert (deployed.run() / "model.safetensors").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_with_other_workers_the_round_is_skipped_and_the_run_goes_on(deployed: Deployed) -> None:
     with pytest.raises(Killed):
         deployed.run(mortal(messages.UNMASK))

@@ -93,6 +93,7 @@ STRATEGIES: list[tuple[dict[str, Any], float]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "growth"), STRATEGIES, ids=[s["name"] for s, _ in STRATEGIES])
 def test_a_run_under_masks_is_the_run_in_clear(
     strategy: dict[str, Any], growth: float, tmp_path: Path
@@ -117,6 +118,7 @@ def test_a_run_under_masks_is_the_run_in_clear(
     assert apart(start, plain) > 100 * growth * (step + 2e-7)
 
 
+@pytest.mark.slow
 def test_no_size_of_a_site_is_anywhere(tmp_path: Path) -> None:
     run = simulate(config(secure={}), tmp_path / "run").path
     told = json.loads((run / "run.json").read_text())
@@ -138,6 +140,7 @@ def test_no_size_of_a_site_is_anywhere(tmp_path: Path) -> None:
     report.write(run)
 
 
+@pytest.mark.slow
 def test_the_table_shows_what_is_known_and_no_zeros(tmp_path: Path) -> None:
     run = simulate(config(secure={}), tmp_path / "run").path
     metrics, told = json.loads((run / "metrics.json").read_text()), lines(run)
@@ -149,6 +152,7 @@ def test_the_table_shows_what_is_known_and_no_zeros(tmp_path: Path) -> None:
     assert round_facts(told[-1]).startswith(f"{100 * accuracy:.1f} %  loss ")
 
 
+@pytest.mark.slow
 def test_mean_and_deviation_are_those_of_the_run_in_clear(tmp_path: Path) -> None:
     runs = [
         simulate(config(secure=secure, run={"rounds": 1}), tmp_path / name).path
@@ -164,6 +168,7 @@ def test_mean_and_deviation_are_those_of_the_run_in_clear(tmp_path: Path) -> Non
     assert masked["mean"] != pytest.approx(alone, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_line_says_who_was_lost_where_and_the_run_goes_on(tmp_path: Path) -> None:
     def fails(site: str, kind: str, attempt: int) -> bool:
         return (site, kind) in {("site-2", messages.MASKED), ("site-7", messages.UNMASK)}
@@ -182,6 +187,7 @@ def test_the_line_says_who_was_lost_where_and_the_run_goes_on(tmp_path: Path) ->
     assert (evaluation["sites"], evaluation["reason"]) == (6, None)
 
 
+@pytest.mark.slow
 def test_the_sum_of_survivors_is_a_run_in_clear_without_the_others(tmp_path: Path) -> None:
     def lost(site: str, kind: str, attempt: int) -> bool:
         return site == "site-2" and kind in ("train", messages.SHARE)
@@ -217,6 +223,7 @@ def test_where_no_sum_comes_about_the_round_is_skipped(tmp_path: Path) -> None:
     assert second["outcome"] == "committed"
 
 
+@pytest.mark.slow
 def test_a_required_site_that_is_not_in_the_sum_stops_the_run(tmp_path: Path) -> None:
     chosen = config(7, secure={}, round={"require-sites": ["site-3"]})
     fails = faulty(lambda site, kind, attempt: (site, kind) == ("site-3", messages.MASKED))
@@ -239,6 +246,7 @@ def test_a_quorum_counts_the_sites_of_the_sum(tmp_path: Path) -> None:
     assert line["reason"] == "FE-501 updates: must be at least 7, got 6"
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_says_so_and_the_round_counts(tmp_path: Path) -> None:
     def fails(site: str, kind: str, attempt: int) -> bool:
         return kind == "evaluate" and site in ("site-1", "site-2", "site-3")
@@ -265,6 +273,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     monkeypatch.setattr(Learner, "fit", fit)
 
 
+@pytest.mark.slow
 def test_groups_bound_what_one_poisoned_site_can_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

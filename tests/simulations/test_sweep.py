@@ -72,6 +72,7 @@ def test_the_base_is_the_configuration_less_the_noise_and_gives_the_same_jobs():
     assert sweep.jobs(base, [0.5, 1.0], 2) == found
 
 
+@pytest.mark.slow
 def test_epsilon_is_the_runs_own_and_falls_with_the_noise(tmp_path):
     found = sweep.to_json(run(tree(), tmp_path), DELTA)
     low, high = found["points"]
@@ -95,6 +96,7 @@ def test_epsilon_is_the_runs_own_and_falls_with_the_noise(tmp_path):
     assert not list(base.sites.glob(f"*/{FILE}"))
 
 
+@pytest.mark.slow
 def test_another_delta_gives_another_epsilon_of_the_same_runs(tmp_path):
     jobs = sweep.jobs(tree(run={"rounds": 1}), [1.0], 1)
     (_, strict), (_, loose) = (sweep.run(jobs, tmp_path, d, silent) for d in (1e-8, 1e-3))
@@ -133,6 +135,7 @@ def test_what_nothing_bounds_is_null_and_no_number_that_json_lacks():
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_keeps_what_was_finished_and_begins_the_rest_anew(tmp_path):
     def interrupt(what, done, total):
         if what.startswith("noise-4") and done == 1:
@@ -162,6 +165,7 @@ def test_an_interrupted_sweep_keeps_what_was_finished_and_begins_the_rest_anew(t
     assert all(o.value is not None for o in outcomes)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_listed_and_the_others_go_on(tmp_path):
     # So little noise does not fit the grid of a secure sum.
     given = tree("distributed")
@@ -186,6 +190,7 @@ def test_a_run_that_fails_is_listed_and_the_others_go_on(tmp_path):
     assert [o.id for o in again] == [baseline.id, noised.id]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_was_damaged_is_listed_and_not_believed(tmp_path):
     run(tree(run={"rounds": 1}), tmp_path, multipliers=(1.0,))
     model = tmp_path / "runs" / "noise-1-seed-42" / "model.safetensors"

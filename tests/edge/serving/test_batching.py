@@ -154,11 +154,13 @@ def test_who_waits_beyond_the_deadline_is_told_and_not_run(
     network: Network, pool: ThreadPoolExecutor
 ) -> None:
     b = batcher(network)
-    first = ask(pool, b, row(1), seconds=0.05)
+    first = ask(pool, b, row(1), seconds=1.0)
     assert network.begun.acquire(timeout=60)
+    over = time.monotonic() + 1.0
     late = ask(pool, b, row(2), seconds=0.05)
     assert late.result(60).code == 809
     assert b.waiting == 0
+    time.sleep(max(0.0, over - time.monotonic()))
     network.open()
     # What was begun in time is answered.
     np.testing.assert_array_equal(first.result(60), row(2))
@@ -221,17 +223,15 @@ def test_a_delay_gathers_until_the_batch_is_full(
     network: Network, pool: ThreadPoolExecutor
 ) -> None:
     network.open()
-    b = batcher(network, max_batch=4, delay=10.0)
-    start = time.monotonic()
+    b = batcher(network, max_batch=4, delay=1000.0)
     found = [ask(pool, b, row(i)) for i in range(4)]
     for i, f in enumerate(found):
         np.testing.assert_array_equal(f.result(60), row(2 * i))
     assert network.runs == [4]
-    assert time.monotonic() - start < 5
     b = batcher(network, max_batch=4, delay=0.05)
     start = time.monotonic()
     b.infer(row(1), FAR, lambda: True)
-    assert 0.045 < time.monotonic() - start < 5
+    assert 0.045 < time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -288,8 +288,9 @@ def test_threads_of_its_own_come_with_need_and_end_with_it(
     np.testing.assert_array_equal(b.infer(row(1), FAR, lambda: True), row(2))
 
 
+@pytest.mark.slow
 def test_a_refusal_costs_no_run(network: Network, pool: ThreadPoolExecutor) -> None:
-    b = batcher(network, parallel=2, max_queue=1, max_batch=2, delay=0.5)
+    b = batcher(network, parallel=2, max_queue=1, max_batch=2, delay=1.0)
     first = ask(pool, b, row(1))
     wait_for(lambda: b.waiting == 1)
     assert outcome(lambda: b.infer(row(2), FAR, lambda: True)).code == 808
@@ -310,7 +311,7 @@ def test_without_more_threads_requests_go_on(
     b = batcher(network)
     first = ask(pool, b, row(1))
     assert network.begun.acquire(timeout=60)
-    late = ask(pool, b, row(2), seconds=0.3)
+    late = ask(pool, b, row(2), seconds=2.0)
     wait_for(lambda: b.waiting == 1)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fails)
@@ -320,8 +321,9 @@ def test_without_more_threads_requests_go_on(
     np.testing.assert_array_equal(b.infer(row(3), FAR, lambda: True), row(6))
 
 
+@pytest.mark.slow
 def test_many_threads_with_deadlines_lose_nothing() -> None:
-    """Promotions, time-outs and departures in every order: each request ends, with its rows or 808 or 809."""
+    """Promotions, time-outs and departures in every order: each request ends, with its rows or 809."""
     random = np.random.default_rng(0)
 
     def work(x: Array) -> Array:
@@ -333,18 +335,19 @@ def test_many_threads_with_deadlines_lose_nothing() -> None:
         (
             i,
             int(random.integers(1, 4)),
-            float(random.choice([0.0005, 0.002, 5])),
+            float(random.choice([0.0005, 0.002, 60])),
             random.random() < 0.9,
         )
         for i in range(2000)
     ]
-    good = 0
+    sure = {i for i, _, seconds, alive in cases if seconds == 60 and alive}
 
     def one(i: int, n: int, seconds: float, alive: bool) -> Any:
-        result = outcome(lambda: b.infer(row(i, n), time.monotonic() + seconds, lambda: alive))
-        if isinstance(result, InputError) and result.code == 808:
+        while True:
+            result = outcome(lambda: b.infer(row(i, n), time.monotonic() + seconds, lambda: alive))
+            if not isinstance(result, InputError) or result.code != 808:
+                return result
             time.sleep(0.002)
-        return result
 
     # At most two too many for the queue.
     with ThreadPoolExecutor(11) as pool:
@@ -352,10 +355,10 @@ def test_many_threads_with_deadlines_lose_nothing() -> None:
         for (i, n, _, _), f in zip(cases, found, strict=True):
             result = f.result(60)
             if isinstance(result, InputError):
-                assert result.code in (808, 809)
+                assert result.code == 809
+                assert i not in sure
             else:
                 np.testing.assert_array_equal(result, row(2 * i, n))
-                good += 1
-    assert good > 400
+    assert len(sure) > 400
     assert b.waiting == 0
     np.testing.assert_array_equal(b.infer(row(1), FAR, lambda: True), row(2))

@@ -71,6 +71,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         one.process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_process_serves_reloads_tells_and_ends(
     serve: Callable[..., Server],
     bundle_of: Callable[..., Path],
@@ -119,6 +120,7 @@ def test_a_process_serves_reloads_tells_and_ends(
     assert "nan" not in server.text.lower().replace("finance", "")
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_has_begun(
     serve: Callable[..., Server], image_bundle: Path, trust: Path
 ) -> None:
@@ -143,17 +145,23 @@ def test_sigterm_answers_what_has_begun(
             return b"fedge_queue_length 5.0" in answer.read()
 
     with triton.InferenceServerClient(server.address) as client:
-        for _ in range(5):
-            client.async_infer(
-                "image", [tensor], lambda result, error: answers.append((result, error))
-            )
-        wait_for(waiting)
+        for _ in range(20):  # a busy machine may take longer for five than the first waits
+            answers.clear()
+            for _ in range(5):
+                client.async_infer(
+                    "image", [tensor], lambda result, error: answers.append((result, error))
+                )
+            wait_for(lambda: waiting() or len(answers) == 5)
+            if not answers:
+                break
+            wait_for(lambda: len(answers) == 5)
         assert not answers
         assert server.stop() == 0
         wait_for(lambda: len(answers) == 5)
     assert [error for _, error in answers] == [None] * 5
 
 
+@pytest.mark.slow
 def test_a_port_or_address_that_cannot_be_used_is_told_in_one_line(
     capsys: Capture, serve: Callable[..., Server], image_bundle: Path, trust: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +216,7 @@ def test_a_wrong_key_serves_nothing(
     assert capsys.readouterr().err.startswith("FE-703 ")
 
 
+@pytest.mark.slow
 def test_the_key_that_a_server_began_with_is_the_only_one(
     serve: Callable[..., Server], image_bundle: Path, trust: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +257,7 @@ def alive(pid: int) -> bool:
     return status(pid)[0] != "Z"
 
 
+@pytest.mark.slow
 def test_signed_graphs_that_kill_or_never_end_do_not_disturb_a_server(
     serve: Callable[..., Server],
     bundle_of: Callable[..., Path],
@@ -281,6 +291,7 @@ def test_signed_graphs_that_kill_or_never_end_do_not_disturb_a_server(
     assert "Traceback" not in server.text
 
 
+@pytest.mark.slow
 def test_insecure_is_said_aloud(
     serve: Callable[..., Server], image_bundle: Path, trust: Path
 ) -> None:

@@ -182,6 +182,7 @@ def test_after_the_end_requests_are_told_so(
     assert text.startswith("FE-808 server: must be running")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("graph", "said"),
     [
@@ -205,7 +206,7 @@ def test_a_graph_that_would_take_the_server_along_is_refused(
     said: str,
 ) -> None:
     """All of them signed."""
-    monkeypatch.setattr(rehearsal, "DEADLINE", 2.0 if graph == "endless" else 30.0)
+    monkeypatch.setattr(rehearsal, "DEADLINE", 2.0 if graph == "endless" else 120.0)
     caplog.set_level("INFO")
     server = running(bundle_of())
     reloader = Reloader(

@@ -431,6 +431,7 @@ def test_damaged_files_are_named_and_left_out(tmp_path: Path) -> None:
     assert "12 rounds made a new model." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sites", "rounds"), [(1, 1), (1, 3), (8, 1), (25, 7), (300, 60), (3, 170)]
 )

@@ -323,6 +323,7 @@ def test_missing_rounds_are_bridged(tmp_path: Path) -> None:
     assert "9.00 at the end" in labels(page(tmp_path, files))[0]
 
 
+@pytest.mark.slow
 def test_thousands_of_sites(tmp_path: Path) -> None:
     found = page(tmp_path, private_files(2000, 2))
     assert f"The {MAX_ROWS} largest of 2000." in section(found)

@@ -173,6 +173,7 @@ _JSON = st.recursive(
 _KEYS = ("epsilon", "mean", "lowest", "highest", "runs", "noise_multiplier")
 
 
+@pytest.mark.slow
 @given(st.sampled_from(_KEYS), _JSON, st.sampled_from(("delta", "seeds", "baseline", "rounds")), _JSON)  # fmt: skip
 def test_strange_values_are_drawn_or_left_out(key: str, one: Any, other: str, two: Any) -> None:
     strange = found(**{other: two})

@@ -264,7 +264,7 @@ def rig(
             "data": {"standardise": "site"},
             "train": {"local-steps": 2, "learning-rate": 0.5},
             "round": {"deadline": 20.0},
-            "secure-aggregation": {"deadline": 5.0, **values},
+            "secure-aggregation": {"deadline": 20.0, **values},
             **(sections or {}),
         }
         config, task = config_file.from_tree(tree), blobs()

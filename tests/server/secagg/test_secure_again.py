@@ -12,6 +12,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow
 def test_a_group_that_fails_is_tried_again_alone(rig):
     made = rig(**GROUPS)
     made.fault("site-5", "share", "error", times=1)
@@ -31,6 +32,7 @@ def test_a_group_that_fails_is_tried_again_alone(rig):
     assert {c["secagg"]["attempt"] for s in again for c in made.asked("unmask", s)} == {2}
 
 
+@pytest.mark.slow
 def test_a_group_that_is_lost_at_the_end_opens_no_further_one(rig):
     made = rig(**GROUPS)
     made.fault("site-5", "share", "error", times=1)
@@ -54,6 +56,7 @@ def test_groups_are_drawn_anew_in_each_round_and_alike_in_a_redone_one(rig):
     assert [[m.site for m in some] for some in made.sums._groups(3, shuffled)] == names[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settled", [False, True])
 def test_a_kept_sum_is_opened_by_the_next_coordinator(rig, settled):
     made = rig()
@@ -78,6 +81,7 @@ def test_a_kept_sum_is_opened_by_the_next_coordinator(rig, settled):
         assert np.array_equal(mean, found.result.mean[name])
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_ends_while_the_sites_answer_can_be_continued(rig):
     made = rig()
 
@@ -94,6 +98,7 @@ def test_a_coordinator_that_ends_while_the_sites_answer_can_be_continued(rig):
     assert found.facts["lost"] == []
 
 
+@pytest.mark.slow
 def test_who_was_lost_before_is_told_by_the_next_coordinator_too(rig):
     made = rig(count=10)
     for site, exchange in (("site-1", "begin"), ("site-2", "share"), ("site-3", "masked")):
@@ -108,6 +113,7 @@ def test_who_was_lost_before_is_told_by_the_next_coordinator_too(rig):
     assert why == "lost before the coordinator was started anew"
 
 
+@pytest.mark.slow
 def test_groups_are_continued_each_where_it_was(rig):
     made = rig(**GROUPS)
     made.fault("site-5", "share", "error", times=1)
@@ -128,6 +134,7 @@ def test_groups_are_continued_each_where_it_was(rig):
         made.check(group, list(group.sites))
 
 
+@pytest.mark.slow
 def test_what_was_kept_is_of_its_own_round_alone(rig):
     made = rig()
     made.train(1)
@@ -139,6 +146,7 @@ def test_what_was_kept_is_of_its_own_round_alone(rig):
         np.testing.assert_allclose(found.result.mean[name], expected, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_with_other_workers_a_kept_sum_cannot_be_opened(rig):
     made = rig()
     made.train()

@@ -68,6 +68,7 @@ def test_a_wrong_share_is_named_and_the_sum_opened_all_the_same(rig):
     ]
 
 
+@pytest.mark.slow
 def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
     made = rig()
 
@@ -89,6 +90,7 @@ def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
     assert len(made.asked("begin", "site-2")) == 1
 
 
+@pytest.mark.slow
 def test_a_group_with_garbage_is_left_out_where_enough_others_can_be_compared(rig, caplog):
     strategy = {"strategy": {"name": "FedMedian"}}
     for count, groups, goes_on in ((12, 4, True), (9, 3, False)):
@@ -114,6 +116,7 @@ def test_a_group_with_garbage_is_left_out_where_enough_others_can_be_compared(ri
             assert ", ".join(bad) in found.reason
 
 
+@pytest.mark.slow
 def test_sites_without_a_voucher_cost_their_attempts_once_a_run(rig):
     """Revoked or expired, they are found out one by one, and three attempts would never be enough for four."""
     made = rig(count=9)
@@ -175,6 +178,7 @@ def test_of_one_accuser_and_one_accused_neither_is_asked_again(rig):
     assert {r.code for r in found.outcome.rejections(made.members)} == {425}
 
 
+@pytest.mark.slow
 def test_a_blame_without_consequences_excludes_nobody(rig):
     made = rig()
     accuse = {"blamed": "site-5\n[red]", "code": 900}
@@ -196,6 +200,7 @@ def test_where_too_few_would_be_left_nobody_is_asked_again(rig):
     assert found.facts["attempts"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["site", "run-id"])
 def test_an_answer_of_another_site_or_run_does_not_count(rig, key):
     made = rig()

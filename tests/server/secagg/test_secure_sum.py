@@ -7,6 +7,7 @@ import pytest
 EXCHANGES = ["begin", "share", "masked", "commit", "unmask"]
 
 
+@pytest.mark.slow
 def test_nobody_is_lost(rig):
     made = rig()
     found = made.train()
@@ -18,6 +19,7 @@ def test_nobody_is_lost(rig):
 HOW = ["silent", "late", "garbage", "error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_one_site_is_lost_and_the_sum_is_that_of_the_others(rig, exchange, how):
@@ -47,6 +49,7 @@ def test_one_site_is_lost_and_the_sum_is_that_of_the_others(rig, exchange, how):
     assert "4711" not in str(found.facts), "what a site says of an error stays out of the line"
 
 
+@pytest.mark.slow
 def test_several_sites_are_lost_one_after_the_other(rig):
     made = rig(count=10)
     # Seven of ten must stay to the end.
@@ -67,6 +70,7 @@ def test_several_sites_are_lost_one_after_the_other(rig):
     assert [r.site for r in found.outcome.rejections(made.members)] == ["site-1", "site-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["share", "masked", "commit"])
 def test_below_the_threshold_it_is_tried_again_with_new_keys(rig, exchange):
     made = rig()
@@ -97,6 +101,7 @@ def test_who_was_silent_at_first_trains_in_the_second_attempt(rig):
     assert found.facts["lost"][0]["reason"] == "connected, but no reply within 20 s"
 
 
+@pytest.mark.slow
 def test_where_nothing_helps_there_is_no_sum_and_the_reason_is_told(rig):
     made = rig(attempts=2)
     for site in ("site-1", "site-2"):

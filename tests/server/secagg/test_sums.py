@@ -90,6 +90,7 @@ def test_statistics_are_those_of_all_sites_together(rig):
     assert found.standardise().mean == pytest.approx(wanted.standardise().mean, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_statistics_are_tried_again_and_then_stop_the_run(rig):
     made = rig()
     for site in ("site-1", "site-2"):
@@ -113,6 +114,7 @@ def of_training(made):
     )
 
 
+@pytest.mark.slow
 def test_the_facts_of_a_round_count_what_was_cut(rig):
     made = rig(clipping_bound=0.001, weight_cap=20)
     found = made.train()
@@ -125,6 +127,7 @@ def test_the_facts_of_a_round_count_what_was_cut(rig):
     assert narrow.facts["saturated"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_one_masked_vector_and_the_mean_update(rig):
     made = rig()
     found = made.train()

@@ -221,6 +221,7 @@ def test_training_and_noised_evaluation_have_a_row_each(show, ledger):
     assert [row["charges"] for row in table] == ["3", "2", "1"]
 
 
+@pytest.mark.slow
 def test_runs_are_counted_whatever_their_rows(show, ledger):
     for number in range(32):
         for purpose in ("train", "evaluate"):

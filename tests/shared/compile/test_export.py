@@ -49,6 +49,7 @@ def _network(kind: str) -> tuple[nn.Module, tuple[int, ...]]:
             return Recurrent(), (7, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cnn", "mlp", "norm", "recurrent"])
 def test_networks_export_and_agree(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     network, shape = _network(kind)
@@ -72,6 +73,7 @@ def test_networks_export_and_agree(kind: str, capfd: pytest.CaptureFixture[str])
     refuse_external_data(data, "model.onnx")
 
 
+@pytest.mark.slow
 def test_parity_leaves_nothing_behind(tmp_path: Path) -> None:
     """ONNX Runtime's telemetry would write a device's number below the user's home."""
     (tmp_path / "model.onnx").write_bytes(export_onnx(nn.Linear(3, 2), (3,)))
@@ -98,6 +100,7 @@ def _last(network: nn.Module) -> str:
     return [name for name in network.state_dict() if name.endswith("bias")][-1]
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_bytes_and_no_names_of_this_machine() -> None:
     network, shape = _network("mlp")
     data = export_onnx(network, shape)
@@ -142,6 +145,7 @@ print(hashlib.sha256(export_onnx(CNN(channels=1, side=8, classes=10), (1, 8, 8))
     assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
+@pytest.mark.slow
 def test_a_model_that_differs_is_not_released() -> None:
     network, shape = _network("mlp")
     data = export_onnx(network, shape)
@@ -153,6 +157,7 @@ def test_a_model_that_differs_is_not_released() -> None:
     assert "batch size" in error.value.message
 
 
+@pytest.mark.slow
 def test_large_logits_may_differ_by_as_many_of_their_digits() -> None:
     """Local noise leaves weights so large that float32 rounds by more than small logits may differ."""
     network, shape = _network("mlp")
@@ -172,6 +177,7 @@ def test_large_logits_may_differ_by_as_many_of_their_digits() -> None:
     assert error.value.code == 603
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
 def test_logits_of_a_usual_size_are_held_to_the_tolerance_itself(scale: float) -> None:
     torch.manual_seed(0)
@@ -187,6 +193,7 @@ def test_logits_of_a_usual_size_are_held_to_the_tolerance_itself(scale: float) -
         parity(network, data, (6,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_infinite_logits_allow_no_difference(value: float) -> None:
     """Else a share of infinity would allow any."""
@@ -198,6 +205,7 @@ def test_infinite_logits_allow_no_difference(value: float) -> None:
         parity(network, data, (6,))
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_nan_is_not_released() -> None:
     network, shape = _network("mlp")
     with torch.no_grad():
@@ -207,6 +215,7 @@ def test_a_model_that_gives_nan_is_not_released() -> None:
     assert error.value.code == 603
 
 
+@pytest.mark.slow
 def test_a_graph_of_another_shape_or_none_is_not_released() -> None:
     small, large = nn.Linear(6, 2), nn.Linear(6, 3)
     with pytest.raises(ReleaseError) as error:
@@ -217,6 +226,7 @@ def test_a_graph_of_another_shape_or_none_is_not_released() -> None:
     assert error.value.code == 603
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_named() -> None:
     class Wild(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -265,6 +275,7 @@ def _axes(value: onnx.ValueInfoProto) -> list[str | int]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
+@pytest.mark.slow
 def test_tokens_and_several_outputs_by_name() -> None:
     torch.manual_seed(0)
     network = Tagger()
@@ -290,6 +301,7 @@ def test_tokens_and_several_outputs_by_name() -> None:
         parity(other, data, TEXT)
 
 
+@pytest.mark.slow
 def test_computed_sizes_have_names_of_their_own() -> None:
     torch.manual_seed(0)
     network = nn.Conv1d(2, 3, 3, stride=2)
@@ -300,6 +312,7 @@ def test_computed_sizes_have_names_of_their_own() -> None:
     parity(network, data, given, sizes=({"time": 3}, {"time": 101}))
 
 
+@pytest.mark.slow
 def test_open_axes_are_named_where_named_ones_do_not_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -324,6 +337,7 @@ def test_open_axes_are_named_where_named_ones_do_not_export(
         assert _axes(value)[2:] == ["height", "width"]
 
 
+@pytest.mark.slow
 def test_a_difference_at_another_size_alone_is_found() -> None:
     class Padded(nn.Module):
         def __init__(self, error: float) -> None:
@@ -362,6 +376,7 @@ class Interrupted(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_no_fault_of_the_network() -> None:
     with pytest.raises(KeyboardInterrupt):
         export_onnx(Interrupted(), (3,))

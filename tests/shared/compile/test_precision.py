@@ -88,6 +88,7 @@ def operators(graph):
     return [node.op_type for node in onnx.load_model_from_string(graph).graph.node]
 
 
+@pytest.mark.slow
 def test_all_forms_are_near_the_fp32_graph(trained):
     graph, ranges, x, y = trained
     logits = run(graph, x)
@@ -237,6 +238,7 @@ def graph_of(*nodes, constants=(), shape=("batch", 4)):
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
 
 
+@pytest.mark.slow
 def test_a_relu_leaves_one_range_with_what_it_follows():
     """As a network with batch normalisation has it, which is folded into its convolution."""
     torch.manual_seed(0)
@@ -262,6 +264,7 @@ def test_products_of_two_activations_are_left_as_they_are():
             call(graph)
 
 
+@pytest.mark.slow
 def test_what_cpus_have_no_eight_bits_for_is_not_passed_off_as_int8():
     torch.manual_seed(0)
     graph = export_onnx(Generator(side=8, latent=4, width=4), (4,))

@@ -45,6 +45,7 @@ def alive(pid: int) -> bool:
     return process.birth(pid) is not None
 
 
+@pytest.mark.slow
 def test_a_killed_service_is_started_again_and_ends_with_the_loop(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path)
     service = supervisor.add(Service("one", lambda: sleeper(tmp_path)))
@@ -87,6 +88,7 @@ def test_a_service_waits_until_what_it_needs_is_ready(tmp_path: Path) -> None:
     run_until(supervisor, both)
 
 
+@pytest.mark.slow
 def test_pauses_grow_while_a_service_keeps_dying(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path)
     program = Program("bad", tmp_path / "bad.log", command=("false",))
@@ -190,6 +192,7 @@ def test_end_stops_a_daemon_by_its_home_and_no_stranger(tmp_path: Path) -> None:
     os.waitpid(stranger, 0)
 
 
+@pytest.mark.slow
 def test_a_home_has_one_daemon(tmp_path: Path) -> None:
     assert not homes.held(tmp_path)
     with homes.lock(tmp_path):

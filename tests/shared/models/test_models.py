@@ -7,6 +7,11 @@ from fedge.shared.models.fnn import FNN
 from fedge.shared.models.logistic import LogisticRegression
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def count(network):
     return sum(p.numel() for p in network.parameters())
 

@@ -71,6 +71,7 @@ def by_rdp(noise, rate, steps, delta):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "rate", "steps", "delta", "expected"), SAMPLED)
 def test_published_numbers_with_sampling(noise, rate, steps, delta, expected):
     releases = [Release(noise, rate, steps)]
@@ -133,6 +134,7 @@ def test_parts_of_a_kind_are_one():
     assert epsilon(parts[::-1], 1e-5) == whole
 
 
+@pytest.mark.slow
 def test_different_kinds_together_agree_with_dp_accounting():
     releases = [Release(1.0, 0.05, 20), Release(2.0, 0.2, 10), Release(3.0, 1.0, 2)]
     together = PLDAccountant(value_discretization_interval=2e-4)
@@ -160,6 +162,7 @@ def test_the_order_does_not_matter():
         assert epsilon(releases, 1e-6) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "better",
     [
@@ -201,7 +204,7 @@ def test_who_sees_the_sample_is_told_no_less(noise, rate, fixed_size):
 
 
 def test_a_fixed_size_is_not_sold_as_poisson():
-    """Flower 1.41 samples a fixed number; RDP says 7.90 where Poisson is declared, 14.05 of what is really drawn."""
+    """Flower 1.41 and 1.42 sample a fixed number; RDP says 7.90 of Poisson, as declared, 14.05 of what is drawn."""
     fixed = [Release(1.0, 0.1, 100, fixed_size=True)]
     assert by_rdp(1.0, 0.1, 100, 1e-5) == pytest.approx(7.90, abs=5e-3)
     assert epsilon(fixed, 1e-5) == pytest.approx(14.0538, abs=1e-3)
@@ -283,6 +286,7 @@ def test_gaussian_epsilon_is_nothing_where_delta_covers_all():
     assert gaussian_epsilon(1e300, 1e-5) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps"),
     [(1, 1e-5, 1.0, 1), (0.1, 1e-6, 1.0, 500), (1, 1e-5, 0.1, 100), (2, 1e-5, 0.05, 40)],
@@ -293,6 +297,7 @@ def test_calibrate_keeps_the_promise_with_no_more_noise_than_needed(target, delt
     assert epsilon([Release(noise / 1.0011, rate, steps)], delta) > target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 1.0])
 def test_calibrate_leaves_room_for_what_is_beside(rate):
     beside = [Release(5.0, steps=10)]
@@ -344,13 +349,19 @@ def test_a_target_out_of_range_is_refused(target):
         calibrate(target, 1e-5, 0.5, 1)
 
 
+@pytest.mark.slow
 def test_a_ledger_of_many_kinds_is_quick_to_extend():
     releases = [Release(1 + n / 10, 0.02 + n / 100, 50 + n) for n in range(12)]
+    for part in vars(accounting).values():
+        if hasattr(part, "cache_clear"):
+            part.cache_clear()
+    begun = time.process_time()
     before = epsilon(releases, 1e-5)
+    anew = time.process_time() - begun
     accounting._epsilon.cache_clear()
     begun = time.process_time()
     after = epsilon([*releases, Release(1.5, 0.07)], 1e-5)
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < anew / 3
     assert before < after < before + 0.1
 
 

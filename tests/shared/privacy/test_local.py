@@ -17,6 +17,7 @@ def entropy(n=0):
     return Entropy(key=bytes([n]) * 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise_multiplier", "bound"), [(0.5, 1.0), (1.0, 0.3), (4.0, 10.0), (20.0, 1.0)]
 )
@@ -80,6 +81,7 @@ def test_a_long_update_is_scaled_down_and_a_short_one_is_not():
     assert abs(mean(0.5) - direction / 2).max() < 4 * error
 
 
+@pytest.mark.slow
 def test_two_sites_are_as_hard_to_tell_apart_as_is_charged():
     # The farthest that two updates can be: C one way, C the other. The best test is a threshold.
     source, noise_multiplier, count = entropy(), 1.0, 4000

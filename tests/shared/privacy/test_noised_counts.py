@@ -56,6 +56,7 @@ def test_whole_sites_are_hidden_in_shares_and_each_counts_as_one(mechanism):
         within(of, FOUND[name] / 80, 2.0 * math.sqrt(3))
 
 
+@pytest.mark.slow
 def test_under_masks_the_sites_noise_is_as_much_together():
     counts = noised_counts.of(section("distributed"), NAMES, honest=5)
     source = Entropy(key=bytes(32))

@@ -61,6 +61,7 @@ def test_all_sites_at_the_bound_do_not_wrap(sites: int, bound: float, dtype: typ
     assert decode(total, one(1, bound), sites)[0] == pytest.approx(sites * bound, rel=1e-3)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(SITES),
     st.floats(1e-6, 1e6),

@@ -32,6 +32,7 @@ def test_the_names_of_the_columns_and_labels_are_its_own():
     assert [f.name for f in breast_cancer.FEATURES] == list(bunch.feature_names)
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_imported():
     code = (
         "import sys; from fedge.shared.tasks import breast_cancer, digits;"

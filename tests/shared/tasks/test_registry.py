@@ -41,6 +41,7 @@ def test_an_entry_point_must_hold_a_task(monkeypatch):
     assert caught.value.code == 304
 
 
+@pytest.mark.slow
 def test_declaring_tasks_does_not_import_scikit_learn():
     code = (
         "import sys; from fedge.shared.tasks.registry import get_task, task_names;"

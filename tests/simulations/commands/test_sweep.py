@@ -54,6 +54,7 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_writes_and_puts_itself_beside_its_runs(fedge, tmp_path):
     status, out, err = fedge(PRIVATE, "--out", "s")
     assert status == 0
@@ -86,6 +87,7 @@ def test_a_sweep_prints_writes_and_puts_itself_beside_its_runs(fedge, tmp_path):
         assert ("The orange ring is this run" in report) == (name != "baseline")
 
 
+@pytest.mark.slow
 def test_again_nothing_runs_twice_and_what_is_added_runs(fedge, tmp_path):
     _, out, _ = fedge(PRIVATE, "--out", "s", "--json")
     first = strict(out)
@@ -148,6 +150,7 @@ def test_another_process_in_the_folder_is_told(fedge, tmp_path):
     assert err.startswith("FE-208 ")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_has_its_number_in_all_that_is_written(fedge, tmp_path):
     keys = {
         **PRIVATE,
@@ -170,7 +173,7 @@ def test_a_run_that_fails_has_its_number_in_all_that_is_written(fedge, tmp_path)
 
 
 def test_the_next_free_folder_is_taken(fedge, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedge.simulations.sweep.simulate", _refuse)
+    monkeypatch.setattr("fedge.simulations.engine.simulate", _refuse)
     for _ in range(2):
         status, _, _ = fedge(PRIVATE)
         assert status == 1

@@ -1,0 +1,179 @@
+"""What `fedge up` does before its daemons start, in a process of its own that may know torch and the data.
+
+That process imports torch once, forks for the division of the data, and then stays as the one from which every worker
+and coordinator is forked. It makes no thread, and reads no data itself: a worker inherits nothing but the imports.
+The command's own process, of which the daemons and the relays are forks, has neither.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Final, NoReturn
+
+from fedge.server.run_directory import RunDirectory, prepare
+from fedge.shared.config import Config
+from fedge.shared.daemon import fork_server, process, sockets
+from fedge.shared.errors import (
+    ConfigError,
+    DataError,
+    DeployError,
+    FedgeError,
+    RunError,
+    SiteError,
+)
+
+#: Where the process listens, below the run directory.
+SOCKET: Final = Path("federation") / "fork.sock"
+#: Of the division, the worker and the coordinator.
+_IMPORTS: Final = (
+    "flwr.superlink.runtime.run_serverapp",
+    "fedge.client.serve",
+    "fedge.server.app",
+    "fedge.server.coordinators",
+    "fedge.shared.privacy.fitness",
+    "fedge.shared.tasks.check",
+)
+_LARGEST: Final = 1 << 20
+_BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
+
+
+def error_of(code: int, message: str) -> FedgeError:
+    """An error that another process has told of."""
+    return _BY_FAULT.get(code // 100, FedgeError)(code, message)
+
+
+@contextmanager
+def prepared(config: Config, out: Path, *, resume: bool) -> Iterator[bool]:
+    """Make the run directory, and every site's share of the data; within the block, serve forks at ``SOCKET``.
+
+    Yields:
+        Whether the run is finished already; then nothing is served.
+
+    Raises:
+        ConfigError, DataError: as ``simulate``.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_main, args=(config, out, resume, there))
+    child.start()
+    there.close()
+    try:
+        yield _finished(here)
+    finally:
+        here.close()
+        child.terminate()
+        child.join()
+
+
+def _finished(here: Connection) -> bool:
+    try:
+        told = json.loads(here.recv_bytes(_LARGEST))
+    except EOFError:
+        told = {"code": 104, "message": "the preparation ended without a word"}
+    if "code" in told:
+        raise error_of(told["code"], told["message"])
+    return bool(told["finished"])
+
+
+def _main(config: Config, out: Path, resume: bool, there: Connection) -> None:
+    """The process: imports, has the data divided, tells, serves."""
+    from fedge.client.daemon import WORKER
+    from fedge.server import coordinators
+    from fedge.server.coordinators import COORDINATOR
+
+    process.die_with_parent()
+    process.entitle(f"fedge imports --out {out}")
+    with suppress(KeyboardInterrupt):  # the command has it too, and says so
+        _import(config)
+        told = _in_a_fork(lambda: _divide(config, out, resume))
+        if json.loads(told or "{}").get("finished") is False:
+            (out / SOCKET).parent.mkdir(exist_ok=True)
+            with sockets.listen(out / SOCKET) as listener:
+                there.send_bytes(told)
+                there.close()
+                # Where a task's package has made a thread, every worker imports for itself.
+                with suppress(RuntimeError):
+                    fork_server.serve(listener, {WORKER: _worker, COORDINATOR: coordinators.play})
+        elif told:
+            there.send_bytes(told)
+
+
+def _import(config: Config) -> None:
+    """Import what the forks need; none of it may start a thread."""
+    process.preload(_IMPORTS)
+    from fedge.shared.tasks.registry import get_task
+
+    # What is wrong with a task is told by whoever checks it.
+    with suppress(FedgeError):
+        get_task(config.task.name)
+
+
+def _worker(arguments: Sequence[str]) -> int:
+    from fedge.client import serve
+    from fedge.shared.command_line import guarded
+
+    return guarded("fedge worker", lambda: serve.main(Path(arguments[0])))
+
+
+def _in_a_fork(work: Callable[[], bool]) -> bytes:
+    """What the work told, as JSON; empty where it died. The data that it reads, and its threads, go with it."""
+    here, there = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(here)
+        _report(work, there)
+    os.close(there)
+    with os.fdopen(here, "rb") as pipe:
+        told = pipe.read(_LARGEST)
+    os.waitpid(pid, 0)
+    return told
+
+
+def _report(work: Callable[[], bool], there: int) -> NoReturn:
+    process.die_with_parent()
+    told: dict[str, object]
+    try:
+        try:
+            told = {"finished": work()}
+        except FedgeError as error:
+            told = {"code": error.code, "message": error.message}
+        except KeyboardInterrupt:
+            told = {"code": 103, "message": "interrupted"}
+        os.write(there, json.dumps(told).encode())
+    finally:
+        os._exit(0)
+
+
+def _divide(config: Config, out: Path, resume: bool) -> bool:
+    """Make the run directory, and every site's share of the data; whether the run is finished already."""
+    from fedge.client import share
+    from fedge.client.data import site_shares
+    from fedge.server import finish
+    from fedge.shared.privacy.fitness import require_fit
+    from fedge.shared.tasks.check import check
+    from fedge.shared.tasks.registry import get_task
+
+    task = get_task(config.task.name)
+    if not RunDirectory(out).says_finished():
+        check(task)
+        require_fit(config.privacy, task, config.secure_aggregation.min_sites)
+    shares = site_shares(config, task)
+    directory, finished = prepare(out, config, resume=resume)
+    if finished:
+        finish.restore(directory)
+        return True
+    for name, data in shares.items():
+        place = out / "sites" / name
+        if not (place / "site.toml").exists():
+            place.mkdir(parents=True, exist_ok=True)
+            share.write(place / "share", data)
+    return False
+
+
+__all__ = ["SOCKET", "error_of", "prepared"]
