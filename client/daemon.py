@@ -236,12 +236,13 @@ class SiteDaemon:
             self._owed.append((time.monotonic() + TAKEN_WITHIN, log_size))
 
     def _watch_debts(self) -> None:
-        """A process that ended with an error has usually answered; where the node saw no answer, it is stuck."""
+        """A process that ended with an error has usually answered; a node that neither sends nor takes is stuck."""
         now = time.monotonic()
         due = [size for deadline, size in self._owed if now > deadline]
         self._owed = [debt for debt in self._owed if now <= debt[0]]
         log = self.supervisor.log_of("supernode")
-        if any(node_log.SENDING not in node_log.tail(log, size) for size in due):
+        said = [node_log.tail(log, size) for size in due]
+        if any(not any(words in text for words in node_log.MOVES_ON) for text in said):
             _log.error("flwr-clientapp ended without an answer; its node is started again")
             self._stop("supernode")
 

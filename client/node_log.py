@@ -6,8 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-#: What Flower's node writes: that it is connected, that it sends a reply.
-CONNECTED, SENDING = "SuperNode ID:", "Sending:"
+#: What Flower's node writes when it is connected.
+CONNECTED = "SuperNode ID:"
+#: That it sends a reply; or that it takes another message, which one that waits for a reply never does. From 1.43 on a
+#: node whose process ended without a reply goes on so.
+MOVES_ON = ("Sending:", "Receiving:")
 #: That it will not call again; that the server does not know its key.
 DEAF = ("Giving up reconnection", "SSL/TLS handshake error detected")
 UNKNOWN = ("Failed to activate SuperNode", "[code: 2004]")

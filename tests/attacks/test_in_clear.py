@@ -10,29 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from builders import config
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedge.client.data import site_shares
 from fedge.client.worker import SiteWorker
-from fedge.shared import config_file, protocol
+from fedge.shared import protocol
 from fedge.shared.config import Config
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.engine import simulate
 from fedge.simulations.grid import InProcessGrid
-
-
-def config(task: str, *, secure: bool) -> Config:
-    return config_file.from_tree(
-        {
-            "task": {"name": task},
-            "run": {"rounds": 1 if task == "digits" else 2, "seed": 3},
-            "data": {"partition": "dirichlet", "alpha": 2.0},
-            "sites": {"count": 5},
-            "train": {"local-steps": 3, "batch-size": 16},
-            "secure-aggregation": {"enabled": secure},
-        }
-    )
 
 
 class Said(NamedTuple):
@@ -159,7 +147,12 @@ def run(task: str, out: Path, *, secure: bool) -> tuple[Config, list[Said]]:
         made.append(Recorder(*args))
         return made[0]
 
-    of = config(task, secure=secure)
+    of = config(
+        task,
+        run={"rounds": 1 if task == "digits" else 2, "seed": 3},
+        data={"alpha": 2.0},
+        secure_aggregation={"enabled": secure},
+    )
     simulate(of, out, grid=grid)
     return of, made[0].said
 

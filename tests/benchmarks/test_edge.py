@@ -212,7 +212,7 @@ def test_an_environment_that_is_not_complete_is_made_anew(edge, left, monkeypatc
     assert not (folder / "half").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_what_pip_said_is_told(edge):
     command = [
         sys.executable,
@@ -227,7 +227,7 @@ def test_what_pip_said_is_told(edge):
         edge.edge_servers._run("pip", command)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_memory_and_time_are_the_processs_own(edge):
     code = "import sys; x = bytearray(64 << 20); del x; sum(range(5_000_000)); print(1, flush=True); sys.stdin.read()"
     ballast = bytearray(b"1" * (256 << 20))
@@ -254,7 +254,7 @@ def named(edge, name):
     return next(c for c in edge.CONTENDERS if c.name == name)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_bare_and_echo_are_measured(edge, folder):
     chosen = [named(edge, edge.BARE), replace(named(edge, edge.ECHO), clients=(1, 2))]
     found, problems = edge.edge_load.play(chosen, folder, 1, 0.3)
@@ -271,7 +271,7 @@ def test_bare_and_echo_are_measured(edge, folder):
     assert echo["peak_rss_mib"] > 10
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_that_answers_wrongly_or_not_at_all_is_a_problem(edge, folder, tmp_path, capsys):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -292,7 +292,7 @@ def test_a_server_that_answers_wrongly_or_not_at_all_is_a_problem(edge, folder, 
     assert "no licence" in problems[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_one_client_takes_turns(edge, folder):
     found = edge.edge_pair.measure(folder, 1.0)
     assert list(found) == [edge.BARE, edge.ECHO, edge.BOTH, edge.OURS]

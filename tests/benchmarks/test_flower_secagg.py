@@ -24,7 +24,7 @@ def flower():
         del sys.modules[name]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_client_uploads_eight_bytes_a_parameter(flower):
     small, large = (flower.client_once(5, 4, d) for d in (1000, 3000))
     assert large.upload_bytes - small.upload_bytes == 2000 * 8
@@ -32,7 +32,7 @@ def test_a_client_uploads_eight_bytes_a_parameter(flower):
     assert small.seconds == pytest.approx(sum(small.parts.values()))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("n", "degree", "dropped"), [(5, 4, 0.0), (8, 7, 0.25), (9, 4, 0.0), (10, 4, 0.1)]
 )
@@ -42,13 +42,13 @@ def test_the_server_finds_the_mean(flower, n, degree, dropped):
     assert timing.upload_bytes == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_too_many_drops_end_the_round(flower):
     with pytest.raises(RuntimeError, match="must find a sum, got none"):
         flower.server_once(6, 5, 500, dropped=0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_wrong_mean_is_told(flower):
     work = flower.prepare_server(5, 4, 500, 0.0, 1)
     work.mean[7] += 0.001

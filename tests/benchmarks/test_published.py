@@ -61,7 +61,7 @@ def test_a_missing_folder_is_one_line_and_exit_1(published, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("FE-301 ")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_pooled_row_is_reached(published, data_folder):
     row = published.FED_HEART[published.POOLED]
     found = published.central(published.configuration(row, 42, data_folder / "heart"))

@@ -122,9 +122,9 @@ def test_the_search_refuses_a_seed_of_the_table(heart, seed):
 @pytest.mark.parametrize(
     "label",
     [
-        "epsilon 1, delta 1e-3",
-        pytest.param("epsilon 1, delta 1e-4", marks=pytest.mark.slow),
-        pytest.param("epsilon .1, delta 1e-4", marks=pytest.mark.slow),
+        pytest.param("epsilon 1, delta 1e-3", marks=pytest.mark.slow),
+        pytest.param("epsilon 1, delta 1e-4", marks=pytest.mark.soak),
+        pytest.param("epsilon .1, delta 1e-4", marks=pytest.mark.soak),
     ],
 )
 def test_every_hospital_stays_within_epsilon_and_just_so(published, heart, label, tmp_path):
@@ -150,7 +150,7 @@ def test_noise_for_the_largest_hospital_would_not_do_for_the_smallest(heart):
     assert epsilon([Release(largest, 4 / 30, STEPS)], claim.delta) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("batches", "spent"), [(50, 1.50), (8, 4.56)])
 def test_noise_for_15_epochs_would_not_do(heart, batches, spent):
     # What FLamby asks Opacus for; the largest and the smallest hospital's loaders have so many batches.
@@ -247,7 +247,7 @@ def test_seeds_without_a_run_are_refused(heart, private, missing):
         heart.judge(runs)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_step_of_a_real_run_is_charged_within_epsilon(published, heart, data_folder):
     def base(seed):
         config = published.configuration(published.FED_HEART["FedAvg"], seed, data_folder / "heart")

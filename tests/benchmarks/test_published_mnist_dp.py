@@ -86,7 +86,7 @@ def test_the_task_is_installed_for_as_long_as_it_is_used(mnist):
         get_task("published-mnist")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_settings_are_the_examples_and_cost_less_than_1(mnist, tmp_path):
     config = mnist.configuration(42, tmp_path)
     noise = Noise(config.privacy.noise_multiplier, config.privacy.clipping_bound)
@@ -102,7 +102,7 @@ def test_the_settings_are_the_examples_and_cost_less_than_1(mnist, tmp_path):
     assert accounting.epsilon([less] * 15, mnist.DELTA) > mnist.MOST_EPSILON
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_of_single_steps_goes_through_the_engine(mnist, images):
     private = sys.modules["published_private"]
     told = []

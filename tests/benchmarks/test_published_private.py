@@ -90,7 +90,7 @@ def tiny():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_brings_what_the_sites_ledgers_hold(private):
     found = private.run(tiny(), DELTA)
     assert list(found.accuracy) == ["site-1", "site-2"]

@@ -173,7 +173,7 @@ def test_the_speed_of_masks_counts_bytes(comparison):
     assert all(0.01 < value < 1000 for value in speed.values())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_own_work_is_not_that_of_others(comparison):
     elsewhere, began = comparison.Elsewhere(), time.monotonic()
     deadline = time.process_time() + 0.3
@@ -184,7 +184,7 @@ def test_own_work_is_not_that_of_others(comparison):
     assert 0 <= found <= os.cpu_count() - 0.15 / took
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_cost_has_a_row_for_each_size(cost):
     said = []
     small, large = cost.measure((3, 10), (1000,), said.append)

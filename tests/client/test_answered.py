@@ -2,6 +2,7 @@
 
 import json
 
+import builders
 import pytest
 
 from fedge.client.answered import Answered
@@ -9,10 +10,7 @@ from fedge.shared.errors import SiteError
 
 
 def refused(answered, run_id, purpose, server_round):
-    with pytest.raises(SiteError) as caught:
-        answered.require_new(run_id, purpose, server_round)
-    assert caught.value.code == 423
-    return caught.value.message
+    return builders.refused(423, answered.require_new, run_id, purpose, server_round)
 
 
 def test_a_new_site_has_answered_nothing(tmp_path):

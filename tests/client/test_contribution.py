@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from builders import refused
 
 from fedge.client import contribution
 from fedge.client.contribution import Contribution, rounding_key
-from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Statistics
 from fedge.shared.secagg import encoding, layout, limbs
 from fedge.shared.secagg.layout import Bounds
@@ -33,13 +33,6 @@ def decoded(made: Contribution, sites=3):
     if not of.segments:
         return None, counted
     return of.unflatten(encoding.decode(vector[: of.values], of.segments, sites)), counted
-
-
-def refused(code, call, *args, **kwargs):
-    with pytest.raises(SiteError) as caught:
-        call(*args, **kwargs)
-    assert caught.value.code == code
-    return caught.value.message
 
 
 def close(found, wanted, bound=5.0, sites=3):

@@ -66,7 +66,7 @@ class Site:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             sys.stdout.write(says)
             sys.stdout.flush()
-            time.sleep(60)
+            time.sleep(600)
 
         return work
 
@@ -81,7 +81,7 @@ class Site:
     def node(self) -> Any:
         return self.supervisor.services["supernode"]
 
-    def until(self, done: Callable[[], Any], seconds: float = 60.0) -> None:
+    def until(self, done: Callable[[], Any], seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         met: list[bool] = []
 
@@ -154,25 +154,21 @@ def test_one_that_failed_without_an_answer_does_so_after_a_moment(site: Site) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", [0, 1])
-def test_one_that_answered_costs_nothing(site: Site, status: int) -> None:
-    """The twin: the node took a reply, an error among them."""
+@pytest.mark.parametrize(("status", "words"), [(0, "Sending:"), (1, "Sending:"), (1, "Receiving:")])
+def test_one_that_answered_costs_nothing(site: Site, status: int, words: str) -> None:
+    """The twin: the node took a reply, an error among them, or goes on without one."""
     log = site.log
 
     def answers() -> int:
         with log.open("a") as file:
-            file.write("INFO: Sending: train message\n")
+            file.write(f"INFO: {words} train message\n")
         return status
 
     site.app = answers
     ended: list[float] = []
 
     def some_time_later() -> bool:
-        if (
-            not ended
-            and "Sending:" in log.read_text()
-            and not site.supervisor.alive("flwr-clientapp")
-        ):
+        if not ended and words in log.read_text() and not site.supervisor.alive("flwr-clientapp"):
             ended.append(time.monotonic())
         return bool(ended) and time.monotonic() - ended[0] > 3 * daemon.TAKEN_WITHIN
 
@@ -273,7 +269,7 @@ def test_a_client_process_has_the_workers_time_and_a_little_more(
     )
     site.daemon._site = site_file.load(site.home)
     monkeypatch.setattr(daemon, "APP_EXTRA", 0.3)
-    site.app = lambda: time.sleep(60)
+    site.app = lambda: time.sleep(600)
     site.until(
         Steps(
             waits(site.ready),
@@ -314,7 +310,7 @@ def test_a_superexec_that_died_takes_the_node_with_it(site: Site) -> None:
 
 @pytest.mark.slow
 def test_a_node_that_died_takes_its_client_processes_and_debts_with_it(site: Site) -> None:
-    site.app = lambda: time.sleep(60)
+    site.app = lambda: time.sleep(600)
 
     def owes() -> None:
         site.daemon._owed.append((time.monotonic() + 0.2, 0))
@@ -344,7 +340,7 @@ def test_since_when_a_site_is_connected(site: Site) -> None:
         site.supervisor.kill(site.node.pid, signal.SIGKILL)
 
     site.until(Steps(waits(site.ready), look, kills, waits(lambda: not site.node.is_ready), look))
-    assert abs(told[0] - time.time()) < 15
+    assert abs(told[0] - time.time()) < 120
     assert told[1] is None
 
 
@@ -473,14 +469,14 @@ def test_an_old_look_at_the_server_is_none_where_the_next_one_hangs(
 
     def write(_address: str, _ca: Path, path: Path) -> None:
         if how == "hangs":
-            time.sleep(60)
+            time.sleep(600)
         if how == "fails":
             path.write_text(json.dumps(old))
             raise ValueError("a check that fails")
 
     monkeypatch.setattr(daemon.link_check, "write", write)
     # Only the look that hangs may meet the deadline, however busy the machine is.
-    monkeypatch.setattr(daemon, "LINK_WITHIN", 0.3 if how == "hangs" else 30.0)
+    monkeypatch.setattr(daemon, "LINK_WITHIN", 0.3 if how == "hangs" else 120.0)
     made = SiteDaemon(home, site_file.load(home), "worker")
     made.supervisor.services.clear()
     deadline = time.monotonic() + 120
@@ -494,5 +490,5 @@ def test_an_old_look_at_the_server_is_none_where_the_next_one_hangs(
     made.supervisor.run()
     link = made.supervisor.facts["link"]
     assert link["reachable"] is False
-    assert abs(link["at"] - time.time()) < 15
+    assert abs(link["at"] - time.time()) < 120
     assert ("not checked within 0.3 s" in link["problem"]) is (how == "hangs")

@@ -1,18 +1,16 @@
 from dataclasses import replace
+from functools import partial
 
+import builders
 import numpy as np
 import pytest
+from builders import config
 
 from fedge.client.data import own_examples, site_shares
 from fedge.client.site_file import OwnData
-from fedge.shared.config import Config
 from fedge.shared.errors import DataError
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Table
-
-
-def config(name="digits", **sections):
-    return Config.model_validate({"task": {"name": name}, **sections})
 
 
 def held_by(table, task):
@@ -21,7 +19,7 @@ def held_by(table, task):
 
 def test_digits_are_divided_without_overlap():
     shares = site_shares(config(), get_task("digits"))
-    assert list(shares) == [f"site-{i}" for i in range(1, 9)]
+    assert list(shares) == [f"site-{i}" for i in range(1, 6)]
     rows = [len(s.train_labels) + len(s.test_labels) for s in shares.values()]
     assert sum(rows) == 1797
     for share, count in zip(shares.values(), rows, strict=True):
@@ -136,8 +134,7 @@ def test_a_table_as_declared_passes(task):
 # A site by itself
 
 
-def section(**values):
-    return OwnData.model_validate({"test-fraction": 0.25, "seed": 42, **values})
+section = partial(builders.section, OwnData, test_fraction=0.25, seed=42)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ from fedge.shared import config_file, flower_app, protocol, wire
 from fedge.shared.daemon import home as homes
 from fedge.shared.tasks.registry import get_task
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1000)]
 
 #: How much slower than an idle one a machine may be before a test gives up.
 PATIENCE = 4

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from functools import partial
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord
@@ -22,9 +23,7 @@ from fedge.shared.secagg import messages
 TRAIN = '{"local-steps": 4, "batch-size": 8, "learning-rate": 0.5}'
 
 
-def section(**values):
-    given = {"mechanism": "local", "noise-multiplier": 1.0, "statistics": "unprotected"}
-    return json.dumps({**given, **values})
+section = partial(builders.privacy_asked, mechanism="local")
 
 
 def arrays(reply):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from builders import refused
 
 from fedge.client import operate, own_roster, policy
 from fedge.client.operate import Trust
@@ -15,7 +15,6 @@ from fedge.client.serve import _anchors
 from fedge.shared import roster, signing
 from fedge.shared.cli import main
 from fedge.shared.daemon import home as homes
-from fedge.shared.errors import DeployError, FedgeError, ReleaseError
 
 HASH = "0f" * 32
 LAST = "2999-11-30"
@@ -70,12 +69,6 @@ def make(place: Path, name: str = "north") -> str:
         secure=policy.SecurePolicy(required=True),
         trust=Trust(place / "roster.json", place / "consortium.key.pub"),
     )
-
-
-def refused(call: Callable[[], object], kind: type[FedgeError] = DeployError) -> FedgeError:
-    with pytest.raises(kind) as caught:
-        call()
-    return caught.value
 
 
 @pytest.mark.slow
@@ -135,27 +128,25 @@ def test_what_the_command_refuses(
 
 
 def test_a_site_without_its_key_is_refused_before_a_home_is_made(place: Path) -> None:
-    found = refused(lambda: make(place, "west"))
-    assert found.code == 919
-    assert "signing.key" in found.message
+    assert "signing.key" in refused(919, make, place, "west")
     assert not (place / "west").exists()
 
 
 def test_another_sites_name_or_key_is_refused(place: Path) -> None:
     (place / "south" / "signing.key").rename(place / "north" / "signing.key")
-    assert refused(lambda: make(place)).code == 919
+    refused(919, make, place)
     assert not (place / "north" / "site.toml").exists()
 
 
 def test_a_revoked_site_is_refused(place: Path) -> None:
     run("roster", "revoke", "roster.toml", "north")
     sign()
-    assert refused(lambda: make(place)).code == 919
+    refused(919, make, place)
 
 
 def test_a_damaged_key_is_refused(place: Path) -> None:
     (place / "north" / "signing.key").write_text("no key")
-    assert refused(lambda: make(place), ReleaseError).code == 602
+    refused(602, make, place)
 
 
 def test_a_roster_older_than_one_that_the_home_has_used_is_refused(place: Path) -> None:
@@ -167,7 +158,7 @@ def test_a_roster_older_than_one_that_the_home_has_used_is_refused(place: Path) 
     make(place)
     (place / "north" / "site.toml").unlink()
     (place / "roster.json").write_bytes(old)
-    assert refused(lambda: make(place)).code == 918
+    refused(918, make, place)
     assert not (place / "north" / "site.toml").exists()
 
 

@@ -3,6 +3,7 @@ import os
 import threading
 from datetime import date
 
+import builders
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -55,17 +56,11 @@ def home(tmp_path):
 
 
 def stopped(code, home):
-    with pytest.raises(DeployError) as caught:
-        RosterFile(home)
-    assert caught.value.code == code
-    return caught.value.message
+    return builders.refused(code, RosterFile, home)
 
 
 def refused(file):
-    with pytest.raises(SiteError) as caught:
-        file.current()
-    assert caught.value.code == 421
-    return caught.value.message
+    return builders.refused(421, file.current)
 
 
 def test_the_installed_roster_is_read_and_its_version_recorded(home):

@@ -1,12 +1,13 @@
 import os
 
 import pytest
+from builders import refused
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedge.client import policy
 from fedge.client.policy import PolicyFile, SecurePolicy
 from fedge.shared import protocol
-from fedge.shared.errors import ConfigError, DeployError, SiteError
+from fedge.shared.errors import ConfigError, DeployError
 from fedge.shared.secagg import messages
 
 BUNDLE, OTHER = "ab" * 32, "cd" * 32
@@ -24,13 +25,6 @@ def request(**changes):
     return RecordDict(
         {protocol.CONFIG: ConfigRecord({k: v for k, v in values.items() if v is not None})}
     )
-
-
-def refused(code, call, *args):
-    with pytest.raises(SiteError) as caught:
-        call(*args)
-    assert caught.value.code == code
-    return caught.value.message
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from builders import refused
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedge.client import privacy_policy
@@ -47,13 +48,6 @@ class Site:
 
     def charges(self):
         return Ledger(self.home / FILE).entries()
-
-
-def refused(code, call, *args):
-    with pytest.raises(SiteError) as caught:
-        call(*args)
-    assert caught.value.code == code, caught.value
-    return caught.value.message
 
 
 def test_an_answer_is_charged_and_the_same_again_costs_nothing(tmp_path):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
+from builders import privacy_asked
 
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.worker import SiteWorker
@@ -16,11 +16,6 @@ from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.ledger import FILE, Ledger
 
 
-def section(**values):
-    given = {"mechanism": "central", "noise-multiplier": 1.0, "statistics": "unprotected"}
-    return json.dumps({**given, **values})
-
-
 @pytest.fixture
 def request_of(ask, weights):
     def request(server_round=1, rounds=100, **values):
@@ -28,7 +23,7 @@ def request_of(ask, weights):
             protocol.TRAIN,
             weights,
             server_round=server_round,
-            privacy=section(**values),
+            privacy=privacy_asked("central", **values),
             rounds=rounds,
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord
@@ -20,15 +21,7 @@ TRAIN = '{"local-steps": 4, "batch-size": 8}'
 OF_TRAINING, OF_METRICS = Release(1.0, 8 / 37, 4), Release(2.0)
 
 
-def section(mechanism="example", **values):
-    given = {
-        "mechanism": mechanism,
-        "noise-multiplier": 1.0,
-        "statistics": "unprotected",
-        "metrics": "noised",
-        "metrics-noise-multiplier": 2.0,
-    }
-    return json.dumps({k: v for k, v in {**given, **values}.items() if v is not None})
+section = partial(builders.privacy_asked, metrics="noised", metrics_noise_multiplier=2.0)
 
 
 def charges(worker):

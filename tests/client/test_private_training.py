@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -31,9 +33,7 @@ def network(task):
     return task.network()
 
 
-def section(**values):
-    given = {"learning-rate": 0.5, "batch-size": 10, "local-steps": 1}
-    return TrainSection.model_validate({**given, **values})
+section = partial(builders.section, TrainSection, learning_rate=0.5, batch_size=10, local_steps=1)
 
 
 def flat(net):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import privacy_asked as section
 
 from fedge.client import requests
 from fedge.client.privacy import SitePrivacy
@@ -22,11 +22,6 @@ from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.secagg import messages
-
-
-def section(**values):
-    given = {"mechanism": "example", "noise-multiplier": 1.0, "statistics": "unprotected"}
-    return json.dumps({k: v for k, v in {**given, **values}.items() if v is not None})
 
 
 def arrays(reply):
@@ -111,9 +106,7 @@ def test_a_task_that_learns_no_statistics_needs_no_word_on_them(
 @pytest.mark.slow
 def test_each_site_finds_the_noise_that_keeps_its_run_within_epsilon(tell, worker, ask, weights):
     asked = {"train": '{"local-steps": 4, "batch-size": 8}', "rounds": 3}
-    wanted = json.dumps(
-        {"mechanism": "example", "epsilon": 2.0, "delta": 1e-3, "statistics": "unprotected"}
-    )
+    wanted = section(noise_multiplier=None, epsilon=2.0, delta=1e-3)
     for number in (1, 2, 3):
         tell(worker, ask(protocol.TRAIN, weights, server_round=number, privacy=wanted, **asked))
     releases = [entry.charge.release for entry in Ledger(worker.home / FILE).entries()]
@@ -129,7 +122,7 @@ def test_each_site_finds_the_noise_that_keeps_its_run_within_epsilon(tell, worke
     ("values", "rounds"), [({"epsilon": 1e-5, "delta": 1e-10}, 3), ({"epsilon": 2.0}, None)]
 )
 def test_an_epsilon_without_noise_for_it_is_refused(tell, worker, ask, weights, values, rounds):
-    wanted = json.dumps({"mechanism": "example", "statistics": "unprotected", **values})
+    wanted = section(noise_multiplier=None, **values)
     found = tell(worker, ask(protocol.TRAIN, weights, privacy=wanted, rounds=rounds))
     assert isinstance(found, SiteError) and found.code == 414
     assert not (worker.home / FILE).exists()
@@ -139,12 +132,7 @@ def test_an_epsilon_without_noise_for_it_is_refused(tell, worker, ask, weights, 
 def test_a_run_and_its_noised_evaluations_are_within_epsilon(tell, worker, ask, weights):
     settings = {"train": '{"local-steps": 4, "batch-size": 8}'}
     wanted = section(
-        **{
-            "noise-multiplier": None,
-            "epsilon": 3.0,
-            "metrics": "noised",
-            "metrics-noise-multiplier": 4.0,
-        }
+        noise_multiplier=None, epsilon=3.0, metrics="noised", metrics_noise_multiplier=4.0
     )
     for number in (1, 2, 3):
         common = {"server_round": number, "privacy": wanted, "rounds": 3, "evaluate_every": 2}

@@ -1,3 +1,6 @@
+from functools import partial
+
+import builders
 import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord
@@ -12,12 +15,7 @@ from fedge.shared.errors import SiteError
 SPECS = {"w": Spec((2, 3), "float32"), "n": Spec((), "int64")}
 GOOD = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(4)}
 
-
-def refused(call, *args):
-    with pytest.raises(SiteError) as caught:
-        call(*args)
-    assert caught.value.code == 414
-    return str(caught.value)
+refused = partial(builders.refused, 414)
 
 
 def test_arrays_come_in_the_models_order(ask):

@@ -5,6 +5,7 @@ from datetime import date
 
 import numpy as np
 import pytest
+from builders import refused
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
@@ -124,13 +125,6 @@ class Sites:
 @pytest.fixture
 def sites(tmp_path):
     return Sites(tmp_path)
-
-
-def refused(code, call, *args, **kwargs):
-    with pytest.raises(SiteError) as caught:
-        call(*args, **kwargs)
-    assert caught.value.code == code, caught.value
-    return caught.value.message
 
 
 def same(one, other):

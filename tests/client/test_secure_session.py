@@ -9,13 +9,13 @@ from datetime import date
 
 import numpy as np
 import pytest
+from builders import refusal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.client.contribution import Contribution, rounding_key
 from fedge.client.secure_session import Anchors, PeerError, Session
 from fedge.server.secagg.group import Group, LostError
 from fedge.shared import roster
-from fedge.shared.errors import SiteError
 from fedge.shared.roster_file import Draft, entry_of
 from fedge.shared.secagg import encoding, graph, layout, limbs, messages, transcript
 from fedge.shared.secagg.layout import Bounds
@@ -262,11 +262,9 @@ def test_one_fewer_is_refused_by_the_sites_too():
 
 
 def refused(code, call, *args, peer=None):
-    with pytest.raises(SiteError) as caught:
-        call(*args)
-    assert caught.value.code == code
-    assert getattr(caught.value, "peer", None) == peer
-    return caught.value.message
+    error = refusal(code, call, *args)
+    assert getattr(error, "peer", None) == peer
+    return error.message
 
 
 # What a site looks at.
@@ -366,20 +364,19 @@ def test_whose_vector_is_in_the_sum_is_opened_by_its_seed_and_others_by_their_ke
         assert of == {peer: held[giver][peer][peer == "site-4"] for peer in names}
 
 
+class Full(list):
+    def append(self, name):
+        raise OSError(28, "No space left on device")
+
+
 def test_a_round_that_cannot_be_noted_is_not_answered():
-    names = named(5, "contiguous")
-    one = Round(names).share().masked().commit()
-    session, full = one.sessions["site-0"], [True]
-
-    def note():
-        if full[0]:
-            raise OSError(28, "No space left on device")
-
-    session._note = note
+    one = Round(named(5, "contiguous")).share().masked().commit()
+    session, one.noted = one.sessions["site-0"], Full()
     with pytest.raises(OSError, match="No space"):
         session.unmask(one.signatures())
-    full[0] = False
+    one.noted = []
     assert len(session.unmask(one.signatures())) == 33 * 5
+    assert one.noted == ["site-0"]
 
 
 def test_a_wrong_share_is_found_and_its_giver_named():

@@ -3,19 +3,13 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from builders import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.client import share
 from fedge.client.data import require_fit
 from fedge.shared.errors import DataError
-
-
-def refused(code, call, *args):
-    with pytest.raises(DataError) as caught:
-        call(*args)
-    assert caught.value.code == code
-    return caught.value.message
 
 
 @pytest.fixture

@@ -1,3 +1,6 @@
+from functools import partial
+
+import builders
 import numpy as np
 import pytest
 import torch
@@ -19,8 +22,7 @@ def network(task):
     return task.network()
 
 
-def section(**values):
-    return TrainSection.model_validate({"learning-rate": 0.05, "batch-size": 8, **values})
+section = partial(builders.section, TrainSection, learning_rate=0.05, batch_size=8)
 
 
 def order(examples, steps):

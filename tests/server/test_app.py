@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import config
 from flwr.app import Context, RecordDict
 
 from fedge.client import relay
@@ -20,19 +21,11 @@ from fedge.server import progress
 from fedge.server.app import app
 from fedge.server.journal import Journal
 from fedge.server.run_directory import RunDirectory, prepare, state_of
-from fedge.shared import config_file
 from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.grid import InProcessGrid
 
-CONFIG = config_file.from_tree(
-    {
-        "task": {"name": "breast-cancer"},
-        "run": {"rounds": 2},
-        "sites": {"count": 3},
-        "train": {"local-steps": 2},
-    }
-)
+CONFIG = config("breast-cancer", sites={"count": 3})
 
 
 class Heard(progress.Silent):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 from flwr.app import Message
 
@@ -21,7 +22,7 @@ from fedge.server.link import Clock
 from fedge.server.progress import Silent
 from fedge.server.rounds import run
 from fedge.server.run_directory import RunDirectory, prepare
-from fedge.shared import config_file, protocol
+from fedge.shared import protocol
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
 from fedge.shared.tasks.registry import get_task
@@ -32,15 +33,8 @@ TASK = get_task("breast-cancer")
 
 
 def config(rounds: int = 3, **of_round: Any) -> Config:
-    return config_file.from_tree(
-        {
-            "task": {"name": "breast-cancer"},
-            "run": {"rounds": rounds},
-            "sites": {"count": 3},
-            "train": {"local-steps": 2, "batch-size": 16},
-            "round": {"deadline": 120.0, **of_round},
-        }
-    )
+    timed = {"deadline": 120.0, **of_round}
+    return builders.config("breast-cancer", run={"rounds": rounds}, sites={"count": 3}, round=timed)
 
 
 class Heard(Silent):

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -18,7 +19,7 @@ from fedge.server.link import Clock, Link
 from fedge.server.liveness import Liveness
 from fedge.server.members import Member
 from fedge.server.progress import Silent
-from fedge.shared import config_file, preprocess, protocol
+from fedge.shared import preprocess, protocol
 from fedge.shared.config import Config, DataSection
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import Scale, Standardise
@@ -33,13 +34,8 @@ FEATURES = TASK.load(None).features
 
 
 def config(count: int = 3, **of_round: Any) -> Config:
-    return config_file.from_tree(
-        {
-            "task": {"name": "breast-cancer"},
-            "sites": {"count": count},
-            "round": {"deadline": 20.0, **of_round},
-        }
-    )
+    timed = {"deadline": 20.0, **of_round}
+    return builders.config("breast-cancer", sites={"count": count}, round=timed)
 
 
 def rows(node: int) -> np.ndarray[Any, Any]:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 
@@ -26,8 +27,8 @@ ZERO: Arrays = {"w": np.zeros(3)}
 
 
 def section(mechanism: str = "central", **values: Any) -> PrivacySection:
-    tree = {"mechanism": mechanism, "noise-multiplier": 1.0, **values}
-    return PrivacySection.model_validate(tree)
+    values = {"noise_multiplier": 1.0, **values}
+    return builders.section(PrivacySection, mechanism=mechanism, **values)
 
 
 def noise(

@@ -10,11 +10,11 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from builders import refused
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedge.server import certificates
-from fedge.shared.errors import DeployError
 
 HOSTS = ["fed.example.org", "192.0.2.7", "2001:db8::7"]
 
@@ -33,14 +33,6 @@ def other(tmp_path):
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def refused(call, *parts: str, code: int = 907) -> None:
-    with pytest.raises(DeployError) as caught:
-        call()
-    assert caught.value.code == code
-    for part in parts:
-        assert part in caught.value.message
 
 
 def handshake(home, trusted, name: str) -> None:
@@ -106,7 +98,7 @@ def test_private_keys_are_their_owners(home):
 
 def test_nothing_is_overwritten(home):
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
-    refused(lambda: certificates.create(home, HOSTS), "tls", code=903)
+    assert "tls" in refused(903, certificates.create, home, HOSTS)
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
 
 
@@ -122,13 +114,13 @@ def test_a_creation_that_was_killed_is_finished_with_the_same_authority(home):
     "host", ["", "a b", "-a", "1.2.3", "1.2.3.400", "a..b", "x" * 64, "ü.org", "a\n", "a_b", "*.a"]
 )
 def test_a_host_that_is_none_is_refused(tmp_path, host):
-    refused(lambda: certificates.create(tmp_path / "home", [host]), "host: must be", code=904)
+    assert "host: must be" in refused(904, certificates.create, tmp_path / "home", [host])
     assert not (tmp_path / "home").exists()
 
 
 def test_too_many_hosts_are_refused(tmp_path):
     hosts = [f"h{i}.example.org" for i in range(101)]
-    refused(lambda: certificates.create(tmp_path, hosts), "at most 100, got 101", code=904)
+    assert "at most 100, got 101" in refused(904, certificates.create, tmp_path, hosts)
 
 
 @pytest.mark.parametrize("new_key", [False, True])
@@ -148,14 +140,14 @@ def test_a_renewal_keeps_names_and_authority(home, new_key):
 
 def test_a_renewal_mends_a_pair_that_does_not_match(home, other):
     shutil.copy(certificates.key_path(other), certificates.key_path(home))
-    refused(lambda: certificates.check(home, now()), "server.key: must be the key of")
+    assert "server.key: must be the key of" in refused(907, certificates.check, home, now())
     certificates.renew(home)
     certificates.check(home, now())
 
 
 def test_a_renewal_needs_the_authoritys_own_key(home, other):
     shutil.copy(other / "ca" / "ca.key", home / "ca" / "ca.key")
-    refused(lambda: certificates.renew(home), "ca.key: must be the key of")
+    assert "ca.key: must be the key of" in refused(907, certificates.renew, home)
 
 
 def test_days_left_and_their_warning(home):
@@ -170,17 +162,21 @@ def test_days_left_and_their_warning(home):
 def test_a_certificate_ends_with_its_authority_at_the_latest(home):
     certificates.renew(home, days=10_000)
     assert certificates.check(home, now()) == 3649
-    refused(lambda: certificates.renew(home, days=0), "days: must be at least 1")
+    assert "days: must be at least 1" in refused(907, certificates.renew, home, days=0)
 
 
 @pytest.mark.parametrize(("days", "part"), [(826, "until"), (4000, "until"), (-1, "from")])
 def test_outside_its_time_it_is_refused(home, days, part):
-    refused(lambda: certificates.check(home, now() + timedelta(days=days)), "valid now", part)
+    said = refused(907, certificates.check, home, now() + timedelta(days=days))
+    assert "valid now" in said
+    assert part in said
 
 
 @pytest.mark.parametrize("host", ["fed.example.com", "192.0.2.8", "example.org"])
 def test_another_host_is_refused(home, host):
-    refused(lambda: certificates.check(home, now(), host=host), f"for {host}", "fed.example.org")
+    said = refused(907, certificates.check, home, now(), host=host)
+    assert f"for {host}" in said
+    assert "fed.example.org" in said
 
 
 @pytest.mark.parametrize("host", [*HOSTS, "FED.example.org", "2001:db8:0::7", "localhost"])
@@ -190,13 +186,15 @@ def test_its_own_hosts_are_accepted(home, host):
 
 def test_another_authority_is_refused(home, other):
     shutil.copy(certificates.authority_path(other), certificates.authority_path(home))
-    refused(lambda: certificates.check(home, now()), "must be issued by")
+    assert "must be issued by" in refused(907, certificates.check, home, now())
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
 def test_a_key_that_others_may_read_is_refused(home, mode):
     certificates.key_path(home).chmod(mode)
-    refused(lambda: certificates.check(home, now()), "owner only", f"{mode:04o}")
+    said = refused(907, certificates.check, home, now())
+    assert "owner only" in said
+    assert f"{mode:04o}" in said
 
 
 @pytest.mark.parametrize("name", ["ca/ca.crt", "tls/server.crt", "tls/server.key"])
@@ -204,4 +202,4 @@ def test_a_key_that_others_may_read_is_refused(home, mode):
 def test_a_missing_or_damaged_file_is_named(home, name, content):
     path = home / name
     path.unlink() if content is None else path.write_bytes(content)
-    refused(lambda: certificates.check(home, now()), name)
+    assert name in refused(907, certificates.check, home, now())

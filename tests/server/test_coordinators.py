@@ -95,7 +95,7 @@ class Server:
         prepare(path, config, resume=False)
         return path
 
-    def until(self, done: Callable[[], Any], seconds: float = 60.0) -> None:
+    def until(self, done: Callable[[], Any], seconds: float = 300.0) -> None:
         """Let the daemon work until something is true, then leave it as a crash would find it."""
         deadline = time.monotonic() + seconds
         met: list[bool] = []
@@ -424,11 +424,13 @@ def test_only_so_many_runs_are_played_at_once(
     tmp_path: Path, coordinator: Any, at_once: int
 ) -> None:
     server = Server(tmp_path, at_once)
-    together: set[int] = set()
+    together, seen = set[int](), tmp_path / "seen"
 
     def works(arguments: list[str]) -> None:
         path = began(arguments)
-        time.sleep(0.4)
+        # Not before as many as may are there.
+        while not seen.exists():
+            time.sleep(0.02)
         finish(path)
 
     coordinator(works)
@@ -436,6 +438,8 @@ def test_only_so_many_runs_are_played_at_once(
 
     def done() -> bool:
         together.add(sum(1 for pid in server.pids.values() if pid))
+        if max(together) >= at_once:
+            seen.touch()
         return all(state_of(path) == "finished" for path in paths)
 
     server.until(done)

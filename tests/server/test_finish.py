@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import config
 
 from fedge.server import checkpoint, finish
 from fedge.server.journal import Commit, Journal
 from fedge.server.run_directory import RunDirectory, prepare
-from fedge.shared import config_file
 from fedge.shared.arrays import encode, read
 from fedge.shared.errors import RunError
 from fedge.shared.tasks.registry import get_task
 
-CONFIG = config_file.from_tree({"task": {"name": "breast-cancer"}, "run": {"rounds": 3}})
+CONFIG = config("breast-cancer", run={"rounds": 3})
 SITES = {"site-1": (20, 5), "site-2": (30, 7)}
 
 

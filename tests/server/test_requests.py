@@ -7,6 +7,7 @@ import random
 from importlib.metadata import version
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from flwr.serverapp import strategy as flower
@@ -14,7 +15,7 @@ from flwr.serverapp import strategy as flower
 from fedge.server import requests, strategies
 from fedge.server.conversation import GRACE
 from fedge.server.members import Member
-from fedge.shared import config_file, protocol
+from fedge.shared import protocol
 from fedge.shared.config import Config, TrainSection
 from fedge.shared.preprocess import Reshape, Standardise
 
@@ -23,15 +24,8 @@ MEMBERS = {f"site-{i}": Member(f"site-{i}", 100 + i, 10 * i, i) for i in range(1
 
 
 def config(strategy: dict[str, Any] | None = None, seed: int = 42, **of_round: Any) -> Config:
-    return config_file.from_tree(
-        {
-            "task": {"name": "breast-cancer"},
-            "run": {"seed": seed},
-            "strategy": strategy or {"name": "FedAvg"},
-            "round": of_round,
-            "train": {"learning-rate": 0.2, "local-steps": 3},
-        }
-    )
+    own = {"run": {"seed": seed}, "sites": {"count": 9}, "train": {"learning-rate": 0.2}}
+    return builders.config("breast-cancer", strategy=strategy, round=of_round, **own)
 
 
 def test_the_cohort_is_a_function_of_seed_and_round():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import Context, Message
@@ -23,15 +24,7 @@ from fedge.simulations.engine import simulate
 
 
 def _config(**sections: Any) -> Config:
-    return Config.model_validate(
-        {
-            "task": {"name": "breast-cancer"},
-            "run": {"rounds": 3},
-            "train": {"local-steps": 2, "batch-size": 16},
-            "sites": {"count": 5},
-        }
-        | sections
-    )
+    return builders.config("breast-cancer", **{"run": {"rounds": 3}, **sections})
 
 
 def _failing(fails: Callable[[str, int], bool]) -> ClientApp:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 
 from fedge.server.journal import Commit, Journal
 from fedge.server.run_directory import RunDirectory, prepare, state_of
-from fedge.shared import config_file
 from fedge.shared.config import Config
 from fedge.shared.errors import ConfigError, FedgeError
 
@@ -28,7 +28,7 @@ with RunDirectory(Path(sys.argv[1])).lock():
 
 
 def config(**run: Any) -> Config:
-    return config_file.from_tree({"task": {"name": "breast-cancer"}, "run": run})
+    return builders.config("breast-cancer", run=run)
 
 
 @pytest.fixture
@@ -89,16 +89,20 @@ def test_resume_continues_with_the_same_configuration(out: Path):
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        ("run.rounds (10 then, 3 now)", {"run": {"rounds": 3}}),
+        ("run.rounds (2 then, 3 now)", {"run": {"rounds": 3}}),
         ("run.seed (42 then, 43 now)", {"run": {"seed": 43}}),
         ("train.learning-rate (0.05 then, 0.1 now)", {"train": {"learning-rate": 0.1}}),
-        ("train.local-steps (None then, 5 now)", {"train": {"local-steps": 5}}),
+        ("train.local-steps (3 then, 5 now)", {"train": {"local-steps": 5}}),
+        (
+            "train.local-epochs (None then, 2 now)",
+            {"train": {"local-steps": None, "local-epochs": 2}},
+        ),
         ("strategy.name (FedAvg then, Krum now)", {"strategy": {"name": "Krum"}}),
     ],
 )
 def test_207_another_configuration_is_named(out: Path, key: str, change: dict[str, Any]):
     begin(out)
-    other = config_file.from_tree({"task": {"name": "breast-cancer"}, **change})
+    other = builders.config("breast-cancer", **change)
     error = refusal(out, other, resume=True)
     assert error.code == 207
     assert key in error.message

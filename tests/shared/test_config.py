@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from builders import refused
 
 from fedge.shared.config import Config
 from fedge.shared.config_file import from_tree, load, strategies
@@ -59,10 +60,7 @@ def test_an_override_that_contradicts_the_file_is_refused():
 
 
 def refusal(**sections):
-    with pytest.raises(ConfigError) as caught:
-        from_tree({"task": {"name": "digits"}, **sections})
-    assert caught.value.code == 201
-    return caught.value.message
+    return refused(201, from_tree, {"task": {"name": "digits"}, **sections})
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))

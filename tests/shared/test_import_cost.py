@@ -17,6 +17,8 @@ import pytest
 
 from fedge.edge import cli as edge_cli
 
+pytestmark = pytest.mark.slow
+
 #: Imported by no refusal.
 HEAVY = ("flwr", "scipy", "torch")
 DIGITS = str(Path(__file__).resolve().parents[2] / "examples" / "digits.toml")

@@ -1,10 +1,11 @@
 from datetime import date
 
 import pytest
+from builders import refused
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.shared import roster, roster_file
-from fedge.shared.errors import ConfigError, ReleaseError
+from fedge.shared.errors import ReleaseError
 
 LAST = date(2027, 11, 30)
 
@@ -21,13 +22,6 @@ def made():
 def path(tmp_path):
     roster_file.write_draft(tmp_path / "roster.toml", made())
     return tmp_path / "roster.toml"
-
-
-def refused(code, path):
-    with pytest.raises(ConfigError) as caught:
-        roster_file.read_draft(path)
-    assert caught.value.code == code
-    return caught.value.message
 
 
 def test_a_draft_is_written_and_read_again(path):
@@ -70,18 +64,18 @@ def test_a_slip_in_the_draft_is_named(path, old, new, code, named):
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    assert named in refused(code, path)
+    assert named in refused(code, roster_file.read_draft, path)
 
 
 def test_what_is_no_readable_file_is_refused(tmp_path):
-    refused(203, tmp_path / "missing")
-    refused(203, tmp_path)
+    refused(203, roster_file.read_draft, tmp_path / "missing")
+    refused(203, roster_file.read_draft, tmp_path)
     (tmp_path / "bytes").write_bytes(b"\xff")
-    refused(203, tmp_path / "bytes")
+    refused(203, roster_file.read_draft, tmp_path / "bytes")
     (tmp_path / "large").write_bytes(b"#" * (roster.LARGEST_FILE + 1))
-    refused(203, tmp_path / "large")
+    refused(203, roster_file.read_draft, tmp_path / "large")
     (tmp_path / "deep").write_text("a = " + "[" * 100_000)
-    refused(204, tmp_path / "deep")
+    refused(204, roster_file.read_draft, tmp_path / "deep")
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

@@ -1,18 +1,15 @@
+import builders
 import pytest
 
 from fedge.client.site_file import SiteFile
 from fedge.shared import toml_file
-from fedge.shared.errors import ConfigError, DeployError
 
 GOOD = '[site]\nname = "a"\ntask = "digits"\n[server]\naddress = "h:1"\n'
 
 
 def refused(path, text, code):
     path.write_text(text) if isinstance(text, str) else path.write_bytes(text)
-    with pytest.raises(ConfigError) as caught:
-        toml_file.read(path, SiteFile)
-    assert caught.value.code == code
-    return caught.value.message
+    return builders.refused(code, toml_file.read, path, SiteFile)
 
 
 @pytest.fixture
@@ -26,10 +23,8 @@ def test_a_good_file_is_read(path):
 
 
 def test_no_file_is_no_home(path):
-    with pytest.raises(DeployError) as caught:
-        toml_file.read(path, SiteFile)
-    assert caught.value.code == 901
-    assert "must hold site.toml, got none" in caught.value.message
+    said = builders.refused(901, toml_file.read, path, SiteFile)
+    assert "must hold site.toml, got none" in said
 
 
 def test_unreadable_files_are_told_apart(path):
@@ -40,9 +35,7 @@ def test_unreadable_files_are_told_apart(path):
     refused(path, "a = " + "9" * 5000, 204)
     path.unlink()
     path.mkdir()
-    with pytest.raises(ConfigError) as caught:
-        toml_file.read(path, SiteFile)
-    assert caught.value.code == 203
+    builders.refused(203, toml_file.read, path, SiteFile)
 
 
 def test_a_misspelt_key_is_named_with_the_nearest_of_its_table(path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import onnxruntime
 import pytest
@@ -17,7 +18,7 @@ from onnxruntime.quantization.calibrate import create_calibrator
 from fedge.client.data import site_shares
 from fedge.server.progress import Silent
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import arrays, config_file, preprocess, protocol
+from fedge.shared import arrays, preprocess, protocol
 from fedge.shared.compile import calibration, candidates
 from fedge.shared.compile.calibration import Calibration
 from fedge.shared.config import Config
@@ -31,15 +32,9 @@ from fedge.simulations.summary import summary_table
 
 
 def config(count: int = 2, **sections: Any) -> Config:
-    tree: dict[str, Any] = {
-        "task": {"name": "digits"},
-        "run": {"rounds": 1},
-        "sites": {"count": count},
-        "data": {"partition": "iid"},
-        "train": {"local-steps": 5, "batch-size": 16},
-        "calibration": {"enabled": True, "examples": 65_536},
-    }
-    return config_file.from_tree(tree | sections)
+    own = {"run": {"rounds": 1}, "sites": {"count": count}, "data": {"partition": "iid"}}
+    own["calibration"] = {"enabled": True, "examples": 65_536}
+    return builders.config(**{**own, **sections})
 
 
 def load(run: Path) -> Calibration:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import Context, Message
@@ -25,16 +26,9 @@ from fedge.simulations.engine import simulate
 
 
 def config(mechanism: str = "central", privacy: Any = None, **sections: Any) -> Config:
-    tree = {
-        "task": {"name": "digits"},
-        "run": {"rounds": 2},
-        "sites": {"count": 4},
-        "data": {"partition": "iid"},
-        "train": {"local-steps": 1, "batch-size": 16},
-        "privacy": {"mechanism": mechanism, "noise-multiplier": 1.0, **(privacy or {})},
-        **sections,
-    }
-    return config_file.from_tree(tree)
+    own = {"mechanism": mechanism, "noise-multiplier": 1.0, **(privacy or {})}
+    small = {"sites": {"count": 4}, "data": {"partition": "iid"}, "train": {"local-steps": 1}}
+    return builders.config(privacy=own, **{**small, **sections})
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

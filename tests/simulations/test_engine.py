@@ -7,11 +7,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 
 from fedge.client import relay
 from fedge.server.journal import Journal
-from fedge.shared import config_file
 from fedge.shared.arrays import read
 from fedge.shared.config import Config
 from fedge.shared.errors import ConfigError, DataError, RunError
@@ -30,16 +30,8 @@ FILES = {
 
 
 def config(seed: int = 42, strategy: dict[str, Any] | None = None, **of_round: Any) -> Config:
-    return config_file.from_tree(
-        {
-            "task": {"name": "breast-cancer"},
-            "run": {"rounds": 3, "seed": seed},
-            "sites": {"count": 4},
-            "train": {"local-steps": 3, "batch-size": 16},
-            "strategy": strategy or {"name": "FedAvg"},
-            "round": of_round,
-        }
-    )
+    run, sites = {"rounds": 3, "seed": seed}, {"count": 4}
+    return builders.config("breast-cancer", run=run, sites=sites, strategy=strategy, round=of_round)
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +146,12 @@ def test_a_run_that_stops_leaves_no_site_connected(tmp_path: Path):
 
 
 def test_data_that_cannot_be_divided_are_an_error_of_the_data(tmp_path: Path):
-    many = config_file.from_tree({"task": {"name": "breast-cancer"}, "sites": {"count": 500}})
-    with pytest.raises(DataError) as refused:
-        simulate(many, tmp_path / "run")
-    assert refused.value.code == 303
+    many = builders.config("breast-cancer", sites={"count": 500})
+    builders.refused(303, simulate, many, tmp_path / "run")
 
 
 def test_missing_data_begin_no_directory(tmp_path: Path):
-    of = Config.model_validate(
-        {"task": {"name": "heart"}, "data": {"path": str(tmp_path / "no"), "partition": "natural"}}
-    )
+    of = builders.config("heart", data={"path": str(tmp_path / "no"), "partition": "natural"})
     with pytest.raises(DataError):
         simulate(of, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 
 from fedge.client import own_roster, policy, share
 from fedge.client.data import site_shares
 from fedge.server import register
-from fedge.shared import config_file, flower_app
+from fedge.shared import flower_app
 from fedge.shared.config import Config
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations import local_homes
@@ -20,16 +21,8 @@ TODAY = datetime.now(UTC).date()
 
 
 def config(count: int = 3, **section: Any) -> Config:
-    values = {"enabled": True, "min-sites": 3} | {
-        k.replace("_", "-"): v for k, v in section.items()
-    }
-    return config_file.from_tree(
-        {
-            "task": {"name": "breast-cancer"},
-            "sites": {"count": count},
-            "secure-aggregation": values,
-        }
-    )
+    masks = {"enabled": True, "min-sites": 3, **section}
+    return builders.config("breast-cancer", sites={"count": count}, secure_aggregation=masks)
 
 
 @pytest.fixture

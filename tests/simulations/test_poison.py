@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import (
@@ -176,14 +177,9 @@ def _hostile(poisons: list[Callable[[RecordDict], None] | None]) -> ClientApp:
 
 
 def _config(strategy: str, rounds: int, **round_section: Any) -> Config:
-    return Config.model_validate(
-        {
-            "task": {"name": "breast-cancer"},
-            "run": {"rounds": rounds, "evaluate-every": rounds},
-            "train": {"local-steps": 2, "batch-size": 16, "learning-rate": 0.05},
-            "strategy": {"name": strategy},
-            "round": round_section,
-        }
+    run, of = {"rounds": rounds, "evaluate-every": rounds}, {"name": strategy}
+    return builders.config(
+        "breast-cancer", run=run, sites={"count": 8}, strategy=of, round=round_section
     )
 
 

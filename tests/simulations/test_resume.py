@@ -52,10 +52,8 @@ CASES = [(p, "FedAdam") for p in COORDINATOR] + [
 ]
 
 
-@pytest.mark.parametrize(
-    ("point", "strategy"),
-    [pytest.param(*c, marks=[] if c[0] == "mid-checkpoint" else pytest.mark.slow) for c in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "strategy"), CASES)
 def test_killed_at_every_point(
     point: str,
     strategy: str,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from flwr.app import Error, Message
@@ -17,7 +18,6 @@ from fedge.client.learner import Learner
 from fedge.server import report
 from fedge.server.journal import Journal
 from fedge.server.progress import Silent
-from fedge.shared import config_file
 from fedge.shared.arrays import read
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
@@ -34,15 +34,9 @@ CAP = 1000
 
 def config(count: int = 5, secure: Mapping[str, Any] | None = None, **sections: Any) -> Config:
     """Breast cancer in small; ``secure`` switches masks on and adds to their section."""
-    tree: dict[str, Any] = {
-        "task": {"name": "breast-cancer"},
-        "run": {"rounds": 2, "evaluate-every": 2},
-        "sites": {"count": count},
-        "train": {"local-steps": 3, "batch-size": 16},
-        "secure-aggregation": {"enabled": secure is not None, "min-sites": 3, "weight-cap": CAP}
-        | dict(secure or {}),
-    }
-    return config_file.from_tree(tree | sections)
+    masks = {"enabled": secure is not None, "min-sites": 3, "weight-cap": CAP, **(secure or {})}
+    small = {"run": {"evaluate-every": 2}, "sites": {"count": count}, "secure-aggregation": masks}
+    return builders.config("breast-cancer", **{**small, **sections})
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fedge.client.app import app
 from fedge.client.data import SiteData
 from fedge.client.learner import Learner
 from fedge.client.relay import DirectLink
+from fedge.client.secure_session import Anchors
 from fedge.client.worker import SiteWorker
 from fedge.server import requests, strategies
 from fedge.server.attendance import Attendance
@@ -30,7 +32,7 @@ from fedge.server.progress import Silent
 from fedge.server.secagg.ledger import Ledger
 from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
-from fedge.shared import config_file, protocol
+from fedge.shared import protocol
 from fedge.shared.models.fnn import FNN
 from fedge.shared.preprocess import Standardise
 from fedge.shared.schema import Feature, InputSchema, OutputSchema
@@ -167,6 +169,7 @@ class Rig:
     sums: SecureSums
     arrays: dict[str, Any]
     members: list[Member]
+    anchors: Mapping[str, Anchors]
     trained: list[str] = field(default_factory=list)
 
     def fault(self, site: str, exchange: str, what: str | Alter, times: int = 1 << 30) -> None:
@@ -228,6 +231,25 @@ class Rig:
         for name, expected in mean.items():
             np.testing.assert_allclose(found.mean[name], expected, atol=2e-7, rtol=0)
 
+    def restart(self) -> None:
+        """New workers over the same homes: what the old ones had in memory alone is gone."""
+        for name, old in self.workers.items():
+            new = SiteWorker(
+                name, self.task, old.learner.data, old.home, anchors=self.anchors[name]
+            )
+            self.workers[name] = new
+            relay.connect(name, DirectLink(new))
+
+    def invited(self) -> list[str]:
+        """Sites that the newest attempt has asked."""
+        (*_, newest), begun = self.asked("begin"), KINDS["begin"]
+        number = newest["secagg"]["attempt"]
+        return [
+            name
+            for name, kind, content, _ in self.grid.log
+            if kind == begun and content["secagg"]["attempt"] == number
+        ]
+
     def asked(self, exchange: str, site: str | None = None) -> list[RecordDict]:
         """Requests of an exchange."""
         return [
@@ -256,20 +278,18 @@ def rig(
     ) -> Rig:
         folder = tmp_path / f"rig-{next(numbers)}"
         (folder / "run").mkdir(parents=True)
-        values = {"enabled": True, "min-sites": 3, "weight-cap": 100}
-        values |= {key.replace("_", "-"): value for key, value in section.items()}
-        tree = {
-            "task": {"name": "blobs"},
+        masks = {"enabled": True, "min-sites": 3, "weight-cap": 100, "deadline": 20.0, **section}
+        own: dict[str, Any] = {
             "sites": {"count": count},
             "data": {"standardise": "site"},
             "train": {"local-steps": 2, "learning-rate": 0.5},
             "round": {"deadline": 20.0},
-            "secure-aggregation": {"deadline": 20.0, **values},
-            **(sections or {}),
+            "secure-aggregation": masks,
         }
-        config, task = config_file.from_tree(tree), blobs()
+        config, task = builders.config("blobs", **{**own, **(sections or {})}), blobs()
         names = [f"site-{i}" for i in range(1, count + 1)]
-        anchors = consortium.anchors(names, own_min_sites or values["min-sites"])
+        least = own_min_sites or config.secure_aggregation.min_sites
+        anchors = consortium.anchors(names, least)
         workers = {
             name: SiteWorker(
                 name, task, examples(i, 20 + 4 * i), folder / name, anchors=anchors[name]
@@ -301,6 +321,7 @@ def rig(
             SecureSums(talk, ledger, config, task),
             arrays,
             list(members.values()),
+            anchors,
         )
         real = Learner.fit
 

@@ -23,19 +23,19 @@ from fedge.shared.daemon import fork_server, process, sockets
 
 def sleep(arguments):
     Path(arguments[0]).write_text(os.environ.get("ASKED", "not set"))
-    time.sleep(60)
+    time.sleep(600)
 
 def leave(arguments):
     return int(arguments[0])
 
 os.environ["ASKED"] = "by the server"
 if sys.argv[2:] == ["with a thread"]:
-    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 fork_server.serve(sockets.listen(Path(sys.argv[1])), {"sleep": sleep, "leave": leave})
 """
 
 
-def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+def until(true: Callable[[], object], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "what the test waited for did not come"
@@ -56,7 +56,7 @@ def program(folder: Path, name: str, *arguments: str, **environment: str) -> Pro
     return Program(
         "fork",
         folder / "fork.log",
-        command=("sleep", "60"),
+        command=("sleep", "600"),
         environment=environment,
         preloaded=Preloaded(folder / "fork.sock", name, arguments),
     )
@@ -123,7 +123,7 @@ remote = fork_server.ask(Program("fork", Path({str(tmp_path / "log")!r}), preloa
 print(remote.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     pid = int(done.stdout)
     until(lambda: not Path(f"/proc/{pid}").exists())
 
@@ -145,7 +145,7 @@ def test_a_service_is_forked_again_and_where_nobody_forks_it_is_a_program(
     )
     parents: list[int] = []
     pids: list[int] = []
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 300.0
 
     def tick() -> None:
         if service.pid and service.pid not in pids:
@@ -190,5 +190,5 @@ def test_an_unknown_program_is_not_forked_and_the_server_goes_on(tmp_path: Path)
 
 def test_a_process_with_a_thread_does_not_serve(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SERVER, str(tmp_path / "fork.sock"), "with a thread"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "threads before a fork: must be 1, got 2" in done.stderr

@@ -22,10 +22,10 @@ from fedge.shared.errors import DeployError
 
 
 def sleeper(folder: Path, name: str = "sleeper") -> Program:
-    return Program(name, folder / f"{name}.log", command=("sleep", "60"))
+    return Program(name, folder / f"{name}.log", command=("sleep", "600"))
 
 
-def run_until(supervisor: Supervisor, done: Callable[[], bool], seconds: float = 60.0) -> None:
+def run_until(supervisor: Supervisor, done: Callable[[], bool], seconds: float = 300.0) -> None:
     """Run the loop until something is true; the test fails where it never is."""
     deadline = time.monotonic() + seconds
     met: list[bool] = []

@@ -93,7 +93,13 @@ def test_agrees_with_dp_accounting(noise, rate, steps, delta):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("noise", "rate", "steps", "delta"), CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "delta"),
+    [
+        *CONFIGURATIONS[:20],
+        *(pytest.param(*c, marks=pytest.mark.soak) for c in CONFIGURATIONS[20:]),
+    ],
+)
 def test_agrees_with_dp_accounting_everywhere(noise, rate, steps, delta):
     found = epsilon([Release(noise, rate, steps)], delta)
     # Its default grid, 1e-4, is itself too coarse for small losses, and takes gigabytes for large ones.

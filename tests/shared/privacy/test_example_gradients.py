@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import builders
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedge.shared.errors import ConfigError
 from fedge.shared.models.transformer import TransformerClassifier
 from fedge.shared.privacy.fitness import require_fit
 from fedge.shared.privacy.section import PrivacySection
@@ -80,10 +80,7 @@ def of_tokens(network: Callable[[], nn.Module], length: int) -> Task:
 
 
 def refused(task: Task) -> str:
-    with pytest.raises(ConfigError) as caught:
-        require_fit(BY_EXAMPLE, task)
-    assert caught.value.code == 211
-    return caught.value.message
+    return builders.refused(211, require_fit, BY_EXAMPLE, task)
 
 
 # Three examples are tried: of three tokens each, so many positions look like so many examples.

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+from builders import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,13 +83,6 @@ def filled(path):
     for number in range(1, 6):
         book.charge(charge(number, study="heart" if number % 2 else "lung"), PLENTY)
     return path
-
-
-def refused(work, code=428):
-    with pytest.raises(SiteError) as caught:
-        work()
-    assert caught.value.code == code
-    return caught.value.message
 
 
 def edit(path, *statements):
@@ -198,7 +192,7 @@ def test_the_budget_is_exact_to_the_last_charge(path, release):
         spent = book.charge(charge(number, release), budget)
     assert spent.consumers == budget.epsilon
     head = book.verify()
-    message = refused(lambda: book.charge(charge(4, release), budget), 427)
+    message = refused(427, book.charge, charge(4, release), budget)
     assert "round 4 of r-1" in message
     assert (book.verify(), len(book.entries())) == (head, 3)
     # The failing twin: the next smaller budget does not hold the third.
@@ -206,14 +200,14 @@ def test_the_budget_is_exact_to_the_last_charge(path, release):
     assert book.would_spend(charge(4, release, study="x"), DELTA).charges == 1
     for number in range(1, 3):
         book.charge(charge(number, release, study="x"), short)
-    refused(lambda: book.charge(charge(3, release, study="x"), short), 427)
+    refused(427, book.charge, charge(3, release, study="x"), short)
 
 
 def test_after_a_refusal_a_smaller_charge_still_fits(path):
     book = Ledger.create(path)
     budget = Budget(1.0, DELTA)
     book.charge(charge(1), budget)
-    refused(lambda: book.charge(charge(2), budget), 427)
+    refused(427, book.charge, charge(2), budget)
     spent = book.charge(charge(2, Release(40.0)), budget)
     assert (spent.charges, spent.consumers <= 1.0) == (2, True)
 
@@ -223,13 +217,13 @@ def test_the_budget_says_whose_epsilon_counts(path):
     sampled = charge(1, Release(1.0, 0.01))
     would = book.would_spend(sampled, DELTA)
     assert would.consumers < 1.0 < would.server
-    assert "the server" in refused(lambda: book.charge(sampled, Budget(1.0, DELTA, "server")), 427)
+    assert "the server" in refused(427, book.charge, sampled, Budget(1.0, DELTA, "server"))
     assert book.charge(sampled, Budget(1.0, DELTA, "consumers")) == would
 
 
 def test_no_budget_holds_a_release_without_noise(path):
     book = Ledger.create(path)
-    refused(lambda: book.charge(charge(1, Release(0.0)), Budget(sys.float_info.max, DELTA)), 427)
+    refused(427, book.charge, charge(1, Release(0.0)), Budget(sys.float_info.max, DELTA))
     assert book.entries() == []
 
 
@@ -321,7 +315,7 @@ def test_who_cannot_get_the_lock_charges_nothing(filled, monkeypatch):
     book = Ledger(filled)
     with closing(sqlite3.connect(filled, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        assert "locked" in refused(lambda: book.charge(charge(9), PLENTY))
+        assert "locked" in refused(428, book.charge, charge(9), PLENTY)
         assert len(book.entries()) == 5
         other.execute("ROLLBACK")
     assert len(book.entries()) == 5
@@ -428,7 +422,7 @@ def test_what_was_altered_is_named_and_nothing_more_is_charged(filled, alter, na
     book = Ledger(filled)
     alter(filled)
     left = rows(filled)
-    message = refused(book.verify)
+    message = refused(428, book.verify)
     assert re.search(named, message), message
     for work in (
         lambda: Ledger(filled),
@@ -439,7 +433,7 @@ def test_what_was_altered_is_named_and_nothing_more_is_charged(filled, alter, na
         book.entries,
         book.studies,
     ):
-        assert refused(work) == message
+        assert refused(428, work) == message
     assert rows(filled) == left
 
 
@@ -477,7 +471,7 @@ def test_only_a_digest_that_has_left_the_site_shows_a_ledger_that_was_made_anew(
         edit(filled, (sql, record.decode(), head, number))
     edit(filled, ("UPDATE meta SET head = ?", head))
     # Who forgets the marker is noticed.
-    assert "got another one" in refused(lambda: Ledger(filled))
+    assert "got another one" in refused(428, Ledger, filled)
     marker(filled).write_text(f"{name} 5 {head}\n")
     book = Ledger(filled)
     assert book.spent("heart", "site", DELTA).consumers < 0.1
@@ -513,7 +507,7 @@ def older(filled):
 
 def test_an_older_copy_is_refused_by_its_marker(older):
     path, head = older
-    message = refused(lambda: Ledger(path))
+    message = refused(428, Ledger, path)
     assert f"must hold charge 7 with hash {head}, got an older copy with 5 charges" in message
     assert len(rows(path)) == 5
     # The failing twin: with a marker of the name only, as an earlier fedge wrote it, nothing tells.
@@ -538,7 +532,7 @@ def test_a_ledger_one_ahead_of_its_marker_was_killed_between_and_goes_on(filled)
     marker(filled).write_bytes(before)
     assert len(Ledger(filled).entries()) == 6
     assert marker(filled).read_bytes() == before, "readers write nothing"
-    refused(lambda: book.charge(charge(7), Budget(0.1, DELTA)), 427)
+    refused(427, book.charge, charge(7), Budget(0.1, DELTA))
     assert marker(filled).read_text().split()[1:] == ["6", book.verify()]
 
 
@@ -550,7 +544,7 @@ def test_a_copy_that_was_charged_elsewhere_is_refused(filled):
     Ledger.restore(filled, _since(ALONE))
     Ledger(filled).charge(charge(8), PLENTY)
     marker(filled).write_bytes(kept)
-    assert "charged elsewhere" in refused(lambda: Ledger(filled))
+    assert "charged elsewhere" in refused(428, Ledger, filled)
 
 
 def test_an_older_copy_is_taken_with_a_charge_for_what_was_sent_since(older):
@@ -572,7 +566,7 @@ def test_without_a_charge_an_older_copy_stays_refused(older):
     before = marker(path).read_bytes()
     with pytest.raises(ValueError, match="at least 1 for what was sent since"):
         Ledger.restore(path, lambda entries: [])
-    refused(lambda: Ledger(path))
+    refused(428, Ledger, path)
     assert (len(rows(path)), marker(path).read_bytes()) == (5, before)
 
 
@@ -580,12 +574,12 @@ def test_no_budget_stops_what_was_sent_already(older):
     path, _ = older
     (added,) = Ledger.restore(path, _since(Release(0.0)))
     assert added.epsilon_consumers == math.inf
-    refused(lambda: Ledger(path).charge(charge(9), PLENTY), 427)
+    refused(427, Ledger(path).charge, charge(9), PLENTY)
 
 
 def test_a_copy_without_its_marker_is_refused_until_it_is_restored(filled):
     marker(filled).unlink()
-    assert "privacy.sqlite.made" in refused(lambda: Ledger(filled).charge(charge(6), PLENTY))
+    assert "privacy.sqlite.made" in refused(428, lambda: Ledger(filled).charge(charge(6), PLENTY))
     assert not marker(filled).exists()
     Ledger.restore(filled, _since(ALONE))
     assert Ledger(filled).charge(charge(7), PLENTY).charges == 5
@@ -595,7 +589,7 @@ def test_a_copy_without_its_marker_is_refused_until_it_is_restored(filled):
 def test_what_is_altered_or_gone_is_not_restored(older, spoil):
     path, _ = older
     spoil(path)
-    refused(lambda: Ledger.restore(path, _since(ALONE)))
+    refused(428, Ledger.restore, path, _since(ALONE))
 
 
 def test_a_ledger_of_another_home_is_not_restored(filled, tmp_path):
@@ -603,7 +597,7 @@ def test_a_ledger_of_another_home_is_not_restored(filled, tmp_path):
     other = Ledger.create(tmp_path / "other" / FILE)
     other.charge(charge(), PLENTY)
     filled.write_bytes((tmp_path / "other" / FILE).read_bytes())
-    assert "another one" in refused(lambda: Ledger.restore(filled, _since(ALONE)))
+    assert "another one" in refused(428, Ledger.restore, filled, _since(ALONE))
 
 
 @pytest.mark.slow
@@ -644,15 +638,15 @@ def test_a_deleted_ledger_does_not_reset_the_budget(filled):
         lambda: book.charge(charge(9), PLENTY),
         lambda: book.spent("heart", "site", DELTA),
     ):
-        refused(work)
+        refused(428, work)
     assert not filled.exists()
 
 
 def test_a_ledger_is_created_once(filled):
     before = filled.read_bytes()
-    refused(lambda: Ledger.create(filled))
+    refused(428, Ledger.create, filled)
     marker(filled).unlink()
-    refused(lambda: Ledger.create(filled))
+    refused(428, Ledger.create, filled)
     assert filled.read_bytes() == before
 
 
@@ -669,7 +663,7 @@ def test_a_ledger_of_another_home_is_refused(filled, tmp_path):
     other.mkdir()
     Ledger.create(other / FILE)
     filled.write_bytes((other / FILE).read_bytes())
-    assert "another one" in refused(lambda: Ledger(filled))
+    assert "another one" in refused(428, Ledger, filled)
 
 
 def _other_program(path):
@@ -707,8 +701,8 @@ def _other_program(path):
 def test_what_is_no_ledger_of_this_home_is_refused_and_left_as_it_is(filled, spoil, named):
     spoil(filled)
     before = filled.read_bytes() if filled.is_file() else None
-    assert named in refused(lambda: Ledger(filled))
-    refused(lambda: Ledger.create(filled))
+    assert named in refused(428, Ledger, filled)
+    refused(428, Ledger.create, filled)
     assert (filled.read_bytes() if filled.is_file() else None) == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import builders
 import numpy as np
 import pytest
 
@@ -16,13 +17,9 @@ FOUND = {"correct": 60.0, "examples": 80.0, "loss-sum": 1e6, "positive": 20.0, "
 
 
 def section(mechanism="example", noise=2.0, **more):
-    given = {
-        "mechanism": mechanism,
-        "noise-multiplier": 1.0,
-        "metrics": "noised",
-        "metrics-noise-multiplier": noise,
-    }
-    return PrivacySection.model_validate({**given, **more})
+    metrics = {"metrics": "noised", "metrics-noise-multiplier": noise}
+    own = {"mechanism": mechanism, "noise-multiplier": 1.0, **metrics, **more}
+    return builders.section(PrivacySection, **own)
 
 
 def drawn(counts, times=4000, found=FOUND):

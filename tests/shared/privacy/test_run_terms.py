@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import builders
 import pytest
 
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.run_terms import RunTerms, run_terms
 from fedge.shared.privacy.section import PrivacySection
 
-
-def section(**values):
-    return PrivacySection.model_validate({"noise-multiplier": 2.0, **values})
+section = partial(builders.section, PrivacySection, noise_multiplier=2.0)
 
 
 def test_a_sampled_run_is_paid_for_whole_as_rounds_without_the_site_hide_those_with_it():

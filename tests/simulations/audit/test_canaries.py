@@ -1,9 +1,9 @@
 """The canary audit: an honest mechanism is not contradicted, less noise than claimed is caught."""
 
+import builders
 import numpy as np
 import pytest
 
-from fedge.shared.config_file import from_tree
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
@@ -17,13 +17,10 @@ NAMES = ("distributed", "example")
 
 
 def config(mechanism="off", noise=2.0, least=5, **privacy):
-    tree = {"task": {"name": "digits"}, "sites": {"count": max(8, least)}}
-    tree["privacy"] = {"mechanism": mechanism, **privacy}
-    if mechanism != "off":
-        tree["privacy"]["noise-multiplier"] = noise
-    if mechanism == "distributed":
-        tree["secure-aggregation"] = {"enabled": True, "min-sites": least}
-    return from_tree(tree)
+    own = {"mechanism": mechanism, "noise-multiplier": None if mechanism == "off" else noise}
+    masks = {"enabled": mechanism == "distributed", "min-sites": least}
+    sites = {"count": max(8, least)}
+    return builders.config(sites=sites, privacy=own | privacy, secure_aggregation=masks)
 
 
 def audited(of, *, sizes=SMALL, factor=1.0, key=KEY, listener=lambda *_: None):

@@ -1,9 +1,9 @@
 """Canaries under noise of the server's and of single sites: the noise is the claimed one, and less is caught."""
 
+import builders
 import numpy as np
 import pytest
 
-from fedge.shared.config_file import from_tree
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
@@ -18,11 +18,9 @@ NAMES = ("central", "central-mf", "local")
 
 
 def config(mechanism, noise=2.0, rounds=6, **privacy):
-    if mechanism == "central-mf":
-        privacy.setdefault("min-separation", 3)
-    tree = {"task": {"name": "digits"}, "run": {"rounds": rounds}}
-    tree["privacy"] = {"mechanism": mechanism, "noise-multiplier": noise, **privacy}
-    return from_tree(tree)
+    apart = 3 if mechanism == "central-mf" else None
+    own = {"mechanism": mechanism, "noise-multiplier": noise, "min-separation": apart}
+    return builders.config(run={"rounds": rounds}, privacy=own | privacy)
 
 
 def audited(of, *, sizes=SMALL, factor=1.0, key=bytes(range(32)), listener=lambda *_: None):

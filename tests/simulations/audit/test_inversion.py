@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import config
 from torch import nn
 
 from fedge.client.data import site_shares
-from fedge.shared.config_file import from_tree
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.tasks.registry import get_task
@@ -15,18 +15,13 @@ from fedge.simulations.audit.inversion import from_gradients, invert
 
 
 def inverted(name, mechanism="off", network=None, noise=1.0):
-    tree = {
-        "task": {"name": name},
-        "privacy": {"mechanism": mechanism, "statistics": "unprotected"},
-    }
-    if mechanism != "off":
-        tree["privacy"]["noise-multiplier"] = noise
-    if mechanism == "distributed":
-        tree["secure-aggregation"] = {"enabled": True}
-    config, task = from_tree(tree), get_task(name)
-    shares = site_shares(config, task)
+    privacy = {"mechanism": mechanism, "statistics": "unprotected"}
+    privacy["noise-multiplier"] = None if mechanism == "off" else noise
+    masks = {"enabled": mechanism == "distributed"}
+    of, task = config(name, privacy=privacy, secure_aggregation=masks, sites=None), get_task(name)
+    shares = site_shares(of, task)
     task = replace(task, network=network) if network else task
-    return invert(config, task, shares["site-1"], Entropy(key=bytes(32)))
+    return invert(of, task, shares["site-1"], Entropy(key=bytes(32)))
 
 
 @pytest.mark.parametrize(
