@@ -139,7 +139,7 @@ def test_a_site_that_checks_no_signature_would_be_told_apart(tmp_path, monkeypat
     assert done.servers[0].shares_given(VICTIM) == len(NAMES)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_page_is_current():
     assert PAGE.read_text(encoding="utf-8") == page(), (
         "run: cd tests; ../.venv/bin/python -m attacks.table"

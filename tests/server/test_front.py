@@ -513,8 +513,8 @@ def superlink(tmp_path_factory, home) -> Iterator[SuperLink]:
         yield found
 
 
+@pytest.mark.soak
 @needs_nginx
-@pytest.mark.slow
 def test_an_admitted_site_comes_through_the_front_and_no_other(home, superlink, tmp_path):
     north, stranger = tmp_path / "north", tmp_path / "stranger"
     key = register.admit(home, "north", node_key.create(north))

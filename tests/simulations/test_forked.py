@@ -40,7 +40,7 @@ def _files(folder: Path) -> set[str]:
     return {RUN.sub("run", p.relative_to(folder).as_posix()) for p in folder.rglob("*")}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_it_says_and_leaves_what_a_fresh_process_does(
     config: Path, fresh: Any, forked: Any
 ) -> None:
@@ -57,7 +57,7 @@ def test_it_says_and_leaves_what_a_fresh_process_does(
         assert (a.returncode, a.stdout, a.stderr) == (b.returncode, b.stdout, b.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_kill_is_seen_and_the_next_command_knows_nothing_of_it(config: Path, forked: Any) -> None:
     killed = _run(forked, config, "out", fail_point="after-dispatch:1")
     assert killed.returncode == -signal.SIGKILL
@@ -69,7 +69,7 @@ def test_a_kill_is_seen_and_the_next_command_knows_nothing_of_it(config: Path, f
     assert len(set(runs)) == 2, "each has random bits of its own"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_environment_and_the_folder_are_the_callers(
     tmp_path: Path, forked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_environment_and_the_folder_are_the_callers(
     assert forked("config", "check", "config.toml").returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_command_that_takes_too_long_is_killed(config: Path, forked: Any) -> None:
     assert forked("--version").returncode == 0
     children = _children(forked.process.pid)

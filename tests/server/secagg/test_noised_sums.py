@@ -65,7 +65,11 @@ def noise_of_its_own(monkeypatch):
 @pytest.mark.parametrize(
     ("mechanism", "corrupt", "variance"),
     # Of six sites' noise: three honest ones' is what is promised; without masks' help each has all of it.
-    [("distributed", 0, 6 / 3 * 4), ("distributed", 1, 6 / 2 * 4), ("example", 0, 6 * 4 * 2)],
+    [
+        pytest.param("distributed", 0, 6 / 3 * 4, marks=pytest.mark.soak),
+        ("distributed", 1, 6 / 2 * 4),
+        ("example", 0, 6 * 4 * 2),
+    ],
 )
 def test_the_noise_in_the_sum(rig, mechanism, corrupt, variance):
     privacy = PRIVACY | {"mechanism": mechanism}

@@ -122,7 +122,7 @@ def test_the_same_weights_give_the_same_bytes_and_no_names_of_this_machine() -> 
     assert export_onnx(network, shape) != data
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_another_process_exports_the_same_bytes() -> None:
     program = """
 import hashlib, torch

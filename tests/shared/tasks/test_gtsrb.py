@@ -156,7 +156,7 @@ def test_the_example_names_the_task():
     assert config.task.name == TASK.name and config.data.partition == "natural"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_network_learns(table):
     torch.manual_seed(0)
     # Six frequent signs are a question that seconds can answer.

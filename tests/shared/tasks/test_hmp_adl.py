@@ -217,7 +217,7 @@ def test_the_example_names_the_task():
     assert config.task.name == TASK.name and config.data.partition == "natural"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_federation_of_volunteers_learns(tmp_path, data_folder):
     config = load_config(EXAMPLE, [f"data.path={data_folder / 'hmp_adl'}", "run.rounds=2"])
     directory = simulate(config, tmp_path / "run")

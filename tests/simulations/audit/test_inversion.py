@@ -50,7 +50,7 @@ def test_local_noise_that_fits_no_grid_is_not_taken_for_the_networks_fault():
     assert caught.value.code == 201
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_picture_is_told_through_convolutions():
     found = inverted("digits", "example")
     plain, masked, noised = found.views
