@@ -125,6 +125,8 @@ def _serve(site: SiteFile, worker: SiteWorker, policies: PolicyFile) -> int:
     statuses: list[int] = []
     woken, wake = socket.socketpair()
     wake.setblocking(False)
+    # A signal that comes just before the loop waits does not interrupt the wait: its byte ends it.
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
 
     def stop(status: int) -> None:
         statuses.append(status)

@@ -227,7 +227,7 @@ def test_sigterm_ends_it_cleanly_though_it_trains(tmp_path, started, weights):
 
     def ask():
         try:
-            process.link(deadline=30.0).exchange(protocol.TRAIN, long_training(weights, 2_000_000))
+            process.link(deadline=10.0).exchange(protocol.TRAIN, long_training(weights, 2_000_000))
         except SiteError as error:
             caught.append(error.code)
 
