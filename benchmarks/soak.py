@@ -97,7 +97,6 @@ def _other_python() -> Row:
 def play(row: Row) -> None:
     """Run a row's commands and fill in what came of them."""
     if row.why_not:
-        row.said = row.why_not
         return
     started, lines = time.monotonic(), [""]
     row.outcome = "passed"
@@ -149,29 +148,35 @@ def main() -> int:
     chosen = [
         row for row in rows() if not arguments.words or any(w in row.name for w in arguments.words)
     ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     started = datetime.now(UTC)
+    for row in chosen:
+        row.said = row.why_not or "the soak was ended before"
     for row in chosen:
         print(f"{row.name} ...", flush=True)
         play(row)
         print(line_of(row), flush=True)
+        if not arguments.words:
+            write(chosen, started)
     print("\n" + "\n".join(line_of(row) for row in chosen))
-    failed = any(row.outcome == "failed" for row in chosen)
-    if not arguments.words:
-        result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "commit": commit.stdout.strip(),
-            "date": started.isoformat(timespec="seconds"),
-            "passed": not failed,
-            "rows": [
-                {k: v for k, v in asdict(row).items() if k not in ("commands", "why_not")}
-                for row in chosen
-            ],
-        }
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 1 if failed else 0
+    return 1 if any(row.outcome == "failed" for row in chosen) else 0
+
+
+def write(chosen: Sequence[Row], started: datetime) -> None:
+    """Write what is known so far: an hour is long enough to be interrupted."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit.stdout.strip(),
+        "date": started.isoformat(timespec="seconds"),
+        "passed": all(row.outcome == "passed" for row in chosen),
+        "rows": [
+            {k: v for k, v in asdict(row).items() if k not in ("commands", "why_not")}
+            for row in chosen
+        ],
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
