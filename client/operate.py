@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedge.client import node_key, own_roster, site_file
-from fedge.shared import flower_app, signing
+from fedge.shared import flower_app, signing, toml_file
 from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.daemon import home as homes
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import BundleError, DeployError, FedgeError
 from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
+from fedge.shared.tasks.registry import get_task, require_task
 
 if TYPE_CHECKING:
     from fedge.client.policy import SecurePolicy
@@ -89,9 +90,12 @@ def init(
     if (home / "site.toml").exists():
         raise DeployError(903, f"{home}: must be new, got a site's home")
     homes.split_address(server)
+    tree = {"site": {"name": name, "task": task}, "server": {"address": server}}
+    toml_file.check(tree, site_file.SiteFile, site_file.FILE)
+    _require_usable(home, ca)
     if bundle is None:
-        from fedge.shared.tasks.registry import get_task
-
+        # Torch is imported only for a task that is there.
+        require_task(task)
         get_task(task)
     vouched = _vouched(home, name, trust) if trust else None
     try:
@@ -119,6 +123,20 @@ def init(
     examples = site_file.OwnData(path=data.absolute() if data else None, share=share)
     site_file.write(home, name=name, task=task, address=server, data=examples)
     return _made(home, bundle, vouched.listed if vouched else None)
+
+
+def _require_usable(home: Path, ca: Path) -> None:
+    """Look at the paths before anything is imported or made.
+
+    Raises:
+        DeployError: 901, the authority cannot be read, or the home not made.
+    """
+    try:
+        ca.open("rb").close()
+    except OSError as error:
+        raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
+    if not next(path for path in (home, *home.parents) if path.exists()).is_dir():
+        raise DeployError(901, f"{home}: must be usable, got Not a directory")
 
 
 def _keys(home: Path) -> None:

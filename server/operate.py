@@ -18,7 +18,7 @@ from fedge.shared import config_file
 from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError, FedgeError, RunError
 from fedge.shared.section import SITE_NAME
-from fedge.shared.tasks.registry import get_task
+from fedge.shared.tasks.registry import get_task, require_task
 
 
 def init(home: Path, address: str, listen: str | None = None, front: str | None = None) -> str:
@@ -63,14 +63,15 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
     """
     server_file.load(home)
     config = config_file.load(path, overrides)
-    # Only here: it imports torch, which those who look need not wait for.
-    from fedge.shared.privacy.fitness import require_fit
-
-    require_fit(config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites)
+    require_task(config.task.name)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = name or f"{stamp}-{secrets.token_hex(2)}"
     if not re.fullmatch(SITE_NAME, name):
         raise DeployError(914, f"--name: must match {SITE_NAME}, got {name[:80]!r}")
+    # Only here: it imports torch, which those who look, and whom the above refuses, need not wait for.
+    from fedge.shared.privacy.fitness import require_fit
+
+    require_fit(config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites)
     prepare(home / "runs" / name, config, resume=False)
     return name
 

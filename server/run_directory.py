@@ -135,6 +135,32 @@ def _journal_says_finished(journal: Path) -> bool:
     return row is not None and row[0] is not None
 
 
+def require_free(path: Path, *, resume: bool) -> list[str]:
+    """Refuse a directory that no run may begin in, at a glance and without making anything.
+
+    Returns:
+        What it holds already, by name, the lock aside; nothing unless ``resume``.
+
+    Raises:
+        ConfigError: 206, not empty and not resumed; 209, a file; 210, cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(209, f"{path}: must be a directory, got a file")
+        found = sorted(p.name for p in path.iterdir() if p.name != "lock") if path.exists() else []
+    except OSError as error:
+        raise _cannot_be_made(path, error) from None
+    if found and not resume:
+        raise ConfigError(
+            206, f"{path}: must be empty, got {len(found)} entries such as {found[0]}"
+        )
+    return found
+
+
+def _cannot_be_made(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(210, f"{path}: must be a directory that can be made, got {error.strerror}")
+
+
 def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, bool]:
     """Make a directory ready for a run.
 
@@ -152,22 +178,14 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
         RunError: 504, the journal is damaged.
     """
     directory = RunDirectory(path)
+    foreign = require_free(path, resume=resume)
     try:
-        if path.exists() and not path.is_dir():
-            raise ConfigError(209, f"{path}: must be a directory, got a file")
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK | os.X_OK)
     except OSError as error:
-        raise ConfigError(
-            210, f"{path}: must be a directory that can be made, got {error.strerror}"
-        ) from None
+        raise _cannot_be_made(path, error) from None
     if not writable:
         raise ConfigError(210, f"{path}: must be writable, got a directory that is not")
-    foreign = sorted(p.name for p in path.iterdir() if p.name != "lock")
-    if foreign and not resume:
-        raise ConfigError(
-            206, f"{path}: must be empty, got {len(foreign)} entries such as {foreign[0]}"
-        )
     with directory.lock():
         if not directory.config.is_file():
             # A kill may have come before the first file was complete: then nothing was lost and we start.

@@ -75,6 +75,7 @@ def ci_run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     for name in (".venv", ".venv-edge"):
         (folder / name).mkdir()
         (folder / name / "bin").symlink_to(Path(sys.executable).parent)
+        (folder / name / "pyvenv.cfg").write_bytes((Path(sys.prefix) / "pyvenv.cfg").read_bytes())
         (folder / name / "installed").touch()
     outer = ("MAKE", "PYTEST_", "CI")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}

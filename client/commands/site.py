@@ -104,34 +104,6 @@ def _secure(arguments: Namespace) -> tuple[SecurePolicy | None, Trust | None]:
     return toml_file.check(terms, SecurePolicy, FILE), operate.Trust(roster, consortium)
 
 
-def _require(arguments: Namespace) -> None:
-    """Refuse what can be seen without Flower and torch, which the making of a home imports.
-
-    Raises:
-        ConfigError: 201, the name cannot be one.
-        DataError: 304, there is no such task.
-        DeployError: 901, the authority cannot be read, or the home not made; 904, the address is none.
-    """
-    from fedge.client import site_file
-    from fedge.shared import toml_file
-    from fedge.shared.daemon import home
-    from fedge.shared.errors import DeployError
-    from fedge.shared.tasks.registry import require_task
-
-    home.split_address(arguments.server)
-    site = {"name": arguments.name, "task": arguments.task}
-    tree = {"site": site, "server": {"address": arguments.server}}
-    toml_file.check(tree, site_file.SiteFile, site_file.FILE)
-    require_task(arguments.task)
-    try:
-        arguments.ca.open("rb").close()
-    except OSError as error:
-        raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
-    place: Path = arguments.home.absolute()
-    if not next(path for path in (place, *place.parents) if path.exists()).is_dir():
-        raise DeployError(901, f"{place}: must be usable, got Not a directory")
-
-
 def _run(arguments: Namespace) -> int:
     import json
     import sys
@@ -148,7 +120,6 @@ def _run(arguments: Namespace) -> int:
         case "init":
             from fedge.client import operate
 
-            _require(arguments)
             secure, trust = _secure(arguments)
             made = operate.init(
                 arguments.home,

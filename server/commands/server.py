@@ -76,26 +76,6 @@ def _arguments(parser: ArgumentParser) -> None:
         made[name].add_argument("--json", action="store_true", help="print JSON")
 
 
-def _require(arguments: Namespace) -> None:
-    """Refuse of a submission what can be seen without torch, which the look at the task's privacy imports.
-
-    Raises:
-        ConfigError, DataError, DeployError: as ``operate.submit``.
-    """
-    import re
-
-    from fedge.server import server_file
-    from fedge.shared import config_file
-    from fedge.shared.errors import DeployError
-    from fedge.shared.section import SITE_NAME
-    from fedge.shared.tasks.registry import require_task
-
-    server_file.load(arguments.home)
-    require_task(config_file.load(arguments.config, arguments.set).task.name)
-    if arguments.name and not re.fullmatch(SITE_NAME, arguments.name):
-        raise DeployError(914, f"--name: must match {SITE_NAME}, got {arguments.name[:80]!r}")
-
-
 def _run(arguments: Namespace) -> int:
     import json
     import sys
@@ -117,7 +97,6 @@ def _run(arguments: Namespace) -> int:
             )
             say(None, found)
         case "submit":
-            _require(arguments)
             name = operate.submit(arguments.home, arguments.config, arguments.set, arguments.name)
             say({"run": name}, name)
         case "status":

@@ -42,8 +42,8 @@ def _run(arguments: Namespace) -> int:
     import sys
     import time
 
+    from fedge.server.run_directory import require_free
     from fedge.simulations import device
-    from fedge.simulations.commands.simulate import require_free
 
     started = time.monotonic()
 

@@ -35,6 +35,7 @@ def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Con
         ConfigError: 201 to 211, the configuration or the run directory.
         DataError: 304, there is no such task.
     """
+    from fedge.server.run_directory import require_free
     from fedge.shared.config_file import load
     from fedge.shared.tasks.registry import require_task
 
@@ -42,26 +43,6 @@ def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Con
     require_task(config.task.name)
     require_free(out, resume=resume)
     return config
-
-
-def require_free(out: Path, *, resume: bool) -> None:
-    """Refuse a run directory that ``prepare`` would refuse at a glance, and make nothing.
-
-    Raises:
-        ConfigError: 206, not empty and not resumed; 209, a file; 210, cannot be read.
-    """
-    from fedge.shared.errors import ConfigError
-
-    try:
-        if out.exists() and not out.is_dir():
-            raise ConfigError(209, f"{out}: must be a directory, got a file")
-        found = sorted(p.name for p in out.iterdir() if p.name != "lock") if out.exists() else []
-    except OSError as error:
-        raise ConfigError(
-            210, f"{out}: must be a directory that can be made, got {error.strerror}"
-        ) from None
-    if found and not resume:
-        raise ConfigError(206, f"{out}: must be empty, got {len(found)} entries such as {found[0]}")
 
 
 def show(directory: RunDirectory, *, as_json: bool) -> None:
