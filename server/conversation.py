@@ -156,11 +156,13 @@ class Conversation:
             groups += [[p] for node in self.pending() if (p := self.nodes[node].probe)]
             if self.link.direct:
                 replies = self.link.grid.pull_messages([i for ids in groups for i in ids])
-                failed = False
+                unreadable, failed = list[str](), False
             else:
-                replies, failed = self.fetches.take(groups)
+                replies, unreadable, failed = self.fetches.take(groups)
             for reply in replies:
                 self._take(reply)
+            for number in unreadable:
+                self._take_unreadable(number)
             if not failed:
                 return
             # Wait here until the SuperLink is back, then look once more: there may be no later, at the deadline.
@@ -197,6 +199,18 @@ class Conversation:
             asked.copies.discard(number)
         if not of_site and reply.error.code == _NODE_UNAVAILABLE:
             self._gone(node)
+
+    def _take_unreadable(self, number: str) -> None:
+        """Flower gives such a reply no second time: it counts as one that holds nothing."""
+        node = self.main.get(number, self.probes.get(number))
+        if node is None:
+            return
+        asked = self.nodes[node]
+        if number == asked.probe:
+            asked.probe = None
+        elif number in self.main and not asked.done:
+            self.answered.add(number)
+            self._count(node, asked, Message(RecordDict(), reply_to=asked.request))
 
     def _is_lost(self, reply: Message, asked: _Asked, *, of_site: bool) -> bool:
         """Whether this says no more than that the request, or its reply, is lost."""

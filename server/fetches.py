@@ -6,13 +6,17 @@ minutes where the line broke in between. In a call for all nodes one broken uplo
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedge.server.link import Link
+from fedge.server.link import Link, of_the_line
+from fedge.shared.errors import brief
+
+_log = logging.getLogger(__name__)
 
 #: Seconds after which a call is left to itself while the next one begins. Most take a hundredth.
 _GLANCE = 0.1
@@ -53,17 +57,17 @@ class Fetches:
         """Message ids whose call has not returned, or not been collected: Flower gives each reply once."""
         return frozenset().union(*(f.ids for f in self._open))
 
-    def take(self, groups: Iterable[Sequence[str]]) -> tuple[list[Message], bool]:
+    def take(self, groups: Iterable[Sequence[str]]) -> tuple[list[Message], list[str], bool]:
         """Ask for replies, and collect those of this and of earlier calls.
 
         Args:
-            groups: message ids, those together that may wait for each other.
+            groups: message ids, those of one node together.
 
         Returns:
-            Replies, and whether the line to the SuperLink failed.
+            Replies, the ids of those that Flower could not read, and whether the line to the SuperLink failed.
 
         Raises:
-            Exception: what a call raised that is no failure of the line.
+            Exception: the SuperLink refused a call for good.
         """
         for ids in groups:
             held = self.held
@@ -73,9 +77,14 @@ class Fetches:
                 fetch.over.wait(_GLANCE)
         over = [f for f in self._open if f.over.is_set()]
         self._open = [f for f in self._open if f not in over]
+        unreadable: list[str] = []
         failed = False
         for fetch in over:
-            if fetch.error is not None:
+            if isinstance(fetch.error, Exception) and not of_the_line(fetch.error):
+                # A site decides what its reply is made of, and Flower takes it apart here, in the server's process.
+                _log.warning("a reply cannot be read: %s", brief(fetch.error))
+                unreadable += fetch.ids
+            elif fetch.error is not None:
                 self._link.note_failure("fetch replies", fetch.error)
                 failed = True
-        return [reply for fetch in over for reply in fetch.replies], failed
+        return [reply for fetch in over for reply in fetch.replies], unreadable, failed

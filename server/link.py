@@ -80,6 +80,11 @@ def passing(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status >= 500 or status in _PASSING_STATUS
+    return of_the_line(error)
+
+
+def of_the_line(error: BaseException) -> bool:
+    """Whether it comes from the call itself, one that is refused included, and not from what the call brought."""
     if isinstance(error, OSError):
         return True
     modules = (kind.__module__ for kind in type(error).__mro__)
