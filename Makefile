@@ -59,7 +59,7 @@ define pip_install
 	pip="$(1)/bin/python -m pip install --disable-pip-version-check -c $$constraints"; \
 	echo "Installing fedge[$(2)] into $(1), with the versions of $$constraints (some minutes the first time)"; \
 	$$pip -q setuptools; \
-	$$pip --no-build-isolation -e '.[$(2)]' | awk '/^(Collecting|  Downloading|Installing)/ { print substr($$0, 1, 100); fflush() }'
+	$$pip --no-build-isolation -e '.[$(2)]' | sed -un -e 's/^\(Installing collected\).*/\1 packages, a minute/' -e '/^Collecting\|^  Downloading\|^Installing/p'
 endef
 
 demo: install

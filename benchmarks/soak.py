@@ -16,10 +16,13 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,21 +60,21 @@ class Row:
 
 def rows() -> list[Row]:
     """What there is to run, in order."""
-    marked = subprocess.run(
-        [*PYTEST, "--collect-only", "-m", "soak"],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=LIMIT,
-    )  # fmt: skip
-    files = dict.fromkeys(
-        line.split("::")[0] for line in marked.stdout.splitlines() if "::" in line
-    )
+    status, lines = run([*PYTEST, "--collect-only", "-m", "soak"], LIMIT)
+    if status:
+        sys.exit("\n".join(lines[-TAIL:]))
+    files = dict.fromkeys(line.split("::")[0] for line in lines if "::" in line)
     parallel = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     found = [
         Row("make test, in parallel", [[*PYTEST, *parallel, "-m", "not realtime and not soak"]]),
         Row("make test, realtime", [[*PYTEST, "-m", "realtime and not soak"]]),
     ]
     found += [Row(file, [[*PYTEST, "-m", "soak", file]]) for file in files]
-    found.append(Row("benchmarks/chaos.py", [[sys.executable, "benchmarks/chaos.py"]]))
-    return [*found, _other_python()]
+    return [
+        *found,
+        _other_python(),
+        Row("benchmarks/chaos.py", [[sys.executable, "benchmarks/chaos.py"]]),
+    ]
 
 
 def _other_python() -> Row:
@@ -101,22 +104,35 @@ def play(row: Row) -> None:
     started, lines = time.monotonic(), [""]
     row.outcome = "passed"
     for command in row.commands:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, check=False,
-                timeout=max(1.0, LIMIT - (time.monotonic() - started)),
-            )  # fmt: skip
-            lines = done.stdout.strip().splitlines() or [""]
-            row.outcome = "failed" if done.returncode else "passed"
-        except subprocess.TimeoutExpired as error:
-            lines = [f"not within {error.timeout:.0f} s"]
+        status, lines = run(command, max(1.0, LIMIT - (time.monotonic() - started)))
+        if status:
             row.outcome = "failed"
-        if row.outcome == "failed":
             print("\n".join(lines[-TAIL:]), file=sys.stderr, flush=True)
             break
     row.seconds = round(time.monotonic() - started, 1)
     row.said = lines[-1].strip("= ")
+
+
+def run(command: Sequence[str], seconds: float) -> tuple[int, list[str]]:
+    """Run a command, in CI's way: a skipped test fails; its status and what it said, the last line never missing.
+
+    Whatever it has started ends with it, so that no row burdens the next one.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "CI": "true"}, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            status, late = process.wait(seconds), ""
+        except subprocess.TimeoutExpired:
+            status, late = 1, f"not within {seconds:.0f} s"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    return status, [*lines, late] if late else lines or [""]
 
 
 def line_of(row: Row) -> str:

@@ -63,13 +63,17 @@ def guarded(program: str, work: Callable[[], int]) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             _drop_stdout()
             return STDOUT_CLOSED
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            what = f"{program}: cannot write {error.filename or 'its output'} ({error.strerror})"
-            return _report(UsageError(107, what), FAILED)
-        text = f": {error}" if str(error) else ""
-        what = f"{program}: unexpected {type(error).__name__}{text}"
-        return _report(UsageError(104, what), FAILED)
+        return _report(unexpected(program, error), FAILED)
     return status
+
+
+def unexpected(program: str, error: Exception) -> UsageError:
+    """What a failure that nobody foresaw is told as: 107, there is no room to write; else 104."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        what = f"{program}: cannot write {error.filename or 'its output'} ({error.strerror})"
+        return UsageError(107, what)
+    text = f": {error}" if str(error) else ""
+    return UsageError(104, f"{program}: unexpected {type(error).__name__}{text}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ The command's own process, of which the daemons and the relays are forks, has ne
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from fedge.server.run_directory import RunDirectory, prepare
+from fedge.shared.command_line import unexpected
 from fedge.shared.config import Config
 from fedge.shared.daemon import fork_server, process, sockets
 from fedge.shared.errors import (
@@ -27,6 +29,8 @@ from fedge.shared.errors import (
     RunError,
     SiteError,
 )
+
+_log = logging.getLogger(__name__)
 
 #: Where the process listens, below the run directory.
 SOCKET: Final = Path("federation") / "fork.sock"
@@ -94,12 +98,19 @@ def _main(config: Config, out: Path, resume: bool, there: Connection) -> None:
         told = _in_a_fork(lambda: _divide(config, out, resume))
         if json.loads(told or "{}").get("finished") is False:
             (out / SOCKET).parent.mkdir(exist_ok=True)
-            with sockets.listen(out / SOCKET) as listener:
+            try:
+                listener = sockets.listen(out / SOCKET)
+            except FedgeError as error:
+                there.send_bytes(json.dumps(_as_told(error)).encode())
+                return
+            with listener:
                 there.send_bytes(told)
                 there.close()
-                # Where a task's package has made a thread, every worker imports for itself.
-                with suppress(RuntimeError):
+                try:
                     fork_server.serve(listener, {WORKER: _worker, COORDINATOR: coordinators.play})
+                except RuntimeError as error:
+                    # A task's package has made a thread: every worker imports for itself, which takes longer.
+                    _log.warning("nothing is forked: %s", error)
         elif told:
             there.send_bytes(told)
 
@@ -142,12 +153,18 @@ def _report(work: Callable[[], bool], there: int) -> NoReturn:
         try:
             told = {"finished": work()}
         except FedgeError as error:
-            told = {"code": error.code, "message": error.message}
+            told = _as_told(error)
         except KeyboardInterrupt:
             told = {"code": 103, "message": "interrupted"}
+        except Exception as error:
+            told = _as_told(unexpected("fedge up", error))
         os.write(there, json.dumps(told).encode())
     finally:
         os._exit(0)
+
+
+def _as_told(error: FedgeError) -> dict[str, object]:
+    return {"code": error.code, "message": error.message}
 
 
 def _divide(config: Config, out: Path, resume: bool) -> bool:

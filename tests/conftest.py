@@ -120,6 +120,12 @@ def edge_env(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
         uv = [Path(sys.executable).with_name("uv"), "--quiet"]
         _run([*uv, "venv", "--python", sys.executable, folder], cwd=folder, timeout=300)
         install = [*uv, "pip", "install", "--python", folder / "bin" / "python"]
+        # It reads pip's settings no more than pip reads its own.
+        index = os.environ.get("PIP_INDEX_URL") or _said(
+            "-m", "pip", "config", "get", "global.index-url"
+        )
+        if index:
+            os.environ.setdefault("UV_DEFAULT_INDEX", index)
         _run([*install, "-c", CONSTRAINTS, f"{wheel}[edge]"], cwd=folder, timeout=600)
 
     return _once(tmp_path_factory, "edge-env", build) / "bin"
@@ -149,6 +155,12 @@ def _once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], No
             build(folder)
             done.touch()
     return folder
+
+
+def _said(*arguments: str) -> str:
+    """What this interpreter prints, nothing where it fails."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    return done.stdout.strip()
 
 
 def _run(command: list[str | Path], cwd: Path, timeout: float) -> None:

@@ -76,6 +76,20 @@ def test_the_edge_extra_is_what_a_device_can_carry():
     assert PROJECT["project"]["dependencies"] == []
 
 
+def test_constraints_are_public_versions_of_the_same_packages_for_each_python():
+    files = sorted((ROOT / "constraints").iterdir())
+    assert [file.name for file in files] == ["python3.11.txt", "python3.12.txt"]
+    named = []
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        # No local version, no address, no option.
+        assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][a-z0-9.]*", line) for line in lines)
+        named.append({line.partition("==")[0] for line in lines})
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    wanted = {re.split(r"[<>=~!\[; ]", line)[0].replace("_", "-") for e in extras for line in e}
+    assert wanted - {"fedge"} <= named[0] & named[1]
+
+
 def imported(path: Path) -> set[str]:
     """Modules that a file imports anywhere, also within functions."""
     found = set()

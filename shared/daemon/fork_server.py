@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 Run: TypeAlias = Callable[[Sequence[str]], int | None]
 
 #: Seconds that a daemon waits for the fork, and this process for a daemon's request.
-_FORKED_WITHIN, _READ_WITHIN = 30.0, 5.0
+_FORKED_WITHIN, _READ_WITHIN = 8.0, 5.0
 _LARGEST: Final = 256 * 1024
 #: Answers: the process id, and later the wait status.
 _NUMBER: Final = struct.Struct("<q")
@@ -156,7 +156,7 @@ class _Server:
         try:
             connection.settimeout(_READ_WITHIN)
             pid = process.start(self._program(_line(connection)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _log.warning("a request for a fork failed: %s", error)
             connection.close()
             return

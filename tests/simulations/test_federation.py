@@ -60,6 +60,14 @@ def _none_left(known: list[tuple[int, int]], out: Path, seconds: float = 300.0) 
     pytest.fail(f"left over:\n{listing.stdout}")
 
 
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
 def _flower_runs(out: Path) -> list[int]:
     return list(json.loads((out / "run.json").read_text())["flower_runs"])
 
@@ -88,6 +96,8 @@ def test_a_deployed_run_whose_coordinator_is_killed_is_the_simulated_one(
         for site in ("site-1", "site-2", "site-3"):
             worker, daemon = live.pid(site, "worker"), live.pid(site, "daemon")
             assert "torch" in Path(f"/proc/{worker}/maps").read_text()
+            # Not a new interpreter that imports torch for itself.
+            assert _command(_parent(worker)).startswith(f"fedge imports --out {out}")
             for relay in (daemon, live.pid(site, "supernode"), live.pid(site, "superexec")):
                 assert "libtorch" not in Path(f"/proc/{relay}/maps").read_text()
             assert (out / "sites" / site / "site.key").stat().st_mode & 0o777 == 0o600

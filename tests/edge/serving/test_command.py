@@ -281,9 +281,8 @@ def test_signed_graphs_that_kill_or_never_end_do_not_disturb_a_server(
             assert time.monotonic() < end
             time.sleep(0.02)
         assert client.infer("image", [tensor]).as_numpy("label").shape == (1,)
-    start = time.monotonic()
-    assert server.stop() == 0  # not ten seconds later, when the trial would be given up
-    assert time.monotonic() - start < 6
+    assert server.stop() == 0
+    assert "did not answer" not in server.text, "it waited until the trial was given up"
     end = time.monotonic() + 120
     while any(alive(pid) for pid in trial):
         assert time.monotonic() < end
