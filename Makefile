@@ -74,6 +74,7 @@ static: install
 check: install $(STATIC)
 	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not realtime and not soak"
 
+# The realtime tests last: .ci/run plays theirs again, and nothing after them.
 test: install $(STATIC)
 	@$(BIN)/python benchmarks/soak.py --age
 	@rm -f .pytest_cache/realtime-failed

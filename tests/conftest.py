@@ -53,9 +53,14 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files by ``LONGEST``; within a file nothing changes."""
+    """Order the files by ``LONGEST``, within a file nothing changes; no `realtime` test may be overlooked."""
     place = {ROOT / file: i for i, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    for path in {item.path for item in items if item.get_closest_marker("realtime")}:
+        if "mark.realtime" not in path.read_text(encoding="utf-8"):
+            raise pytest.UsageError(
+                f"{path}: must say mark.realtime, by which `make test` finds it"
+            )
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
