@@ -38,17 +38,17 @@ settings.register_profile("fedge", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("fedge")
 
 
-#: Files that take minutes, the longest first: begun early, no worker has to wait for another at the end. Of the first
-#: four, those that compute meet those that wait.
+#: Files that take longest, begun early: no worker has to wait for another at the end.
 LONGEST = (
-    "tests/simulations/test_federation.py",
-    "tests/faults/test_network.py",
-    "tests/faults/test_hosts.py",
+    "tests/client/test_serve.py",
+    "tests/shared/compile/test_families.py",
     "tests/test_packaging.py",
-    "tests/simulations/test_secure_federation.py",
-    "tests/test_docs.py",
-    "tests/server/test_front.py",
-    "tests/client/test_hostile_bundle.py",
+    "tests/shared/privacy/test_accounting.py",
+    "tests/shared/compile/test_export.py",
+    "tests/server/compile/test_compiler.py",
+    "tests/simulations/test_resume.py",
+    "tests/simulations/test_calibration_resume.py",
+    "tests/simulations/test_poison.py",
 )
 
 
