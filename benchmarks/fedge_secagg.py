@@ -34,7 +34,7 @@ from fedge.server.secagg import mean
 from fedge.server.secagg.group import Group
 from fedge.server.secagg.outcome import Opened
 from fedge.shared import protocol
-from fedge.shared.config import AdmissionSection
+from fedge.shared.config_sections import AdmissionSection
 from fedge.shared.secagg import graph, job, messages, transcript
 
 # Beside this file; named here as a test loads this file by its path.

@@ -13,10 +13,11 @@ import torch
 
 from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData, site_shares
-from fedge.client.evaluate import counters
+from fedge.client.learner import counters
 from fedge.client.train import Examples, train
 from fedge.shared import preprocess
-from fedge.shared.config import Config, TrainSection
+from fedge.shared.config import Config
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.preprocess import Standardise
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fedge_secagg
 import flower_secagg
 
+from fedge.shared.keystream import KEY_BYTES
 from fedge.shared.secagg import cores, masking
 
 RESULTS = Path(__file__).resolve().parent / "results" / "secure_aggregation.json"
@@ -148,7 +149,7 @@ def mask_speed(d: int, masks: int = MASKS, rounds: int = 9) -> dict[str, float]:
         uint32; each by the bytes of what is added, in one thread, medians of rounds in turns.
     """
     vector, other = np.zeros(d, np.uint32), np.ones(d, np.uint32)
-    keys = [(os.urandom(masking.KEY_BYTES), 1) for _ in range(masks)]
+    keys = [(os.urandom(KEY_BYTES), 1) for _ in range(masks)]
     work: dict[str, tuple[int, Callable[[], object]]] = {
         "add": (1, lambda: np.add(vector, other, out=vector)),
         "masks": (masks, lambda: masking.add_masks(vector, keys)),

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from fedge.client import policy
 from fedge.shared.errors import FedgeError
-from fedge.shared.privacy.charges import Entry, Unit
+from fedge.shared.privacy.charges import Entry
 from fedge.shared.privacy.ledger import FILE, Ledger
 from fedge.shared.privacy.ledger_file import MARKER_SUFFIX
 from fedge.shared.privacy.reckoning import of_entries
+from fedge.shared.privacy.section import Unit
 
 _UNITS: Final = ("example", "site")
 

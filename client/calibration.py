@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from fedge.client import calibrated, calibration_ranges, graph_runs, requests
 from fedge.client.calibration_ranges import Seen
 from fedge.client.calibration_request import Asked
-from fedge.client.evaluate import CHUNK
 from fedge.client.figures import Figures, Told
 from fedge.client.graph_runs import GraphFailedError
-from fedge.client.learner import Learner
+from fedge.client.learner import CHUNK, Learner
 from fedge.client.requests import Terms
 from fedge.client.train import Examples
 from fedge.shared import protocol

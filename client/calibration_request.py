@@ -15,7 +15,7 @@ from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.compile.candidates import CANDIDATES, Ranges
 from fedge.shared.compile.ranges import EDGES
-from fedge.shared.config import CalibrationSection
+from fedge.shared.config_sections import CalibrationSection
 from fedge.shared.errors import SiteError
 from fedge.shared.secagg import messages
 

@@ -15,7 +15,7 @@ from fedge.client.draws import generator
 from fedge.client.site_file import OwnData
 from fedge.shared.config import Config
 from fedge.shared.errors import DataError, FedgeError, brief
-from fedge.shared.section import SITE_NAME
+from fedge.shared.protocol import SITE_NAME
 from fedge.shared.tasks.task import Table, Task
 
 MIN_TRAIN = 2

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedge.client import device as devices
 from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData
 from fedge.client.draws import seed_of
-from fedge.client.evaluate import counters, mean_loss
 from fedge.client.requests import Terms, Training
 from fedge.client.state import ControlStore
 from fedge.client.train import Examples, train
@@ -24,7 +23,7 @@ from fedge.shared.arrays import NDArrays, Spec, specs
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Standardise
-from fedge.shared.tasks.task import Task
+from fedge.shared.tasks.task import Counters, Task
 
 
 class Learner:
@@ -220,3 +219,32 @@ class Learner:
     def _tensor(self, a: Any) -> Tensor:
         # Copied: the request's arrays are read-only, and shared with other sites where all run in one process.
         return torch.from_numpy(np.array(a)).to(self.device)
+
+
+#: Examples at a time; fixed, as the order of a sum is part of its last bits.
+CHUNK = 1024
+
+
+def counters(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> Counters:
+    """Sum the task's counters.
+
+    Args:
+        task: whose counters.
+        network: put into evaluation mode.
+        x: preprocessed examples ``(n, *in)``.
+        y: labels ``(n,)``, int64.
+    """
+    network.eval()
+    total: Counters = {}
+    with torch.no_grad():
+        for start in range(0, len(y), CHUNK):
+            rows = slice(start, start + CHUNK)
+            for name, value in task.counters(network(x[rows]), y[rows]).items():
+                total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def mean_loss(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Mean loss over all examples, in evaluation mode."""
+    found = counters(task, network, x, y)
+    return found["loss-sum"] / found["examples"]

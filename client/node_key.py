@@ -21,8 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from fedge.shared.bounded import read_bounded, reason
-from fedge.shared.durable import flush_folder, write_atomically
+from fedge.shared.durable import flush_folder, read_bounded, reason, write_atomically
 from fedge.shared.errors import DeployError
 
 PRIVATE_NAME: Final = "site.key"

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedge.client import node_key, own_roster, site_file
 from fedge.shared import flower_app, signing, toml_file
-from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.daemon import home as homes
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import read_bounded, reason, write_atomically
 from fedge.shared.errors import BundleError, DeployError, FedgeError
 from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
 from fedge.shared.tasks.registry import get_task, require_task
@@ -110,9 +109,9 @@ def init(
         write_atomically(home / own_roster.FILE, vouched.roster)
         own_roster.read(home)
     # Here, as it imports Flower.
-    from fedge.client import policy
+    from fedge.client import policy_text
 
-    policy.write(
+    policy_text.write(
         home,
         tasks=[task],
         bundles=[bundle],

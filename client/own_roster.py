@@ -18,8 +18,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedge.shared import signing
-from fedge.shared.bounded import read_bounded, reason
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import read_bounded, reason, write_atomically
 from fedge.shared.errors import BundleError, DeployError, FedgeError, ReleaseError, SiteError
 from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
 

@@ -8,17 +8,15 @@ until the file is mended. A change takes effect at the next request.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field
 
-from fedge.client import policy_text, privacy_policy
+from fedge.client import privacy_policy, requests
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol, toml_file
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.secagg import messages
 from fedge.shared.section import Section
@@ -169,7 +167,7 @@ def shares_ranges(policy: Policy) -> bool:
 
 def _allow_ranges(policy: Policy, config: ConfigRecord, *, masked: bool) -> None:
     """Hold a request for ranges against the policy: where privacy is required, masks do not make up for noise."""
-    if shares_ranges(policy) or privacy_policy.section_of(config).metrics == "noised":
+    if shares_ranges(policy) or requests.section_of(config).metrics == "noised":
         return
     if policy.privacy.required:
         wanted = "with noise while privacy.required is true and share-ranges is not"
@@ -246,58 +244,3 @@ class PolicyFile:
         except OSError:
             return None
         return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
-
-
-def write(
-    home: Path,
-    *,
-    tasks: Sequence[str],
-    bundles: Sequence[str],
-    versions: Sequence[str],
-    max_rounds: int = 1_000,
-    min_cohort: int = 2,
-    share_statistics: bool = True,
-    share_ranges: bool | None = None,
-    device: str = "auto",
-    secure: SecurePolicy | None = None,
-    privacy: PrivacyPolicy | None = None,
-) -> Policy:
-    """Write a home's policy with comments, replacing what was there.
-
-    Args:
-        home: made where missing, for its owner alone.
-        tasks: that are served.
-        bundles: SHA-256 (hex) of approved Flower bundles.
-        versions: of the server's fedge.
-        max_rounds: highest round served.
-        min_cohort: fewest sites invited.
-        share_statistics: whether sums over features may leave the site.
-        share_ranges: whether ranges of activations may; where None as ``shares_ranges`` says.
-        device: where to compute.
-        secure: terms of secure aggregation; not required where None.
-        privacy: terms of differential privacy; not required where None.
-
-    Raises:
-        ConfigError: 201, a value is not allowed; the file is then not written.
-    """
-    given = {"tasks": tuple(tasks), "bundles": tuple(bundles), "versions": tuple(versions)}
-    others = {
-        "max-rounds": max_rounds,
-        "min-cohort": min_cohort,
-        "share-statistics": share_statistics,
-        "device": device,
-    }
-    toml_file.check({**given, **others}, Policy, FILE)
-    text = policy_text.text(
-        **given,
-        max_rounds=max_rounds,
-        min_cohort=min_cohort,
-        share_statistics=share_statistics,
-        share_ranges=share_ranges,
-        device=device,
-        secure=secure or SecurePolicy(),
-        privacy=privacy or PrivacyPolicy(),
-    )
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(home / FILE, text.encode())
-    return read(home)

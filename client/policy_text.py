@@ -1,13 +1,15 @@
-"""The text of a new ``policy.toml``: every key with its meaning, for an owner who is to change it by hand."""
+"""Writes a new ``policy.toml``: every key with its meaning, for an owner who is to change it by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
-if TYPE_CHECKING:
-    from fedge.client.policy import SecurePolicy
-    from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.client.policy import FILE, Policy, SecurePolicy, read
+from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.shared import toml_file
+from fedge.shared.durable import write_atomically
 
 _TEXT: Final = """\
 # What this site's worker serves. Only the site's owner changes this file; a change takes effect at the next request.
@@ -127,3 +129,58 @@ def _list(values: Sequence[str]) -> str:
     import tomli_w
 
     return tomli_w.dumps({"v": list(values)}, multiline_strings=False).partition("=")[2].strip()
+
+
+def write(
+    home: Path,
+    *,
+    tasks: Sequence[str],
+    bundles: Sequence[str],
+    versions: Sequence[str],
+    max_rounds: int = 1_000,
+    min_cohort: int = 2,
+    share_statistics: bool = True,
+    share_ranges: bool | None = None,
+    device: str = "auto",
+    secure: SecurePolicy | None = None,
+    privacy: PrivacyPolicy | None = None,
+) -> Policy:
+    """Write a home's policy with comments, replacing what was there.
+
+    Args:
+        home: made where missing, for its owner alone.
+        tasks: that are served.
+        bundles: SHA-256 (hex) of approved Flower bundles.
+        versions: of the server's fedge.
+        max_rounds: highest round served.
+        min_cohort: fewest sites invited.
+        share_statistics: whether sums over features may leave the site.
+        share_ranges: whether ranges of activations may; where None as ``shares_ranges`` says.
+        device: where to compute.
+        secure: terms of secure aggregation; not required where None.
+        privacy: terms of differential privacy; not required where None.
+
+    Raises:
+        ConfigError: 201, a value is not allowed; the file is then not written.
+    """
+    given = {"tasks": tuple(tasks), "bundles": tuple(bundles), "versions": tuple(versions)}
+    others = {
+        "max-rounds": max_rounds,
+        "min-cohort": min_cohort,
+        "share-statistics": share_statistics,
+        "device": device,
+    }
+    toml_file.check({**given, **others}, Policy, FILE)
+    made = text(
+        **given,
+        max_rounds=max_rounds,
+        min_cohort=min_cohort,
+        share_statistics=share_statistics,
+        share_ranges=share_ranges,
+        device=device,
+        secure=secure or SecurePolicy(),
+        privacy=privacy or PrivacyPolicy(),
+    )
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(home / FILE, made.encode())
+    return read(home)

@@ -17,9 +17,10 @@ from fedge.shared import protocol, wire
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge, Purpose, Spent, Unit
+from fedge.shared.privacy.charges import Budget, Charge, Purpose, Spent
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.section import Unit
 from fedge.shared.secagg import job
 
 log = logging.getLogger(__name__)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from flwr.app import ConfigRecord
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from fedge.client import requests
+from fedge.client.requests import section_of
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.charges import CENTRAL
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.privacy.section import CENTRAL
 from fedge.shared.secagg import messages
 from fedge.shared.section import Section
 
 _REFUSED: Final = 418
-_LARGEST_SECTION: Final = 10_000
 #: What is asked of the data; later steps of a secure sum go on from one of these.
 _ABOUT_DATA: Final = (
     protocol.REGISTER,
@@ -72,25 +70,6 @@ class PrivacyPolicy(Section):
 def simulated() -> PrivacyPolicy:
     """The terms of a simulated site, which has no owner."""
     return PrivacyPolicy(epsilon=1e9, against="consumers")
-
-
-def section_of(config: ConfigRecord) -> PrivacySection:
-    """The mechanism that a request asks for; off where it names none.
-
-    Raises:
-        SiteError: 414, it cannot be read.
-    """
-    text = config.get(protocol.PRIVACY)
-    if text is None:
-        return PrivacySection()
-    if not isinstance(text, str) or len(text) > _LARGEST_SECTION:
-        raise requests.refuse(protocol.PRIVACY, "a section as JSON", type(text).__name__)
-    try:
-        return PrivacySection.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in (protocol.PRIVACY, *first["loc"]))
-        raise SiteError(414, f"{where}: {first['msg'][:200]}") from None
 
 
 def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:

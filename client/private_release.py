@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedge.shared.config import TrainSection
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release, calibrate
 

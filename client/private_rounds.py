@@ -13,7 +13,7 @@ from fedge.client.private_work import PrivateWork, Round
 from fedge.client.secure_answers import is_secure
 from fedge.client.secure_work import SecureWork
 from fedge.shared.arrays import NDArrays
-from fedge.shared.privacy.charges import CENTRAL
+from fedge.shared.privacy.section import CENTRAL
 
 
 class PrivateRounds:

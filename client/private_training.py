@@ -24,7 +24,7 @@ from torch import nn
 
 from fedge.client.private_release import Noise, release_of
 from fedge.client.train import Examples, optimizer
-from fedge.shared.config import TrainSection
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.entropy import Entropy

@@ -20,10 +20,10 @@ from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import ConfigError, SiteError
 from fedge.shared.privacy import distributed, fitness, local
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import CENTRAL, Spent
+from fedge.shared.privacy.charges import Spent
 from fedge.shared.privacy.run_terms import RunTerms, run_terms
-from fedge.shared.privacy.section import PrivacySection
-from fedge.shared.secagg.transcript import MOST_SITES
+from fedge.shared.privacy.section import CENTRAL, PrivacySection
+from fedge.shared.protocol import MOST_SITES
 from fedge.shared.tasks.task import Task
 
 

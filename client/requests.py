@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays, Spec
-from fedge.shared.config import TrainSection
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.decode import UndecodableError, decode
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Standardise
+from fedge.shared.privacy.section import PrivacySection
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_ROUND = 1_000_000
@@ -262,3 +263,25 @@ def _number(value: object) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
+
+
+_LARGEST_SECTION: Final = 10_000
+
+
+def section_of(config: ConfigRecord) -> PrivacySection:
+    """The mechanism that a request asks for; off where it names none.
+
+    Raises:
+        SiteError: 414, it cannot be read.
+    """
+    text = config.get(protocol.PRIVACY)
+    if text is None:
+        return PrivacySection()
+    if not isinstance(text, str) or len(text) > _LARGEST_SECTION:
+        raise refuse(protocol.PRIVACY, "a section as JSON", type(text).__name__)
+    try:
+        return PrivacySection.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in (protocol.PRIVACY, *first["loc"]))
+        raise SiteError(414, f"{where}: {first['msg'][:200]}") from None

@@ -80,7 +80,7 @@ def min_sites_of(content: RecordDict) -> int:
         SiteError: 414, it says none.
     """
     return _integer(
-        _values(content), messages.MIN_SITES, transcript.FEWEST_SITES, transcript.MOST_SITES
+        _values(content), messages.MIN_SITES, transcript.FEWEST_SITES, protocol.MOST_SITES
     )
 
 
@@ -234,7 +234,7 @@ def _masked(session: Session, values: ConfigRecord) -> RecordDict:
 
 
 def _commit(session: Session, values: ConfigRecord) -> RecordDict:
-    most = transcript.MOST_SITES * 65
+    most = protocol.MOST_SITES * 65
     survivors = transcript.unpack_sites(messages.data(values, messages.SURVIVORS, most))
     return _reply({messages.SIGNATURE: session.commit(survivors)})
 

@@ -11,8 +11,6 @@ from flwr.app import ConfigRecord, RecordDict
 from fedge.client import contribution, secure_answers
 from fedge.client.answered import Answered
 from fedge.client.contribution import Contribution, SiteNoise
-from fedge.client.figures import Figures
-from fedge.client.private_counts import Evaluation
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import SecureAnswers
 from fedge.client.secure_session import Anchors
@@ -145,37 +143,34 @@ class SecureWork:
         self,
         request: RecordDict,
         terms: Terms,
-        figures: Figures,
+        kind: str,
+        names: Sequence[str],
         count: Callable[[], Mapping[str, float]],
-        noised: Evaluation | None = None,
+        *,
+        noised: bool = False,
+        min_sites: int = 0,
     ) -> ConfigRecord:
         """Begin the sum of counters.
 
         Args:
             request: to evaluate, calibrate or qualify.
             terms: of it.
-            figures: what it asks for.
+            kind: its message type.
+            names: of the counters, in the order of the vector.
             count: the counters; with noise that is paid for, each time anew, where there is some.
-            noised: which noise; None where they have none.
+            noised: whether there is.
+            min_sites: fewest sites whose noise together hides each; 0 where there is none.
 
         Raises:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
-        names = figures.names if noised is None else noised.counts.told
-        of = layout.of_evaluation(names, noised=noised is not None)
+        of = layout.of_evaluation(tuple(names), noised=noised)
 
         def contribute() -> Contribution:
             found = count()
             return contribution.evaluation(of, {n: found[n] for n in names})
 
-        return self.require().begin(
-            figures.kind,
-            request,
-            terms.address,
-            terms.seed,
-            contribute,
-            0 if noised is None else noised.min_sites,
-        )
+        return self.require().begin(kind, request, terms.address, terms.seed, contribute, min_sites)
 
     def statistics(
         self, request: RecordDict, address: Address, found: Statistics | None

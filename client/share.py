@@ -13,8 +13,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedge.client.data import SiteData
-from fedge.shared.bounded import open_regular, read_exactly, reason
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import open_regular, read_exactly, reason, write_atomically
 from fedge.shared.errors import DataError
 
 _TYPES: Final[dict[str, np.dtype[Any]]] = {

@@ -17,7 +17,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedge.shared import wire
 from fedge.shared.daemon import sockets
-from fedge.shared.errors import CATALOGUE, SiteError
+from fedge.shared.error_catalogue import CATALOGUE
+from fedge.shared.errors import SiteError
 
 #: Environment of the relay's process: where the worker listens, seconds to wait for a reply, and the
 #: SHA-256 of the Flower bundle that the launcher found before any of its code ran.

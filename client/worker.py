@@ -24,18 +24,18 @@ from fedge.client.data import SiteData
 from fedge.client.figures import Figures
 from fedge.client.learner import Learner
 from fedge.client.privacy import SitePrivacy
-from fedge.client.privacy_policy import PrivacyPolicy, section_of, simulated
+from fedge.client.privacy_policy import PrivacyPolicy, simulated
 from fedge.client.private_counts import Evaluation, PrivateCounts
 from fedge.client.private_rounds import PrivateRounds
 from fedge.client.private_work import PrivateWork, Round
-from fedge.client.registration import shown_of
-from fedge.client.requests import Address, Terms
+from fedge.client.requests import Address, Terms, section_of
 from fedge.client.secure_answers import is_secure
 from fedge.client.secure_session import Anchors
 from fedge.client.secure_work import SecureWork
 from fedge.shared import protocol
+from fedge.shared.decode import encode
 from fedge.shared.errors import FedgeError, SiteError
-from fedge.shared.npy import encode
+from fedge.shared.preprocess import Statistics
 from fedge.shared.privacy.section import PrivacySection
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
@@ -206,7 +206,7 @@ class SiteWorker:
         if noised is not None:
             return self._evaluate_noised(noised, terms)
         if is_secure(request):
-            bundle = self._secure.evaluate(request, terms, asked, asked.count)
+            bundle = self._secure.evaluate(request, terms, asked.kind, asked.names, asked.count)
             return self._reply(terms.address, bundle)
         return self._told(asked, terms, MetricRecord({**asked.told()}))
 
@@ -214,8 +214,15 @@ class SiteWorker:
         if self.learner.statistics is not None:
             self._require_statistics(section_of(requests.config_of(of.request, self.task.name)))
         if is_secure(of.request):
-            noised = partial(self._counts.charged, of)
-            bundle = self._secure.evaluate(of.request, terms, of.figures, noised, of)
+            bundle = self._secure.evaluate(
+                of.request,
+                terms,
+                of.figures.kind,
+                of.counts.told,
+                partial(self._counts.charged, of),
+                noised=True,
+                min_sites=of.min_sites,
+            )
             return self._counts.vouch(self._reply(terms.address, bundle))
         return self._counts.answer(of, partial(self._told, of.figures, terms))
 
@@ -264,3 +271,29 @@ class SiteWorker:
                 {n: encode(np.asarray(a)) for n, a in arrays.items()}
             )
         return content
+
+
+Shown = dict[str, int | float | list[int] | list[float]]
+
+
+def shown_of(section: PrivacySection, data: SiteData, statistics: Statistics | None) -> Shown:
+    """How many examples the site has, and the sums over its standardised columns where they are asked for.
+
+    Under local noise nothing that leaves may depend on the data but what has noise, or was declared to have none: so
+    each site says that it has one example, which is also what it weighs, and gives means in place of sums.
+
+    Args:
+        section: the run's mechanism.
+        data: the site's.
+        statistics: of the training split, where they leave the site.
+    """
+    train, test, share = len(data.train_labels), len(data.test_labels), 1
+    if section.mechanism == "local":
+        share, train = max(train, 1), 1
+        if section.metrics != "unprotected":
+            test = int(section.metrics == "noised")
+    shown: Shown = {protocol.NUM_TRAIN_EXAMPLES: train, protocol.NUM_TEST_EXAMPLES: test}
+    if statistics is not None:
+        shown[protocol.FEATURE_TOTAL] = [v / share for v in statistics.total]
+        shown[protocol.FEATURE_TOTAL_OF_SQUARES] = [v / share for v in statistics.total_of_squares]
+    return shown

@@ -15,7 +15,7 @@ from fedge.client.policy import Policy
 from fedge.client.site_file import SiteFile
 from fedge.edge.cli import parser as edge_parser
 from fedge.server.server_file import ServerFile
-from fedge.shared import cli, command_line, errors
+from fedge.shared import cli, command_line, error_catalogue
 from fedge.shared.config_file import LARGEST_FILE, schema
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -54,7 +54,7 @@ def error_page() -> str:
     for block, (title, name) in BLOCKS.items():
         lines += [f"\n## {block}xx {title}\n", f"Raised as `fedge.shared.errors.{name}`.\n"]
         lines += ["| number | what it means | what to do |", "|---|---|---|"]
-        for code, entry in sorted(errors.CATALOGUE.items()):
+        for code, entry in sorted(error_catalogue.CATALOGUE.items()):
             if code // 100 == block:
                 lines.append(f"| FE-{code} | {_cell(entry.title)} | {_cell(entry.remedy)} |")
     return "\n".join(lines) + "\n"

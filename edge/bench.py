@@ -15,7 +15,7 @@ from fedge.edge.arguments import (
     open_trusted,
     whole,
 )
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 if TYPE_CHECKING:
     from fedge.edge.runtime import EdgeModel

@@ -12,8 +12,8 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from fedge.edge.inputs import MAX_BYTES, MAX_ROWS, Array, RowRules
-from fedge.shared.bounded import open_regular, reason
+from fedge.edge.row_rules import MAX_BYTES, MAX_ROWS, Array, RowRules
+from fedge.shared.durable import open_regular, reason
 from fedge.shared.errors import InputError
 
 _MAX_LINE: Final = 2**30

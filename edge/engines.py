@@ -15,8 +15,8 @@ from fedge.edge.backends.device import Device
 from fedge.edge.installation import TIMINGS, write_replacing
 from fedge.edge.qualification import Subject
 from fedge.edge.record import refuse_foreign
-from fedge.shared.bounded import open_regular, read_exactly
 from fedge.shared.bundle import Bundle
+from fedge.shared.durable import open_regular, read_exactly
 from fedge.shared.errors import FedgeError, brief
 from fedge.shared.manifest_artefacts import (
     ONNX_FP16,

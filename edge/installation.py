@@ -17,9 +17,8 @@ from typing import Final
 from fedge.edge.installed import DIGITS, slots
 from fedge.edge.qualification import Subject
 from fedge.edge.record import BUNDLE, FILE, DeviceRecord, read_record
-from fedge.shared.bounded import open_regular, reason
 from fedge.shared.bundle import Limits
-from fedge.shared.durable import flush_folder
+from fedge.shared.durable import flush_folder, open_regular, reason
 from fedge.shared.errors import BundleError, ConfigError, UsageError
 
 TIMINGS: Final = ".timing-cache"

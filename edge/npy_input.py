@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from fedge.edge.inputs import MAX_BYTES, MAX_ROWS, Array, RowRules
-from fedge.shared.bounded import open_regular, read_exactly, reason
+from fedge.edge.row_rules import MAX_BYTES, MAX_ROWS, Array, RowRules
+from fedge.shared.durable import open_regular, read_exactly, reason
 from fedge.shared.errors import InputError
 
 _MAGIC: Final = b"\x93NUMPY"

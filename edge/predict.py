@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedge.edge.arguments import add_bundle, add_statistics, add_threads, open_trusted
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 if TYPE_CHECKING:
     from fedge.edge.runtime import Prediction
@@ -30,7 +30,8 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> int:
     bundle, record = open_trusted(arguments)
-    from fedge.edge.inputs import RowRules, read_examples, read_statistics
+    from fedge.edge.inputs import read_examples, read_statistics
+    from fedge.edge.row_rules import RowRules
     from fedge.edge.runtime import EdgeModel
 
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None

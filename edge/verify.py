@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from fedge.edge.arguments import add_bundle, open_trusted
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 from fedge.shared.manifest_artefacts import ONNX_FP32
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ site is out for the rest of the round, and the round goes on. The table is docs/
 
 from __future__ import annotations
 
-import re
 import statistics
 
 from flwr.app import Message
@@ -14,24 +13,15 @@ from flwr.app import Message
 from fedge.server.reply import (
     RefusedError,
     arrays_of,
-    config_of,
-    content_of,
     counters_of,
     epsilon_of,
     examples_of,
     ledger_of,
     loss_of,
-    metrics_of,
-    must_answer,
     opened,
-    statistics_of,
 )
 from fedge.server.results import Update
-from fedge.server.verdicts import Evaluation, Expected, Registration, Rejection, Verdict, printable
-from fedge.shared import protocol
-from fedge.shared.config import AdmissionSection
-from fedge.shared.section import SITE_NAME
-from fedge.shared.tasks.columns import Bound
+from fedge.server.verdicts import Evaluation, Expected, Rejection, Verdict
 
 #: How far above the median of a round a loss may lie that decides a weight; and the least median taken for that.
 _LOSS_RATIO, _LOSS_FLOOR = 100.0, 0.1
@@ -94,48 +84,3 @@ def admit_evaluate(reply: Message, site: str, registered: int, expected: Expecte
         return Verdict(evaluation=found, drops=[*drops, *more])
     except RefusedError as refused:
         return Verdict(rejection=Rejection(site, refused.code, refused.outcome, refused.reason))
-
-
-def admit_registration(
-    reply: Message,
-    node: str,
-    run_id: str,
-    policy: AdmissionSection,
-    bounds: tuple[Bound, ...],
-    *,
-    sizes: bool = True,
-) -> Registration | Rejection:
-    """Admit a site to the run.
-
-    Args:
-        reply: of one node.
-        node: how to call it until its name is known.
-        run_id: fedge's run.
-        policy: bounds.
-        bounds: of each standardised column's mean; empty where the task learns no statistics.
-        sizes: the site must say how many examples it has; under masks it says nothing, and none are noted.
-    """
-    try:
-        config = config_of(content_of(reply, {protocol.CONFIG, protocol.METRICS}))
-        must_answer(config, run_id, 0)
-        site = config.get(protocol.SITE)
-        if not isinstance(site, str) or re.fullmatch(SITE_NAME, site) is None:
-            raise RefusedError(
-                412,
-                f"site: must be lower-case letters, digits and hyphens, got {printable(site)!r}",
-            )
-        node = site
-        metrics = metrics_of(reply.content)
-        if not sizes:
-            return Registration(site, 0, 0, None)
-        found = []
-        for key, least in ((protocol.NUM_TRAIN_EXAMPLES, 1), (protocol.NUM_TEST_EXAMPLES, 0)):
-            size = metrics.get(key)
-            if type(size) is not int or not least <= size <= policy.max_examples:
-                raise RefusedError(
-                    412, f"{key}: must be {least} to {policy.max_examples}, got {printable(size)}"
-                )
-            found.append(size)
-        return Registration(site, found[0], found[1], statistics_of(metrics, found[0], bounds))
-    except RefusedError as refused:
-        return Rejection(node, refused.code, refused.outcome, refused.reason)

@@ -21,9 +21,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedge.server import events, finish, progress
-from fedge.server.packed_grid import PackedGrid
 from fedge.server.rounds import run
 from fedge.server.run_directory import RunDirectory
+from fedge.server.wrapped_grid import PackedGrid
 from fedge.shared.errors import ConfigError, FedgeError
 
 _log = logging.getLogger(__name__)

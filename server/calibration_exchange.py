@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message
 
-from fedge.server import central_terms, masked_terms, requests
+from fedge.server import central_terms, requests
 from fedge.server.attendance import Attendance
 from fedge.server.journal import Line
 from fedge.server.members import Member
@@ -167,12 +167,12 @@ class Exchanges:
         privacy, run = self.config.privacy, self.config.run
         if privacy.metrics != "noised":
             return {}
-        if masked_terms.KEY in last:
-            before = last[masked_terms.KEY]
-            return {masked_terms.KEY: masked_terms.spent(privacy, before, 0, releases)}
+        if central_terms.KEY in last:
+            before = last[central_terms.KEY]
+            return {central_terms.KEY: central_terms.masked_spent(privacy, before, 0, releases)}
         if "central" in last:
             evaluations = -(-run.rounds // run.evaluate_every) + releases
-            spent = central_terms.spent(privacy, last["round"], evaluations)
+            spent = central_terms.central_spent(privacy, last["round"], evaluations)
             return {"central": {**last["central"], "epsilon": spent}}
         return {}
 

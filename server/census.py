@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedge.server import requests
-from fedge.server.admission import admit_registration
 from fedge.server.conversation import Watch
 from fedge.server.exchange import exchange
 from fedge.server.journal import Journal
 from fedge.server.liveness import Liveness
-from fedge.server.members import Member, dominant, known, seated
+from fedge.server.members import Member, admit_registration, dominant, known, seated
 from fedge.server.progress import Listener
 from fedge.server.verdicts import Registration, Rejection
 from fedge.shared.config import Config

@@ -26,17 +26,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.server.central_terms import noise_multiplier_of, spent
+from fedge.server.central_terms import central_spent, noise_multiplier_of
 from fedge.server.noised_sum import Grid, difference, floating, grid, moved, norm, on_grid
 from fedge.server.results import Summed, Update
 from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import RunError
 from fedge.shared.privacy import adaptive_clipping, sampling, toeplitz
-from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.discrete_gaussian import table
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.gaussian import normal
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.privacy.section import CENTRAL, PrivacySection
 
 _log = logging.getLogger(__name__)
 
@@ -283,5 +282,5 @@ class Central:
             "clipping_bound": bound,
             "fraction_within": fraction,
             "noise_multiplier": multiplier,
-            "epsilon": spent(self._section, server_round, evaluations),
+            "epsilon": central_spent(self._section, server_round, evaluations),
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
-from fedge.server import checkpoint
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import CENTRAL
+from fedge.shared.privacy.reckoning import reckon
 from fedge.shared.privacy.section import PrivacySection
 
 #: At which the server reckons epsilon; each site's ledger has its owner's.
@@ -18,14 +18,6 @@ DELTA: Final = 1e-5
 def secret_sample(section: PrivacySection) -> bool:
     """Whether epsilon rests on nobody's knowing who was drawn."""
     return section.mechanism == "central" and section.sampling_rate < 1
-
-
-def checkpoints_kept(section: PrivacySection, rounds: int, done: int) -> int:
-    """How many checkpoints to keep after a round.
-
-    After the last one only its own, which holds no past noise: with that, the model's could be taken off.
-    """
-    return 1 if section.mechanism in CENTRAL and done == rounds else checkpoint.KEPT
 
 
 def noise_multiplier_of(section: PrivacySection) -> float:
@@ -39,7 +31,7 @@ def noise_multiplier_of(section: PrivacySection) -> float:
     return section.noise_multiplier
 
 
-def spent(
+def central_spent(
     section: PrivacySection, server_round: int, evaluations: int = 0
 ) -> dict[str, float | None]:
     """Epsilon of a run up to a round, for whoever gets the model, and for who also learns who was drawn.
@@ -64,3 +56,44 @@ def spent(
         "sample_known": accounting.epsilon(accounting.unamplified(releases), DELTA),
     }
     return {"delta": DELTA, **{k: e if math.isfinite(e) else None for k, e in found.items()}}
+
+
+#: Of a round's line.
+KEY: Final = "masked_epsilon"
+
+
+def masked_spent(
+    section: PrivacySection, before: Mapping[str, Any], updates: int, evaluations: int
+) -> dict[str, float | None]:
+    """Epsilon of a run up to a round, as its line tells it.
+
+    Args:
+        section: with distributed noise.
+        before: what this gave for the round before; empty at the first.
+        updates: attempts at the round's sum of updates.
+        evaluations: likewise, of noised counters.
+
+    Returns:
+        ``delta``, ``consumers`` and ``sample_known`` as in a line's ``central``, None standing for infinity; and how
+        many attempts that is of, ``updates`` and ``evaluations``, since the run began.
+    """
+    updates += int(before.get("updates", 0))
+    evaluations += int(before.get("evaluations", 0))
+    releases = [
+        Release(noise, steps=steps)
+        for noise, steps in (
+            (section.noise_multiplier, updates),
+            (section.metrics_noise_multiplier, evaluations),
+        )
+        if noise is not None and steps
+    ]
+    consumers, server = (
+        e if math.isfinite(e) else None for e in reckon(releases, DELTA, section.unit)
+    )
+    return {
+        "delta": DELTA,
+        "consumers": consumers,
+        "sample_known": server,
+        "updates": updates,
+        "evaluations": evaluations,
+    }

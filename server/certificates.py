@@ -30,8 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedge.server.issuance import AUTHORITY_DAYS, SERVER_DAYS, authority, issue, subject_names
-from fedge.shared.bounded import open_regular, read_bounded, reason
-from fedge.shared.durable import flush_folder, write_atomically
+from fedge.shared.durable import flush_folder, open_regular, read_bounded, reason, write_atomically
 from fedge.shared.errors import DeployError
 
 #: With fewer days left, ``warning`` speaks.

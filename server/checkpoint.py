@@ -11,6 +11,7 @@ from fedge.shared.arrays import NDArrays, encode, read
 from fedge.shared.durable import write_atomically
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
+from fedge.shared.privacy.section import CENTRAL, PrivacySection
 
 if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task
@@ -62,3 +63,11 @@ def prune(folder: Path, newest: int, kept: int = KEPT) -> None:
     for path in folder.iterdir():
         if path.name not in keep:
             path.unlink()
+
+
+def checkpoints_kept(section: PrivacySection, rounds: int, done: int) -> int:
+    """How many checkpoints to keep after a round.
+
+    After the last one only its own, which holds no past noise: with that, the model's could be taken off.
+    """
+    return 1 if section.mechanism in CENTRAL and done == rounds else KEPT

@@ -109,3 +109,14 @@ def exchange(
         tuple(of.arriving()),
         of.pushed_again,
     )
+
+
+def absence(result: Exchange, node: int, deadline: float) -> str:
+    """Why there is no reply of a node that was asked."""
+    if node in result.away:
+        return f"not connected for {result.away[node]:.0f} s"
+    if node in result.unsent:
+        return "the SuperLink takes no requests for it"
+    if node in result.arriving:
+        return f"connected, but its reply was not complete within {deadline:g} s"
+    return f"connected, but no reply within {deadline:g} s"

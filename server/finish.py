@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedge.server import report
 from fedge.server.journal import Journal, RunRow
+from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory
 from fedge.shared.arrays import NDArrays, encode
 from fedge.shared.config import Config
@@ -153,7 +153,7 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
         write_atomically(directory.calibration, told.encode())
     finished = now()
     write_run(directory, journal, config, counted, finished, hashlib.sha256(data).hexdigest())
-    report.write(directory.path)
+    write_report(directory.path)
     journal.finish(finished)
 
 
@@ -181,7 +181,7 @@ def report_so_far(directory: RunDirectory) -> None:
     if not directory.run.is_file():
         return
     try:
-        report.write(directory.path)
+        write_report(directory.path)
     except (FedgeError, OSError):
         _log.exception("the report of the stopped run cannot be written")
 
@@ -211,7 +211,7 @@ def restore(directory: RunDirectory) -> None:
     if calibrated is not None and not _holds(directory.calibration, calibrated):
         write_atomically(directory.calibration, calibrated.encode())
     if not directory.report.is_file():
-        report.write(directory.path)
+        write_report(directory.path)
 
 
 def _holds(path: Path, text: str) -> bool:

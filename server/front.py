@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from fedge.server.certificates import authority_path, certificate_path, key_path
-from fedge.shared.bounded import reason
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import reason, write_atomically
 from fedge.shared.errors import DeployError
 
 #: Largest request, MiB: Flower cuts arrays into objects of 5 MiB.

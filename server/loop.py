@@ -16,14 +16,15 @@ from functools import partial
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import strategy as flower
 
-from fedge.server import checkpoint, finish, masked_terms, requests, results, strategies
+from fedge.server import central_terms, checkpoint, finish, requests, results, strategies
 from fedge.server.admission import admit_losses, admit_train
 from fedge.server.aggregation import aggregate
 from fedge.server.attendance import Attendance
 from fedge.server.calibration import Calibrator
 from fedge.server.calibration_exchange import Exchanges
 from fedge.server.central import Central
-from fedge.server.central_terms import checkpoints_kept, secret_sample
+from fedge.server.central_terms import secret_sample
+from fedge.server.checkpoint import checkpoints_kept
 from fedge.server.evaluation import Evaluator
 from fedge.server.journal import Journal, Line
 from fedge.server.members import Member
@@ -82,7 +83,7 @@ class Loop:
             self._note(line)
 
     def _note(self, line: Line) -> None:
-        self.spent = line.get(masked_terms.KEY, self.spent)
+        self.spent = line.get(central_terms.KEY, self.spent)
         if line["outcome"] == "committed":
             self.counted.update(line["trained"])
             self.accepted |= dict.fromkeys(line["trained"], line["round"])
@@ -346,7 +347,7 @@ class Loop:
         if self.sums is None or self.config.privacy.mechanism != "distributed":
             return None
         updates, evaluations = (self.sums.attempts(p, server_round) for p in ("train", "evaluate"))
-        return masked_terms.spent(self.config.privacy, self.spent, updates, evaluations)
+        return central_terms.masked_spent(self.config.privacy, self.spent, updates, evaluations)
 
     def _require(self, server_round: int, trained: set[str], tally: Tally) -> None:
         if missing := sorted(set(self.config.round.require_sites) - trained):

@@ -17,7 +17,7 @@ from fedge.server.run_directory import RunDirectory, prepare, state_of
 from fedge.shared import config_file
 from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError, FedgeError, RunError
-from fedge.shared.section import SITE_NAME
+from fedge.shared.protocol import SITE_NAME
 from fedge.shared.tasks.registry import get_task, require_task
 
 

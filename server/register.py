@@ -23,10 +23,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from fedge.shared.bounded import read_bounded, reason
-from fedge.shared.durable import flush_folder, write_atomically
+from fedge.shared.durable import flush_folder, read_bounded, reason, write_atomically
 from fedge.shared.errors import DeployError, SiteError
-from fedge.shared.section import SITE_NAME
+from fedge.shared.protocol import SITE_NAME
 
 #: Most sites that one server knows.
 MOST_SITES: Final = 10_000

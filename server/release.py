@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from fedge.server import report, trained
+from fedge.server import trained
 from fedge.server.central_terms import secret_sample
 from fedge.server.compile import qualify, record
 from fedge.server.compile.record import Compiled
 from fedge.server.compile.stand_in import statistics_options
 from fedge.server.report.noised import lost
+from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory
 from fedge.server.trained import Trained
 from fedge.shared.bundle import Part, write_bundle
@@ -103,7 +104,7 @@ def release(
         directory.write_json(run_dir / record.FILE, compiled.to_json())
     summary = ReleaseSummary(part, key_id(private.public_key()), manifest)
     directory.write_json(run_dir / RELEASE, summary.to_json())
-    report.write(run_dir)
+    write_report(run_dir)
     return summary
 
 

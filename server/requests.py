@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +16,7 @@ from flwr.serverapp import strategy as flower
 from fedge.server.conversation import GRACE
 from fedge.server.members import Member
 from fedge.server.results import record
-from fedge.server.wrapped_grid import WrappedGrid
+from fedge.server.wrapped_grid import CohortView
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
@@ -29,22 +29,6 @@ from fedge.shared.secagg.transcript import VERSION
 def own_version() -> str:
     """This fedge's version, which every request carries."""
     return version("fedge")
-
-
-class CohortView(WrappedGrid):
-    """Flower's Grid as a strategy sees it: only the nodes of this round's cohort exist.
-
-    Flower's strategies sample in ``configure_train``, where the adaptive ones also learn the current arrays; here
-    they sample everybody whom they see.
-    """
-
-    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        super().__init__(grid)
-        self._node_ids = list(node_ids)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The cohort."""
-        return list(self._node_ids)
 
 
 def cohort(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedge.shared import protocol
 from fedge.shared.arrays import NDArrays
-from fedge.shared.npy import encode
+from fedge.shared.decode import encode
 
 
 @dataclass(frozen=True)

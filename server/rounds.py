@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from flwr.serverapp import Grid
 
-from fedge.server import central, central_terms, checkpoint, finish, fitting, strategies
+from fedge.server import central, checkpoint, finish, strategies
 from fedge.server.attendance import Attendance
 from fedge.server.census import Census
 from fedge.server.journal import Journal
@@ -24,11 +24,13 @@ from fedge.server.run_directory import RunDirectory
 from fedge.server.secagg.ledger import Ledger
 from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
+from fedge.shared import preprocess
 from fedge.shared.arrays import NDArrays
 from fedge.shared.config import Config
 from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.failpoints import reach
 from fedge.shared.preprocess import from_json
+from fedge.shared.tasks.columns import column_bounds
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 
@@ -116,7 +118,7 @@ def _prepare(
         journal.commit(last, {})
     else:
         arrays, memory = checkpoint.load(directory.checkpoints, last, list(arrays))
-    kept = central_terms.checkpoints_kept(config.privacy, config.run.rounds, last.number)
+    kept = checkpoint.checkpoints_kept(config.privacy, config.run.rounds, last.number)
     checkpoint.prune(directory.checkpoints, last.number, kept)
     census = Census(Liveness(link), config, task, run_id, journal, listener, seats)
     members, refused = census.take(flower_run_id)
@@ -145,7 +147,7 @@ def _prepare(
     if config.secure_aggregation.enabled:
         sums = SecureSums(talk, Ledger(directory.path), config, task)
     if journal.run_preprocessing_missing():
-        fitting.fix(journal, task, config, census, sums)
+        fix(journal, task, config, census, sums)
         if sums is not None:
             sums.settled()
     steps = from_json(finish.begun(journal).preprocessing)
@@ -168,3 +170,26 @@ def _prepare(
     loop.remember(lines)
     finish.write_run(directory, journal, config, loop.counted)
     return loop
+
+
+def fix(
+    journal: Journal, task: Task, config: Config, census: Census, sums: SecureSums | None = None
+) -> None:
+    """Write down the preprocessing with mean and deviation over all registered sites, where they are to be had.
+
+    Args:
+        journal: of the run, which has none yet.
+        task: of the run.
+        config: of the run.
+        census: taken.
+        sums: where the sites' statistics are summed under masks.
+
+    Raises:
+        RunError: 510, that sum could not be opened.
+    """
+    steps = task.preprocessing
+    if sums is not None and config.data.standardise == "federated" and column_bounds(task):
+        steps = preprocess.fitted(steps, sums.statistics(census.members()).standardise())
+    elif parts := census.statistics():
+        steps = preprocess.fitted(steps, preprocess.pooled(parts).standardise())
+    journal.fix_preprocessing([step.to_json() for step in steps])

@@ -7,23 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedge.server import masked_terms, results
-from fedge.server.exchange import Exchange
+from fedge.server import central_terms, results
+from fedge.server.exchange import Exchange, absence
 from fedge.server.journal import Line
 from fedge.server.members import Member
 from fedge.server.results import RoundResult
 from fedge.server.verdicts import Evaluation, Rejection, Verdict
-
-
-def absence(result: Exchange, node: int, deadline: float) -> str:
-    """Why there is no reply of a node that was asked."""
-    if node in result.away:
-        return f"not connected for {result.away[node]:.0f} s"
-    if node in result.unsent:
-        return "the SuperLink takes no requests for it"
-    if node in result.arriving:
-        return f"connected, but its reply was not complete within {deadline:g} s"
-    return f"connected, but no reply within {deadline:g} s"
 
 
 @dataclass
@@ -154,7 +143,7 @@ class Tally:
         if self.central is not None:
             line["central"] = self.central
         if self.masked_epsilon is not None:
-            line[masked_terms.KEY] = self.masked_epsilon
+            line[central_terms.KEY] = self.masked_epsilon
         return line if self.secure is None else line | {"secure": self.secure}
 
 

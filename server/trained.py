@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import arrays, preprocess
 from fedge.shared.arrays import NDArrays
-from fedge.shared.bounded import read_bounded, reason
+from fedge.shared.durable import read_bounded, reason
 from fedge.shared.errors import BundleError, ConfigError, RunError, UsageError
 from fedge.shared.manifest_rules import network_shape
 from fedge.shared.preprocess import Step

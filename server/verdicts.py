@@ -10,8 +10,8 @@ from flwr.app import Error
 
 from fedge.server.results import Update
 from fedge.shared.arrays import NDArrays
-from fedge.shared.config import AdmissionSection
-from fedge.shared.errors import CATALOGUE
+from fedge.shared.config_sections import AdmissionSection
+from fedge.shared.error_catalogue import CATALOGUE
 from fedge.shared.preprocess import Statistics
 from fedge.shared.privacy.noised_counts import NoisedCounts
 

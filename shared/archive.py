@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import BinaryIO, Final
 
-from fedge.shared.bounded import read_exactly
+from fedge.shared.durable import read_exactly
 from fedge.shared.errors import BundleError
 
 BLOCK: Final = 512

@@ -22,8 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedge.shared import archive, signing
 from fedge.shared.archive import ArchiveReader
-from fedge.shared.bounded import open_regular, reason
-from fedge.shared.durable import flush_folder
+from fedge.shared.durable import flush_folder, open_regular, reason
 from fedge.shared.errors import BundleError, ReleaseError
 from fedge.shared.manifest import Manifest
 from fedge.shared.manifest_rules import PART as MANIFEST

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Final
 
-from fedge.shared.command import Command
-from fedge.shared.command_line import Parser, guarded, missing_extra
+from fedge.shared.command_line import Command, Parser, guarded, missing_extra
 from fedge.shared.errors import UsageError
 
 GROUP: Final = "fedge.commands"

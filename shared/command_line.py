@@ -10,9 +10,10 @@ import os
 import select
 import sys
 import traceback
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Final, NoReturn
 
@@ -126,3 +127,22 @@ def _drop_stdout() -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, sys.stdout.fileno())
     os.close(nothing)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command of ``fedge``.
+
+    Attributes:
+        summary: one line for ``fedge --help``.
+        extra: the pip extra that brings what ``run`` imports, for example ``"simulation"``.
+        arguments: adds the command's arguments to its parser.
+        run: does the work and returns the exit status; raises ``FedgeError``.
+        epilog: lines shown under the options, an example at the least.
+    """
+
+    summary: str
+    extra: str
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+    epilog: str = ""

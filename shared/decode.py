@@ -74,3 +74,13 @@ def decode_raw(array: Array, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
             f"must hold {length * dtype.itemsize} bytes of data, got {len(array.data)}"
         )
     return np.frombuffer(array.data, dtype=dtype)
+
+
+def encode(a: NDArray[Any]) -> Array:
+    """The tensor in NPY format (numpy.lib.format, version 1)."""
+    if not a.flags.c_contiguous or a.dtype.hasobject:
+        return Array(a)
+    header = BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(a))
+    data = b"".join([header.getvalue(), a.reshape(-1).view(np.uint8).data])
+    return Array(dtype=str(a.dtype), shape=tuple(a.shape), stype="numpy.ndarray", data=data)

@@ -17,10 +17,9 @@ from typing import Any, Final
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedge.shared.bounded import read_bounded, reason
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import read_bounded, reason, write_atomically
 from fedge.shared.errors import ConfigError, ReleaseError
-from fedge.shared.section import SITE_NAME
+from fedge.shared.protocol import SITE_NAME
 
 MOST_SITES: Final = 10_000
 #: Of a draft and of a signed roster, in bytes; 10 000 sites with the longest names take 3.3 MB.

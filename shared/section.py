@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-SITE_NAME = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
+from fedge.shared.protocol import SITE_NAME
+
 SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 
 

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from fedge.shared.bounded import read_bounded, reason
+from fedge.shared.durable import read_bounded, reason
 from fedge.shared.errors import BundleError, ReleaseError
 
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"

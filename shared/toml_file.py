@@ -10,8 +10,8 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.config_errors import worded
+from fedge.shared.durable import read_bounded, reason
 from fedge.shared.errors import ConfigError, DeployError
 from fedge.shared.section import Section
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedge.client.data import SiteData, site_shares
-from fedge.server import report
 from fedge.server.progress import Listener
 from fedge.server.release import ReleaseSummary, release
+from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import preprocess
 from fedge.shared.arrays import read
@@ -65,7 +65,7 @@ def run_on(device: Device, directory: RunDirectory) -> dict[str, Any]:
         "bench": device.bench(bundle, trust),
     }
     directory.write_json(directory.path / "edge.json", told)
-    report.write(directory.path)
+    write_report(directory.path)
     return told
 
 

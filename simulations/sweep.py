@@ -19,14 +19,14 @@ from typing import Any, Final, TypeAlias
 
 import tomli_w
 
-from fedge.server import report
 from fedge.server.progress import Silent
+from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory, state_of
 from fedge.shared.config import Config
 from fedge.shared.config_file import Tree, dump, from_tree
 from fedge.shared.errors import FedgeError
-from fedge.shared.privacy.charges import Unit
 from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.section import Unit
 from fedge.shared.tasks.registry import get_task
 
 NAME: Final = "sweep.json"
@@ -257,4 +257,4 @@ def tell_runs(outcomes: Sequence[Outcome], found: dict[str, Any], folder: Path) 
         if not directory.run.is_file():
             continue
         directory.write_json(directory.path / NAME, found)
-        report.write(directory.path)
+        write_report(directory.path)

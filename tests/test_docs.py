@@ -76,7 +76,7 @@ def test_blocks_say_what_they_are(page):
 
 
 def test_error_numbers_in_the_pages_exist():
-    from fedge.shared.errors import CATALOGUE
+    from fedge.shared.error_catalogue import CATALOGUE
 
     for page in PAGES:
         for code in re.findall(r"FE-(\d+)", page.read_text(encoding="utf-8")):

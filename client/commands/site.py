@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 if TYPE_CHECKING:
     from fedge.client.operate import Trust

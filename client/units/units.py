@@ -10,8 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from fedge.shared.bounded import reason
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import reason, write_atomically
 from fedge.shared.errors import ConfigError, UsageError
 
 RELAY: Final = "fedge-site-relay.service"

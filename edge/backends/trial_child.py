@@ -15,7 +15,7 @@ import numpy as np
 from fedge.edge.backends.backend import Shapes
 from fedge.edge.backends.opening import open_artefact
 from fedge.edge.timing import peak_rss_mb, percentile, timed
-from fedge.shared.bounded import read_exactly
+from fedge.shared.durable import read_exactly
 from fedge.shared.errors import FedgeError, brief
 from fedge.shared.manifest_artefacts import Artefact
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedge.edge.arguments import open_trusted
 from fedge.edge.serving.options import add_options, limits_of
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 if TYPE_CHECKING:
     from fedge.edge.serving.counts import Counts

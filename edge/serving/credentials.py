@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from fedge.shared.bounded import open_regular, read_exactly, reason
+from fedge.shared.durable import open_regular, read_exactly, reason
 from fedge.shared.errors import DeployError
 
 _FILE_LIMIT: Final = 2**18

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from fedge.edge.serving.counts import ROWS, SECONDS, Counts
 from fedge.edge.serving.credentials import Address
 from fedge.edge.serving.service import Service
-from fedge.shared.bounded import reason
+from fedge.shared.durable import reason
 from fedge.shared.errors import DeployError
 
 _PATH: Final = "/metrics"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedge.edge.inputs import RowRules
+from fedge.edge.row_rules import RowRules
 from fedge.edge.runtime import EdgeModel
 from fedge.edge.serving import codec
 from fedge.edge.serving.batching import Batcher

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 from fedge.shared.compile.targets import CPU_FP32, NAMES, RTX_CAPABILITIES
 
 if TYPE_CHECKING:

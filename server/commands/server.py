@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 _EXAMPLE = (
     "example:\n  fedge server init --home fed --address fed.example.org:8443\n"

@@ -12,11 +12,12 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from fedge.server import report, trained
+from fedge.server import trained
 from fedge.server.compile import qualify, record
 from fedge.server.compile.build import Builder, Built, Progress
 from fedge.server.compile.record import Compiled
 from fedge.server.compile.stand_in import stand_in, statistics_options
+from fedge.server.report.page import write as write_report
 from fedge.server.trained import Trained
 from fedge.shared.bundle import write_bundle
 from fedge.shared.compile import calibration
@@ -114,7 +115,7 @@ def _tell(run_dir: Path, compiled: Compiled) -> None:
     """Into the run's report; the artefacts are complete without."""
     try:
         write_atomically(run_dir / record.FILE, record.dump(compiled))
-        report.write(run_dir)
+        write_report(run_dir)
     except OSError as error:
         _log.warning("%s: the report does not tell of it (%s)", run_dir, error.strerror)
 

@@ -12,7 +12,7 @@ from fedge.server.report import format as fmt
 from fedge.server.report.format import esc
 from fedge.server.report.records import Refusal, Round, Run
 from fedge.server.report.values import mapping, number
-from fedge.shared.errors import CATALOGUE
+from fedge.shared.error_catalogue import CATALOGUE
 
 #: The last rounds and the sites that the matrix shows, and the rows of the table of refusals.
 MAX_MATRIX_ROUNDS: Final = 150

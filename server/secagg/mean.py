@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedge.server.results import Summed
 from fedge.server.secagg.outcome import SAMPLE, Opened
 from fedge.shared.arrays import NDArrays
-from fedge.shared.config import AdmissionSection
+from fedge.shared.config_sections import AdmissionSection
 from fedge.shared.errors import RunError
 from fedge.shared.secagg import cores, encoding, layout, limbs
 from fedge.shared.secagg.layout import Bounds, Layout, Placed

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server import requests
-from fedge.server.exchange import Exchange
+from fedge.server.exchange import Exchange, absence
 from fedge.server.members import Member
 from fedge.server.reply import ledger_of
 from fedge.server.secagg.group import Group, LostError
@@ -22,7 +22,6 @@ from fedge.server.secagg.ledger import Ledger
 from fedge.server.secagg.outcome import NAMES, SAMPLE, Begin, Opened, Outcome
 from fedge.server.secagg.trial import STEPS, Trial, lost_at
 from fedge.server.talk import Talk
-from fedge.server.tally import absence
 from fedge.server.verdicts import Rejection, printable, reported, reported_words
 from fedge.shared import protocol
 from fedge.shared.failpoints import reach

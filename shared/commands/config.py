@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 from fedge.shared.errors import DataError
 
 

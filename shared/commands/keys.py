@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 _EXAMPLE = "example:\n  fedge keys new release.key"
 _SHOW_EXAMPLE = "example:\n  fedge keys show release.key.pub"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, Any, Final
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 from fedge.shared.commands import privacy_ledger, privacy_restore
 
 if TYPE_CHECKING:

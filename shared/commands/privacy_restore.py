@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
     from fedge.shared.privacy.accounting import Release
-    from fedge.shared.privacy.charges import Charge, Entry, Unit
+    from fedge.shared.privacy.charges import Charge, Entry
+    from fedge.shared.privacy.section import Unit
 
 #: What such a charge has in place of a run and a mechanism.
 RESTORED: Final = "restored"

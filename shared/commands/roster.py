@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -144,8 +144,7 @@ def _edit(arguments: Namespace, today: date) -> dict[str, Any]:
 
 def _sign(arguments: Namespace) -> dict[str, Any]:
     from fedge.shared import roster, roster_file
-    from fedge.shared.bounded import reason
-    from fedge.shared.durable import write_atomically
+    from fedge.shared.durable import reason, write_atomically
     from fedge.shared.errors import ReleaseError
     from fedge.shared.signing import key_id, load_private
 
@@ -167,7 +166,7 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
     Raises:
         ReleaseError: 605.
     """
-    from fedge.shared.bounded import read_bounded, reason
+    from fedge.shared.durable import read_bounded, reason
     from fedge.shared.errors import DeployError, ReleaseError
     from fedge.shared.roster import LARGEST_FILE, content, open_roster
 
@@ -197,7 +196,7 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
 
 
 def _verify(arguments: Namespace, today: date) -> dict[str, Any]:
-    from fedge.shared.bounded import read_bounded, reason
+    from fedge.shared.durable import read_bounded, reason
     from fedge.shared.errors import DeployError
     from fedge.shared.roster import LARGEST_FILE, open_roster
     from fedge.shared.signing import key_id, load_public

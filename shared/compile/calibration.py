@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from fedge.shared.bounded import read_bounded, reason
 from fedge.shared.compile.ranges import MOST_TENSORS
+from fedge.shared.durable import read_bounded, reason
 from fedge.shared.errors import RunError
 from fedge.shared.manifest_artefacts import ONNX_KINDS, whole
 from fedge.shared.signing import canonical_json

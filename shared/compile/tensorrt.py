@@ -16,8 +16,14 @@ from types import ModuleType
 from typing import Any, Final
 
 from fedge.shared.compile import gpu
-from fedge.shared.compile.tensorrt_process import build_in_child
-from fedge.shared.compile.tensorrt_types import BATCH, Built, Listener, Sizes, around
+from fedge.shared.compile.tensorrt_process import (
+    BATCH,
+    Built,
+    Listener,
+    Sizes,
+    around,
+    build_in_child,
+)
 from fedge.shared.errors import ReleaseError
 
 #: Python modules of the runtimes, and how each is installed.

@@ -8,12 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Final, Literal, TypeAlias, get_args
 
 from fedge.shared.privacy.accounting import Release
+from fedge.shared.privacy.section import Unit
 
-Unit: TypeAlias = Literal["example", "site"]
 Purpose: TypeAlias = Literal["train", "evaluate", "statistics", "calibrate", "qualify"]
 
-#: Mechanisms whose noise is the server's: it gets the updates without, so that nothing bounds what it learns.
-CENTRAL: Final = ("central", "central-mf")
 
 _MOST_STEPS: Final = 10**9
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from fedge.shared.privacy.charges import CENTRAL
+from fedge.shared.config_sections import Sections
+from fedge.shared.privacy.section import CENTRAL
 from fedge.shared.strategy_sections import COMPARING, QFedAvg, Scaffold
-
-if TYPE_CHECKING:
-    from fedge.shared.config import Config
 
 _LEAST_CENTRAL: Final = 1e-6
 
 
-def unfit(config: Config) -> Iterator[str]:
+def unfit(config: Sections) -> Iterator[str]:
     """One text for each key that cannot be as it is: what it must be, why, and what it is."""
     if config.privacy.mechanism == "off":
         return
@@ -41,7 +39,7 @@ def unfit(config: Config) -> Iterator[str]:
         yield f"privacy.bands: must be at most run.rounds, {config.run.rounds}, got {bands}"
 
 
-def _of_strategy(config: Config) -> Iterator[str]:
+def _of_strategy(config: Sections) -> Iterator[str]:
     strategy, mechanism = config.strategy, config.privacy.mechanism
     if isinstance(strategy, QFedAvg):
         yield (
@@ -66,7 +64,7 @@ def _of_strategy(config: Config) -> Iterator[str]:
             )
 
 
-def _of_masks(config: Config) -> Iterator[str]:
+def _of_masks(config: Sections) -> Iterator[str]:
     secure, privacy = config.secure_aggregation, config.privacy
     if privacy.mechanism == "distributed":
         if not secure.enabled:
@@ -91,7 +89,7 @@ def _of_masks(config: Config) -> Iterator[str]:
         )
 
 
-def _of_cohort(config: Config) -> Iterator[str]:
+def _of_cohort(config: Sections) -> Iterator[str]:
     """Who takes part is the mechanism's to draw."""
     if config.privacy.mechanism not in CENTRAL:
         return

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.secagg.masking import KEY_BYTES, keystream
+from fedge.shared.keystream import KEY_BYTES, keystream
 
 #: Bytes under one key. AES in counter mode never repeats a block: after n blocks of 128 bits that tells it from random
 #: with an advantage of n^2 / 2^129, here 2^-77.

@@ -11,7 +11,7 @@ from fedge.shared import preprocess
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy import distributed, local, noised_counts
 from fedge.shared.privacy.section import PrivacySection
-from fedge.shared.secagg.transcript import MOST_SITES
+from fedge.shared.protocol import MOST_SITES
 from fedge.shared.tasks.task import Task
 
 _UNFIT: Final = 211

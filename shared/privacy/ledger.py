@@ -27,7 +27,7 @@ from typing import Final
 from fedge.shared import failpoints
 from fedge.shared.durable import flush_folder
 from fedge.shared.errors import DeployError, SiteError
-from fedge.shared.privacy.charges import CENTRAL, Budget, Charge, Entry, Spent, Unit
+from fedge.shared.privacy.charges import Budget, Charge, Entry, Spent
 from fedge.shared.privacy.ledger_file import (
     Marker,
     brief,
@@ -41,6 +41,7 @@ from fedge.shared.privacy.ledger_file import (
 )
 from fedge.shared.privacy.ledger_records import Book, Record, append_charge, entries_of, read_book
 from fedge.shared.privacy.reckoning import Part, of_study, part_of
+from fedge.shared.privacy.section import CENTRAL, Unit
 
 FILE: Final = "privacy.sqlite"
 #: Where a test may kill: the row is written but not committed, and committed but not in the marker.

@@ -15,8 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
-from fedge.shared.bounded import open_regular, read_bounded, read_exactly, reason
-from fedge.shared.durable import write_atomically
+from fedge.shared.durable import open_regular, read_bounded, read_exactly, reason, write_atomically
 from fedge.shared.errors import SiteError
 from fedge.shared.signing import canonical_json
 

@@ -26,10 +26,9 @@ from typing import Final
 
 import numpy as np
 
-from fedge.shared.privacy.charges import Unit
 from fedge.shared.privacy.discrete_gaussian import MAX_SIGMA, table
 from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.privacy.section import PrivacySection, Unit
 
 EXAMPLES: Final = "examples"
 LOSS: Final = "loss-sum"

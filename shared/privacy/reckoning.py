@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import CENTRAL, Entry, Unit, check_delta
+from fedge.shared.privacy.charges import Entry, check_delta
+from fedge.shared.privacy.section import CENTRAL, Unit
 
 #: Noise multiplier, sampling rate, fixed size, steps.
 Part: TypeAlias = tuple[float, float, bool, int]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from fedge.shared.privacy.charges import Unit
 from fedge.shared.section import Section
 
 #: Keys that one mechanism alone has a use for.
@@ -161,3 +160,10 @@ class PrivacySection(Section):
     def unit(self) -> Unit:
         """What the noise hides."""
         return "example" if self.mechanism == "example" else "site"
+
+
+Unit: TypeAlias = Literal["example", "site"]
+
+
+#: Mechanisms whose noise is the server's: it gets the updates without, so that nothing bounds what it learns.
+CENTRAL: Final = ("central", "central-mf")

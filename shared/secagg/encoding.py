@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.shared.errors import SiteError
-from fedge.shared.secagg.masking import MAX_VALUES, keystream
+from fedge.shared.keystream import keystream
+from fedge.shared.secagg.masking import MAX_VALUES
 
 #: Most sites whose sum can be encoded; 2 046 steps each are left at that many.
 MAX_SITES: Final = 2**20

@@ -21,8 +21,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from fedge.shared.keystream import keystream
 from fedge.shared.secagg.agreement import TRANSCRIPT_BYTES
-from fedge.shared.secagg.masking import keystream
 
 #: Sites up to which everybody is everybody's neighbour.
 COMPLETE_UP_TO: Final = 128

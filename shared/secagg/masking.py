@@ -17,17 +17,11 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import (
-    AEADEncryptionContext,
-    Cipher,
-    algorithms,
-    modes,
-)
 from numpy.typing import NDArray
 
+from fedge.shared.keystream import KEY_BYTES, keystream
 from fedge.shared.secagg import cores
 
-KEY_BYTES: Final = 32
 #: Longest vector, in values of 4 bytes.
 MAX_VALUES: Final = 2**30
 #: Values of a part, 2 MiB.
@@ -40,24 +34,11 @@ SHARED_CHUNK_BYTES: Final = 512 * 1024
 _VALUE_BYTES: Final = 4
 #: Some ciphers want room for one block more than they write.
 _BLOCK_BYTES: Final = 16
-_NONCE_BYTES: Final = 12
 _NOTHING: Final = bytes(SHARED_CHUNK_BYTES)
 _HUGE_PAGE: Final = 2**21
 _OPEN_KEY: Final = bytes(KEY_BYTES)
 #: Values that are hashed and then added from the cache.
 _ADDED: Final = 2**17
-
-
-def keystream(key: bytes, part: int = 0) -> AEADEncryptionContext:
-    """An encryptor that makes the keystream of a part out of zeros, piece after piece.
-
-    Raises:
-        ValueError: the key is not 32 bytes.
-    """
-    if len(key) != KEY_BYTES:
-        raise ValueError(f"key: must be {KEY_BYTES} bytes, got {len(key)}")
-    nonce = part.to_bytes(_NONCE_BYTES, "little")
-    return Cipher(algorithms.AES(key), modes.GCM(nonce)).encryptor()
 
 
 def add_masks(

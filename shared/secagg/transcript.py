@@ -17,8 +17,8 @@ from typing import Final, Literal, TypeAlias
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedge.shared.protocol import MOST_SITES, SITE_NAME
 from fedge.shared.secagg.agreement import framed
-from fedge.shared.section import SITE_NAME
 
 Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qualify"]
 
@@ -26,7 +26,6 @@ Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qu
 VERSION: Final = 1
 #: Fewest sites of which a sum hides one; and the most that exact counters can add up.
 FEWEST_SITES: Final = 3
-MOST_SITES: Final = 2048
 KEY_BYTES, SIGNATURE_BYTES, HASH_BYTES = 32, 64, 32
 
 _DOMAIN: Final = b"fedge secure aggregation"

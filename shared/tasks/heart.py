@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedge.shared.bounded import open_regular, reason
+from fedge.shared.durable import open_regular, reason
 from fedge.shared.errors import DataError
 from fedge.shared.models.logistic import LogisticRegression
 from fedge.shared.preprocess import OneHot, Standardise

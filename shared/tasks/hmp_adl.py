@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedge.shared.bounded import open_regular, read_exactly, reason
+from fedge.shared.durable import open_regular, read_exactly, reason
 from fedge.shared.errors import DataError
 from fedge.shared.models.recurrent import RecurrentClassifier
 from fedge.shared.schema import InputSchema, OutputSchema

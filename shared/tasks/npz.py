@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.bounded import open_regular, reason
+from fedge.shared.durable import open_regular, reason
 from fedge.shared.errors import DataError
 
 MAX_FILE_BYTES: Final = 1 << 30

@@ -82,3 +82,7 @@ def _require(canaries: int, guesses: int, correct: int, delta: float) -> None:
         raise ValueError(f"correct: must be 0 to {guesses}, got {correct}")
     if not 0 <= delta <= 1:
         raise ValueError(f"delta: must be 0 to 1, got {delta}")
+
+
+#: Least share of the noise that is left by the check of the check.
+LEAST_FACTOR: Final = 0.01

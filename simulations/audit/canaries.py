@@ -17,11 +17,10 @@ from fedge.shared.config import Config
 from fedge.shared.privacy import accounting
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.tasks.task import Task
-from fedge.simulations.audit.bound import lower_bound
+from fedge.simulations.audit.bound import LEAST_FACTOR, lower_bound
 from fedge.simulations.audit.canary_releases import given_out
 from fedge.simulations.audit.canary_rounds import parameters
 from fedge.simulations.audit.canary_vectors import Canaries, Listener
-from fedge.simulations.commands.audit import LEAST_FACTOR
 
 #: How often a mechanism that keeps its promise may be told as broken.
 P: Final = 0.05

@@ -25,13 +25,14 @@ from fedge.client.private_release import Noise, release_of
 from fedge.client.train import Examples, train
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
-from fedge.shared.config import Config, TrainSection
+from fedge.shared.config import Config
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.errors import ConfigError, SiteError
 from fedge.shared.privacy import distributed
 from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.discrete_gaussian import MIN_SIGMA
 from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.privacy.section import CENTRAL
 from fedge.shared.secagg import layout, masking
 from fedge.shared.tasks.task import Task
 from fedge.simulations.audit import canary_rounds

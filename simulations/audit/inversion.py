@@ -34,11 +34,13 @@ from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
 from fedge.shared import preprocess
 from fedge.shared.arrays import NDArrays
-from fedge.shared.config import Config, TrainSection
+from fedge.shared.config import Config
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.errors import ConfigError, brief
+from fedge.shared.keystream import KEY_BYTES
 from fedge.shared.privacy import local
-from fedge.shared.privacy.charges import CENTRAL
 from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.privacy.section import CENTRAL
 from fedge.shared.secagg import encoding, layout, masking
 from fedge.shared.secagg.layout import Bounds
 from fedge.shared.tasks.task import Task
@@ -215,9 +217,9 @@ class _Site:
         )
         of = layout.of_training(_shapes(received), self._parameters, bounds, control=False)
         part = contribution.training(of, bounds, received, trained, 1, 0.0)
-        vector = part.encode(secure.min_sites, os.urandom(masking.KEY_BYTES))
+        vector = part.encode(secure.min_sites, os.urandom(KEY_BYTES))
         # The site's own mask, and one shared with each of the others.
-        keys = [os.urandom(masking.KEY_BYTES) for _ in range(secure.min_sites)]
+        keys = [os.urandom(KEY_BYTES) for _ in range(secure.min_sites)]
         masking.add_masks(vector, [(key, 1 if i % 2 else -1) for i, key in enumerate(keys)])
         return of.unflatten(encoding.decode(vector[: of.values], of.segments, secure.min_sites))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 if TYPE_CHECKING:
     from fedge.simulations.audit.canaries import Finding, Sizes
@@ -29,10 +29,6 @@ def _arguments(parser: ArgumentParser) -> None:
         "--noise-factor", metavar="F", type=float, default=1.0,
         help="a check of the check: cut the noise to this share, as 0.25; exit status 1 says that it was caught",
     )  # fmt: skip
-
-
-#: Least share of the noise that is left by the check of the check.
-LEAST_FACTOR: Final = 0.01
 
 
 class Told:
@@ -83,6 +79,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     from fedge.shared.config_file import dump, load
     from fedge.shared.errors import UsageError
     from fedge.shared.tasks.registry import get_task, require_task
+    from fedge.simulations.audit.bound import LEAST_FACTOR
 
     began, factor = time.monotonic(), arguments.noise_factor
     if not LEAST_FACTOR <= factor <= 1:

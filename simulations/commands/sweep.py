@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Final
 
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 #: Most noise multipliers, and most seeds, of a sweep; the largest multiplier is that of the configuration.
 MOST: Final = 100

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.client import own_roster, policy
+from fedge.client import own_roster, policy_text
 from fedge.client.policy import PolicyFile, SecurePolicy
 from fedge.client.serve import _anchors
 from fedge.shared import roster, signing
@@ -29,7 +29,7 @@ def home(tmp_path):
     place = tmp_path / "home"
     place.mkdir()
     signing.new_key(place / own_roster.KEY)
-    policy.write(place, **GOOD, secure=SecurePolicy(required=True))
+    policy_text.write(place, **GOOD, secure=SecurePolicy(required=True))
     return place
 
 
@@ -55,7 +55,7 @@ def stopped(home, code, site="site-1"):
 
 
 def test_without_roster_and_requirement_there_is_nothing_to_trust(home):
-    policy.write(home, **GOOD)
+    policy_text.write(home, **GOOD)
     assert _anchors("site-1", home, PolicyFile(home)) is None
 
 
@@ -72,7 +72,7 @@ def test_the_anchors_are_the_sites_own(home, tmp_path, consortium):
     assert key == found.private.public_key()
     assert found.min_sites() == 5
     # Both are as their files say now, without a restart.
-    policy.write(home, **GOOD, secure=SecurePolicy.model_validate({"min-sites": 9}))
+    policy_text.write(home, **GOOD, secure=SecurePolicy.model_validate({"min-sites": 9}))
     assert found.min_sites() == 9
     made = roster.revoke(draft(home, "site-2"), "site-2")
     install(home, tmp_path, consortium, made)
@@ -82,7 +82,7 @@ def test_the_anchors_are_the_sites_own(home, tmp_path, consortium):
 
 
 def test_a_roster_is_used_where_masks_are_not_required_too(home, tmp_path, consortium):
-    policy.write(home, **GOOD)
+    policy_text.write(home, **GOOD)
     install(home, tmp_path, consortium, draft(home))
     assert _anchors("site-1", home, PolicyFile(home)) is not None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedge.client import budget, policy
+from fedge.client import budget, policy_text
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.charges import Budget, Charge
@@ -22,14 +22,14 @@ def charge(ledger, mechanism="example", release=TWO, study="heart", unit="exampl
 @pytest.fixture
 def home(tmp_path):
     own = PrivacyPolicy(study="heart", epsilon=8, against="consumers")
-    policy.write(tmp_path, tasks=["digits"], bundles=[], versions=[], privacy=own)
+    policy_text.write(tmp_path, tasks=["digits"], bundles=[], versions=[], privacy=own)
     return tmp_path
 
 
 def test_nothing_is_told_where_nothing_was_charged(home):
     assert budget.spent(home) is None
     must = PrivacyPolicy(study="heart", epsilon=8, required=True)
-    policy.write(home, tasks=["digits"], bundles=[], versions=[], privacy=must)
+    policy_text.write(home, tasks=["digits"], bundles=[], versions=[], privacy=must)
     assert budget.lines(budget.spent(home)) == [
         "privacy    study heart: nothing of epsilon 8 is spent"
     ]

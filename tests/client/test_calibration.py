@@ -17,7 +17,8 @@ from fedge.client.calibration_request import Asked
 from fedge.client.graph_runs import Terms
 from fedge.client.learner import Learner
 from fedge.client.policy import Policy
-from fedge.client.privacy_policy import PrivacyPolicy, section_of
+from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.client.requests import section_of
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.compile import candidates, ranges

@@ -36,7 +36,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedge.client import data as site_data
-from fedge.client import node_key, operate, policy, share, site_file
+from fedge.client import node_key, operate, policy_text, share, site_file
 from fedge.client.socket_link import STATUS
 from fedge.server import operate as server_operate
 from fedge.server import register
@@ -475,7 +475,7 @@ def _scene(deployment: Deployment) -> Scene:
     for home in (relay, worker):
         own = site_file.OwnData(share=Path("share")) if home == worker else None
         site_file.write(home, name="clinic-a", task=TASK, address=address, data=own, worker=section)
-    policy.write(worker, tasks=[TASK], bundles=[honest_bundle()], versions=[version("fedge")])
+    policy_text.write(worker, tasks=[TASK], bundles=[honest_bundle()], versions=[version("fedge")])
     share.write(worker / "share", mine)
     if other:
         for path in [relay, *relay.rglob("*")]:
@@ -582,7 +582,7 @@ def test_even_approved_it_gets_no_data(scene: Scene) -> None:
     """The operator was tricked: policy.toml holds the hash of the attacker's bundle."""
     app = scene.build("approved", "attack.site:app")
     digest = hashlib.sha256(next(app.glob("*.fab")).read_bytes()).hexdigest()
-    policy.write(
+    policy_text.write(
         scene.worker,
         tasks=[TASK],
         bundles=[honest_bundle(), digest],

@@ -4,7 +4,7 @@ import pytest
 from builders import refused
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedge.client import policy
+from fedge.client import policy, policy_text
 from fedge.client.policy import PolicyFile, SecurePolicy
 from fedge.shared import protocol
 from fedge.shared.errors import ConfigError, DeployError
@@ -29,7 +29,7 @@ def request(**changes):
 
 @pytest.fixture
 def allowed(tmp_path):
-    return policy.write(tmp_path, **GOOD)
+    return policy_text.write(tmp_path, **GOOD)
 
 
 def test_the_written_file_is_commented_and_read_again(tmp_path, allowed):
@@ -51,14 +51,14 @@ def test_the_written_file_is_commented_and_read_again(tmp_path, allowed):
     (tmp_path / "policy.toml").write_text(text.replace("# share-ranges", "share-ranges"))
     assert policy.read(tmp_path).share_ranges is False
     for share in (True, False):
-        own = policy.write(tmp_path / "own", **GOOD, share_ranges=share)
+        own = policy_text.write(tmp_path / "own", **GOOD, share_ranges=share)
         assert (own.share_ranges, policy.shares_ranges(own)) == (share, share)
 
 
 def test_names_are_written_as_toml(tmp_path):
     odd = ['a"b', "c\\d", "e\nf"]
-    assert policy.write(tmp_path, **GOOD | {"tasks": odd}).tasks == tuple(odd)
-    assert policy.write(tmp_path, **GOOD | {"bundles": []}).bundles == ()
+    assert policy_text.write(tmp_path, **GOOD | {"tasks": odd}).tasks == tuple(odd)
+    assert policy_text.write(tmp_path, **GOOD | {"bundles": []}).bundles == ()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_names_are_written_as_toml(tmp_path):
 )
 def test_bad_values_are_refused_and_nothing_is_written(tmp_path, change):
     with pytest.raises(ConfigError) as caught:
-        policy.write(tmp_path, **GOOD | change)
+        policy_text.write(tmp_path, **GOOD | change)
     assert caught.value.code == 201
     assert not (tmp_path / "policy.toml").exists()
 
@@ -126,7 +126,7 @@ def test_a_small_cohort_is_refused_where_weights_or_counts_go_out(allowed, cohor
 
 @pytest.mark.parametrize("standardise", ["federated", None, 3])
 def test_sums_over_features_stay_where_they_are_not_to_be_shared(tmp_path, standardise):
-    own = policy.write(tmp_path, **GOOD, share_statistics=False)
+    own = policy_text.write(tmp_path, **GOOD, share_statistics=False)
     assert own.share_statistics is False
     asked = request(standardise=standardise)
     message = refused(418, policy.allow, own, protocol.REGISTER, asked, BUNDLE)
@@ -158,7 +158,7 @@ def test_a_request_without_configuration_is_refused(allowed):
 def test_a_change_holds_from_the_next_look(tmp_path, allowed):
     file = PolicyFile(tmp_path)
     assert file.current() is file.current()
-    policy.write(tmp_path, **GOOD | {"tasks": ["heart"]})
+    policy_text.write(tmp_path, **GOOD | {"tasks": ["heart"]})
     assert file.current().tasks == ("heart",)
 
 
@@ -203,7 +203,7 @@ def masked(**changes):
 
 @pytest.fixture
 def masked_only(tmp_path):
-    return policy.write(tmp_path, **GOOD, secure=SecurePolicy(required=True))
+    return policy_text.write(tmp_path, **GOOD, secure=SecurePolicy(required=True))
 
 
 def test_the_terms_of_secure_aggregation_are_written_and_read_again(tmp_path, allowed):
@@ -217,7 +217,7 @@ def test_the_terms_of_secure_aggregation_are_written_and_read_again(tmp_path, al
             "max-weight-cap": 300,
         }
     )
-    assert policy.write(tmp_path, **GOOD, secure=terms).secure_aggregation == terms
+    assert policy_text.write(tmp_path, **GOOD, secure=terms).secure_aggregation == terms
     # A policy of an older fedge has no such section.
     path = tmp_path / "policy.toml"
     path.write_text(path.read_text().partition("[secure-aggregation]")[0])
@@ -276,7 +276,7 @@ def test_the_other_limits_hold_under_masks_too(masked_only):
 
 def test_masked_statistics_need_no_leave_to_share_them(tmp_path):
     """What share-statistics keeps at the site are its own sums; under a mask they are not its own."""
-    own = policy.write(tmp_path, **GOOD, share_statistics=False)
+    own = policy_text.write(tmp_path, **GOOD, share_statistics=False)
     policy.allow(own, messages.STATISTICS, masked(), BUNDLE)
     policy.allow(own, protocol.REGISTER, masked(), BUNDLE)
 

@@ -7,7 +7,7 @@ import pytest
 from builders import refused
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedge.client import privacy_policy
+from fedge.client import privacy_policy, requests
 from fedge.client.privacy import FOLDER, Asked, SitePrivacy
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.requests import Address
@@ -208,7 +208,7 @@ def test_the_site_says_how_many_may_collude():
     ],
 )
 def test_a_section_that_cannot_be_read_is_refused(told):
-    assert refused(414, privacy_policy.section_of, told).startswith("privacy")
+    assert refused(414, requests.section_of, told).startswith("privacy")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from scipy import stats
 from fedge.client.private_release import Noise, release_of
 from fedge.client.private_training import train_privately
 from fedge.client.train import Examples
-from fedge.shared.config import TrainSection
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting import Release
 from fedge.shared.privacy.entropy import Entropy

@@ -15,7 +15,7 @@ from fedge.client.private_release import noise_within
 from fedge.client.private_work import PrivateWork, Round
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
-from fedge.shared.config import TrainSection
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocess import Scale
 from fedge.shared.privacy.accounting import Release, epsilon

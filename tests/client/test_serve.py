@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.client import policy, share, site_file
+from fedge.client import policy_text, share, site_file
 from fedge.client.data import own_examples
 from fedge.client.site_file import OwnData, WorkerPart
 from fedge.client.socket_link import SocketLink
@@ -51,7 +51,7 @@ class Process:
 
 def make(home, **more):
     site_file.write(home, name="site-1", task=TASK, address="127.0.0.1:1", **more)
-    policy.write(home, **GOOD)
+    policy_text.write(home, **GOOD)
     return home
 
 
@@ -182,13 +182,13 @@ def test_the_policys_word_holds_at_once(running, weights):
     with pytest.raises(SiteError) as caught:
         running.link().exchange(protocol.TRAIN, asked)
     assert caught.value.code == 418
-    policy.write(running.home, **GOOD, min_cohort=1)
+    policy_text.write(running.home, **GOOD, min_cohort=1)
     assert protocol.ARRAYS in running.link().exchange(protocol.TRAIN, asked)
     (running.home / "policy.toml").unlink()
     with pytest.raises(SiteError) as caught:
         running.link().exchange(protocol.TRAIN, asked)
     assert caught.value.code == 418
-    policy.write(running.home, **GOOD)
+    policy_text.write(running.home, **GOOD)
     running.link().exchange(protocol.REGISTER, request(protocol.REGISTER))
 
 
@@ -270,7 +270,7 @@ def test_it_serves_a_share_and_ends_with_its_parent(tmp_path, weights):
         (lambda home: (home / "policy.toml").unlink(), "FE-901"),
         (lambda home: (home / "site.toml").unlink(), "FE-901"),
         (lambda home: (home / "policy.toml").write_text("tasks = 3"), "FE-201"),
-        (lambda home: policy.write(home, **GOOD, device="cuda:7"), "FE-417"),
+        (lambda home: policy_text.write(home, **GOOD, device="cuda:7"), "FE-417"),
         (
             lambda home: make(home, data=OwnData.model_validate({"share": Path("none")})),
             "FE-301",
@@ -312,7 +312,7 @@ def test_another_device_in_the_policy_takes_another_process(tmp_path, started, w
     home, replies = make(tmp_path / "home"), []
     first = started(home)
     first.link().permit(BUNDLE)
-    policy.write(home, **GOOD, device="cpu")
+    policy_text.write(home, **GOOD, device="cpu")
 
     def ask():
         replies.append(first.link().exchange(protocol.TRAIN, request(protocol.TRAIN, weights)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from fedge.client import policy, relay
+from fedge.client import policy_text, relay
 from fedge.client import service as services
 from fedge.client.policy import PolicyFile
 from fedge.client.service import Service
@@ -93,7 +93,7 @@ class Served:
 def served(task, data, tmp_path):
     home = tmp_path.joinpath(*["a-folder-with-a-long-name"] * 6)
     gate = Gate(task.loss)
-    policy.write(home, **GOOD)
+    policy_text.write(home, **GOOD)
     found = Served(home, SiteWorker("site-1", replace(task, loss=gate), data, home), gate)
     yield found
     found.close()
@@ -158,7 +158,7 @@ def test_a_masked_sum_is_begun_once_though_its_request_comes_twice(
     task, data, tmp_path, request_of, weights, kind
 ):
     """Each beginning has keys of its own, and a number that a site takes once."""
-    policy.write(tmp_path, **GOOD)
+    policy_text.write(tmp_path, **GOOD)
     anchors = consortium.anchors(["site-1"], 3)["site-1"]
     found = Served(tmp_path, SiteWorker("site-1", task, data, tmp_path, anchors=anchors), Gate(0))
     bounds = {"clipping-bound": 1.0, "value-bound": 1.0, "state-bound": 1.0, "weight-cap": 9}
@@ -244,7 +244,7 @@ def test_a_bundle_that_is_not_approved_gets_nothing(served, request_of, weights)
 
 def test_a_change_of_the_policy_holds_at_the_next_request(served, request_of, weights, caplog):
     served.ask(request_of(TRAIN, weights))
-    policy.write(served.home, **GOOD, min_cohort=4)
+    policy_text.write(served.home, **GOOD, min_cohort=4)
     assert code_of(served.ask, request_of(TRAIN, weights)) == 418
     assert "cohort: must be at least 4" in caplog.text
     path = served.home / "policy.toml"
@@ -359,7 +359,7 @@ def test_a_computation_that_hangs_asks_for_a_new_process(
     task, data, tmp_path, request_of, weights, caplog
 ):
     gate = Gate(task.loss)
-    policy.write(tmp_path, **GOOD)
+    policy_text.write(tmp_path, **GOOD)
     worker = SiteWorker("site-1", replace(task, loss=gate), data, tmp_path)
     found = Served(tmp_path, worker, gate, wait=2.0)
     try:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedge.edge import csv_input, inputs, npy_input
-from fedge.edge.inputs import RowRules, read_examples, read_statistics
+from fedge.edge import csv_input, npy_input, row_rules
+from fedge.edge.inputs import read_examples, read_statistics
+from fedge.edge.row_rules import RowRules
 from fedge.shared.errors import InputError
 from fedge.shared.preprocess import OneHot, Standardise
 from fedge.shared.schema import Feature, InputSchema
@@ -275,7 +276,7 @@ def test_limits_on_rows_and_bytes(
     assert len(_read(table("1,1,1\n" * 2), TABLE)) == 2
     assert _code(table("1,1,1\n" * 3), TABLE)[0] == 805
     with (tmp_path / "sparse.csv").open("wb") as file:
-        file.truncate(inputs.MAX_BYTES + 1)
+        file.truncate(row_rules.MAX_BYTES + 1)
     assert _code(tmp_path / "sparse.csv", TABLE)[0] == 805
 
 

@@ -15,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedge.server.admission import admit_evaluate, admit_registration, admit_train
+from fedge.server.admission import admit_evaluate, admit_train
+from fedge.server.members import admit_registration
 from fedge.server.results import record
 from fedge.server.verdicts import (
     Expected,
@@ -24,8 +25,8 @@ from fedge.server.verdicts import (
     printable,
     reported_words,
 )
-from fedge.shared.config import AdmissionSection
-from fedge.shared.errors import CATALOGUE
+from fedge.shared.config_sections import AdmissionSection
+from fedge.shared.error_catalogue import CATALOGUE
 from fedge.shared.tasks.columns import Bound
 from fedge.simulations import flower_private
 

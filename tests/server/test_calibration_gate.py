@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedge.server.calibration_gate import admit_ranges, admit_scores
 from fedge.server.verdicts import Expected
 from fedge.shared import protocol
-from fedge.shared.config import AdmissionSection
+from fedge.shared.config_sections import AdmissionSection
 from fedge.shared.privacy import noised_counts
 from fedge.shared.privacy.section import PrivacySection
 

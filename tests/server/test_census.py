@@ -13,14 +13,15 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedge.server import census, fitting
+from fedge.server import census, rounds
 from fedge.server.journal import Journal
 from fedge.server.link import Clock, Link
 from fedge.server.liveness import Liveness
 from fedge.server.members import Member
 from fedge.server.progress import Silent
 from fedge.shared import preprocess, protocol
-from fedge.shared.config import Config, DataSection
+from fedge.shared.config import Config
+from fedge.shared.config_sections import DataSection
 from fedge.shared.errors import RunError
 from fedge.shared.preprocess import Scale, Standardise
 from fedge.shared.tasks.registry import get_task
@@ -108,7 +109,7 @@ def take(
     live = Liveness(Link(of, clock or still()))
     registry = census.Census(live, given, task, RUN, journal, Silent())
     taken = registry.take(7)
-    fitting.fix(journal, task, given, registry)
+    rounds.fix(journal, task, given, registry)
     return taken
 
 

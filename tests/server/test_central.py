@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fedge.server.central import Central, Noised, for_run
-from fedge.server.central_terms import DELTA, checkpoints_kept, secret_sample, spent
+from fedge.server.central_terms import DELTA, central_spent, secret_sample
+from fedge.server.checkpoint import checkpoints_kept
 from fedge.server.results import Update
 from fedge.shared.errors import RunError
 from fedge.shared.privacy import toeplitz
@@ -440,23 +441,23 @@ def test_the_bound_stays_within_what_can_be_computed() -> None:
 
 def test_epsilon_by_round() -> None:
     of = section(**{"sampling-rate": 0.1})
-    after = spent(of, 100)
+    after = central_spent(of, 100)
     # The accounting table's.
     assert after["consumers"] == pytest.approx(7.0466, abs=1e-3)
     assert after["sample_known"] == pytest.approx(epsilon([Release(1.0, 1.0, 100)], DELTA))
     assert after["delta"] == 1e-5
-    assert spent(of, 1)["consumers"] < after["consumers"]
-    plain = spent(section(), 3)
+    assert central_spent(of, 1)["consumers"] < after["consumers"]
+    plain = central_spent(section(), 3)
     assert plain["consumers"] == plain["sample_known"] == epsilon([Release(1.0, 1.0, 3)], DELTA)
     # What evaluations with noise tell is told too.
     noised = section(**{"metrics": "noised", "metrics-noise-multiplier": 3.0})
     releases = [Release(1.0, 1.0, 3), Release(3.0, 1.0, 2)]
-    assert spent(noised, 3, 2)["consumers"] == epsilon(releases, DELTA) > plain["consumers"]
-    assert spent(noised, 3, 0) == spent(section(), 3, 2) == plain
+    assert central_spent(noised, 3, 2)["consumers"] == epsilon(releases, DELTA) > plain["consumers"]
+    assert central_spent(noised, 3, 0) == central_spent(section(), 3, 2) == plain
     # Correlated noise is one release, whichever round it has come to.
-    assert spent(section("central-mf"), 1) == spent(section("central-mf"), 9)
-    assert spent(section("central-mf"), 9)["consumers"] == pytest.approx(4.37718, abs=1e-5)
-    assert spent(section(**{"noise-multiplier": 1e-200}), 1)["consumers"] is None
+    assert central_spent(section("central-mf"), 1) == central_spent(section("central-mf"), 9)
+    assert central_spent(section("central-mf"), 9)["consumers"] == pytest.approx(4.37718, abs=1e-5)
+    assert central_spent(section(**{"noise-multiplier": 1e-200}), 1)["consumers"] is None
 
 
 def test_a_round_counts_the_evaluations_up_to_its_own() -> None:
@@ -465,7 +466,7 @@ def test_a_round_counts_the_evaluations_up_to_its_own() -> None:
     assert central is not None
     found = [central.skip(number)["epsilon"] for number in range(1, 6)]
     # After 2, after 4, and after the last one.
-    assert found == [spent(noised, n, e) for n, e in enumerate((0, 1, 1, 2, 3), start=1)]
+    assert found == [central_spent(noised, n, e) for n, e in enumerate((0, 1, 1, 2, 3), start=1)]
 
 
 def test_only_a_sample_that_is_drawn_is_secret() -> None:

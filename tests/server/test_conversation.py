@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedge.server.conversation import Watch
-from fedge.server.exchange import Exchange, exchange
+from fedge.server.conversation import Watch, payload_bytes
+from fedge.server.exchange import Exchange, absence, exchange
 from fedge.server.link import Clock, Link, Patience
 from fedge.server.liveness import Liveness
-from fedge.server.payload import payload_bytes
-from fedge.server.tally import absence
 from fedge.shared import protocol
 from fedge.shared.errors import RunError
 

@@ -19,10 +19,9 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 
-from fedge.server.conversation import Watch
+from fedge.server.conversation import Watch, payload_bytes
 from fedge.server.exchange import exchange
 from fedge.server.link import TimedGrid
-from fedge.server.payload import payload_bytes
 from fedge.shared import protocol
 from fedge.simulations import flower_private
 

@@ -12,11 +12,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server.conversation import Watch
-from fedge.server.exchange import Exchange, exchange
+from fedge.server.exchange import Exchange, absence, exchange
 from fedge.server.fetches import Fetches
 from fedge.server.link import Clock, Link
 from fedge.server.liveness import Liveness
-from fedge.server.tally import absence
 from fedge.shared import protocol
 
 PROBE = RecordDict({"config": ConfigRecord({"run-id": "r"})})

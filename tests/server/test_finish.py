@@ -184,7 +184,7 @@ def test_a_kill_in_between_is_mended_by_doing_it_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(finish.report, "write", fail)
+        patched.setattr(finish, "write_report", fail)
         finish.complete(directory, played, CONFIG, arrays())
     assert finish.begun(played).finished is None, "the declaration comes last"
     first = directory.model.read_bytes()

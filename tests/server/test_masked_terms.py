@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedge.server.masked_terms import spent
+from fedge.server.central_terms import masked_spent
 from fedge.shared.privacy.accounting import Release, epsilon
 from fedge.shared.privacy.section import PrivacySection
 
@@ -22,9 +22,9 @@ NOISED = PrivacySection.model_validate(
 
 
 def test_every_attempt_counts():
-    first = spent(SECTION, {}, 1, 1)
+    first = masked_spent(SECTION, {}, 1, 1)
     assert first["consumers"] == first["sample_known"] == epsilon([Release(4.0)], 1e-5)
-    third = spent(SECTION, first, 2, 1)
+    third = masked_spent(SECTION, first, 2, 1)
     assert (third["updates"], third["evaluations"]) == (3, 2)
     assert third["consumers"] == pytest.approx(epsilon([Release(4.0, steps=3)], 1e-5))
     # The failing twin: by rounds it would be two.
@@ -33,10 +33,12 @@ def test_every_attempt_counts():
 
 def test_evaluations_with_noise_count_too():
     both = epsilon([Release(4.0, steps=2), Release(8.0, steps=3)], 1e-5)
-    assert spent(NOISED, {"updates": 1, "evaluations": 2}, 1, 1)["consumers"] == pytest.approx(both)
+    assert masked_spent(NOISED, {"updates": 1, "evaluations": 2}, 1, 1)[
+        "consumers"
+    ] == pytest.approx(both)
     assert both > epsilon([Release(4.0, steps=2)], 1e-5)
 
 
 def test_a_round_without_a_sum_costs_nothing():
-    assert spent(NOISED, {}, 0, 0)["consumers"] == 0
-    assert math.isfinite(spent(NOISED, {}, 1, 0)["consumers"])
+    assert masked_spent(NOISED, {}, 0, 0)["consumers"] == 0
+    assert math.isfinite(masked_spent(NOISED, {}, 1, 0)["consumers"])

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedge.server.admission import admit_evaluate, admit_train
 from fedge.server.results import record
 from fedge.server.verdicts import Expected
-from fedge.shared.config import AdmissionSection
+from fedge.shared.config_sections import AdmissionSection
 from fedge.shared.privacy import local, noised_counts
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.privacy.section import PrivacySection

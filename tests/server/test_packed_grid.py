@@ -11,10 +11,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 
 from fedge.server.admission import admit_train
-from fedge.server.packed_grid import PackedGrid
 from fedge.server.verdicts import Expected
+from fedge.server.wrapped_grid import PackedGrid
 from fedge.shared import packed, protocol
-from fedge.shared.config import AdmissionSection
+from fedge.shared.config_sections import AdmissionSection
 from fedge.simulations import flower_private
 
 SENT = np.zeros((2, 3), dtype=np.float32)

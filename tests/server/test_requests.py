@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from flwr.serverapp import strategy as flower
 
-from fedge.server import requests, strategies
+from fedge.server import requests, strategies, wrapped_grid
 from fedge.server.conversation import GRACE
 from fedge.server.members import Member
 from fedge.shared import protocol
-from fedge.shared.config import Config, TrainSection
+from fedge.shared.config import Config
+from fedge.shared.config_sections import TrainSection
 from fedge.shared.preprocess import Reshape, Standardise
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -82,7 +83,7 @@ def test_required_sites_are_always_asked():
 
 def test_the_view_shows_only_the_cohort(nodes, model: Arrays):
     grid = nodes(1000)
-    view = requests.CohortView(grid, [3, 5])
+    view = wrapped_grid.CohortView(grid, [3, 5])
     assert list(view.get_node_ids()) == [3, 5]
     from flwr.app import ConfigRecord
 
@@ -116,7 +117,7 @@ def test_the_view_passes_everything_else_on(nodes):
             return ["sent", *messages, timeout]
 
     seen: list[Any] = []
-    view = requests.CohortView(Recorder(9), [1])
+    view = wrapped_grid.CohortView(Recorder(9), [1])
     view.set_run("r")
     assert seen == [("set_run", "r")]
     assert view.run == "the run"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.shared.bounded import open_regular, read_bounded, read_exactly
+from fedge.shared.durable import open_regular, read_bounded, read_exactly
 
 
 def test_a_file_within_the_bound_is_read(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedge.shared import cli, command_line
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 
 FEDGE = Path(sys.executable).parent / "fedge"
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A second distribution with commands of its own, found as any installed one is.
 PROBE = '''
 import logging, os, sys, time
-from fedge.shared.command import Command
+from fedge.shared.command_line import Command
 from fedge.shared.errors import RunError
 
 def nothing(parser):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import fedge.shared.errors as errors
-from fedge.shared.errors import CATALOGUE, BundleError, ConfigError, FedgeError, brief, one_line
+from fedge.shared.error_catalogue import CATALOGUE
+from fedge.shared.errors import BundleError, ConfigError, FedgeError, brief, one_line
 
 ROOT = Path(errors.__file__).parent.parent
 HUNDREDS = {

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array
 from numpy.typing import NDArray
 
-from fedge.shared.npy import encode
+from fedge.shared.decode import encode
 
 VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 

@@ -15,9 +15,9 @@ from flwr.app import Error, Message
 
 from fedge.client.data import site_shares
 from fedge.client.learner import Learner
-from fedge.server import report
 from fedge.server.journal import Journal
 from fedge.server.progress import Silent
+from fedge.server.report.page import write as write_report
 from fedge.shared.arrays import read
 from fedge.shared.config import Config
 from fedge.shared.errors import RunError
@@ -131,7 +131,7 @@ def test_no_size_of_a_site_is_anywhere(tmp_path: Path) -> None:
     for text in (found, (run / "rounds.jsonl").read_text()):
         numbers = set("".join(c if c.isalnum() else " " for c in text).split())
         assert not numbers & {str(n) for n in sizes if n > 30}
-    report.write(run)
+    write_report(run)
 
 
 @pytest.mark.slow

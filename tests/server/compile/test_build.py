@@ -13,7 +13,7 @@ from fedge.server.compile.build import Builder
 from fedge.shared.compile import tensorrt
 from fedge.shared.compile.precision import activations
 from fedge.shared.compile.targets import parse
-from fedge.shared.compile.tensorrt_types import Built
+from fedge.shared.compile.tensorrt_process import Built
 from fedge.shared.errors import ReleaseError
 
 

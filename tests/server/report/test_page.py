@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedge.server.report import render, write
+from fedge.server.report.page import render, write
 from fedge.shared.errors import ConfigError
 
 VOID = {"meta", "rect", "path", "circle", "br"}

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedge.server.report import render
 from fedge.server.report.data import read
 from fedge.server.report.epsilon import epsilon_text, spent
+from fedge.server.report.page import render
 from fedge.server.report.privacy import MAX_ROWS, certainty
 from fedge.simulations.summary import summary_table
 

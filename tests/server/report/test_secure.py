@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedge.server.report import render
+from fedge.server.report.page import render
 from fedge.server.report.pictures import BINS, SHADES, greys, picture, scaled_bins
 
 from .test_page import Page, Run, page, put, run_files

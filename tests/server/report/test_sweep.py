@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.server.report import render
+from fedge.server.report.page import render
 from fedge.server.report.sweep import chart, failures, log_ticks, parse, table, words
 
 from .test_page import page, put, run_files

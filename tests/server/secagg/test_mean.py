@@ -8,7 +8,7 @@ import pytest
 from fedge.client.contribution import Contribution, SiteNoise, noised
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
-from fedge.shared.config import AdmissionSection
+from fedge.shared.config_sections import AdmissionSection
 from fedge.shared.errors import RunError
 from fedge.shared.privacy.entropy import Entropy
 from fedge.shared.secagg import encoding, layout

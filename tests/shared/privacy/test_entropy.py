@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedge.shared.keystream import keystream
 from fedge.shared.privacy import entropy
 from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.secagg.masking import keystream
 
 KEY = bytes(range(32))
 

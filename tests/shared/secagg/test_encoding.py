@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedge.shared.errors import SiteError
+from fedge.shared.keystream import keystream
 from fedge.shared.secagg import encoding
 from fedge.shared.secagg.encoding import Segment, decode, encode, scale
-from fedge.shared.secagg.masking import keystream
 
 KEY = bytes(range(32))
 SITES = [3, 10, 50, 128, 1000]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedge.shared.secagg import messages, transcript
+from fedge.shared import protocol
+from fedge.shared.secagg import messages
 from fedge.shared.secagg.messages import BOX_BYTES, Sharer, Signed
 
 SHARERS = [
@@ -29,7 +30,7 @@ def test_signatures_are_read_as_they_were_written():
 
 
 def test_a_full_list_fits_the_bound():
-    names = sorted("x" * 57 + f"{i:07}" for i in range(transcript.MOST_SITES))
+    names = sorted("x" * 57 + f"{i:07}" for i in range(protocol.MOST_SITES))
     sharers = [Sharer(n, bytes(32), bytes(64), bytes(BOX_BYTES)) for n in names]
     assert len(messages.sharers_of(of("sharers", messages.joined(sharers)))) == 2048
     signed = [Signed(n, bytes(64)) for n in names]

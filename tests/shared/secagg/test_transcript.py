@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedge.shared import protocol
 from fedge.shared.secagg import transcript
 from fedge.shared.secagg.transcript import Attempt, Bundle
 
@@ -142,7 +143,7 @@ def test_a_list_that_is_not_in_order_is_refused(data):
 
 
 def test_the_largest_list_is_read():
-    names = [f"s{i:06}" for i in range(transcript.MOST_SITES)]
+    names = [f"s{i:06}" for i in range(protocol.MOST_SITES)]
     assert transcript.unpack_sites(transcript.pack_sites(names)) == names
 
 
@@ -171,4 +172,4 @@ def test_bundles_out_of_order_are_refused(names):
 def test_bundles_without_end_are_refused():
     one = bytes([1]) + b"a" + bytes(128)
     with pytest.raises(ValueError, match="at most 2048 bundles"):
-        transcript.unpack_bundles(one * (transcript.MOST_SITES + 1))
+        transcript.unpack_bundles(one * (protocol.MOST_SITES + 1))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedge.edge.inputs import RowRules
+from fedge.edge.row_rules import RowRules
 from fedge.shared import preprocess
 from fedge.shared.schema import InputSchema, OutputSchema
 from fedge.shared.tasks.registry import get_task
