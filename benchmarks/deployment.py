@@ -43,7 +43,7 @@ REST = 5.0
 OPEN_SERVER = """
 import sys
 from fedge.server import coordinators
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
 
 own = coordinators.Coordinators.launch
 

@@ -30,7 +30,7 @@ import numpy as np
 from edge_abuse_requests import good
 from edge_abuse_server import LIMIT, Server, flipped, network, serving, write
 
-from fedge.shared.signing import new_key
+from fedge.shared.crypto.dsse import new_key
 
 HERE: Final = Path(__file__).resolve().parent
 RESULTS: Final = HERE / "results" / "edge_abuse.json"

@@ -20,11 +20,11 @@ from edge_abuse_requests import INFER, MAX_BATCH, NAME, SERVICE, SHAPE
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2
 
-from fedge.shared.bundle import write_bundle
-from fedge.shared.manifest import Manifest, Parity
-from fedge.shared.manifest_artefacts import ONNX_FP32, ONNX_INT8, Artefact, Qualification
-from fedge.shared.schema import InputSchema, OutputSchema
-from fedge.shared.signing import load_private
+from fedge.shared.bundle.bundle import write_bundle
+from fedge.shared.bundle.manifest import Manifest, Parity
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, ONNX_INT8, Artefact, Qualification
+from fedge.shared.crypto.dsse import load_private
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
 
 #: Bytes of one request that the server takes.
 LIMIT: Final = 65_536

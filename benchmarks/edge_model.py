@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "edge_peers"))
 
 from session import open_session
 
-from fedge.shared.bundle import write_bundle
-from fedge.shared.compile.export import export_onnx, opset_of, parity
-from fedge.shared.manifest import Manifest
-from fedge.shared.manifest_artefacts import ONNX_FP32, Artefact
+from fedge.shared.bundle.bundle import write_bundle
+from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, Artefact
+from fedge.shared.compile.onnx_export import export_onnx, opset_of, parity
+from fedge.shared.crypto.dsse import load_private, new_key
 from fedge.shared.models.resnet import ResNet
-from fedge.shared.schema import InputSchema, OutputSchema
-from fedge.shared.signing import load_private, new_key
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
 
 NAME: Final = "resnet-8"
 SHAPE: Final = (3, 64, 64)

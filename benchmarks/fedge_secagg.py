@@ -34,8 +34,8 @@ from fedge.server.secagg import mean
 from fedge.server.secagg.group import Group
 from fedge.server.secagg.outcome import Opened
 from fedge.shared import protocol
-from fedge.shared.config_sections import AdmissionSection
-from fedge.shared.secagg import graph, job, messages, transcript
+from fedge.shared.config.sections import AdmissionSection
+from fedge.shared.secagg import messages, neighbour_graph, request_digest, transcript
 
 # Beside this file; named here as a test loads this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -81,13 +81,13 @@ class Timing:
 @contextmanager
 def forced(degree: int | None) -> Iterator[None]:
     """Let every site have so many neighbours, which no setting of the product does; None changes nothing."""
-    own = graph.degree_of
+    own = neighbour_graph.degree_of
     if degree is not None:
-        graph.degree_of = lambda _: degree
+        neighbour_graph.degree_of = lambda _: degree
     try:
         yield
     finally:
-        graph.degree_of = own
+        neighbour_graph.degree_of = own
 
 
 def client_once(n: int, degree: int | None, d: int, seed: int = 0) -> Timing:
@@ -156,7 +156,7 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         alive = [name for name in sites if name not in lost]
         plain = work.contribute().encode(n, os.urandom(32))
         # What every site was asked for goes into T.
-        clock.time("begin", lambda: job.of(protocol.TRAIN, work.request))
+        clock.time("begin", lambda: request_digest.of(protocol.TRAIN, work.request))
         group = clock.time("begin", lambda: _group(work, sites))
         shares = shares_of(group, sites, lost)
         for name in sites:
@@ -222,7 +222,7 @@ def _hear_shares(group: Group, replies: Mapping[str, ConfigRecord]) -> None:
 
 def _decode(work: Work, total: Vector, sharers: int, sites: list[str]) -> ArrayRecord:
     """As ``SecureSums`` and FedAvg: counters, mean update, its norm, new weights, the next round's record."""
-    opened = Opened(tuple(sites), sharers, graph.threshold(sharers), total)
+    opened = Opened(tuple(sites), sharers, neighbour_graph.threshold(sharers), total)
     found, _ = mean.mean_weights(work.of, opened, BOUNDS, work.received, AdmissionSection())
     return results.record(found.mean)
 

@@ -18,22 +18,22 @@ from fedge.client import contribution
 from fedge.client.secure_session import Anchors
 from fedge.server.secagg.group import Group
 from fedge.shared import protocol
-from fedge.shared.roster import Roster
-from fedge.shared.roster_file import entry_of
+from fedge.shared.roster.draft import entry_of
+from fedge.shared.roster.roster import Roster
 from fedge.shared.secagg import (
-    agreement,
-    boxes,
-    graph,
-    job,
-    layout,
+    key_agreement,
     masking,
     messages,
+    neighbour_graph,
+    request_digest,
     shamir,
+    share_encryption,
     transcript,
+    vector_layout,
 )
-from fedge.shared.secagg.layout import Bounds
 from fedge.shared.secagg.messages import Sharer, Signed
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle
+from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
+from fedge.shared.secagg.vector_layout import Bounds
 
 RUN: Final = "timed"
 #: Neither clip nor cap binds.
@@ -50,16 +50,16 @@ class Site:
 
     name: str
     private: Ed25519PrivateKey
-    box: agreement.Pair
-    mask: agreement.Pair
+    box: key_agreement.Pair
+    mask: key_agreement.Pair
     seed: bytes
-    bundle: Bundle
+    bundle: KeyAdvertisement
 
     @classmethod
     def new(cls, name: str, attempt: Attempt) -> Site:
         """With new keys."""
         private = Ed25519PrivateKey.generate()
-        box, mask = agreement.Pair.generate(), agreement.Pair.generate()
+        box, mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
         bundle = transcript.new_bundle(attempt, name, box.public, mask.public, private)
         return cls(name, private, box, mask, os.urandom(32), bundle)
 
@@ -76,7 +76,7 @@ class Work:
         attempt: as all sites compute it from the request.
     """
 
-    of: layout.Layout
+    of: vector_layout.Layout
     received: dict[str, NDArray[Any]]
     trained: dict[str, NDArray[Any]]
     request: RecordDict
@@ -111,21 +111,21 @@ def work_of(d: int, seed: int) -> Work:
     request = RecordDict(
         {protocol.CONFIG: config, messages.SECURE: secure, protocol.ARRAYS: arrays}
     )
-    attempt = Attempt(job.of(protocol.TRAIN, request), RUN, "train", 1, 1)
-    of = layout.of_training({"weight": (d,)}, ["weight"], BOUNDS, control=False)
+    attempt = Attempt(request_digest.of(protocol.TRAIN, request), RUN, "train", 1, 1)
+    of = vector_layout.of_training({"weight": (d,)}, ["weight"], BOUNDS, control=False)
     return Work(of, received, trained, request, attempt)
 
 
 class Peers:
     """What the peers say to one client, and what they can open of it."""
 
-    def __init__(self, attempt: Attempt, peers: list[Site], own: Bundle) -> None:
+    def __init__(self, attempt: Attempt, peers: list[Site], own: KeyAdvertisement) -> None:
         self._peers, self._own = peers, own
         self._all = sorted([own, *(p.bundle for p in peers)], key=lambda b: b.site)
         self._t = transcript.transcript(attempt, self._all)
         self._names = [b.site for b in self._all]
         self._at = self._names.index(own.site)
-        near = graph.neighbours(self._t, len(self._all))[self._at]
+        near = neighbour_graph.neighbours(self._t, len(self._all))[self._at]
         self._near = {self._names[i] for i in near}
         self._xs = {self._names[i]: i + 1 for i in near}
         digest = transcript.digest_of(self._names)
@@ -145,7 +145,7 @@ class Peers:
             if p.name in self._near:
                 # What a share says is for the others; the client only keeps it.
                 key = self._box_key(p, p.name, self._own.site)
-                box = boxes.seal(key, os.urandom(66), self._t, p.name, self._own.site)
+                box = share_encryption.seal(key, os.urandom(66), self._t, p.name, self._own.site)
             hashed = hashlib.sha256(p.seed).digest()
             statement = transcript.share_statement(self._t, p.name, hashed)
             found.append(Sharer(p.name, hashed, p.private.sign(statement), box))
@@ -176,13 +176,13 @@ class Peers:
         for i, name in enumerate(sorted(self._near)):
             peer = by_name[name]
             key, sealed = self._box_key(peer, own, name), raw[i * size : (i + 1) * size]
-            opened = boxes.open_box(key, sealed, self._t, own, name)
+            opened = share_encryption.open_box(key, sealed, self._t, own, name)
             shares[self._xs[name]] = opened[: messages.SHARE_BYTES]
-            agreed = agreement.shared(peer.mask, self._own.mask_key)
+            agreed = key_agreement.shared(peer.mask, self._own.mask_key)
             sign = -1 if own < name else 1
-            masks.append((agreement.mask_key(agreed, self._t, own, name), sign))
-        seed = shamir.combine(shares, graph.threshold(len(self._near) + 1))
-        masks.append((agreement.self_mask_key(seed, self._t), -1))
+            masks.append((key_agreement.mask_key(agreed, self._t, own, name), sign))
+        seed = shamir.combine(shares, neighbour_graph.threshold(len(self._near) + 1))
+        masks.append((key_agreement.self_mask_key(seed, self._t), -1))
         record = replies[messages.MASKED][protocol.ARRAYS][messages.VECTOR]
         vector = np.frombuffer(record.data, "<u4").copy()
         masking.add_masks(vector, masks)
@@ -191,8 +191,8 @@ class Peers:
             raise RuntimeError("vector: must be opened by what the peers hold, got another")
 
     def _box_key(self, peer: Site, src: str, dst: str) -> bytes:
-        shared = agreement.shared(peer.box, self._own.box_key)
-        return agreement.box_key(shared, self._t, src, dst)
+        shared = key_agreement.shared(peer.box, self._own.box_key)
+        return key_agreement.box_key(shared, self._t, src, dst)
 
 
 def shares_of(
@@ -204,7 +204,9 @@ def shares_of(
     for owner, site in sites.items():
         holders = sorted([owner, *group.neighbours[owner]])
         secret = site.mask.private_bytes() if owner in lost else site.seed
-        split = shamir.split(secret, graph.threshold(len(holders)), [at[h] for h in holders])
+        split = shamir.split(
+            secret, neighbour_graph.threshold(len(holders)), [at[h] for h in holders]
+        )
         for holder in holders:
             held[holder][owner] = split[at[holder]]
     return held
@@ -227,11 +229,11 @@ def upload_of(
 ) -> RecordDict:
     """A masked vector; masks between two sites that both upload cancel in the sum, so they are left out."""
     site, vector = sites[name], plain.copy()
-    masks = [(agreement.self_mask_key(site.seed, group.t), 1)]
+    masks = [(key_agreement.self_mask_key(site.seed, group.t), 1)]
     for peer in group.neighbours[name]:
         if peer in lost:
-            agreed = agreement.shared(site.mask, sites[peer].mask.public)
-            key = agreement.mask_key(agreed, group.t, name, peer)
+            agreed = key_agreement.shared(site.mask, sites[peer].mask.public)
+            key = key_agreement.mask_key(agreed, group.t, name, peer)
             masks.append((key, 1 if name < peer else -1))
     masking.add_masks(vector, masks)
     checksum = masking.checksum(vector).to_bytes(8, "big")

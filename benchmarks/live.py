@@ -16,7 +16,11 @@ from typing import Any
 from fedge.shared.daemon import home as homes
 from fedge.shared.failpoints import VARIABLE
 
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
 #: How much slower than an idle one a machine may be before a wait is given up. No goal: those are held on an idle one.
 PATIENCE = 4
 

@@ -33,18 +33,18 @@ from fedge.server.compile import qualify
 from fedge.server.compile.build import Builder, Built, artefact
 from fedge.server.compile.stand_in import stand_in, statistics_options
 from fedge.server.trained import Trained
-from fedge.shared import config_file
-from fedge.shared.bundle import open_bundle, write_bundle
+from fedge.shared.bundle.bundle import open_bundle, write_bundle
+from fedge.shared.bundle.manifest import Parity
+from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS, Qualification
 from fedge.shared.compile import calibration
 from fedge.shared.compile.calibration import Calibration
-from fedge.shared.compile.export import export_onnx, opset_of
+from fedge.shared.compile.onnx_export import export_onnx, opset_of
 from fedge.shared.compile.parity import parity
 from fedge.shared.compile.targets import Target
-from fedge.shared.config import Config
+from fedge.shared.config import reader
+from fedge.shared.config.federation import Config
+from fedge.shared.crypto.dsse import load_private, load_public, new_key, public_path
 from fedge.shared.errors import FedgeError
-from fedge.shared.manifest import Parity
-from fedge.shared.manifest_artefacts import ONNX_KINDS, Qualification
-from fedge.shared.signing import load_private, load_public, new_key, public_path
 from fedge.simulations.engine import simulate
 
 HERE = Path(__file__).resolve().parent
@@ -163,7 +163,7 @@ def configuration(name: str, arguments: argparse.Namespace) -> Config:
         tree.append(f'data.path="{(arguments.data / TASKS[name]).absolute()}"')
     if arguments.rounds:
         tree.append(f"run.rounds={arguments.rounds}")
-    return config_file.load(EXAMPLES / f"{name}.toml", tree)
+    return reader.load(EXAMPLES / f"{name}.toml", tree)
 
 
 def graph_rows(

@@ -28,7 +28,7 @@ import published_heart_dp
 import published_mnist_dp
 from published_pooled import POOLED, central
 
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import FedgeError
 from fedge.simulations.engine import simulate
 

@@ -43,7 +43,7 @@ from published_heart_rows import (
 )
 from published_private import Run, run, versions
 
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 
 TABLE: Final = "fed-heart-dp"
 SOURCE: Final = "FLamby, NeurIPS 2022, https://arxiv.org/abs/2210.04620"

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedge.server.progress import Silent
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import DataError
-from fedge.shared.preprocess import Reshape
-from fedge.shared.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Reshape
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.registry import GROUP
 from fedge.shared.tasks.task import Table, Task

@@ -15,10 +15,10 @@ from fedge.client.batches import batches, steps_of_epoch
 from fedge.client.data import SiteData, site_shares
 from fedge.client.learner import counters
 from fedge.client.train import Examples, train
-from fedge.shared import preprocess
-from fedge.shared.config import Config
-from fedge.shared.config_sections import TrainSection
-from fedge.shared.preprocess import Standardise
+from fedge.shared.config.federation import Config
+from fedge.shared.config.sections import TrainSection
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import Standardise
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 
@@ -38,9 +38,9 @@ def central(config: Config) -> list[float]:
         {"optimizer": "adam", "learning-rate": 0.001, "batch-size": 4, "local-epochs": 50}
     )
     parts = {
-        s: preprocess.statistics(task.preprocessing, d.train_features) for s, d in shares.items()
+        s: preprocessing.statistics(task.preprocessing, d.train_features) for s, d in shares.items()
     }
-    together = preprocess.pooled(list(parts.values())).standardise()
+    together = preprocessing.pooled(list(parts.values())).standardise()
     fit = _examples(
         task,
         together,
@@ -69,5 +69,7 @@ def central(config: Config) -> list[float]:
 
 
 def _examples(task: Task, standardise: Standardise, features: Any, labels: Any) -> Examples:
-    steps = preprocess.fitted(task.preprocessing, standardise)
-    return Examples(torch.from_numpy(preprocess.apply(steps, features)), torch.from_numpy(labels))
+    steps = preprocessing.fitted(task.preprocessing, standardise)
+    return Examples(
+        torch.from_numpy(preprocessing.apply(steps, features)), torch.from_numpy(labels)
+    )

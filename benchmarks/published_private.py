@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fedge.server.progress import Listener
-from fedge.shared.config import Config
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.charges import Entry
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.config.federation import Config
+from fedge.shared.privacy.accounting import epsilon as accounting
+from fedge.shared.privacy.accounting.charges import Entry
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.simulations.engine import simulate
 
 

@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fedge_secagg
 import flower_secagg
 
-from fedge.shared.keystream import KEY_BYTES
-from fedge.shared.secagg import cores, masking
+from fedge.shared.crypto.keystream import KEY_BYTES
+from fedge.shared.secagg import masking, parallel
 
 RESULTS = Path(__file__).resolve().parent / "results" / "secure_aggregation.json"
 UPLOAD_GOAL: Final = 0.51
@@ -105,11 +105,11 @@ def compare(setting: Setting, rounds: int | None = None) -> list[dict[str, Any]]
 
 def _in_one_thread(once: Callable[..., Any]) -> Callable[..., Any]:
     def alone(*size: int, seed: int) -> Any:
-        before = cores.use_threads(1)
+        before = parallel.use_threads(1)
         try:
             return once(*size, seed=seed)
         finally:
-            cores.use_threads(before)
+            parallel.use_threads(before)
 
     return alone
 
@@ -156,13 +156,13 @@ def mask_speed(d: int, masks: int = MASKS, rounds: int = 9) -> dict[str, float]:
         "one": (1, lambda: masking.add_masks(vector, keys[:1])),
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    before = cores.use_threads(1)
+    before = parallel.use_threads(1)
     for _ in range(rounds):
         for name, (_, call) in work.items():
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
-    cores.use_threads(before)
+    parallel.use_threads(before)
     return {
         name: count * vector.nbytes / statistics.median(seconds[name]) / GIGA
         for name, (count, _) in work.items()
@@ -235,7 +235,7 @@ def machine(elsewhere: Elsewhere) -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "threads": cores.threads(),
+        "threads": parallel.threads(),
         "load": list(os.getloadavg()),
         "cores_busy_elsewhere": elsewhere.cores,
         "python": platform.python_version(),

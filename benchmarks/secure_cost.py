@@ -26,7 +26,7 @@ import fedge_secagg
 import loglog
 import secure_aggregation
 
-from fedge.shared.secagg import graph
+from fedge.shared.secagg import neighbour_graph
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "secure_cost.json"
@@ -61,7 +61,7 @@ def measure(
             rows.append(
                 {
                     "n": n,
-                    "degree": graph.degree_of(n),
+                    "degree": neighbour_graph.degree_of(n),
                     "d": d,
                     "client_seconds": _median(clients),
                     "server_seconds": _median(servers),

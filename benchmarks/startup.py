@@ -45,7 +45,7 @@ WITHIN = 600.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PR_SET_CHILD_SUBREAPER = 36
 _EDGE = "import sys; from fedge.edge.cli import main; sys.exit(main())"
-_FEDGE = "import sys; from fedge.shared.cli import main; sys.exit(main())"
+_FEDGE = "import sys; from fedge.shared.cli.main import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import SiteError
+from fedge.shared.files import write_atomically
 
 ANSWERED = 423
 #: Purposes of which a run has one sum: of two, over other sites each, the difference tells of one site.

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedge.client import policy
+from fedge.shared.config.privacy import Unit
 from fedge.shared.errors import FedgeError
-from fedge.shared.privacy.charges import Entry
-from fedge.shared.privacy.ledger import FILE, Ledger
-from fedge.shared.privacy.ledger_file import MARKER_SUFFIX
-from fedge.shared.privacy.reckoning import of_entries
-from fedge.shared.privacy.section import Unit
+from fedge.shared.privacy.accounting.adversaries import of_entries
+from fedge.shared.privacy.accounting.charges import Entry
+from fedge.shared.privacy.ledger.files import MARKER_SUFFIX
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 _UNITS: Final = ("example", "site")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedge.client import requests
-from fedge.shared.durable import write_atomically
+from fedge.shared.files import write_atomically
 
 
 def require_same(home: Path, run_id: str, job: bytes) -> None:

@@ -27,12 +27,12 @@ from fedge.client.learner import CHUNK, Learner
 from fedge.client.requests import Terms
 from fedge.client.train import Examples
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
 from fedge.shared.compile import candidates, ranges
+from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import FedgeError, SiteError
-from fedge.shared.privacy.noised_counts import EXAMPLES, LOSS
-from fedge.shared.privacy.section import PrivacySection
-from fedge.shared.secagg import job
+from fedge.shared.privacy.mechanisms.noised_counts import EXAMPLES, LOSS
+from fedge.shared.secagg import request_digest
+from fedge.shared.wire.tensors import NDArrays
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -96,7 +96,7 @@ class SiteCalibration:
         calibrated.require_same(
             self._learner.home,
             asked.terms.address.run_id,
-            job.of(protocol.CALIBRATE, asked.request),
+            request_digest.of(protocol.CALIBRATE, asked.request),
         )
         rows = calibration_ranges.rows(
             len(fit.y),
@@ -264,7 +264,7 @@ class SiteCalibration:
 
     def _once(self, kind: str, asked: Asked, compute: Callable[[], _T]) -> _T:
         """What a request asks for, computed once: another attempt at a masked sum asks for the same."""
-        key = job.of(kind, asked.request)
+        key = request_digest.of(kind, asked.request)
         if self._last is None or self._last[0] != key:
             self._last = (key, compute())
         found: _T = self._last[1]

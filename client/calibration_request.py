@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from fedge.client import graph_runs, requests
 from fedge.client.requests import Terms
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
 from fedge.shared.compile.candidates import CANDIDATES, Ranges
 from fedge.shared.compile.ranges import EDGES
-from fedge.shared.config_sections import CalibrationSection
+from fedge.shared.config.sections import CalibrationSection
 from fedge.shared.errors import SiteError
 from fedge.shared.secagg import messages
+from fedge.shared.wire.tensors import NDArrays
 
 _REFUSED: Final = 414
 _RECORDS: Final = frozenset((protocol.CONFIG, protocol.ARRAYS, messages.SECURE))

@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Statistics
-from fedge.shared.privacy import distributed
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.secagg import encoding, layout, limbs
-from fedge.shared.secagg.agreement import framed
-from fedge.shared.secagg.layout import Bounds, Layout
-from fedge.shared.tasks.columns import Bound
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.privacy.mechanisms import distributed
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.secagg import exact_counters, fixed_point, vector_layout
+from fedge.shared.secagg.key_agreement import framed
+from fedge.shared.secagg.vector_layout import Bounds, Layout
+from fedge.shared.tasks.standardised_columns import Bound
+from fedge.shared.wire.tensors import NDArrays
 
 
 @dataclass(frozen=True)
 class SiteNoise:
-    """One site's part of the noise in a sum (``fedge.shared.privacy.distributed``).
+    """One site's part of the noise in a sum (``fedge.shared.privacy.mechanisms.distributed``).
 
     Attributes:
         clipping_bound: L2 norm of the update.
@@ -94,7 +94,7 @@ class Contribution:
             # New noise for each attempt: of two vectors with the same, the difference would be without.
             vector[: self.layout.values] = self.noise.encode(self.values, sites)
         elif self.layout.segments:
-            encoded = encoding.encode(
+            encoded = fixed_point.encode(
                 self.values,
                 self.weight,
                 self.layout.segments,
@@ -107,9 +107,9 @@ class Contribution:
         return vector
 
     def _limbs(self, saturated: int) -> NDArray[np.uint32]:
-        told = any(c.name == layout.SATURATED for c in self.layout.counters)
-        own = {layout.SATURATED: saturated} if told else {}
-        return limbs.encode_counters({**self.counters, **own}, self.layout.counters)
+        told = any(c.name == vector_layout.SATURATED for c in self.layout.counters)
+        own = {vector_layout.SATURATED: saturated} if told else {}
+        return exact_counters.encode_counters({**self.counters, **own}, self.layout.counters)
 
 
 def training(
@@ -140,11 +140,11 @@ def training(
         num_examples, loss = bounds.weight_cap, 0.0
     capped = min(num_examples, bounds.weight_cap)
     counters: dict[str, float] = {
-        layout.SITES: 1,
-        layout.EXAMPLES: capped,
-        layout.LOSS: capped * loss,
-        layout.CLIPPED: 0,
-        layout.CAPPED: int(num_examples > bounds.weight_cap),
+        vector_layout.SITES: 1,
+        vector_layout.EXAMPLES: capped,
+        vector_layout.LOSS: capped * loss,
+        vector_layout.CLIPPED: 0,
+        vector_layout.CAPPED: int(num_examples > bounds.weight_cap),
     }
     if trained is None:
         return Contribution(of, np.zeros(of.values, np.float32), 0.0, counters)
@@ -162,7 +162,7 @@ def training(
         raise SiteError(401, "update: must be finite, got NaN or infinity")
     if norm > bounds.clipping_bound:
         update *= bounds.clipping_bound / norm
-        counters[layout.CLIPPED] = 1
+        counters[vector_layout.CLIPPED] = 1
     return Contribution(of, flat, capped / bounds.weight_cap, counters)
 
 
@@ -188,19 +188,19 @@ def noised(
         if not np.isfinite(norm):
             raise SiteError(401, "update: must be finite, got NaN or infinity")
         update *= min(1.0, noise.clipping_bound / max(norm, 1e-300))
-    return Contribution(of, update, 1.0, {layout.SITES: 1}, noise)
+    return Contribution(of, update, 1.0, {vector_layout.SITES: 1}, noise)
 
 
 def evaluation(of: Layout, counters: Mapping[str, float]) -> Contribution:
     """The contribution of an evaluation: the task's counters over the site's test examples, with noise or without."""
-    return _counted(of, layout.task_counters(counters))
+    return _counted(of, vector_layout.task_counters(counters))
 
 
 def statistics(of: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> Contribution:
     """The contribution of the sums over standardised columns, in units of each column's bound; None counts nothing."""
     counters: dict[str, float] = {c.name: 0 for c in of.counters}
     if found is not None:
-        counters[layout.EXAMPLES] = found.count
+        counters[vector_layout.EXAMPLES] = found.count
         sums = zip(bounds, found.total, found.total_of_squares, strict=True)
         for column, (bound, total, squares) in enumerate(sums):
             counters[f"{protocol.FEATURE_TOTAL}-{column}"] = total / bound.unit
@@ -226,4 +226,4 @@ def _require_tensors(of: Layout, trained: NDArrays) -> None:
 
 
 def _counted(of: Layout, counters: Mapping[str, float]) -> Contribution:
-    return Contribution(of, np.zeros(0, np.float32), 1.0, {**counters, layout.SITES: 1})
+    return Contribution(of, np.zeros(0, np.float32), 1.0, {**counters, vector_layout.SITES: 1})

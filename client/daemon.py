@@ -28,7 +28,7 @@ from fedge.shared.daemon import launcher, sockets
 from fedge.shared.daemon.process import Preloaded, Program, preload, script
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import SiteError
-from fedge.shared.flower_private import CLIENT_APP, before_bundle
+from fedge.shared.flower.patches import CLIENT_APP, before_bundle
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedge.client import partition
 from fedge.client.draws import generator
 from fedge.client.site_file import OwnData
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import DataError, FedgeError, brief
 from fedge.shared.protocol import SITE_NAME
 from fedge.shared.tasks.task import Table, Task

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import ConfigError, SiteError
 
 CPU: Final = torch.device("cpu")

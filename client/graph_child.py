@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.daemon.process import die_with_parent
 from fedge.shared.failpoints import reach
-from fedge.shared.onnx_session import load_onnxruntime
 
 #: Before each frame: the length of its header, in JSON; the header tells what follows.
 HEADER: Final = struct.Struct(">I")

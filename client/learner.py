@@ -18,12 +18,13 @@ from fedge.client.draws import seed_of
 from fedge.client.requests import Terms, Training
 from fedge.client.state import ControlStore
 from fedge.client.train import Examples, train
-from fedge.shared import preprocess, protocol
-from fedge.shared.arrays import NDArrays, Spec, specs
-from fedge.shared.durable import write_atomically
+from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Standardise
+from fedge.shared.files import write_atomically
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import Standardise
 from fedge.shared.tasks.task import Counters, Task
+from fedge.shared.wire.tensors import NDArrays, Spec, specs
 
 
 class Learner:
@@ -54,8 +55,8 @@ class Learner:
         self.trained = [name for name, _ in self.network.named_parameters()]
         self.network.to(device)
         self.statistics = (
-            preprocess.statistics(task.preprocessing, data.train_features)
-            if preprocess.learns(task.preprocessing)
+            preprocessing.statistics(task.preprocessing, data.train_features)
+            if preprocessing.learns(task.preprocessing)
             else None
         )
         self._prepared: tuple[Standardise | None, Examples, Examples] | None = None
@@ -110,9 +111,9 @@ class Learner:
                 self._write_statistics(standardise)
             steps = self.task.preprocessing
             if standardise is not None:
-                steps = preprocess.fitted(steps, standardise)
+                steps = preprocessing.fitted(steps, standardise)
             both = [
-                Examples(self._tensor(preprocess.apply(steps, features)), self._tensor(labels))
+                Examples(self._tensor(preprocessing.apply(steps, features)), self._tensor(labels))
                 for features, labels in (
                     (self.data.train_features, self.data.train_labels),
                     (self.data.test_features, self.data.test_labels),

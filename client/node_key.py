@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from fedge.shared.durable import flush_folder, read_bounded, reason, write_atomically
 from fedge.shared.errors import DeployError
+from fedge.shared.files import flush_folder, read_bounded, reason, write_atomically
 
 PRIVATE_NAME: Final = "site.key"
 PUBLIC_NAME: Final = "site.pub"

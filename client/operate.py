@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedge.client import node_key, own_roster, site_file
-from fedge.shared import flower_app, signing, toml_file
+from fedge.shared.config import home_files
+from fedge.shared.crypto import dsse
 from fedge.shared.daemon import home as homes
-from fedge.shared.durable import read_bounded, reason, write_atomically
 from fedge.shared.errors import BundleError, DeployError, FedgeError
-from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
+from fedge.shared.files import read_bounded, reason, write_atomically
+from fedge.shared.flower import app_bundle
+from fedge.shared.roster.roster import LARGEST_FILE, Roster, open_roster
 from fedge.shared.tasks.registry import get_task, require_task
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def init(
         raise DeployError(903, f"{home}: must be new, got a site's home")
     homes.split_address(server)
     tree = {"site": {"name": name, "task": task}, "server": {"address": server}}
-    toml_file.check(tree, site_file.SiteFile, site_file.FILE)
+    home_files.check(tree, site_file.SiteFile, site_file.FILE)
     _require_usable(home, ca)
     if bundle is None:
         # Torch is imported only for a task that is there.
@@ -102,7 +104,7 @@ def init(
         shutil.copyfile(ca, home / "ca.crt")
     except OSError as error:
         raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
-    bundle = bundle or flower_app.sha256()
+    bundle = bundle or app_bundle.sha256()
     _keys(home)
     if vouched is not None:
         write_atomically(home / own_roster.TRUST, vouched.key)
@@ -150,13 +152,13 @@ def _keys(home: Path) -> None:
     else:
         node_key.create(home)
     if not (home / own_roster.KEY).exists():
-        signing.new_key(home / own_roster.KEY)
+        dsse.new_key(home / own_roster.KEY)
 
 
 def _made(home: Path, bundle: str, listed: Roster | None) -> str:
     """What lies in a new home, and what is to be done with it, for people."""
     if listed is None:
-        public = signing.public_path(home / own_roster.KEY)
+        public = dsse.public_path(home / own_roster.KEY)
         known = f"signing   {public}  (give it to the consortium: fedge roster add)\n"
     else:
         known = (
@@ -180,7 +182,7 @@ def _vouched(home: Path, name: str, trust: Trust) -> _Vouched:
         ReleaseError: 602.
     """
     try:
-        signed_by = signing.load_public(trust.consortium)
+        signed_by = dsse.load_public(trust.consortium)
         key = read_bounded(trust.consortium, LARGEST_FILE)
         data = read_bounded(trust.roster, LARGEST_FILE)
     except BundleError as error:

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedge.shared import signing
-from fedge.shared.durable import read_bounded, reason, write_atomically
+from fedge.shared.crypto import dsse
 from fedge.shared.errors import BundleError, DeployError, FedgeError, ReleaseError, SiteError
-from fedge.shared.roster import LARGEST_FILE, Roster, open_roster
+from fedge.shared.files import read_bounded, reason, write_atomically
+from fedge.shared.roster.roster import LARGEST_FILE, Roster, open_roster
 
 FILE: Final = "roster.json"
 TRUST: Final = "consortium.pub"
@@ -46,7 +46,7 @@ def read(home: Path) -> Roster:
     """
     path = home / FILE
     try:
-        trusted = signing.load_public(home / TRUST)
+        trusted = dsse.load_public(home / TRUST)
     except BundleError as error:
         raise DeployError(_UNUSABLE, error.message) from None
     try:
@@ -101,7 +101,7 @@ def own_key(home: Path) -> Ed25519PrivateKey:
         ReleaseError: 602, ``signing.key`` cannot be read, holds something else, or is open to other users.
     """
     path = home / KEY
-    private = signing.load_private(path)
+    private = dsse.load_private(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         # Whoever reads it speaks for this site, the relay too.
@@ -128,7 +128,7 @@ def require_own(roster: Roster, site: str, private: Ed25519PrivateKey, today: da
         # The key alone is taken back, not the site: with another one it can come back.
         more = "; make a new key first" if entry is not None and entry.revoked else ""
         raise DeployError(_NOT_OURS, error.message + more) from None
-    found, wanted = signing.key_id(private.public_key()), signing.key_id(listed)
+    found, wanted = dsse.key_id(private.public_key()), dsse.key_id(listed)
     if found != wanted:
         raise DeployError(
             _NOT_OURS,
@@ -154,7 +154,7 @@ def _remember(path: Path, roster: Roster) -> None:
                     f"site used, got {digest[:16]}…",
                 )
             return
-    record = signing.canonical_json({"sha256": digest, "version": roster.version})
+    record = dsse.canonical_json({"sha256": digest, "version": roster.version})
     try:
         write_atomically(path, record)
     except OSError as error:
@@ -164,7 +164,7 @@ def _remember(path: Path, roster: Roster) -> None:
 def _recorded(path: Path) -> tuple[int, str] | None:
     """The version and the SHA-256 that were used last, None where no roster was."""
     try:
-        found: Any = signing.parse_canonical(read_bounded(path, _SEEN_LIMIT), SEEN)
+        found: Any = dsse.parse_canonical(read_bounded(path, _SEEN_LIMIT), SEEN)
     except FileNotFoundError:
         return None
     except OSError as error:

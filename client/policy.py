@@ -16,10 +16,11 @@ from pydantic import Field
 
 from fedge.client import privacy_policy, requests
 from fedge.client.privacy_policy import PrivacyPolicy
-from fedge.shared import protocol, toml_file
+from fedge.shared import protocol
+from fedge.shared.config import home_files
+from fedge.shared.config.section import Section
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.secagg import messages
-from fedge.shared.section import Section
 
 FILE: Final = "policy.toml"
 
@@ -201,7 +202,7 @@ def read(home: Path) -> Policy:
         DeployError: 901, there is none.
         ConfigError: 201 to 204, its content is not allowed.
     """
-    return toml_file.read(home / FILE, Policy)
+    return home_files.read(home / FILE, Policy)
 
 
 class PolicyFile:

@@ -8,8 +8,8 @@ from typing import Final
 
 from fedge.client.policy import FILE, Policy, SecurePolicy, read
 from fedge.client.privacy_policy import PrivacyPolicy
-from fedge.shared import toml_file
-from fedge.shared.durable import write_atomically
+from fedge.shared.config import home_files
+from fedge.shared.files import write_atomically
 
 _TEXT: Final = """\
 # What this site's worker serves. Only the site's owner changes this file; a change takes effect at the next request.
@@ -170,7 +170,7 @@ def write(
         "share-statistics": share_statistics,
         "device": device,
     }
-    toml_file.check({**given, **others}, Policy, FILE)
+    home_files.check({**given, **others}, Policy, FILE)
     made = text(
         **given,
         max_rounds=max_rounds,

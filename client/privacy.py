@@ -13,15 +13,16 @@ from flwr.app import ConfigRecord, RecordDict
 from fedge.client import requests
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.requests import Address
-from fedge.shared import protocol, wire
-from fedge.shared.durable import write_atomically
+from fedge.shared import protocol
+from fedge.shared.config.privacy import Unit
 from fedge.shared.errors import DeployError
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge, Purpose, Spent
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.ledger import FILE, Ledger
-from fedge.shared.privacy.section import Unit
-from fedge.shared.secagg import job
+from fedge.shared.files import write_atomically
+from fedge.shared.privacy.accounting.charges import Budget, Charge, Purpose, Spent
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.secagg import request_digest
+from fedge.shared.wire import frames
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Asked:
         Raises:
             SiteError: 414, a value in it has no canonical text.
         """
-        return cls(kind, address, job.of(kind, request))
+        return cls(kind, address, request_digest.of(kind, request))
 
 
 _PURPOSES: Final[Mapping[str, Purpose]] = {
@@ -191,8 +192,8 @@ class SitePrivacy:
         if digest != asked.digest:
             return None
         try:
-            reply = wire.decode_reply(frame)
-        except wire.WireError:
+            reply = frames.decode_reply(frame)
+        except frames.WireError:
             log.warning("%s: a kept reply is damaged, so it is made anew", asked.kind)
             return None
         return reply if isinstance(reply, RecordDict) else None
@@ -201,5 +202,5 @@ class SitePrivacy:
         path = self._path(asked)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without the frame's length, which the reader of a socket takes off.
-        frame = b"".join(wire.encode_reply(reply))[wire.LENGTH_BYTES :]
+        frame = b"".join(frames.encode_reply(reply))[frames.LENGTH_BYTES :]
         write_atomically(path, asked.digest + frame)

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from fedge.client.requests import section_of
 from fedge.shared import protocol
+from fedge.shared.config.privacy import CENTRAL
+from fedge.shared.config.section import Section
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.section import CENTRAL
 from fedge.shared.secagg import messages
-from fedge.shared.section import Section
 
 _REFUSED: Final = 418
 #: What is asked of the data; later steps of a secure sum go on from one of these.

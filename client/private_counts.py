@@ -14,12 +14,12 @@ from fedge.client.privacy import Asked, SitePrivacy
 from fedge.client.requests import Address
 from fedge.client.secure_answers import is_secure, min_sites_of
 from fedge.shared import protocol
+from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy import noised_counts
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Spent
-from fedge.shared.privacy.noised_counts import NoisedCounts
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.privacy.accounting.charges import Spent
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms import noised_counts
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
 
 #: Name in the ledger of what protects the counters: the same whatever protects the updates.
 MECHANISM: Final = "noised-metrics"

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedge.shared.config_sections import TrainSection
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release, calibrate
+from fedge.shared.config.sections import TrainSection
+from fedge.shared.privacy.accounting import epsilon as accounting
+from fedge.shared.privacy.accounting.epsilon import Release, calibrate
 
 
 @dataclass(frozen=True)

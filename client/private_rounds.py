@@ -12,8 +12,8 @@ from fedge.client.learner import Learner
 from fedge.client.private_work import PrivateWork, Round
 from fedge.client.secure_answers import is_secure
 from fedge.client.secure_work import SecureWork
-from fedge.shared.arrays import NDArrays
-from fedge.shared.privacy.section import CENTRAL
+from fedge.shared.config.privacy import CENTRAL
+from fedge.shared.wire.tensors import NDArrays
 
 
 class PrivateRounds:

@@ -24,11 +24,11 @@ from torch import nn
 
 from fedge.client.private_release import Noise, release_of
 from fedge.client.train import Examples, optimizer
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.gaussian import normal
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.privacy.mechanisms.gaussian import normal
 from fedge.shared.tasks.task import Task
 
 _BITS: Final = 53

@@ -16,15 +16,16 @@ from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import min_sites_of
 from fedge.client.train import Examples
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
+from fedge.shared.config.privacy import CENTRAL, PrivacySection
 from fedge.shared.errors import ConfigError, SiteError
-from fedge.shared.privacy import distributed, fitness, local
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Spent
-from fedge.shared.privacy.run_terms import RunTerms, run_terms
-from fedge.shared.privacy.section import CENTRAL, PrivacySection
+from fedge.shared.privacy.accounting.charges import Spent
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.accounting.run_releases import RunTerms, run_terms
+from fedge.shared.privacy.checks import compatibility
+from fedge.shared.privacy.mechanisms import distributed, local
 from fedge.shared.protocol import MOST_SITES
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class PrivateWork:
         if section in self._fit:
             return
         try:
-            fitness.require_fit(section, self._task)
+            compatibility.require_fit(section, self._task)
         except ConfigError as error:
             raise SiteError(414, error.message) from None
         self._fit.add(section)

@@ -15,9 +15,9 @@ from typing import Protocol
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedge.client.socket_link import SOCKET_VARIABLE, SocketLink, deadline_of_environment
-from fedge.shared import packed
 from fedge.shared.errors import FedgeError
-from fedge.shared.wire import WireError
+from fedge.shared.wire import packed
+from fedge.shared.wire.frames import WireError
 
 log = logging.getLogger(__name__)
 

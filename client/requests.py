@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays, Spec
-from fedge.shared.config_sections import TrainSection
-from fedge.shared.decode import UndecodableError, decode
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Standardise
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.preprocessing.steps import Standardise
+from fedge.shared.wire.npy import UndecodableError, decode
+from fedge.shared.wire.tensors import NDArrays, Spec
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_ROUND = 1_000_000

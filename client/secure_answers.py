@@ -24,10 +24,10 @@ from fedge.client.requests import Address
 from fedge.client.secure_session import DEVIATES, Anchors, PeerError, Session, deviates
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.secagg import job, messages, transcript
-from fedge.shared.secagg.layout import Bounds
+from fedge.shared.secagg import messages, request_digest, transcript
 from fedge.shared.secagg.messages import BEGIN, STEPS
 from fedge.shared.secagg.transcript import Attempt, Purpose
+from fedge.shared.secagg.vector_layout import Bounds
 
 _NO_KEYS: Final = 426
 log = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ class SecureAnswers:
                 raise deviates(
                     "attempt", f"come after {before}, as each has new keys", (server_round, number)
                 )
-        attempt = Attempt(job.of(kind, content), address.run_id, purpose, server_round, number)
+        attempt = Attempt(
+            request_digest.of(kind, content), address.run_id, purpose, server_round, number
+        )
         given = contribution()
         # Whatever was open is over: a server that asks for the next sum has had, or has lost, the one before. What was
         # answered stays: one that died since may ask for it again.
@@ -177,7 +179,7 @@ class SecureAnswers:
         if asked != _identity(opened.session.attempt):
             raise deviates("attempt", "be the one that this site has begun", asked)
         digest = hashlib.sha256(
-            json.dumps(dict(values), sort_keys=True, default=job.no_json).encode()
+            json.dumps(dict(values), sort_keys=True, default=request_digest.no_json).encode()
         ).digest()
         at = STEPS.index(kind) + 1
         if at == opened.step and digest == opened.digest:

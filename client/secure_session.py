@@ -21,10 +21,17 @@ from numpy.typing import NDArray
 
 from fedge.client.contribution import Contribution
 from fedge.shared.errors import SiteError
-from fedge.shared.roster import Roster
-from fedge.shared.secagg import agreement, boxes, graph, masking, shamir, transcript
+from fedge.shared.roster.roster import Roster
+from fedge.shared.secagg import (
+    key_agreement,
+    masking,
+    neighbour_graph,
+    shamir,
+    share_encryption,
+    transcript,
+)
 from fedge.shared.secagg.messages import SHARE_BYTES, Sharer, Signed
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle
+from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
 
 DEVIATES: Final = 422
 TOO_FEW: Final = 424
@@ -104,13 +111,13 @@ class Session:
         self._anchors, self._note = anchors, note
         self._contribution: Contribution | None = contribution
         self._rounding_key, self._min_sites = rounding_key, min_sites
-        self._box, self._mask = agreement.Pair.generate(), agreement.Pair.generate()
+        self._box, self._mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
         self._seed = bytearray(os.urandom(32))
         self.bundle = transcript.new_bundle(
             attempt, anchors.site, self._box.public, self._mask.public, anchors.private
         )
         self._t = b""
-        self._bundles: dict[str, Bundle] = {}
+        self._bundles: dict[str, KeyAdvertisement] = {}
         self._keys: dict[str, Ed25519PublicKey] = {}
         self._neighbours: tuple[str, ...] = ()
         self._agreed: dict[str, tuple[bytes, bytes]] = {}
@@ -125,7 +132,7 @@ class Session:
         """The site's name."""
         return self._anchors.site
 
-    def share(self, bundles: Sequence[Bundle]) -> Shared:
+    def share(self, bundles: Sequence[KeyAdvertisement]) -> Shared:
         """Exchange 1: share both secrets among the neighbours.
 
         Args:
@@ -153,19 +160,19 @@ class Session:
                 )
         self._bundles, self._keys = dict(zip(names, bundles, strict=True)), keys
         self._t = transcript.transcript(self.attempt, bundles)
-        self._threshold = graph.threshold(len(bundles))
+        self._threshold = neighbour_graph.threshold(len(bundles))
         at = names.index(own)
-        holders = sorted((*graph.neighbours(self._t, len(bundles))[at], at))
+        holders = sorted((*neighbour_graph.neighbours(self._t, len(bundles))[at], at))
         self._neighbours = tuple(names[i] for i in holders if i != at)
         for peer in self._neighbours:
             self._agree(self._bundles[peer])
-        least = graph.threshold(len(holders))
+        least = neighbour_graph.threshold(len(holders))
         xs = [i + 1 for i in holders]
         of_seed = shamir.split(bytes(self._seed), least, xs)
         of_mask = shamir.split(self._mask.private_bytes(), least, xs)
         self._held = {own: (of_seed[at + 1], of_mask[at + 1])}
         sealed = [
-            boxes.seal(
+            share_encryption.seal(
                 self._box_key(own, names[i]),
                 of_seed[i + 1] + of_mask[i + 1],
                 self._t,
@@ -197,10 +204,10 @@ class Session:
             raise deviates("exchange", "be taken once", "a second")
         vector = self._contribution.encode(len(names), self._rounding_key)
         self._contribution = None
-        masks = [(agreement.self_mask_key(bytes(self._seed), self._t), 1)]
+        masks = [(key_agreement.self_mask_key(bytes(self._seed), self._t), 1)]
         for peer in self._neighbours:
             if peer in self._sharers:
-                key = agreement.mask_key(self._agreed[peer][1], self._t, self.site, peer)
+                key = key_agreement.mask_key(self._agreed[peer][1], self._t, self.site, peer)
                 masks.append((key, 1 if self.site < peer else -1))
         masking.add_masks(vector, masks)
         checksum = masking.checksum(vector)
@@ -253,7 +260,7 @@ class Session:
         self._seed[:] = bytes(len(self._seed))
         self._held, self._agreed = {}, {}
         self._contribution = None
-        self._box = self._mask = agreement.Pair.generate()
+        self._box = self._mask = key_agreement.Pair.generate()
 
     def _take(self, sharer: Sharer) -> None:
         if sharer.site == self.site:
@@ -272,23 +279,23 @@ class Session:
         if sharer.site in self._neighbours:
             key = self._box_key(sharer.site, self.site)
             try:
-                plain = boxes.open_box(key, sharer.box, self._t, sharer.site, self.site)
+                plain = share_encryption.open_box(key, sharer.box, self._t, sharer.site, self.site)
             except SiteError as error:
                 raise PeerError(error.code, sharer.site, error.message) from None
             self._held[sharer.site] = plain[:SHARE_BYTES], plain[SHARE_BYTES:]
 
-    def _agree(self, bundle: Bundle) -> None:
+    def _agree(self, bundle: KeyAdvertisement) -> None:
         try:
             self._agreed[bundle.site] = (
-                agreement.shared(self._box, bundle.box_key),
-                agreement.shared(self._mask, bundle.mask_key),
+                key_agreement.shared(self._box, bundle.box_key),
+                key_agreement.shared(self._mask, bundle.mask_key),
             )
         except ValueError as error:
             raise PeerError(DEVIATES, bundle.site, str(error)) from None
 
     def _box_key(self, src: str, dst: str) -> bytes:
         peer = dst if src == self.site else src
-        return agreement.box_key(self._agreed[peer][0], self._t, src, dst)
+        return key_agreement.box_key(self._agreed[peer][0], self._t, src, dst)
 
     def _require_enough(self, count: int) -> None:
         least = max(self._threshold, self._anchors.min_sites(), self._min_sites, FEWEST_SITES)

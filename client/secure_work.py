@@ -15,13 +15,13 @@ from fedge.client.requests import Address, Terms, Training
 from fedge.client.secure_answers import SecureAnswers
 from fedge.client.secure_session import Anchors
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Statistics
-from fedge.shared.secagg import job as jobs
-from fedge.shared.secagg import layout, messages
-from fedge.shared.tasks.columns import column_bounds
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.secagg import messages, vector_layout
+from fedge.shared.secagg import request_digest as jobs
+from fedge.shared.tasks.standardised_columns import column_bounds
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
 
 _REFUSED: Final = 418
 #: Folder of a site's home that says which rounds were answered.
@@ -90,7 +90,9 @@ class SecureWork:
             known = self._trained
             if known is not None and known[:2] == (job, what.accepted_round):
                 return known[2]
-            of = layout.of_training(self._shapes, self._parameters, bounds, control=what.control)
+            of = vector_layout.of_training(
+                self._shapes, self._parameters, bounds, control=what.control
+            )
             trained, loss = fit() if fit else (None, 0.0)
             made = contribution.training(
                 of, bounds, received, trained, num_examples, loss, private=private
@@ -122,7 +124,7 @@ class SecureWork:
         Raises:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
-        of = layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
+        of = vector_layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
         job = jobs.of(protocol.TRAIN, request)
         least = secure_answers.min_sites_of(request)
 
@@ -164,7 +166,7 @@ class SecureWork:
         Raises:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
-        of = layout.of_evaluation(tuple(names), noised=noised)
+        of = vector_layout.of_evaluation(tuple(names), noised=noised)
 
         def contribute() -> Contribution:
             found = count()
@@ -177,7 +179,7 @@ class SecureWork:
     ) -> ConfigRecord:
         """Begin the sum over standardised columns."""
         bounds = column_bounds(self._task)
-        of = layout.of_statistics(len(bounds))
+        of = vector_layout.of_statistics(len(bounds))
         return self.require().begin(
             messages.STATISTICS,
             request,

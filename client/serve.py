@@ -30,7 +30,7 @@ from fedge.client.secure_session import Anchors
 from fedge.client.service import ROUND, RUN, Service
 from fedge.client.site_file import SiteFile
 from fedge.client.worker import SiteWorker
-from fedge.shared.command_line import guarded
+from fedge.shared.cli.command import guarded
 from fedge.shared.daemon import sockets
 from fedge.shared.daemon.process import die_with_parent
 from fedge.shared.errors import ConfigError, DeployError, SiteError

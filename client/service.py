@@ -28,9 +28,10 @@ from fedge.client import policy
 from fedge.client.policy import Policy, PolicyFile
 from fedge.client.socket_link import PERMIT, STATUS
 from fedge.client.worker import EVALUATIONS, TASK_FAILED, SiteWorker
-from fedge.shared import protocol, wire
+from fedge.shared import protocol
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.secagg import messages
+from fedge.shared.wire import frames
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Service:
         try:
             with connection:
                 parts, code = self._reply(connection)
-                wire.send(connection, parts, time.monotonic() + WRITE_WITHIN)
+                frames.send(connection, parts, time.monotonic() + WRITE_WITHIN)
                 _linger(connection)
         except (_NobodyWaitsError, OSError, EOFError) as error:
             log.info("a connection ended early: %s", error)
@@ -140,11 +141,11 @@ class Service:
     def _reply(self, connection: socket.socket) -> tuple[list[bytes], int]:
         """A reply's frame and, where it is an error, its number."""
         try:
-            body = wire.receive(connection, self._limit(), time.monotonic() + READ_WITHIN)
-            request = wire.decode_request(body)
+            body = frames.receive(connection, self._limit(), time.monotonic() + READ_WITHIN)
+            request = frames.decode_request(body)
             return self._answer(request, body, connection), 0
-        except wire.WireError as error:
-            code = _REFUSED if isinstance(error, wire.TooLargeError) else _MALFORMED
+        except frames.WireError as error:
+            code = _REFUSED if isinstance(error, frames.TooLargeError) else _MALFORMED
             log.error("FE-%d %s", code, error)
         except FedgeError as error:
             code = error.code
@@ -154,7 +155,7 @@ class Service:
         except Exception as error:
             code = devices.number_of(error) or TASK_FAILED
             log.exception("FE-%d the request failed", code)
-        return wire.encode_reply(code), code
+        return frames.encode_reply(code), code
 
     def _limit(self) -> int:
         try:
@@ -163,20 +164,20 @@ class Service:
             return _NO_POLICY_LIMIT
 
     def _answer(
-        self, request: wire.Request, body: bytearray, connection: socket.socket
+        self, request: frames.Request, body: bytearray, connection: socket.socket
     ) -> list[bytes]:
         if request.kind == STATUS:
-            return wire.encode_reply(RecordDict({"status": self._status()}))
+            return frames.encode_reply(RecordDict({"status": self._status()}))
         allowed = self._policies.current()
         if request.kind == PERMIT:
             policy.approve(allowed, request.bundle)
-            return wire.encode_reply(RecordDict())
+            return frames.encode_reply(RecordDict())
         run, server_round = _address(request.content)
         RUN.set(run)
         ROUND.set(server_round)
         policy.allow(allowed, request.kind, request.content, request.bundle)
         if request.kind == protocol.PROBE:
-            return wire.encode_reply(self._worker.answer(request.kind, request.content))
+            return frames.encode_reply(self._worker.answer(request.kind, request.content))
         digest = hashlib.sha256(body).digest()
         with self._in_turn(connection):
             if _machine(self._policies.current()) != self._machine:
@@ -186,7 +187,7 @@ class Service:
                 return self._work(request, run, server_round, digest)
 
     def _work(
-        self, request: wire.Request, run: str, server_round: int, digest: bytes
+        self, request: frames.Request, run: str, server_round: int, digest: bytes
     ) -> list[bytes]:
         kept = self._kept.get(request.kind)
         if kept and (kept.run, kept.server_round, kept.digest) == (run, server_round, digest):
@@ -194,7 +195,7 @@ class Service:
             return kept.reply
         self._last = _Last(request.kind, run, server_round, time.monotonic())
         started = time.monotonic()
-        reply = wire.encode_reply(self._worker.answer(request.kind, request.content))
+        reply = frames.encode_reply(self._worker.answer(request.kind, request.content))
         log.info("%s: answered in %.2f s", request.kind, time.monotonic() - started)
         if request.kind in _KEPT:
             self._kept[request.kind] = _Kept(run, server_round, digest, reply)

@@ -13,8 +13,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedge.client.data import SiteData
-from fedge.shared.durable import open_regular, read_exactly, reason, write_atomically
 from fedge.shared.errors import DataError
+from fedge.shared.files import open_regular, read_exactly, reason, write_atomically
 
 _TYPES: Final[dict[str, np.dtype[Any]]] = {
     "features": np.dtype(np.float32),

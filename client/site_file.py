@@ -11,9 +11,9 @@ from typing import Any, Final
 import tomli_w
 from pydantic import Field, model_validator
 
-from fedge.shared import toml_file
-from fedge.shared.durable import write_atomically
-from fedge.shared.section import FilePath, Section, SiteName
+from fedge.shared.config import home_files
+from fedge.shared.config.section import FilePath, Section, SiteName
+from fedge.shared.files import write_atomically
 
 FILE: Final = "site.toml"
 
@@ -97,7 +97,7 @@ def load(home: Path) -> SiteFile:
         DeployError: 901, there is none.
         ConfigError: 201 to 204, its content is not allowed.
     """
-    found = toml_file.read(home / FILE, SiteFile)
+    found = home_files.read(home / FILE, SiteFile)
     base = home.absolute()
 
     def absolute(path: Path | None) -> Path | None:
@@ -147,7 +147,7 @@ def write(
         "data": _dump(data or OwnData()),
         "worker": _dump(worker or WorkerPart()),
     }
-    toml_file.check(tree, SiteFile, FILE)
+    home_files.check(tree, SiteFile, FILE)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(home / FILE, tomli_w.dumps(tree).encode())
     return load(home)

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedge.shared import wire
 from fedge.shared.daemon import sockets
 from fedge.shared.error_catalogue import CATALOGUE
 from fedge.shared.errors import SiteError
+from fedge.shared.wire import frames
 
 #: Environment of the relay's process: where the worker listens, seconds to wait for a reply, and the
 #: SHA-256 of the Flower bundle that the launcher found before any of its code ran.
@@ -67,7 +67,7 @@ class SocketLink:
             SiteError: the worker's refusal, by its number; 413, it died three times over the request; 420, it
                 does not answer in time.
         """
-        return self._ask(wire.Request(kind, content, self._bundle), self.deadline)
+        return self._ask(frames.Request(kind, content, self._bundle), self.deadline)
 
     def permit(self, bundle: str) -> None:
         """Ask whether the site approved a Flower bundle; to be called before any of its code runs.
@@ -78,7 +78,7 @@ class SocketLink:
         Raises:
             SiteError: 419, it did not; 413 or 420, the worker does not answer.
         """
-        self._ask(wire.Request(PERMIT, RecordDict(), bundle), self.deadline)
+        self._ask(frames.Request(PERMIT, RecordDict(), bundle), self.deadline)
 
     def status(self) -> dict[str, Any]:
         """What the worker is and does, asked once with a short deadline.
@@ -91,17 +91,19 @@ class SocketLink:
         Raises:
             SiteError: 420, it does not answer.
         """
-        reply = self._ask(wire.Request(STATUS, RecordDict()), min(self.deadline, _SHORT), once=True)
+        reply = self._ask(
+            frames.Request(STATUS, RecordDict()), min(self.deadline, _SHORT), once=True
+        )
         found = reply.get("status")
         if not isinstance(found, ConfigRecord):
             raise SiteError(_SILENT, f"{self.path}: must answer with a status, got another record")
         return dict(found)
 
-    def _ask(self, request: wire.Request, deadline: float, *, once: bool = False) -> RecordDict:
+    def _ask(self, request: frames.Request, deadline: float, *, once: bool = False) -> RecordDict:
         until = time.monotonic() + deadline
         try:
-            parts = wire.encode_request(request)
-        except wire.WireError as error:
+            parts = frames.encode_request(request)
+        except frames.WireError as error:
             raise SiteError(414, f"{request.kind}: {error}") from None
         deaths = 0
         while True:
@@ -121,11 +123,11 @@ class SocketLink:
                         f"{request.kind}: must be answered, got none: the worker died three times over this request",
                     ) from None
                 time.sleep(_PAUSE)
-            except (OSError, wire.WireError) as error:
+            except (OSError, frames.WireError) as error:
                 raise self._silent(str(error)) from None
         try:
-            reply = wire.decode_reply(body)
-        except wire.WireError as error:
+            reply = frames.decode_reply(body)
+        except frames.WireError as error:
             raise self._silent(str(error)) from None
         if isinstance(reply, int):
             code = reply if reply in CATALOGUE else _FAILED
@@ -135,12 +137,12 @@ class SocketLink:
     def _once(self, parts: list[bytes], until: float) -> bytearray:
         with sockets.connect(self.path, max(until - time.monotonic(), 1e-3)) as connection:
             try:
-                wire.send(connection, parts, until)
+                frames.send(connection, parts, until)
             except ConnectionError:
                 # A worker may refuse a request before it has read all of it.
-                return wire.receive(connection, wire.MAX_FRAME, until)
+                return frames.receive(connection, frames.MAX_FRAME, until)
             try:
-                return wire.receive(connection, wire.MAX_FRAME, until)
+                return frames.receive(connection, frames.MAX_FRAME, until)
             except EOFError as error:
                 # One that closes without having read the request resets the connection instead.
                 raise _DiedError(str(error)) from None

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedge.shared.arrays import NDArrays, Spec, encode, read, specs
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import SiteError
+from fedge.shared.files import write_atomically
+from fedge.shared.wire.tensors import NDArrays, Spec, encode, read, specs
 
 SUFFIX = ".safetensors"
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from fedge.client import device
 from fedge.client.eager import EagerAdam, EagerSGD
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.tasks.task import Task
 
 

@@ -33,12 +33,12 @@ from fedge.client.secure_answers import is_secure
 from fedge.client.secure_session import Anchors
 from fedge.client.secure_work import SecureWork
 from fedge.shared import protocol
-from fedge.shared.decode import encode
+from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import FedgeError, SiteError
-from fedge.shared.preprocess import Statistics
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.preprocessing.steps import Statistics
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.npy import encode
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from fedge.client.policy import Policy
 from fedge.client.site_file import SiteFile
 from fedge.edge.cli import parser as edge_parser
 from fedge.server.server_file import ServerFile
-from fedge.shared import cli, command_line, error_catalogue
-from fedge.shared.config_file import LARGEST_FILE, schema
+from fedge.shared import error_catalogue
+from fedge.shared.cli import command, main
+from fedge.shared.config.reader import LARGEST_FILE, schema
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 NOTE = "<!-- Written by docs/generate.py from the code. -->\n"
@@ -46,8 +47,8 @@ def error_page() -> str:
         "# Errors\n",
         "A command that fails prints one line on stderr: the number, what happened, and what to do.",
         "With `FEDGE_DEBUG=1` the trace is printed before it.\n",
-        f"Exit status: 0 success, {command_line.FAILED} failure, {command_line.WRONG_USAGE} wrong usage (FE-102), "
-        f"{command_line.INTERRUPTED} interrupted, {command_line.STDOUT_CLOSED} the reader of the output is gone.\n",
+        f"Exit status: 0 success, {command.FAILED} failure, {command.WRONG_USAGE} wrong usage (FE-102), "
+        f"{command.INTERRUPTED} interrupted, {command.STDOUT_CLOSED} the reader of the output is gone.\n",
         "A number means one situation for ever. Numbers 4xx also stand in rounds.jsonl and in the report, as the",
         "reason why a site's reply does not count.",
     ]
@@ -99,8 +100,8 @@ def command_page() -> str:
         "`fedge` trains and releases; `fedge-edge` is what a device has. Both print results on stdout, and progress,",
         "log lines and errors on stderr; the exit statuses are in [errors](errors.md).",
     ]
-    for name, entry in cli.commands().items():
-        for title, parser in _with_actions(cli.parser_of(name, cli.load(entry))):
+    for name, entry in main.commands().items():
+        for title, parser in _with_actions(main.parser_of(name, main.load(entry))):
             lines += [f"\n## {title}\n", "```text", parser.format_help().rstrip(), "```"]
     for title, parser in _with_actions(edge_parser()):
         lines += [f"\n## {title}\n", "```text", parser.format_help().rstrip(), "```"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from fedge.edge.record import DeviceRecord
-    from fedge.shared.bundle import Bundle
+    from fedge.shared.bundle.bundle import Bundle
 
 MAX_THREADS: Final = 256
 
@@ -40,7 +40,7 @@ def open_trusted(arguments: Namespace) -> tuple[Bundle, DeviceRecord | None]:
         BundleError: 701 to 707, 711.
     """
     from fedge.edge.installed import open_installed
-    from fedge.shared.signing import load_public
+    from fedge.shared.crypto.dsse import load_public
 
     return open_installed(arguments.bundle, load_public(arguments.trust))
 

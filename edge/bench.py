@@ -8,18 +8,12 @@ import time
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
-from fedge.edge.arguments import (
-    add_bundle,
-    add_statistics,
-    add_threads,
-    open_trusted,
-    whole,
-)
-from fedge.shared.command_line import Command
+from fedge.edge.arguments import add_bundle, add_statistics, add_threads, open_trusted, whole
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.edge.runtime import EdgeModel
-    from fedge.shared.bundle import Bundle
+    from fedge.shared.bundle.bundle import Bundle
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -72,9 +66,9 @@ def _run(arguments: Namespace) -> int:
     loaded = time.perf_counter()
 
     from fedge.edge.timing import peak_rss_mb, percentile, timed
-    from fedge.shared import made_up
+    from fedge.shared.bundle import generated_examples
 
-    x = made_up.example(model.manifest.input, arguments.batch, model.steps)
+    x = generated_examples.example(model.manifest.input, arguments.batch, model.steps)
     ready = model.prepare(x)
     inference = timed(lambda: model.logits(ready), arguments.runs, arguments.seconds)
     whole = timed(lambda: model.predict(x), arguments.runs, arguments.seconds)

@@ -18,10 +18,10 @@ from fedge.edge.backends.opening import open_artefact
 from fedge.edge.backends.trial import try_out
 from fedge.edge.graph import refuse_external_data
 from fedge.edge.record import FILE, DeviceRecord
-from fedge.shared.bundle import Bundle
+from fedge.shared.bundle.bundle import Bundle
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, ONNX_KINDS, Artefact
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest_artefacts import ONNX_FP32, ONNX_KINDS, Artefact
-from fedge.shared.preprocess import Step
+from fedge.shared.preprocessing.steps import Step
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from fedge.edge import bench, install, predict, verify
 from fedge.edge.serving import command as serve
-from fedge.shared.command_line import Parser, guarded, missing_extra
+from fedge.shared.cli.command import Parser, guarded, missing_extra
 
 COMMANDS: Final = {
     "verify": verify.COMMAND,
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process where None.
 
     Returns:
-        The exit status, see ``fedge.shared.command_line.guarded``.
+        The exit status, see ``fedge.shared.cli.command.guarded``.
     """
     return guarded("fedge-edge", lambda: _dispatch(argv))
 

@@ -13,8 +13,8 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from fedge.edge.row_rules import MAX_BYTES, MAX_ROWS, Array, RowRules
-from fedge.shared.durable import open_regular, reason
 from fedge.shared.errors import InputError
+from fedge.shared.files import open_regular, reason
 
 _MAX_LINE: Final = 2**30
 

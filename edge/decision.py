@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.schema import OutputSchema
+from fedge.shared.preprocessing.schema import OutputSchema
 
 Array: TypeAlias = NDArray[Any]
 

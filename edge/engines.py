@@ -15,10 +15,8 @@ from fedge.edge.backends.device import Device
 from fedge.edge.installation import TIMINGS, write_replacing
 from fedge.edge.qualification import Subject
 from fedge.edge.record import refuse_foreign
-from fedge.shared.bundle import Bundle
-from fedge.shared.durable import open_regular, read_exactly
-from fedge.shared.errors import FedgeError, brief
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.bundle import Bundle
+from fedge.shared.bundle.manifest_artefacts import (
     ONNX_FP16,
     ONNX_INT8_SYMMETRIC,
     RTX_FP16,
@@ -28,6 +26,8 @@ from fedge.shared.manifest_artefacts import (
     Artefact,
     Engine,
 )
+from fedge.shared.errors import FedgeError, brief
+from fedge.shared.files import open_regular, read_exactly
 
 #: Runtime, kind of the engine, kind of the graph that it is built of.
 _BUILT: Final = (

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedge.edge.row_rules import Array, RowRules
-from fedge.shared.durable import read_bounded, reason
 from fedge.shared.errors import InputError
-from fedge.shared.preprocess import Standardise
+from fedge.shared.files import read_bounded, reason
+from fedge.shared.preprocessing.steps import Standardise
 
 _STATISTICS_LIMIT: Final = 2**20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fedge.edge.arguments import add_bundle, add_statistics, add_threads, whole
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedge.edge.backends.device import Device
     from fedge.edge.qualification import Subject, Terms
     from fedge.edge.record import DeviceRecord, Entry
-    from fedge.shared.bundle import Bundle
+    from fedge.shared.bundle.bundle import Bundle
 
 _RUNS: Final = 500
 
@@ -47,7 +47,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> int:
     from fedge.edge.installed import source
-    from fedge.shared.signing import load_public
+    from fedge.shared.crypto.dsse import load_public
 
     key = load_public(arguments.trust)
     record = install(
@@ -90,7 +90,7 @@ def install(
     from fedge.edge.engines import build_all
     from fedge.edge.qualification import qualify
     from fedge.edge.record import BUNDLE, DeviceRecord
-    from fedge.shared.bundle import open_bundle
+    from fedge.shared.bundle.bundle import open_bundle
 
     with installation.locked(directory), installation.slot(directory) as folder:
         digest = installation.copy_bundle(source, folder)
@@ -137,13 +137,13 @@ def _terms(bundle: Bundle, arguments: Namespace) -> Terms:
     from fedge.edge.inputs import read_statistics
     from fedge.edge.qualification import Terms
     from fedge.edge.runtime import shapes, with_statistics
-    from fedge.shared import made_up
+    from fedge.shared.bundle import generated_examples
 
     manifest = bundle.manifest
     if arguments.statistics:
         steps = with_statistics(manifest, read_statistics(arguments.statistics))
     else:
-        steps = made_up.stand_in(manifest)
+        steps = generated_examples.stand_in(manifest)
     return Terms(
         parity.examples(manifest, steps, parity.BATCH_SIZES),
         shapes(manifest),

@@ -17,9 +17,9 @@ from typing import Final
 from fedge.edge.installed import DIGITS, slots
 from fedge.edge.qualification import Subject
 from fedge.edge.record import BUNDLE, FILE, DeviceRecord, read_record
-from fedge.shared.bundle import Limits
-from fedge.shared.durable import flush_folder, open_regular, reason
+from fedge.shared.bundle.bundle import Limits
 from fedge.shared.errors import BundleError, ConfigError, UsageError
+from fedge.shared.files import flush_folder, open_regular, reason
 
 TIMINGS: Final = ".timing-cache"
 _PARTIAL: Final = ".partial"

@@ -13,7 +13,7 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedge.edge.record import BUNDLE, FILE, DeviceRecord, read_record
-from fedge.shared.bundle import Bundle, open_bundle
+from fedge.shared.bundle.bundle import Bundle, open_bundle
 from fedge.shared.errors import BundleError
 
 DIGITS: Final = 6

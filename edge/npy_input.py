@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from fedge.edge.row_rules import MAX_BYTES, MAX_ROWS, Array, RowRules
-from fedge.shared.durable import open_regular, read_exactly, reason
 from fedge.shared.errors import InputError
+from fedge.shared.files import open_regular, read_exactly, reason
 
 _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER: Final = 10_000

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.edge.decision import decide
-from fedge.shared import preprocess
+from fedge.shared.bundle.generated_examples import MAX_BATCH_VALUES, example
+from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.compile.tolerance import tolerance
 from fedge.shared.errors import BundleError
-from fedge.shared.made_up import MAX_BATCH_VALUES, example
-from fedge.shared.manifest import Manifest
-from fedge.shared.preprocess import Step
-from fedge.shared.schema import OutputSchema
-from fedge.shared.tolerance import tolerance
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.schema import OutputSchema
+from fedge.shared.preprocessing.steps import Step
 
 Array: TypeAlias = NDArray[Any]
 
@@ -51,7 +51,7 @@ def examples(manifest: Manifest, steps: Sequence[Step], sizes: Sequence[int]) ->
     """Batches of these sizes as the network takes them; those too large to hold are left out."""
     most = MAX_BATCH_VALUES // math.prod(manifest.input.shape)
     return tuple(
-        preprocess.apply(steps, example(manifest.input, size, steps, seed=size))
+        preprocessing.apply(steps, example(manifest.input, size, steps, seed=size))
         for size in sizes
         if size <= most
     )

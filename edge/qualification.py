@@ -11,9 +11,9 @@ from fedge.edge.backends.backend import CPU, Array, Shapes
 from fedge.edge.backends.candidates import Candidate
 from fedge.edge.backends.trial import Timing, Trial, try_out
 from fedge.edge.record import Entry
+from fedge.shared.compile.tolerance import tolerance
 from fedge.shared.errors import BundleError
-from fedge.shared.schema import OutputSchema
-from fedge.shared.tolerance import tolerance
+from fedge.shared.preprocessing.schema import OutputSchema
 
 #: Seconds for one artefact: a GPU's first run may compile.
 DEADLINE: Final = 120.0

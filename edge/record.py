@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from fedge.edge.backends.backend import PLACES
 from fedge.edge.backends.candidates import Candidate
-from fedge.shared.bundle import Bundle, Limits
-from fedge.shared.durable import open_regular, read_bounded, read_exactly, reason
+from fedge.shared.bundle.bundle import Bundle, Limits
+from fedge.shared.bundle.manifest_artefacts import ENGINE_KINDS, KINDS, Artefact, whole
+from fedge.shared.bundle.manifest_checks import PART as MANIFEST
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest_artefacts import ENGINE_KINDS, KINDS, Artefact, whole
-from fedge.shared.manifest_rules import PART as MANIFEST
+from fedge.shared.files import open_regular, read_bounded, read_exactly, reason
 
 FILE: Final = "installed.json"
 BUNDLE: Final = "model.fedge"

@@ -17,9 +17,9 @@ from fedge.edge.backends.candidates import Candidate
 from fedge.edge.backends.trial import try_out
 from fedge.edge.choice import fp32_artefact
 from fedge.edge.graph import refuse_external_data
-from fedge.shared.bundle import Bundle
+from fedge.shared.bundle.bundle import Bundle
 from fedge.shared.errors import BundleError
-from fedge.shared.preprocess import Step
+from fedge.shared.preprocessing.steps import Step
 
 #: Seconds that the graph has to load and to answer.
 DEADLINE: Final = 10.0

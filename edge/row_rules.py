@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.shared.errors import InputError
-from fedge.shared.preprocess import OneHot, Step
-from fedge.shared.schema import InputSchema
+from fedge.shared.preprocessing.schema import InputSchema
+from fedge.shared.preprocessing.steps import OneHot, Step
 
 Array: TypeAlias = NDArray[Any]
 

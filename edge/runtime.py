@@ -15,13 +15,13 @@ from fedge.edge.choice import Choice, best, named
 from fedge.edge.decision import Prediction, decide
 from fedge.edge.record import DeviceRecord
 from fedge.edge.rehearsal import rehearse
-from fedge.shared import preprocess
-from fedge.shared.bundle import Bundle
+from fedge.shared.bundle.bundle import Bundle
+from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.bundle.manifest_checks import network_shape
 from fedge.shared.errors import BundleError, InputError
-from fedge.shared.manifest import Manifest
-from fedge.shared.manifest_rules import network_shape
-from fedge.shared.preprocess import Standardise, Step
-from fedge.shared.schema import OutputSchema
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.schema import OutputSchema
+from fedge.shared.preprocessing.steps import Standardise, Step
 
 __all__ = ["EdgeModel", "Prediction", "decide", "with_statistics"]
 
@@ -152,7 +152,7 @@ class EdgeModel:
         ready = x
         if self.steps:
             with np.errstate(all="ignore"):
-                ready = preprocess.apply(self.steps, x)
+                ready = preprocessing.apply(self.steps, x)
         if (row := _first_not_finite(ready)) is not None:
             where = f"row {first_row + row}"
             raise InputError(
@@ -224,7 +224,7 @@ def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple
                 "this model standardises with each site's own statistics: give --statistics FILE",
             )
         return steps
-    if not preprocess.learns(steps):
+    if not preprocessing.learns(steps):
         raise InputError(807, "this model does not standardise: leave --statistics out")
     if not manifest.site_statistics:
         raise InputError(

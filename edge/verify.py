@@ -8,13 +8,13 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from fedge.edge.arguments import add_bundle, open_trusted
-from fedge.shared.command_line import Command
-from fedge.shared.manifest_artefacts import ONNX_FP32
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.edge.record import DeviceRecord
-    from fedge.shared.bundle import Bundle
-    from fedge.shared.manifest_artefacts import Artefact
+    from fedge.shared.bundle.bundle import Bundle
+    from fedge.shared.bundle.manifest_artefacts import Artefact
 
 _SHOWN = 8
 _STATISTICS = {

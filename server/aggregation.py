@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from fedge.server import strategies
 from fedge.server.results import RoundResult, as_replies
-from fedge.shared.arrays import NDArrays
 from fedge.shared.errors import RunError
+from fedge.shared.wire.tensors import NDArrays
 
 
 def aggregate(

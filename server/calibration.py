@@ -24,14 +24,14 @@ from fedge.server.calibration_exchange import Asked, Exchanges, Model
 from fedge.server.calibration_gate import RAN
 from fedge.server.journal import Line
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays, digest
+from fedge.shared.bundle.manifest_checks import network_shape
 from fedge.shared.compile import calibration, candidates, ranges
 from fedge.shared.compile.calibration import Absent, Calibration, Counted
 from fedge.shared.errors import FedgeError
 from fedge.shared.failpoints import BETWEEN, reach
-from fedge.shared.manifest_rules import network_shape
-from fedge.shared.privacy.noised_counts import EXAMPLES, LOSS, NoisedCounts
+from fedge.shared.privacy.mechanisms.noised_counts import EXAMPLES, LOSS, NoisedCounts
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays, digest
 
 _log = logging.getLogger(__name__)
 

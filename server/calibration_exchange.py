@@ -17,13 +17,13 @@ from fedge.server.talk import Talk
 from fedge.server.tally import Tally
 from fedge.server.verdicts import Evaluation, Expected, Verdict
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
 from fedge.shared.compile.calibration import Absent
-from fedge.shared.config import Config
-from fedge.shared.preprocess import Step
-from fedge.shared.privacy import noised_counts
-from fedge.shared.privacy.noised_counts import NoisedCounts
+from fedge.shared.config.federation import Config
+from fedge.shared.preprocessing.steps import Step
+from fedge.shared.privacy.mechanisms import noised_counts
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
 from fedge.shared.secagg.transcript import Purpose
+from fedge.shared.wire.tensors import NDArrays
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-from fedge.server.reply import (
-    RefusedError,
-    epsilon_of,
-    examples_of,
-    ledger_of,
-    number_of,
-    opened,
-)
+from fedge.server.reply import RefusedError, epsilon_of, examples_of, ledger_of, number_of, opened
 from fedge.server.verdicts import Evaluation, Expected, Rejection, Verdict, printable
 from fedge.shared import protocol
 from fedge.shared.compile.calibration import Absent

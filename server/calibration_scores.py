@@ -10,9 +10,9 @@ from typing import TypeAlias
 from fedge.server.calibration_gate import RAN
 from fedge.server.metrics import deviations, ratios
 from fedge.server.report.noised import lost
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32
 from fedge.shared.compile.calibration import Counted
-from fedge.shared.manifest_artefacts import ONNX_FP32
-from fedge.shared.privacy.noised_counts import EXAMPLES, NoisedCounts
+from fedge.shared.privacy.mechanisms.noised_counts import EXAMPLES, NoisedCounts
 from fedge.shared.tasks.task import Task
 
 #: Of one site, or summed under masks over several: counters by candidate; one that did not run is not there.

@@ -16,10 +16,10 @@ from fedge.server.liveness import Liveness
 from fedge.server.members import Member, admit_registration, dominant, known, seated
 from fedge.server.progress import Listener
 from fedge.server.verdicts import Registration, Rejection
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import RunError
-from fedge.shared.preprocess import Statistics
-from fedge.shared.tasks.columns import column_bounds
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.tasks.standardised_columns import column_bounds
 from fedge.shared.tasks.task import Task
 
 _log = logging.getLogger(__name__)

@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from fedge.server.central_terms import central_spent, noise_multiplier_of
 from fedge.server.noised_sum import Grid, difference, floating, grid, moved, norm, on_grid
 from fedge.server.results import Summed, Update
-from fedge.shared.arrays import NDArrays
+from fedge.shared.config.privacy import CENTRAL, PrivacySection
 from fedge.shared.errors import RunError
-from fedge.shared.privacy import adaptive_clipping, sampling, toeplitz
-from fedge.shared.privacy.discrete_gaussian import table
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.gaussian import normal
-from fedge.shared.privacy.section import CENTRAL, PrivacySection
+from fedge.shared.privacy.mechanisms import adaptive_clipping, poisson_sampling, toeplitz
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.privacy.mechanisms.discrete_gaussian import table
+from fedge.shared.privacy.mechanisms.gaussian import normal
+from fedge.shared.wire.tensors import NDArrays
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Central:
         """
         names = sorted(present)
         if self._noise is None:
-            return sampling.poisson(names, self._section.sampling_rate, self._system)
+            return poisson_sampling.poisson(names, self._section.sampling_rate, self._system)
         apart = self._section.min_separation
         turn = set(registered[(server_round - 1) % apart :: apart])
         return [name for name in names if name in turn]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.reckoning import reckon
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.adversaries import reckon
+from fedge.shared.privacy.accounting.epsilon import Release
 
 #: At which the server reckons epsilon; each site's ledger has its owner's.
 DELTA: Final = 1e-5
@@ -52,8 +52,8 @@ def central_spent(
     if section.metrics_noise_multiplier is not None and evaluations:
         releases.append(Release(section.metrics_noise_multiplier, steps=evaluations))
     found = {
-        "consumers": accounting.epsilon(releases, DELTA),
-        "sample_known": accounting.epsilon(accounting.unamplified(releases), DELTA),
+        "consumers": epsilon.epsilon(releases, DELTA),
+        "sample_known": epsilon.epsilon(epsilon.unamplified(releases), DELTA),
     }
     return {"delta": DELTA, **{k: e if math.isfinite(e) else None for k, e in found.items()}}
 

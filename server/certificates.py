@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedge.server.issuance import AUTHORITY_DAYS, SERVER_DAYS, authority, issue, subject_names
-from fedge.shared.durable import flush_folder, open_regular, read_bounded, reason, write_atomically
 from fedge.shared.errors import DeployError
+from fedge.shared.files import flush_folder, open_regular, read_bounded, reason, write_atomically
 
 #: With fewer days left, ``warning`` speaks.
 WARN_DAYS: Final = 30

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedge.server.journal import Commit
-from fedge.shared.arrays import NDArrays, encode, read
-from fedge.shared.durable import write_atomically
+from fedge.shared.config.privacy import CENTRAL, PrivacySection
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
-from fedge.shared.privacy.section import CENTRAL, PrivacySection
+from fedge.shared.files import write_atomically
+from fedge.shared.wire.tensors import NDArrays, encode, read
 
 if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task

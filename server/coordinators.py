@@ -21,11 +21,11 @@ from typing import Any
 from fedge.server import finish
 from fedge.server.control import CONNECTION, Control
 from fedge.server.run_directory import RunDirectory, state_of
-from fedge.shared import flower_app, flower_private
 from fedge.shared.daemon.process import Preloaded, Program, script
 from fedge.shared.daemon.supervisor import Supervisor, words
 from fedge.shared.errors import RunError
-from fedge.shared.flower_private import SERVER_APP
+from fedge.shared.flower import app_bundle, patches
+from fedge.shared.flower.patches import SERVER_APP
 
 _log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def in_order(folder: Path) -> list[Path]:
 
 def play(arguments: Sequence[str]) -> int | None:
     """What a fork runs for ``flwr-serverapp``: Flower's own command, but no code that a bundle brings."""
-    flower_private.before_bundle(SERVER_APP, flower_app.require_ours)
+    patches.before_bundle(SERVER_APP, app_bundle.require_ours)
     return script("flwr-serverapp", arguments)()
 
 

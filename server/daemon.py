@@ -20,13 +20,13 @@ from typing import Any
 from fedge.server import certificates, front, register, server_file
 from fedge.server.control import CONNECTION, Control, flower_environment, write_connection
 from fedge.server.coordinators import Coordinators
-from fedge.shared import flower_app
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import launcher
 from fedge.shared.daemon.process import Program, preload, script
 from fedge.shared.daemon.supervisor import Service, Supervisor
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError, FedgeError
+from fedge.shared.files import write_atomically
+from fedge.shared.flower import app_bundle
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ServerDaemon:
         folder = launcher.install(self.supervisor, ["flwr-serverapp"], self._launch)
         self._environment["PATH"] = launcher.path_with(folder)
         write_connection(home / "flower", self._server.port, certificates.authority_path(home))
-        flower_app.write(home / "app")
+        app_bundle.write(home / "app")
         (home / "runs").mkdir(exist_ok=True)
         self._control = Control(self.supervisor, self._environment)
         # Flower's number of each site's node, which Flower tells only once, when the key is registered.

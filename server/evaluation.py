@@ -16,11 +16,11 @@ from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
 from fedge.server.tally import Tally
 from fedge.server.verdicts import Evaluation, Expected
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config import Config
-from fedge.shared.preprocess import Step
-from fedge.shared.privacy import noised_counts
+from fedge.shared.config.federation import Config
+from fedge.shared.preprocessing.steps import Step
+from fedge.shared.privacy.mechanisms import noised_counts
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
 
 _log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 from fedge.server.journal import Journal, RunRow
 from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory
-from fedge.shared.arrays import NDArrays, encode
-from fedge.shared.config import Config
-from fedge.shared.durable import write_atomically
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import FedgeError, RunError
+from fedge.shared.files import write_atomically
+from fedge.shared.wire.tensors import NDArrays, encode
 
 _log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from fedge.server.certificates import authority_path, certificate_path, key_path
-from fedge.shared.durable import reason, write_atomically
 from fedge.shared.errors import DeployError
+from fedge.shared.files import reason, write_atomically
 
 #: Largest request, MiB: Flower cuts arrays into objects of 5 MiB.
 BODY_MIB: Final = 16

@@ -36,15 +36,15 @@ from fedge.server.talk import Talk
 from fedge.server.tally import Tally
 from fedge.server.verdicts import Expected
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays, digest
 from fedge.shared.compile import calibration
 from fedge.shared.compile.calibration import Calibration
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import RunError
 from fedge.shared.failpoints import reach
-from fedge.shared.preprocess import Step
-from fedge.shared.privacy import local
+from fedge.shared.preprocessing.steps import Step
+from fedge.shared.privacy.mechanisms import local
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays, digest
 
 _log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from fedge.server.reply import (
 )
 from fedge.server.verdicts import Registration, Rejection, printable
 from fedge.shared import protocol
-from fedge.shared.config_sections import AdmissionSection
+from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.protocol import SITE_NAME
-from fedge.shared.tasks.columns import Bound
+from fedge.shared.tasks.standardised_columns import Bound
 
 
 @dataclass(frozen=True)

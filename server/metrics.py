@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedge.shared.privacy.noised_counts import NoisedCounts
-from fedge.shared.privacy.section import Unit
+from fedge.shared.config.privacy import Unit
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
 from fedge.shared.tasks.task import Metric
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.arrays import NDArrays
+from fedge.shared.wire.tensors import NDArrays
 
 #: Steps of the grid in a standard deviation of the noise: below the first, the accountant's Gaussian and the discrete
 #: one begin to differ; beyond the last, its table takes long to make, and much memory.

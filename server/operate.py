@@ -14,7 +14,7 @@ from typing import Any
 from fedge.server import certificates, server_file
 from fedge.server.coordinators import STOP_REQUEST, in_order
 from fedge.server.run_directory import RunDirectory, prepare, state_of
-from fedge.shared import config_file
+from fedge.shared.config import reader
 from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError, FedgeError, RunError
 from fedge.shared.protocol import SITE_NAME
@@ -62,14 +62,14 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
         ConfigError: 201 to 211.
     """
     server_file.load(home)
-    config = config_file.load(path, overrides)
+    config = reader.load(path, overrides)
     require_task(config.task.name)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = name or f"{stamp}-{secrets.token_hex(2)}"
     if not re.fullmatch(SITE_NAME, name):
         raise DeployError(914, f"--name: must match {SITE_NAME}, got {name[:80]!r}")
     # Only here: it imports torch, which those who look, and whom the above refuses, need not wait for.
-    from fedge.shared.privacy.fitness import require_fit
+    from fedge.shared.privacy.checks.compatibility import require_fit
 
     require_fit(config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites)
     prepare(home / "runs" / name, config, resume=False)

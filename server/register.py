@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from fedge.shared.durable import flush_folder, read_bounded, reason, write_atomically
 from fedge.shared.errors import DeployError, SiteError
+from fedge.shared.files import flush_folder, read_bounded, reason, write_atomically
 from fedge.shared.protocol import SITE_NAME
 
 #: Most sites that one server knows.

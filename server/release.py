@@ -20,12 +20,12 @@ from fedge.server.report.noised import lost
 from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory
 from fedge.server.trained import Trained
-from fedge.shared.bundle import Part, write_bundle
+from fedge.shared.bundle.bundle import Part, write_bundle
+from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, Artefact, Latency
+from fedge.shared.bundle.manifest_privacy import Privacy
+from fedge.shared.crypto.dsse import key_id, load_private, new_key, public_path
 from fedge.shared.errors import BundleError, ReleaseError, RunError
-from fedge.shared.manifest import Manifest
-from fedge.shared.manifest_artefacts import ONNX_FP32, Artefact, Latency
-from fedge.shared.manifest_privacy import Privacy
-from fedge.shared.signing import key_id, load_private, new_key, public_path
 
 MODEL: Final = "model.onnx"
 RELEASE: Final = "release.json"
@@ -149,7 +149,7 @@ def _prepare(
 ) -> tuple[Manifest, bytes]:
     """The manifest without latency, and the exported model."""
     # Here, as what is wrong with a path or a key is told without torch.
-    from fedge.shared.compile.export import export_onnx, opset_of
+    from fedge.shared.compile.onnx_export import export_onnx, opset_of
     from fedge.shared.compile.parity import parity
 
     task, run = model.task, model.run

@@ -16,10 +16,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedge.server.verdicts import Drop, Expected, Outcome, printable, reported_words
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
-from fedge.shared.decode import UndecodableError, decode
-from fedge.shared.preprocess import Statistics
-from fedge.shared.tasks.columns import Bound
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.tasks.standardised_columns import Bound
+from fedge.shared.wire.npy import UndecodableError, decode
+from fedge.shared.wire.tensors import NDArrays
 
 #: More values than any task reports; and the farthest that an integer tensor may move in a round.
 _MOST_METRICS, _COUNTER_STEP = 64, 1e9

@@ -18,11 +18,11 @@ from fedge.server.members import Member
 from fedge.server.results import record
 from fedge.server.wrapped_grid import CohortView
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config import Config
-from fedge.shared.preprocess import Standardise, Step
+from fedge.shared.config.federation import Config
+from fedge.shared.preprocessing.steps import Standardise, Step
 from fedge.shared.secagg.messages import PROTOCOL, SECURE
 from fedge.shared.secagg.transcript import VERSION
+from fedge.shared.wire.tensors import NDArrays
 
 
 @cache

@@ -15,8 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from numpy.typing import NDArray
 
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
-from fedge.shared.decode import encode
+from fedge.shared.wire.npy import encode
+from fedge.shared.wire.tensors import NDArrays
 
 
 @dataclass(frozen=True)

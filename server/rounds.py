@@ -24,15 +24,15 @@ from fedge.server.run_directory import RunDirectory
 from fedge.server.secagg.ledger import Ledger
 from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
-from fedge.shared import preprocess
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.failpoints import reach
-from fedge.shared.preprocess import from_json
-from fedge.shared.tasks.columns import column_bounds
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import from_json
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.tasks.standardised_columns import column_bounds
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
 
 #: What a full, read-only or failing disk answers.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
@@ -189,7 +189,7 @@ def fix(
     """
     steps = task.preprocessing
     if sums is not None and config.data.standardise == "federated" and column_bounds(task):
-        steps = preprocess.fitted(steps, sums.statistics(census.members()).standardise())
+        steps = preprocessing.fitted(steps, sums.statistics(census.members()).standardise())
     elif parts := census.statistics():
-        steps = preprocess.fitted(steps, preprocess.pooled(parts).standardise())
+        steps = preprocessing.fitted(steps, preprocessing.pooled(parts).standardise())
     journal.fix_preprocessing([step.to_json() for step in steps])

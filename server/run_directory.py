@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fedge.server.journal import Journal
-from fedge.shared import config_file
-from fedge.shared.config import Config
-from fedge.shared.durable import write_atomically
+from fedge.shared.config import reader
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, RunError
+from fedge.shared.files import write_atomically
 
 # Locks that this process holds: flock would refuse a second descriptor of the same process too.
 _held: set[Path] = set()
@@ -101,7 +101,7 @@ class RunDirectory:
         """
         if not self.config.is_file():
             raise ConfigError(209, f"{self.path}: must hold config.toml, got none")
-        return config_file.load_resolved(self.config)
+        return reader.load_resolved(self.config)
 
 
 State: TypeAlias = Literal["none", "unfinished", "stopped", "finished"]
@@ -192,7 +192,7 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
             strays = [name for name in foreign if name != ".config.toml.tmp"]
             if strays:
                 raise ConfigError(209, f"{path}: must be a run directory or empty, got {strays[0]}")
-            write_atomically(directory.config, config_file.dump(config).encode())
+            write_atomically(directory.config, reader.dump(config).encode())
         finished, rounds = _come_so_far(directory)
         begun = directory.load_config()
         if begun != config and rounds:
@@ -203,7 +203,7 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
         if begun != config:
             # No round was committed, so nothing is lost: a mistake before the first round is simply mended.
             _clear(directory)
-            write_atomically(directory.config, config_file.dump(config).encode())
+            write_atomically(directory.config, reader.dump(config).encode())
         directory.stopped.unlink(missing_ok=True)
         return directory, finished
 

@@ -9,11 +9,11 @@ from typing import Literal
 import tomli_w
 from pydantic import Field
 
-from fedge.shared import toml_file
+from fedge.shared.config import home_files
+from fedge.shared.config.section import Section
 from fedge.shared.daemon.home import free_port, split_address
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import DeployError
-from fedge.shared.section import Section
+from fedge.shared.files import write_atomically
 
 NAME = "server.toml"
 
@@ -84,7 +84,7 @@ def load(home: Path) -> ServerFile:
         DeployError: 901, there is none; 904, an address is not host:port, or would be open to others.
         ConfigError: 201 to 204, it is not as it must be.
     """
-    found = toml_file.read(home / NAME, ServerFile)
+    found = home_files.read(home / NAME, ServerFile)
     split_address(found.server.address)
     _require_closed(found.server.listen, found.server.front)
     return found

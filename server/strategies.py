@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fedge.server.results import NUM_SITES, record
 from fedge.shared import protocol
-from fedge.shared import strategy_sections as cfg
-from fedge.shared.arrays import NDArrays
+from fedge.shared.config import strategies as cfg
+from fedge.shared.wire.tensors import NDArrays
 
 # The cohort is chosen before a strategy is asked: everybody whom it sees takes part.
 _EVERYBODY: dict[str, Any] = {

@@ -14,7 +14,7 @@ from fedge.server.exchange import Exchange, exchange
 from fedge.server.liveness import Liveness
 from fedge.server.members import Member
 from fedge.server.progress import Listener
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.failpoints import reach
 
 

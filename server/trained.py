@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import arrays, preprocess
-from fedge.shared.arrays import NDArrays
-from fedge.shared.durable import read_bounded, reason
+from fedge.shared.bundle.manifest_checks import network_shape
 from fedge.shared.errors import BundleError, ConfigError, RunError, UsageError
-from fedge.shared.manifest_rules import network_shape
-from fedge.shared.preprocess import Step
+from fedge.shared.files import read_bounded, reason
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import Step
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire import tensors
+from fedge.shared.wire.tensors import NDArrays
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,8 +116,8 @@ def _trained(
     task = get_task(name)
     network = _network(task, weights, remedy=remedy)
     try:
-        steps = preprocess.from_json(run.get("preprocessing")) if run else task.preprocessing
-        if not run and preprocess.learns(steps):
+        steps = preprocessing.from_json(run.get("preprocessing")) if run else task.preprocessing
+        if not run and preprocessing.learns(steps):
             raise RunError(
                 504,
                 f"weights: must lie in their run's directory, as {name} standardises",
@@ -127,12 +128,12 @@ def _trained(
         raise RunError(504, f"{RUN}: {error.message}") from None
     except (KeyError, TypeError) as error:
         raise RunError(504, f"{RUN}: does not parse ({error!r})") from error
-    return Trained(task, network, steps, shape, arrays.digest(weights), run, folder)
+    return Trained(task, network, steps, shape, tensors.digest(weights), run, folder)
 
 
 def _weights(path: Path, sha256: str | None) -> NDArrays:
     """The weights of a safetensors file, without a checkpoint's other arrays."""
-    loaded = arrays.read(path, sha256)
+    loaded = tensors.read(path, sha256)
     of_checkpoint = {n: a for n, a in loaded.items() if n.startswith(_ARRAYS)}
     return {n.removeprefix(_ARRAYS): a for n, a in of_checkpoint.items()} or loaded
 

@@ -9,11 +9,11 @@ from typing import Literal, TypeAlias
 from flwr.app import Error
 
 from fedge.server.results import Update
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config_sections import AdmissionSection
+from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.error_catalogue import CATALOGUE
-from fedge.shared.preprocess import Statistics
-from fedge.shared.privacy.noised_counts import NoisedCounts
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
+from fedge.shared.wire.tensors import NDArrays
 
 Outcome: TypeAlias = Literal["rejected", "error", "stale", "duplicate", "late", "absent"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedge.shared import packed
-from fedge.shared.wire import WireError
+from fedge.shared.wire import packed
+from fedge.shared.wire.frames import WireError
 
 
 class WrappedGrid(Grid):

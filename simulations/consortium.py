@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.shared import roster
-from fedge.shared.roster_file import Draft, entry_of
+from fedge.shared.roster import roster
+from fedge.shared.roster.draft import Draft, entry_of
 
 if TYPE_CHECKING:
     from fedge.client.secure_session import Anchors

@@ -15,13 +15,13 @@ from fedge.server.progress import Listener
 from fedge.server.release import ReleaseSummary, release
 from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import preprocess
-from fedge.shared.arrays import read
-from fedge.shared.config import Config
-from fedge.shared.config_file import load
-from fedge.shared.signing import new_key
+from fedge.shared.config.federation import Config
+from fedge.shared.config.reader import load
+from fedge.shared.crypto.dsse import new_key
+from fedge.shared.preprocessing import steps
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import read
 from fedge.simulations.device import Device
 from fedge.simulations.engine import simulate
 
@@ -80,5 +80,5 @@ def _trained_labels(directory: RunDirectory, task: Task, features: NDArray[Any])
     network.load_state_dict(weights)
     network.eval()
     with torch.no_grad():
-        logits = network(torch.from_numpy(preprocess.apply(task.preprocessing, features)))
+        logits = network(torch.from_numpy(steps.apply(task.preprocessing, features)))
     return np.asarray(logits.argmax(dim=1).numpy())

@@ -23,9 +23,9 @@ from fedge.server.app import app as server_app
 from fedge.server.progress import Listener, Silent
 from fedge.server.run_directory import RunDirectory, prepare
 from fedge.server.secagg.ledger import Ledger
-from fedge.shared.config import Config
-from fedge.shared.privacy.fitness import require_fit
-from fedge.shared.tasks.check import check
+from fedge.shared.config.federation import Config
+from fedge.shared.privacy.checks.compatibility import require_fit
+from fedge.shared.tasks.dry_run import check
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 from fedge.simulations.consortium import anchors

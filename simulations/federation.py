@@ -16,7 +16,7 @@ from typing import Final
 
 from fedge.server.journal import Journal
 from fedge.server.run_directory import RunDirectory, state_of
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import process
 from fedge.shared.daemon.process import Program

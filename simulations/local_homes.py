@@ -10,12 +10,13 @@ from typing import Final
 from fedge.client import own_roster
 from fedge.client.policy import SecurePolicy
 from fedge.client.privacy_policy import simulated
-from fedge.shared import flower_app, signing
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
+from fedge.shared.crypto import dsse
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import process
 from fedge.shared.daemon.process import Program
-from fedge.shared.durable import write_atomically
+from fedge.shared.files import write_atomically
+from fedge.shared.flower import app_bundle
 from fedge.simulations.consortium import signed_roster
 
 #: Name of the run in the server's home; it is the run directory itself.
@@ -38,7 +39,7 @@ def make_homes(config: Config, out: Path) -> None:
     link = home / "runs" / RUN
     if not link.is_symlink():
         link.symlink_to(Path("..") / "..", target_is_directory=True)
-    address, bundle = load(home).server.address, flower_app.sha256(_build_in_a_fork)
+    address, bundle = load(home).server.address, app_bundle.sha256(_build_in_a_fork)
     for place in sorted((out / "sites").iterdir()):
         if (place / "site.toml").exists() or not (place / "share").is_dir():
             continue
@@ -82,14 +83,14 @@ def _install_roster(out: Path) -> None:
     """Give every site a roster of all of them, signed by a consortium of this directory."""
     key = out / "federation" / "consortium.key"
     if not key.exists():
-        signing.new_key(key)
+        dsse.new_key(key)
     sites = sorted((out / "sites").iterdir())
     if all((place / own_roster.FILE).exists() for place in sites):
         return
     keys = {place.name: own_roster.own_key(place) for place in sites}
-    signed = signed_roster(keys, signing.load_private(key))
+    signed = signed_roster(keys, dsse.load_private(key))
     for place in sites:
-        shutil.copyfile(signing.public_path(key), place / own_roster.TRUST)
+        shutil.copyfile(dsse.public_path(key), place / own_roster.TRUST)
         write_atomically(place / own_roster.FILE, signed)
 
 

@@ -18,17 +18,10 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from fedge.server.run_directory import RunDirectory, prepare
-from fedge.shared.command_line import unexpected
-from fedge.shared.config import Config
+from fedge.shared.cli.command import unexpected
+from fedge.shared.config.federation import Config
 from fedge.shared.daemon import fork_server, process, sockets
-from fedge.shared.errors import (
-    ConfigError,
-    DataError,
-    DeployError,
-    FedgeError,
-    RunError,
-    SiteError,
-)
+from fedge.shared.errors import ConfigError, DataError, DeployError, FedgeError, RunError, SiteError
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +33,8 @@ _IMPORTS: Final = (
     "fedge.client.serve",
     "fedge.server.app",
     "fedge.server.coordinators",
-    "fedge.shared.privacy.fitness",
-    "fedge.shared.tasks.check",
+    "fedge.shared.privacy.checks.compatibility",
+    "fedge.shared.tasks.dry_run",
 )
 _LARGEST: Final = 1 << 20
 _BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
@@ -127,7 +120,7 @@ def _import(config: Config) -> None:
 
 def _worker(arguments: Sequence[str]) -> int:
     from fedge.client import serve
-    from fedge.shared.command_line import guarded
+    from fedge.shared.cli.command import guarded
 
     return guarded("fedge worker", lambda: serve.main(Path(arguments[0])))
 
@@ -172,8 +165,8 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     from fedge.client import share
     from fedge.client.data import site_shares
     from fedge.server import finish
-    from fedge.shared.privacy.fitness import require_fit
-    from fedge.shared.tasks.check import check
+    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.tasks.dry_run import check
     from fedge.shared.tasks.registry import get_task
 
     task = get_task(config.task.name)

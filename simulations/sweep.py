@@ -22,11 +22,11 @@ import tomli_w
 from fedge.server.progress import Silent
 from fedge.server.report.page import write as write_report
 from fedge.server.run_directory import RunDirectory, state_of
-from fedge.shared.config import Config
-from fedge.shared.config_file import Tree, dump, from_tree
+from fedge.shared.config.federation import Config
+from fedge.shared.config.privacy import Unit
+from fedge.shared.config.reader import Tree, dump, from_tree
 from fedge.shared.errors import FedgeError
-from fedge.shared.privacy.ledger import FILE, Ledger
-from fedge.shared.privacy.section import Unit
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.tasks.registry import get_task
 
 NAME: Final = "sweep.json"

@@ -17,7 +17,7 @@ from fedge.shared.errors import FedgeError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from fedge.shared.config import Config
+    from fedge.shared.config.federation import Config
 
 _M = TypeVar("_M", bound="BaseModel")
 
@@ -71,12 +71,12 @@ def config(task: str = "digits", **sections: Mapping[str, Any] | None) -> Config
     Raises:
         ConfigError: 201 or 202.
     """
-    from fedge.shared import config_file
+    from fedge.shared.config import reader
 
     tree: dict[str, Any] = {"task": {"name": task}, **SMALL}
     for name, values in _kebab(sections).items():
         tree[name] = None if values is None else {**tree.get(name, {}), **_kebab(values)}
-    return config_file.from_tree({k: _given(v) for k, v in _given(tree).items()})
+    return reader.from_tree({k: _given(v) for k, v in _given(tree).items()})
 
 
 def section(kind: type[_M], /, **values: Any) -> _M:

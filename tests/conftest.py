@@ -41,10 +41,10 @@ settings.load_profile("fedge")
 #: Files that take longest, begun early: no worker has to wait for another at the end.
 LONGEST = (
     "tests/client/test_serve.py",
-    "tests/shared/compile/test_families.py",
+    "tests/shared/compile/test_onnx_export_families.py",
     "tests/test_packaging.py",
-    "tests/shared/privacy/test_accounting.py",
-    "tests/shared/compile/test_export.py",
+    "tests/shared/privacy/accounting/test_epsilon.py",
+    "tests/shared/compile/test_onnx_export.py",
     "tests/server/compile/test_compiler.py",
     "tests/simulations/test_resume.py",
     "tests/simulations/test_calibration_resume.py",

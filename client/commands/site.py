@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.client.operate import Trust
@@ -98,10 +98,10 @@ def _secure(arguments: Namespace) -> tuple[SecurePolicy | None, Trust | None]:
     # Here, as it imports Flower.
     from fedge.client import operate
     from fedge.client.policy import FILE, SecurePolicy
-    from fedge.shared import toml_file
+    from fedge.shared.config import home_files
 
     terms = {"required": True, **({} if least is None else {"min-sites": least})}
-    return toml_file.check(terms, SecurePolicy, FILE), operate.Trust(roster, consortium)
+    return home_files.check(terms, SecurePolicy, FILE), operate.Trust(roster, consortium)
 
 
 def _run(arguments: Namespace) -> int:

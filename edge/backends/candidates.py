@@ -9,7 +9,7 @@ from typing import Final
 from fedge.edge.backends.backend import CPU, CUDA, OPENVINO, RTX, TRT
 from fedge.edge.backends.device import Device
 from fedge.edge.backends.engine import refusal
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.manifest_artefacts import (
     ENGINE_KINDS,
     ONNX_FP16,
     ONNX_FP32,

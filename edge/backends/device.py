@@ -11,9 +11,9 @@ from typing import Final
 
 from fedge.edge.backends.backend import CPU, CUDA, OPENVINO, PROVIDERS
 from fedge.edge.backends.cuda import Driver, Gpu
+from fedge.shared.bundle.manifest_artefacts import ENGINE_KINDS, Artefact
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest_artefacts import ENGINE_KINDS, Artefact
-from fedge.shared.onnx_session import load_onnxruntime
 
 _LONGEST_NAME: Final = 100
 _CPUINFO_BYTES: Final = 64 * 1024

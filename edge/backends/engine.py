@@ -16,9 +16,9 @@ import numpy as np
 
 from fedge.edge.backends.backend import RTX, TRT, Array, Shapes, first_line
 from fedge.edge.backends.cuda import Context, Driver
+from fedge.shared.bundle.manifest import GRAPH_INPUT, GRAPH_OUTPUT
+from fedge.shared.bundle.manifest_artefacts import Artefact, Engine
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT
-from fedge.shared.manifest_artefacts import Artefact, Engine
 
 #: The wheel of each runtime, and how people call it.
 MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}

@@ -8,10 +8,10 @@ import numpy as np
 
 from fedge.edge.backends.backend import CPU, CUDA, OPENVINO, PROVIDERS, Array, Shapes, first_line
 from fedge.edge.graph import refuse_external_data
+from fedge.shared.bundle.manifest import GRAPH_INPUT, GRAPH_OUTPUT
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, Artefact
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT
-from fedge.shared.manifest_artefacts import ONNX_FP16, Artefact
-from fedge.shared.onnx_session import load_onnxruntime
 
 _ONLY_FATAL: Final = 4
 

@@ -7,7 +7,7 @@ from fedge.edge.backends.cuda import Driver
 from fedge.edge.backends.device import cpu_name
 from fedge.edge.backends.engine import EngineBackend
 from fedge.edge.backends.onnx_graph import OnnxBackend
-from fedge.shared.manifest_artefacts import Artefact
+from fedge.shared.bundle.manifest_artefacts import Artefact
 
 
 def open_artefact(

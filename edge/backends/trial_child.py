@@ -15,9 +15,9 @@ import numpy as np
 from fedge.edge.backends.backend import Shapes
 from fedge.edge.backends.opening import open_artefact
 from fedge.edge.timing import peak_rss_mb, percentile, timed
-from fedge.shared.durable import read_exactly
+from fedge.shared.bundle.manifest_artefacts import Artefact
 from fedge.shared.errors import FedgeError, brief
-from fedge.shared.manifest_artefacts import Artefact
+from fedge.shared.files import read_exactly
 
 _HEADER_BYTES: Final = 64 * 1024
 _PR_SET_PDEATHSIG: Final = 1

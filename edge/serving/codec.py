@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedge.edge.decision import decide
 from fedge.edge.serving.protocol import message, varint
 from fedge.shared.errors import InputError
-from fedge.shared.schema import OutputSchema
+from fedge.shared.preprocessing.schema import OutputSchema
 
 Array: TypeAlias = NDArray[Any]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedge.edge.arguments import open_trusted
 from fedge.edge.serving.options import add_options, limits_of
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.edge.serving.counts import Counts
@@ -89,7 +89,7 @@ def _metrics(listen: str | None, service: Service, counts: Counts) -> MetricsSer
     if not listen:
         return None
     from fedge.edge.serving import credentials
-    from fedge.shared.command_line import missing_extra
+    from fedge.shared.cli.command import missing_extra
 
     with missing_extra("fedge-edge serve --metrics", "serve"):
         from fedge.edge.serving.metrics import MetricsServer

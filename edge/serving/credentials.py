@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from fedge.shared.durable import open_regular, read_exactly, reason
 from fedge.shared.errors import DeployError
+from fedge.shared.files import open_regular, read_exactly, reason
 
 _FILE_LIMIT: Final = 2**18
 

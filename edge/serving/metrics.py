@@ -20,8 +20,8 @@ from prometheus_client.registry import Collector
 from fedge.edge.serving.counts import ROWS, SECONDS, Counts
 from fedge.edge.serving.credentials import Address
 from fedge.edge.serving.service import Service
-from fedge.shared.durable import reason
 from fedge.shared.errors import DeployError
+from fedge.shared.files import reason
 
 _PATH: Final = "/metrics"
 _PATIENCE: Final = 5.0

@@ -10,12 +10,12 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 from fedge.shared.compile.targets import CPU_FP32, NAMES, RTX_CAPABILITIES
 
 if TYPE_CHECKING:
     from fedge.server.compile.record import Compiled
-    from fedge.shared.manifest_artefacts import Qualification
+    from fedge.shared.bundle.manifest_artefacts import Qualification
 
 #: What happens to an artefact besides being built.
 STEPS = ("exporting", "converting", "qualifying")

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.server.release import ReleaseSummary

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 _EXAMPLE = (
     "example:\n  fedge server init --home fed --address fed.example.org:8443\n"
@@ -126,9 +126,9 @@ def _run(arguments: Namespace) -> int:
             certificates.renew(arguments.home)
             say(None, "new certificate written; it counts from the server's next start")
         case "bundle":
-            from fedge.shared import flower_app
+            from fedge.shared.flower import app_bundle
 
-            digest = flower_app.sha256()
+            digest = app_bundle.sha256()
             say({"sha256": digest}, digest)
         case "units":
             from fedge.server.units import units

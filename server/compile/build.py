@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedge.server.compile.record import Dropped
-from fedge.shared.compile import targets as known
-from fedge.shared.compile.candidates import derived
-from fedge.shared.compile.targets import SOURCES, Target
-from fedge.shared.compile.tensorrt import build_in_child
-from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.manifest_artefacts import (
     ENGINE_KINDS,
     ONNX_FP16,
     ONNX_FP32,
@@ -22,6 +17,11 @@ from fedge.shared.manifest_artefacts import (
     Artefact,
     Engine,
 )
+from fedge.shared.compile import targets as known
+from fedge.shared.compile.candidates import derived
+from fedge.shared.compile.targets import SOURCES, Target
+from fedge.shared.compile.tensorrt import build_in_child
+from fedge.shared.errors import ReleaseError
 
 #: Tells of a long build: name of the artefact, what the builder is at, share done.
 Progress = Callable[[str, str, float], None]

@@ -19,21 +19,21 @@ from fedge.server.compile.record import Compiled
 from fedge.server.compile.stand_in import stand_in, statistics_options
 from fedge.server.report.page import write as write_report
 from fedge.server.trained import Trained
-from fedge.shared.bundle import write_bundle
-from fedge.shared.compile import calibration
-from fedge.shared.compile.calibration import Calibration
-from fedge.shared.compile.targets import Target
-from fedge.shared.durable import write_atomically
-from fedge.shared.errors import ReleaseError, UsageError
-from fedge.shared.manifest import Parity
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.bundle import write_bundle
+from fedge.shared.bundle.manifest import Parity
+from fedge.shared.bundle.manifest_artefacts import (
     ONNX_FP32,
     ONNX_INT8,
     Artefact,
     Qualification,
     Score,
 )
-from fedge.shared.signing import load_private, new_key, public_path
+from fedge.shared.compile import calibration
+from fedge.shared.compile.calibration import Calibration
+from fedge.shared.compile.targets import Target
+from fedge.shared.crypto.dsse import load_private, new_key, public_path
+from fedge.shared.errors import ReleaseError, UsageError
+from fedge.shared.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def compile_model(
         raise ReleaseError(606, f"{out}: must lie in a folder that exists")
     model = trained.of_run(source) if source.is_dir() else trained.of_checkpoint(source, task)
     # Here, as what is wrong with a path is told without torch.
-    from fedge.shared.compile.export import export_onnx, opset_of
+    from fedge.shared.compile.onnx_export import export_onnx, opset_of
     from fedge.shared.compile.parity import parity
 
     progress("model.onnx", "exporting", 0.0)

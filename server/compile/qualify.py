@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedge.server.compile.record import Dropped
-from fedge.shared.compile import gpu, tensorrt
-from fedge.shared.compile.targets import SOURCES
-from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.manifest_artefacts import (
     ONNX_FP32,
     ONNX_INT8,
     ONNX_INT8_SYMMETRIC,
@@ -29,7 +26,10 @@ from fedge.shared.manifest_artefacts import (
     Qualification,
     Score,
 )
-from fedge.shared.tolerance import tolerance
+from fedge.shared.compile import gpu, tensorrt
+from fedge.shared.compile.targets import SOURCES
+from fedge.shared.compile.tolerance import tolerance
+from fedge.shared.errors import ReleaseError
 
 BENCH_DEADLINE: Final = 180.0  # seconds
 BENCH_SECONDS: Final = 5  # after which no further run is timed

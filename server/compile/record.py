@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedge.server import trained
+from fedge.shared.bundle.manifest_artefacts import Artefact, Qualification, whole
 from fedge.shared.errors import ReleaseError, RunError
-from fedge.shared.manifest_artefacts import Artefact, Qualification, whole
 
 FILE: Final = "compile.json"
 FORMAT: Final = "fedge.compile/1"

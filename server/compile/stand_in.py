@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fedge.server.trained import Trained
-from fedge.shared import made_up
-from fedge.shared.manifest import Manifest, Parity
-from fedge.shared.manifest_artefacts import Artefact
-from fedge.shared.preprocess import Standardise
+from fedge.shared.bundle import generated_examples
+from fedge.shared.bundle.manifest import Manifest, Parity
+from fedge.shared.bundle.manifest_artefacts import Artefact
+from fedge.shared.preprocessing.steps import Standardise
 
 
 def stand_in(model: Trained, parity: Parity, artefacts: tuple[Artefact, ...]) -> Manifest:
@@ -38,7 +38,7 @@ def statistics_options(manifest: Manifest, folder: Path) -> list[str]:
     """Options with statistics of made-up examples, where a site's own belong."""
     if not manifest.site_statistics:
         return []
-    (step,) = (s for s in made_up.stand_in(manifest) if isinstance(s, Standardise))
+    (step,) = (s for s in generated_examples.stand_in(manifest) if isinstance(s, Standardise))
     path = folder / "statistics.json"
     path.write_text(json.dumps({"mean": list(step.mean), "std": list(step.std)}))
     return ["--statistics", str(path)]

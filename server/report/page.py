@@ -27,7 +27,7 @@ from fedge.server.report.secure import WORDS, secure
 from fedge.server.report.sites import site_results
 from fedge.server.report.summary import brief, headline, tiles
 from fedge.server.report.sweep import sweep
-from fedge.shared.durable import write_atomically
+from fedge.shared.files import write_atomically
 
 #: Characters of the configuration that are shown.
 MAX_CONFIG = 100_000

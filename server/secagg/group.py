@@ -16,11 +16,18 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedge.shared import protocol
-from fedge.shared.decode import decode_raw
-from fedge.shared.secagg import agreement, graph, masking, messages, shamir, transcript
+from fedge.shared.secagg import (
+    key_agreement,
+    masking,
+    messages,
+    neighbour_graph,
+    shamir,
+    transcript,
+)
 from fedge.shared.secagg.messages import BOX_BYTES, SHARE_BYTES, Sharer, Signed
 from fedge.shared.secagg.shamir import UnrecoverableError
-from fedge.shared.secagg.transcript import Attempt, Bundle
+from fedge.shared.secagg.transcript import Attempt, KeyAdvertisement
+from fedge.shared.wire.npy import decode_raw
 
 
 class LostError(Exception):
@@ -45,7 +52,7 @@ class Group:
 
     attempt: Attempt
     length: int
-    bundles: dict[str, Bundle]
+    bundles: dict[str, KeyAdvertisement]
     sharers: dict[str, Sharer] = field(default_factory=dict)
     boxes: dict[str, dict[str, bytes]] = field(default_factory=dict)
     total: NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
@@ -59,12 +66,12 @@ class Group:
         # Where each site's shares lie.
         self._x = {site: x for x, site in enumerate(self.sites, 1)}
         self.t = transcript.transcript(self.attempt, list(self.bundles.values()))
-        indices = graph.neighbours(self.t, len(self.sites))
+        indices = neighbour_graph.neighbours(self.t, len(self.sites))
         self.neighbours = {
             site: [self.sites[i] for i in near]
             for site, near in zip(self.sites, indices, strict=True)
         }
-        self.threshold = graph.threshold(len(self.sites))
+        self.threshold = neighbour_graph.threshold(len(self.sites))
         self._heard: dict[str, tuple[NDArray[np.uint32], int]] = {}
         # What every site is told alike is put together once.
         self._bundled = self._signed = b""
@@ -205,21 +212,21 @@ class Group:
         for site in sorted(self.sharers):
             if site in alive:
                 seed = self._recover(site, wrong)
-                masks.append((agreement.self_mask_key(seed, self.t), -1))
+                masks.append((key_agreement.self_mask_key(seed, self.t), -1))
                 continue
-            pair = agreement.Pair.from_private(self._recover(site, wrong))
+            pair = key_agreement.Pair.from_private(self._recover(site, wrong))
             masks += [self._pair_mask(pair, site, p) for p in self.neighbours[site] if p in alive]
         total, self.total = self.total, np.zeros(0, np.uint32)
         masking.add_masks(total, masks)
         return total, wrong
 
-    def _pair_mask(self, pair: agreement.Pair, lost: str, peer: str) -> tuple[bytes, int]:
+    def _pair_mask(self, pair: key_agreement.Pair, lost: str, peer: str) -> tuple[bytes, int]:
         """What takes the mask between a lost site and a survivor off the sum."""
         try:
-            agreed = agreement.shared(pair, self.bundles[peer].mask_key)
+            agreed = key_agreement.shared(pair, self.bundles[peer].mask_key)
         except ValueError as error:
             raise LostError(f"{peer}: {error}") from None
-        return agreement.mask_key(agreed, self.t, peer, lost), -1 if peer < lost else 1
+        return key_agreement.mask_key(agreed, self.t, peer, lost), -1 if peer < lost else 1
 
     def _recover(self, site: str, wrong: set[str]) -> bytes:
         """A lost site's mask key, or a survivor's seed, whichever was asked for."""
@@ -231,7 +238,7 @@ class Group:
         }
         is_right = self._is_seed(site) if site in self.survivors else self._is_mask_key(site)
         try:
-            found = shamir.recover(given, graph.threshold(len(holders)), is_right)
+            found = shamir.recover(given, neighbour_graph.threshold(len(holders)), is_right)
         except UnrecoverableError as error:
             raise LostError(f"shares of {site}: {error}") from None
         wrong |= {self.sites[x - 1] for x in found.wrong}
@@ -243,7 +250,7 @@ class Group:
 
     def _is_mask_key(self, site: str) -> Callable[[bytes], bool]:
         public = self.bundles[site].mask_key
-        return lambda secret: agreement.Pair.from_private(secret).public == public
+        return lambda secret: key_agreement.Pair.from_private(secret).public == public
 
 
 def to_json(group: Group) -> dict[str, object]:

@@ -19,10 +19,10 @@ import numpy as np
 
 from fedge.server.secagg import group
 from fedge.server.secagg.group import Group
-from fedge.shared import arrays
-from fedge.shared.durable import write_atomically
 from fedge.shared.errors import RunError
+from fedge.shared.files import write_atomically
 from fedge.shared.secagg.transcript import Purpose
+from fedge.shared.wire import tensors
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Ledger:
         totals = {f"group-{i}": g.total for i, g in enumerate(groups)}
         # What is there under this name is of another round, and is not read for this one.
         self._folder.mkdir(exist_ok=True)
-        data = arrays.encode(totals)
+        data = tensors.encode(totals)
         write_atomically(path.with_suffix(_SUMS), data)
         told = {
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -102,7 +102,7 @@ class Ledger:
                 attempts = [g["attempt"][1:4] for g in told["groups"]]
                 if any(a != [run_id, purpose, server_round] for a in attempts):
                     continue
-                totals = arrays.read(path.with_suffix(_SUMS), told["sha256"])
+                totals = tensors.read(path.with_suffix(_SUMS), told["sha256"])
                 found += [
                     group.from_json(one, np.array(totals[f"group-{i}"]))
                     for i, one in enumerate(told["groups"])

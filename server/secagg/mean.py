@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from fedge.server.results import Summed
 from fedge.server.secagg.outcome import SAMPLE, Opened
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config_sections import AdmissionSection
+from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.errors import RunError
-from fedge.shared.secagg import cores, encoding, layout, limbs
-from fedge.shared.secagg.layout import Bounds, Layout, Placed
+from fedge.shared.secagg import exact_counters, fixed_point, parallel, vector_layout
+from fedge.shared.secagg.vector_layout import Bounds, Layout, Placed
+from fedge.shared.wire.tensors import NDArrays
 
 _FAILED, _OUT_OF_RANGE = 510, 511
 #: Beyond what an honest sum may reach, by rounding alone.
@@ -33,10 +33,10 @@ def counted(of: Layout, opened: Opened) -> dict[str, float]:
     """
     sites = len(opened.sites)
     try:
-        found = limbs.decode_counters(opened.total[of.values :], of.counters, sites)
+        found = exact_counters.decode_counters(opened.total[of.values :], of.counters, sites)
     except ValueError:
         raise _out_of_range("counters") from None
-    if found[layout.SITES] != sites:
+    if found[vector_layout.SITES] != sites:
         raise _out_of_range("counters")
     return dict(found)
 
@@ -60,24 +60,24 @@ def mean_weights(
         RunError: 511, it is not a sum of what sites may send; 510, of no examples.
     """
     counters = counted(of, opened)
-    examples, sites = int(counters[layout.EXAMPLES]), len(opened.sites)
+    examples, sites = int(counters[vector_layout.EXAMPLES]), len(opened.sites)
     if examples < 1:
         raise RunError(_FAILED, "examples: must be at least 1 over all sites, got none")
     if examples > sites * bounds.weight_cap:
         raise _out_of_range("examples")
     weight = examples / bounds.weight_cap
     mean, norm = _moved(of, opened, weight, current)
-    steps = sites / encoding.scale(of.segments[0].bound, opened.sharers)
+    steps = sites / fixed_point.scale(of.segments[0].bound, opened.sharers)
     if not norm <= bounds.clipping_bound * _SLACK + steps / weight * of.segments[0].size ** 0.5:
         raise _out_of_range("update")
     if not norm <= policy.max_update_norm:
         raise _beyond("update", norm, "admission.max-update-norm", policy.max_update_norm)
-    loss = counters[layout.LOSS] / examples
+    loss = counters[vector_layout.LOSS] / examples
     if not 0 <= loss <= policy.max_loss:
         raise _beyond("loss", loss, "admission.max-loss", policy.max_loss)
     # In the order of the round's weights, what came in addition after them.
     ordered = {name: mean.pop(name, a) for name, a in current.items()} | mean
-    return Summed(opened.sites, ordered, examples, counters[layout.LOSS]), counters
+    return Summed(opened.sites, ordered, examples, counters[vector_layout.LOSS]), counters
 
 
 def noised_mean(of: Layout, opened: Opened, current: NDArrays) -> Summed:
@@ -125,8 +125,8 @@ def _moved(of: Layout, opened: Opened, weight: float, current: NDArrays) -> tupl
         kept = old[i]
         for at in range(0, t.size, _CHUNK):
             into, start = flat[i][at : at + _CHUNK], t.start + at
-            change = cores.scratch(into.size * dtype.itemsize).view(dtype)
-            encoding.decode(
+            change = parallel.scratch(into.size * dtype.itemsize).view(dtype)
+            fixed_point.decode(
                 opened.total[start : start + into.size],
                 [replace(segments[i], name=t.name, size=into.size)],
                 opened.sharers,
@@ -161,7 +161,7 @@ def _updated(of: Layout) -> int:
     return sum(t.start < of.segments[0].size for t in of.tensors)
 
 
-def _segments(of: Layout) -> list[encoding.Segment]:
+def _segments(of: Layout) -> list[fixed_point.Segment]:
     """The segment of each tensor."""
     ends = np.cumsum([segment.size for segment in of.segments])
     found = np.searchsorted(ends, [t.start for t in of.tensors], "right")

@@ -25,8 +25,8 @@ from fedge.server.talk import Talk
 from fedge.server.verdicts import Rejection, printable, reported, reported_words
 from fedge.shared import protocol
 from fedge.shared.failpoints import reach
-from fedge.shared.secagg import job, messages, transcript
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, Bundle
+from fedge.shared.secagg import messages, request_digest, transcript
+from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class SecureSum:
         asked = begin.messages(everybody, number)
         purpose, server_round = begin.purpose, begin.server_round
         attempt = Attempt(
-            job.of(messages.BEGIN[purpose], asked[0].content),
+            request_digest.of(messages.BEGIN[purpose], asked[0].content),
             self._talk.run_id,
             purpose,
             server_round,
@@ -157,7 +157,7 @@ class SecureSum:
         result = self._talk.ask(server_round, phase, everybody, asked)
         if purpose == "train":
             reach("all-received", server_round)
-        bundles: dict[str, Bundle] = {}
+        bundles: dict[str, KeyAdvertisement] = {}
 
         def take(site: str, content: RecordDict) -> None:
             values = messages.values_of(content)

@@ -21,17 +21,17 @@ from fedge.server.secagg.outcome import Begin, Opened, Outcome
 from fedge.server.secagg.secure_sum import SecureSum
 from fedge.server.talk import Talk
 from fedge.shared import protocol
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
+from fedge.shared.config.strategies import COMPARING, least_replies
 from fedge.shared.errors import RunError
-from fedge.shared.preprocess import Statistics
-from fedge.shared.privacy import noised_counts
-from fedge.shared.privacy.noised_counts import NoisedCounts
-from fedge.shared.secagg import layout, messages, transcript
-from fedge.shared.secagg.layout import Bounds, Layout
-from fedge.shared.strategy_sections import COMPARING, least_replies
-from fedge.shared.tasks.columns import column_bounds
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.privacy.mechanisms import noised_counts
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
+from fedge.shared.secagg import messages, transcript, vector_layout
+from fedge.shared.secagg.vector_layout import Bounds, Layout
+from fedge.shared.tasks.standardised_columns import column_bounds
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class SecureSums:
                 outcome.failed.append(f"{', '.join(opened.sites[:_NAMED])}: {error}")
                 continue
             sums.append(made)
-            for name in (layout.CLIPPED, layout.CAPPED, layout.SATURATED):
+            for name in (vector_layout.CLIPPED, vector_layout.CAPPED, vector_layout.SATURATED):
                 facts[name] = facts.get(name, 0) + int(counted.get(name, 0))
         facts["groups"] = [list(s.sites) for s in sums]
         facts["groups_failed"] = len(groups) - len(sums)
@@ -163,8 +163,10 @@ class SecureSums:
     def _layout(self, *, control: bool) -> Layout:
         if self._private == "distributed":
             bound = self._config.privacy.clipping_bound
-            return layout.of_noised(self._shapes, self._parameters, bound)
-        return layout.of_training(self._shapes, self._parameters, self._bounds, control=control)
+            return vector_layout.of_noised(self._shapes, self._parameters, bound)
+        return vector_layout.of_training(
+            self._shapes, self._parameters, self._bounds, control=control
+        )
 
     def _mean(
         self, of: Layout, opened: Opened, current: NDArrays
@@ -185,7 +187,11 @@ class SecureSums:
     @staticmethod
     def _warn(server_round: int, facts: dict[str, Any]) -> None:
         """Say where bounds have changed what the sites learnt: the model is then not the plain one."""
-        cut = {name: facts[name] for name in (layout.CLIPPED, layout.SATURATED) if facts.get(name)}
+        cut = {
+            name: facts[name]
+            for name in (vector_layout.CLIPPED, vector_layout.SATURATED)
+            if facts.get(name)
+        }
         if cut:
             told = ", ".join(f"{name} {count}" for name, count in cut.items())
             _log.warning("round %d: bounds have changed updates (%s)", server_round, told)
@@ -207,7 +213,7 @@ class SecureSums:
         """
         counters = counters or Counters("evaluate", self._task.counter_names, self.noised_counts())
         names, noised = counters.summed, counters.noised
-        of = layout.of_evaluation(names, noised=noised is not None)
+        of = vector_layout.of_evaluation(names, noised=noised is not None)
         outcome = self._run(server_round, counters.purpose, of, [asked], compose)
         for opened in outcome.opened:
             try:
@@ -215,7 +221,7 @@ class SecureSums:
             except RunError as error:
                 outcome.failed.append(str(error))
                 continue
-            return layout.from_task_counters(counted, names), outcome
+            return vector_layout.from_task_counters(counted, names), outcome
         return None, outcome
 
     def noised_counts(
@@ -243,7 +249,7 @@ class SecureSums:
             RunError: 510, the sum could not be opened, or is of no examples.
         """
         bounds = column_bounds(self._task)
-        of = layout.of_statistics(len(bounds))
+        of = vector_layout.of_statistics(len(bounds))
 
         def compose(members: list[Member], secure: ConfigRecord) -> list[Message]:
             address = requests.address(self._talk.run_id, 0, self._task.name, len(members))
@@ -259,7 +265,7 @@ class SecureSums:
         if not outcome.opened:
             raise RunError(_FAILED, f"statistics: must be summed, got {'; '.join(outcome.failed)}")
         counted = mean.counted(of, outcome.opened[0])
-        if not counted[layout.EXAMPLES]:
+        if not counted[vector_layout.EXAMPLES]:
             raise RunError(_FAILED, "statistics: must be of 1 example or more, got none")
         units = np.array([bound.unit for bound in bounds])
         kinds = (protocol.FEATURE_TOTAL, protocol.FEATURE_TOTAL_OF_SQUARES)
@@ -268,7 +274,7 @@ class SecureSums:
             for kind in kinds
         )
         return Statistics(
-            int(counted[layout.EXAMPLES]),
+            int(counted[vector_layout.EXAMPLES]),
             tuple((total * units).tolist()),
             tuple((squares * units**2).tolist()),
         )

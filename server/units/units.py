@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from fedge.shared.durable import reason, write_atomically
 from fedge.shared.errors import ConfigError, UsageError
+from fedge.shared.files import reason, write_atomically
 
 UNIT: Final = "fedge-server.service"
 USERS: Final = "fedge-server.conf"

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 from fedge.shared.errors import DataError
 
 
@@ -37,11 +37,11 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> int:
     match arguments.action:
         case "schema":
-            from fedge.shared.config_file import schema
+            from fedge.shared.config.reader import schema
 
             _write(json.dumps(schema(), indent=2, ensure_ascii=False) + "\n")
         case "check":
-            from fedge.shared.config_file import dump, load
+            from fedge.shared.config.reader import dump, load
             from fedge.shared.tasks.registry import require_task
 
             config = load(arguments.file, arguments.overrides)
@@ -54,7 +54,7 @@ def _run(arguments: Namespace) -> int:
         case "tasks":
             _write(_listed(_tasks(), as_json=arguments.json))
         case "strategies":
-            from fedge.shared.config_file import strategies
+            from fedge.shared.config.reader import strategies
 
             _write(_listed(strategies(), as_json=arguments.json))
     return 0

@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 _EXAMPLE = "example:\n  fedge keys new release.key"
 _SHOW_EXAMPLE = "example:\n  fedge keys show release.key.pub"
@@ -38,7 +38,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.shared.signing import key_id, load_public, new_key, public_path
+    from fedge.shared.crypto.dsse import key_id, load_public, new_key, public_path
 
     path: Path = arguments.path
     if arguments.action == "show":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, Any, Final
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 from fedge.shared.commands import privacy_ledger, privacy_restore
 
 if TYPE_CHECKING:
-    from fedge.shared.privacy.accounting import Release
+    from fedge.shared.privacy.accounting.epsilon import Release
 
 _EXAMPLE: Final = (
     "example:\n"
@@ -97,7 +97,7 @@ def _run(arguments: Namespace) -> int:
 
 
 def _epsilon(arguments: Namespace) -> dict[str, Any]:
-    from fedge.shared.privacy.accounting import Release
+    from fedge.shared.privacy.accounting.epsilon import Release
 
     release = Release(
         arguments.noise_multiplier, arguments.sampling_rate, arguments.steps, arguments.fixed_size
@@ -106,7 +106,7 @@ def _epsilon(arguments: Namespace) -> dict[str, Any]:
 
 
 def _calibrate(arguments: Namespace) -> dict[str, Any]:
-    from fedge.shared.privacy.accounting import Release, calibrate, epsilon
+    from fedge.shared.privacy.accounting.epsilon import Release, calibrate, epsilon
 
     rate, steps, delta = arguments.sampling_rate, arguments.steps, arguments.delta
     unit = 10**_DECIMALS
@@ -118,7 +118,7 @@ def _calibrate(arguments: Namespace) -> dict[str, Any]:
 
 
 def _shown(release: Release, delta: float) -> dict[str, Any]:
-    from fedge.shared.privacy.accounting import accountant, epsilon, unamplified
+    from fedge.shared.privacy.accounting.epsilon import accountant, epsilon, unamplified
 
     return {
         "noise_multiplier": release.noise_multiplier,

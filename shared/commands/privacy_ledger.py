@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-    from fedge.shared.privacy.charges import Entry
+    from fedge.shared.privacy.accounting.charges import Entry
 
 #: Runs of a study and unit that are shown, the newest, unless all are asked for.
 MAX_RUNS: Final = 30
@@ -95,7 +95,7 @@ def run(arguments: Namespace) -> int:
     import sys
 
     from fedge.shared.errors import UsageError
-    from fedge.shared.privacy.ledger import FILE, Ledger
+    from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
     path: Path = arguments.home / FILE
     # One reading for everything, so that a charge in between cannot make the parts differ.
@@ -152,7 +152,7 @@ def _study(
         budget: epsilon.
         most: runs to give, the newest.
     """
-    from fedge.shared.privacy.reckoning import of_entries
+    from fedge.shared.privacy.accounting.adversaries import of_entries
 
     unit = entries[-1].charge.unit
     delta = entries[-1].epsilon_delta if delta is None else delta

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-    from fedge.shared.privacy.accounting import Release
-    from fedge.shared.privacy.charges import Charge, Entry
-    from fedge.shared.privacy.section import Unit
+    from fedge.shared.config.privacy import Unit
+    from fedge.shared.privacy.accounting.charges import Charge, Entry
+    from fedge.shared.privacy.accounting.epsilon import Release
 
 #: What such a charge has in place of a run and a mechanism.
 RESTORED: Final = "restored"
@@ -71,8 +71,8 @@ def run(arguments: Namespace) -> int:
     import sys
 
     from fedge.shared.errors import UsageError
-    from fedge.shared.privacy.accounting import Release
-    from fedge.shared.privacy.ledger import FILE, Ledger
+    from fedge.shared.privacy.accounting.epsilon import Release
+    from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
     try:
         release = Release(arguments.noise_multiplier, arguments.sampling_rate, arguments.steps)
@@ -106,7 +106,7 @@ def charges_since(
     Raises:
         ValueError: the copy leaves study or unit open, or a value is out of its range.
     """
-    from fedge.shared.privacy.charges import Charge
+    from fedge.shared.privacy.accounting.charges import Charge
 
     newest = {entry.charge.study: entry for entry in entries}
     studies = list(newest) if study is None else [study]

@@ -7,12 +7,12 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from fedge.shared.roster import Draft, Roster, RosterSite
+    from fedge.shared.roster.roster import Draft, Roster, RosterSite
 
 #: An entry whose last day is at most this far away is shown as one that expires.
 SOON: Final = 60
@@ -109,8 +109,9 @@ def _run(arguments: Namespace) -> int:
 
 
 def _new(arguments: Namespace) -> dict[str, Any]:
-    from fedge.shared import roster, roster_file
     from fedge.shared.errors import ReleaseError
+    from fedge.shared.roster import draft as roster_draft
+    from fedge.shared.roster import roster
 
     path: Path = arguments.path
     if path.exists() or path.is_symlink():
@@ -118,17 +119,18 @@ def _new(arguments: Namespace) -> dict[str, Any]:
             605, f"{path}: must not exist yet; `fedge roster add` and `revoke` change a draft"
         )
     draft = roster.new(arguments.consortium)
-    roster_file.write_draft(path, draft)
+    roster_draft.write_draft(path, draft)
     return _summary(path, draft)
 
 
 def _edit(arguments: Namespace, today: date) -> dict[str, Any]:
-    from fedge.shared import roster, roster_file
+    from fedge.shared.crypto.dsse import key_id, load_public
     from fedge.shared.errors import UsageError
-    from fedge.shared.signing import key_id, load_public
+    from fedge.shared.roster import draft as roster_draft
+    from fedge.shared.roster import roster
 
     path: Path = arguments.path
-    draft = roster_file.read_draft(path)
+    draft = roster_draft.read_draft(path)
     more: dict[str, Any] = {}
     if arguments.action == "revoke":
         draft = roster.revoke(draft, arguments.site)
@@ -138,17 +140,18 @@ def _edit(arguments: Namespace, today: date) -> dict[str, Any]:
         public = load_public(arguments.key)
         draft = roster.add(draft, arguments.site, public, arguments.expires)
         more = {"site": arguments.site, "key_id": key_id(public)}
-    roster_file.write_draft(path, draft)
+    roster_draft.write_draft(path, draft)
     return {**_summary(path, draft), **more}
 
 
 def _sign(arguments: Namespace) -> dict[str, Any]:
-    from fedge.shared import roster, roster_file
-    from fedge.shared.durable import reason, write_atomically
+    from fedge.shared.crypto.dsse import key_id, load_private
     from fedge.shared.errors import ReleaseError
-    from fedge.shared.signing import key_id, load_private
+    from fedge.shared.files import reason, write_atomically
+    from fedge.shared.roster import draft as roster_draft
+    from fedge.shared.roster import roster
 
-    draft = roster_file.read_draft(arguments.path)
+    draft = roster_draft.read_draft(arguments.path)
     private = load_private(arguments.key)
     out: Path = arguments.out or arguments.path.with_suffix(".json")
     _check_newer(out, draft, private)
@@ -166,9 +169,9 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
     Raises:
         ReleaseError: 605.
     """
-    from fedge.shared.durable import read_bounded, reason
     from fedge.shared.errors import DeployError, ReleaseError
-    from fedge.shared.roster import LARGEST_FILE, content, open_roster
+    from fedge.shared.files import read_bounded, reason
+    from fedge.shared.roster.roster import LARGEST_FILE, content, open_roster
 
     try:
         before = open_roster(read_bounded(out, LARGEST_FILE), private.public_key())
@@ -196,10 +199,10 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
 
 
 def _verify(arguments: Namespace, today: date) -> dict[str, Any]:
-    from fedge.shared.durable import read_bounded, reason
+    from fedge.shared.crypto.dsse import key_id, load_public
     from fedge.shared.errors import DeployError
-    from fedge.shared.roster import LARGEST_FILE, open_roster
-    from fedge.shared.signing import key_id, load_public
+    from fedge.shared.files import read_bounded, reason
+    from fedge.shared.roster.roster import LARGEST_FILE, open_roster
 
     trusted = load_public(arguments.trust)
     try:
@@ -216,7 +219,7 @@ def shown(roster: Roster, today: date) -> dict[str, Any]:
         roster: signed.
         today: in UTC.
     """
-    from fedge.shared.signing import key_id
+    from fedge.shared.crypto.dsse import key_id
 
     return {
         "consortium": roster.consortium,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS, whole
 from fedge.shared.compile.ranges import MOST_TENSORS
-from fedge.shared.durable import read_bounded, reason
+from fedge.shared.crypto.dsse import canonical_json
 from fedge.shared.errors import RunError
-from fedge.shared.manifest_artefacts import ONNX_KINDS, whole
-from fedge.shared.signing import canonical_json
+from fedge.shared.files import read_bounded, reason
 
 FILE: Final = "calibration.json"
 FORMAT: Final = 1

@@ -11,15 +11,15 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from fedge.shared.arrays import NDArrays, digest
-from fedge.shared.compile.ranges import MOST_TENSORS
-from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.manifest_artefacts import (
     ONNX_FP16,
     ONNX_FP32,
     ONNX_INT8,
     ONNX_INT8_SYMMETRIC,
 )
+from fedge.shared.compile.ranges import MOST_TENSORS
+from fedge.shared.errors import ReleaseError
+from fedge.shared.wire.tensors import NDArrays, digest
 
 if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task
@@ -59,7 +59,7 @@ def fp32(task: Task, arrays: NDArrays, shape: tuple[int, ...]) -> bytes:
             return found
         import torch
 
-        from fedge.shared.compile.export import export_onnx
+        from fedge.shared.compile.onnx_export import export_onnx
 
         with torch.random.fork_rng(devices=[]):
             network = task.network()

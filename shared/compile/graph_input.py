@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.manifest import GRAPH_BATCH
+from fedge.shared.bundle.manifest import GRAPH_BATCH
 
 #: No sizes but the example's own.
 _NONE: Final[Mapping[str, int]] = {}

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedge.shared.bundle.manifest import GRAPH_INPUT, GRAPH_OUTPUT, Parity
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest import GRAPH_INPUT, GRAPH_OUTPUT, Parity
-from fedge.shared.onnx_session import load_onnxruntime
 
 TOLERANCE: Final = 1e-4
 #: Of the largest logit, where that is more: as with noise in the weights, of which float32 has no more digits.

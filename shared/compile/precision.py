@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.compile.strip import sort_nodes, strip
 from fedge.shared.errors import ReleaseError
-from fedge.shared.onnx_session import load_onnxruntime
 
 if TYPE_CHECKING:
     from onnx import ModelProto

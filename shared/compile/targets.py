@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import (
+from fedge.shared.bundle.manifest_artefacts import (
     ONNX_FP16,
     ONNX_FP32,
     ONNX_INT8,
@@ -18,6 +17,7 @@ from fedge.shared.manifest_artefacts import (
     TRT_FP16,
     TRT_INT8,
 )
+from fedge.shared.errors import ReleaseError
 
 CPU_FP32: Final = "cpu-fp32"
 CPU_INT8: Final = "cpu-int8"

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from fedge.shared.durable import read_bounded
 from fedge.shared.error_catalogue import CATALOGUE
 from fedge.shared.errors import ReleaseError
+from fedge.shared.files import read_bounded
 
 CHILD: Final = "fedge.shared.compile.tensorrt_child"
 GRAPH: Final = "graph.onnx"

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.keystream import KEY_BYTES, keystream
-from fedge.shared.secagg import cores
+from fedge.shared.crypto.keystream import KEY_BYTES, keystream
+from fedge.shared.secagg import parallel
 
 #: Longest vector, in values of 4 bytes.
 MAX_VALUES: Final = 2**30
@@ -60,7 +60,7 @@ def add_masks(
     if not vector.flags.writeable:
         raise ValueError("vector: must be writeable, got a read-only one")
     if chunk is None:
-        alone = cores.threads() == 1 or _parts(vector) == 1
+        alone = parallel.threads() == 1 or _parts(vector) == 1
         chunk = CHUNK_BYTES if alone else SHARED_CHUNK_BYTES
     if chunk < _BLOCK_BYTES or chunk % _BLOCK_BYTES:
         raise ValueError(f"chunk: must be a multiple of {_BLOCK_BYTES}, got {chunk}")
@@ -73,7 +73,7 @@ def add_masks(
     nothing = memoryview(_NOTHING if size <= SHARED_CHUNK_BYTES else bytes(size))
 
     def add(parts: range) -> None:
-        room = cores.scratch(size + _BLOCK_BYTES)
+        room = parallel.scratch(size + _BLOCK_BYTES)
         made = room.view(np.uint32)
         for part in parts:
             streams = [
@@ -89,7 +89,7 @@ def add_masks(
                     operation(piece, values, out=piece)
         room.fill(0)
 
-    cores.each(_parts(vector), add)
+    parallel.each(_parts(vector), add)
 
 
 def zeros(size: int) -> NDArray[np.uint32]:
@@ -164,7 +164,7 @@ def _hashed(vectors: Sequence[NDArray[np.uint32]], total: NDArray[np.uint32] | N
                 hasher.finalize()
                 found[part] = hasher.tag
 
-    cores.each(len(tags[0]), hash_and_add)
+    parallel.each(len(tags[0]), hash_and_add)
     return [_of_parts(found) for found in tags]
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fedge.shared import protocol
 from fedge.shared.secagg import transcript
-from fedge.shared.secagg.transcript import HASH_BYTES, SIGNATURE_BYTES, Bundle, Purpose
+from fedge.shared.secagg.transcript import HASH_BYTES, SIGNATURE_BYTES, KeyAdvertisement, Purpose
 
 #: The record of the exchanges' values, in requests and replies.
 SECURE: Final = "secagg"
@@ -158,7 +158,7 @@ def integer(values: ConfigRecord, key: str, low: int, high: int) -> int:
     return found
 
 
-def bundles_of(values: ConfigRecord) -> list[Bundle]:
+def bundles_of(values: ConfigRecord) -> list[KeyAdvertisement]:
     """The bundles of exchange 1's request.
 
     Raises:
@@ -206,7 +206,7 @@ def signatures_of(values: ConfigRecord) -> list[Signed]:
     return found
 
 
-def joined(items: Sequence[Bundle | Sharer | Signed]) -> bytes:
+def joined(items: Sequence[KeyAdvertisement | Sharer | Signed]) -> bytes:
     """Items one after the other."""
     return b"".join(item.encode() for item in items)
 

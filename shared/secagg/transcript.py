@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedge.shared.protocol import MOST_SITES, SITE_NAME
-from fedge.shared.secagg.agreement import framed
+from fedge.shared.secagg.key_agreement import framed
 
 Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qualify"]
 
@@ -57,7 +57,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class KeyAdvertisement:
     """A site's two ephemeral X25519 public keys of an attempt, signed with its roster key.
 
     Attributes:
@@ -80,13 +80,13 @@ class Bundle:
 
 def new_bundle(
     attempt: Attempt, site: str, box_key: bytes, mask_key: bytes, private: Ed25519PrivateKey
-) -> Bundle:
+) -> KeyAdvertisement:
     """A signed bundle."""
     signature = private.sign(_bundle_statement(attempt, site, box_key, mask_key))
-    return Bundle(site, box_key, mask_key, signature)
+    return KeyAdvertisement(site, box_key, mask_key, signature)
 
 
-def verifies(attempt: Attempt, bundle: Bundle, key: Ed25519PublicKey) -> bool:
+def verifies(attempt: Attempt, bundle: KeyAdvertisement, key: Ed25519PublicKey) -> bool:
     """Whether a bundle is of this attempt and signed with this key."""
     statement = _bundle_statement(attempt, bundle.site, bundle.box_key, bundle.mask_key)
     return is_signed(key, bundle.signature, statement)
@@ -101,7 +101,7 @@ def is_signed(key: Ed25519PublicKey, signature: bytes, statement: bytes) -> bool
     return True
 
 
-def transcript(attempt: Attempt, bundles: Sequence[Bundle]) -> bytes:
+def transcript(attempt: Attempt, bundles: Sequence[KeyAdvertisement]) -> bytes:
     """T, 32 bytes.
 
     Args:
@@ -170,13 +170,13 @@ def require_names(names: list[str]) -> list[str]:
     return names
 
 
-def unpack_bundles(data: bytes) -> list[Bundle]:
+def unpack_bundles(data: bytes) -> list[KeyAdvertisement]:
     """Bundles one after the other, sorted by site.
 
     Raises:
         ValueError: cut short, too many, not sorted, a site twice, or a name that is none.
     """
-    found: list[Bundle] = []
+    found: list[KeyAdvertisement] = []
     at = 0
     while at < len(data):
         if len(found) == MOST_SITES:
@@ -187,7 +187,7 @@ def unpack_bundles(data: bytes) -> list[Bundle]:
             raise ValueError("must be whole bundles, got a part of one")
         keys = data[name_end : name_end + 2 * KEY_BYTES]
         found.append(
-            Bundle(
+            KeyAdvertisement(
                 data[at + 1 : name_end].decode("ascii", errors="replace"),
                 keys[:KEY_BYTES],
                 keys[KEY_BYTES:],

@@ -16,9 +16,9 @@ import numpy as np
 from torch import nn
 
 from fedge.shared.models.fnn import FNN
-from fedge.shared.preprocess import Standardise
-from fedge.shared.schema import Feature, InputSchema, OutputSchema
-from fedge.shared.tasks import bundled
+from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Standardise
+from fedge.shared.tasks import sklearn_data
 from fedge.shared.tasks.classification import (
     ACCURACY,
     LOSS,
@@ -56,7 +56,7 @@ FEATURES = tuple(
 
 def load(path: Path | None = None) -> Table:  # noqa: ARG001 - the signature is every task's
     """All tumours; needs no file."""
-    rows = bundled.rows("breast_cancer.csv", "load_breast_cancer", header=1)
+    rows = sklearn_data.rows("breast_cancer.csv", "load_breast_cancer", header=1)
     return Table(features=rows[:, :-1].astype(np.float32), labels=rows[:, -1].astype(np.int64))
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from torch import nn
 
 from fedge.shared.models.cnn import CNN
-from fedge.shared.preprocess import Reshape, Scale
-from fedge.shared.schema import InputSchema, OutputSchema
-from fedge.shared.tasks import bundled
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Reshape, Scale
+from fedge.shared.tasks import sklearn_data
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.task import Table, Task
 
@@ -23,7 +23,7 @@ GREY_LEVELS = 16
 
 def load(path: Path | None = None) -> Table:  # noqa: ARG001 - the signature is every task's
     """All images, grey levels 0 to 16; needs no file."""
-    rows = bundled.rows("digits.csv.gz", "load_digits")
+    rows = sklearn_data.rows("digits.csv.gz", "load_digits")
     return Table(
         features=rows[:, :-1].reshape(-1, SIDE, SIDE).astype(np.float32),
         labels=rows[:, -1].astype(np.int64),

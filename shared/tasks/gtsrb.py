@@ -18,8 +18,8 @@ from torch import nn
 
 from fedge.shared.errors import DataError
 from fedge.shared.models.cnn import CNN
-from fedge.shared.preprocess import Scale
-from fedge.shared.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Scale
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.npz import Wanted, read_npz
 from fedge.shared.tasks.task import Table, Task

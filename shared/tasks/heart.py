@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedge.shared.durable import open_regular, reason
 from fedge.shared.errors import DataError
+from fedge.shared.files import open_regular, reason
 from fedge.shared.models.logistic import LogisticRegression
-from fedge.shared.preprocess import OneHot, Standardise
-from fedge.shared.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import OneHot, Standardise
 from fedge.shared.tasks.classification import (
     ACCURACY,
     LOSS,

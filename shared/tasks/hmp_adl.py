@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedge.shared.durable import open_regular, read_exactly, reason
 from fedge.shared.errors import DataError
+from fedge.shared.files import open_regular, read_exactly, reason
 from fedge.shared.models.recurrent import RecurrentClassifier
-from fedge.shared.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.task import Table, Task
 

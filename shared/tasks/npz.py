@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.durable import open_regular, reason
 from fedge.shared.errors import DataError
+from fedge.shared.files import open_regular, reason
 
 MAX_FILE_BYTES: Final = 1 << 30
 _MAGIC: Final = b"\x93NUMPY\x01\x00"

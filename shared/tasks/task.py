@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedge.shared.preprocess import Step
-from fedge.shared.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Step
 
 Counters: TypeAlias = dict[str, float]
 

@@ -13,9 +13,9 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.config import Config
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.config.federation import Config
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.task import Task
 from fedge.simulations.audit.bound import LEAST_FACTOR, lower_bound
 from fedge.simulations.audit.canary_releases import given_out
@@ -133,7 +133,7 @@ def audit(
     seed = int.from_bytes(entropy.bytes(16), "little")
     canaries = Canaries(seed, bits.astype(np.bool_), sizes.parameters)
     found = given_out(config, task, canaries, noise_factor, entropy, listener)
-    claim = None if found.release is None else accounting.epsilon([found.release], DELTA)
+    claim = None if found.release is None else epsilon.epsilon([found.release], DELTA)
     correct = guessed_right(found.scores, canaries.inside, sizes.guesses)
     m, r = sizes.canaries, sizes.guesses
     return Finding(

@@ -25,15 +25,15 @@ from fedge.client.private_release import Noise, release_of
 from fedge.client.train import Examples, train
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
-from fedge.shared.config import Config
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.federation import Config
+from fedge.shared.config.privacy import CENTRAL
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import ConfigError, SiteError
-from fedge.shared.privacy import distributed
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.discrete_gaussian import MIN_SIGMA
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.section import CENTRAL
-from fedge.shared.secagg import layout, masking
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms import distributed
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.privacy.mechanisms.discrete_gaussian import MIN_SIGMA
+from fedge.shared.secagg import masking, vector_layout
 from fedge.shared.tasks.task import Task
 from fedge.simulations.audit import canary_rounds
 from fedge.simulations.audit.canary_vectors import LONGER, NAME, Canaries, Listener
@@ -112,7 +112,7 @@ def _opened_sum(
         ConfigError: 201, the noise does not fit.
     """
     size, count = canaries.size, max(canaries.inside.size, noise.honest)
-    of = layout.of_noised({NAME: (size,)}, [NAME], noise.clipping_bound)
+    of = vector_layout.of_noised({NAME: (size,)}, [NAME], noise.clipping_bound)
     still = canaries.still()
     total, waiting = masking.zeros(of.length), []
     try:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from fedge.server.central import Central
 from fedge.server.results import Update
+from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy import local, toeplitz
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.privacy.mechanisms import local, toeplitz
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.simulations.audit.canary_vectors import NAME, Canaries, Listener
 
 #: Turns of a canary from which on it has fewer parameters, so that an audit of usual runs takes a minute or so; and

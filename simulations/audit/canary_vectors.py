@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.arrays import NDArrays
+from fedge.shared.wire.tensors import NDArrays
 
 #: Length of a canary, by the clipping bound, so that what clips is audited too.
 LONGER: Final = 2.0

@@ -32,18 +32,18 @@ from fedge.server.central import Central
 from fedge.server.results import Update
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
-from fedge.shared import preprocess
-from fedge.shared.arrays import NDArrays
-from fedge.shared.config import Config
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.federation import Config
+from fedge.shared.config.privacy import CENTRAL
+from fedge.shared.config.sections import TrainSection
+from fedge.shared.crypto.keystream import KEY_BYTES
 from fedge.shared.errors import ConfigError, brief
-from fedge.shared.keystream import KEY_BYTES
-from fedge.shared.privacy import local
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.section import CENTRAL
-from fedge.shared.secagg import encoding, layout, masking
-from fedge.shared.secagg.layout import Bounds
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.privacy.mechanisms import local
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.secagg import fixed_point, masking, vector_layout
+from fedge.shared.secagg.vector_layout import Bounds
 from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
 from fedge.simulations.audit.example_search import MOST_INPUTS, MOST_VALUES, Search
 
 
@@ -127,10 +127,10 @@ def _inverted(config: Config, task: Task, data: SiteData, entropy: Entropy) -> I
         torch.manual_seed(config.run.seed)
         network = task.network()
     steps = task.preprocessing
-    if preprocess.learns(steps):
-        found = preprocess.statistics(steps, data.train_features)
-        steps = preprocess.fitted(steps, found.standardise())
-    x = preprocess.apply(steps, data.train_features[:1]).astype(np.float32)
+    if preprocessing.learns(steps):
+        found = preprocessing.statistics(steps, data.train_features)
+        steps = preprocessing.fitted(steps, found.standardise())
+    x = preprocessing.apply(steps, data.train_features[:1]).astype(np.float32)
     examples = Examples(torch.from_numpy(x), torch.from_numpy(data.train_labels[:1]))
     try:
         name, inputs = _first_linear(network, examples.x)
@@ -215,13 +215,13 @@ class _Site:
         bounds = Bounds(
             secure.clipping_bound, secure.value_bound, secure.state_bound, secure.weight_cap
         )
-        of = layout.of_training(_shapes(received), self._parameters, bounds, control=False)
+        of = vector_layout.of_training(_shapes(received), self._parameters, bounds, control=False)
         part = contribution.training(of, bounds, received, trained, 1, 0.0)
         vector = part.encode(secure.min_sites, os.urandom(KEY_BYTES))
         # The site's own mask, and one shared with each of the others.
         keys = [os.urandom(KEY_BYTES) for _ in range(secure.min_sites)]
         masking.add_masks(vector, [(key, 1 if i % 2 else -1) for i, key in enumerate(keys)])
-        return of.unflatten(encoding.decode(vector[: of.values], of.segments, secure.min_sites))
+        return of.unflatten(fixed_point.decode(vector[: of.values], of.segments, secure.min_sites))
 
     def noised_sum(self, trained: NDArrays) -> NDArrays:
         """What the server opens: this site's update among sites that have none, and the noise of them all."""
@@ -230,7 +230,7 @@ class _Site:
         noise = SiteNoise(
             section.clipping_bound, section.noise_multiplier or 0, honest, self.entropy
         )
-        of = layout.of_noised(_shapes(received), self._parameters, section.clipping_bound)
+        of = vector_layout.of_noised(_shapes(received), self._parameters, section.clipping_bound)
         total = masking.zeros(of.length)
         for site in range(honest):
             own = trained if site == 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fedge.server.report import format as fmt
-from fedge.shared.privacy.section import CENTRAL
+from fedge.shared.config.privacy import CENTRAL
 from fedge.simulations.audit.canaries import Finding, P
 
 _PLAIN: Final = "What the server computes from one site's weights without masks and noise."

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.simulations.audit.canaries import Finding, Sizes
@@ -76,7 +76,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     import sys
     import time
 
-    from fedge.shared.config_file import dump, load
+    from fedge.shared.config.reader import dump, load
     from fedge.shared.errors import UsageError
     from fedge.shared.tasks.registry import get_task, require_task
     from fedge.simulations.audit.bound import LEAST_FACTOR
@@ -98,9 +98,9 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     require_task(config.task.name)
     # Here, as these import torch.
     from fedge.client.data import site_shares
-    from fedge.shared.privacy.entropy import Entropy
-    from fedge.shared.privacy.fitness import require_fit
-    from fedge.shared.tasks.check import check
+    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.privacy.mechanisms.csprng import Entropy
+    from fedge.shared.tasks.dry_run import check
     from fedge.simulations.audit import page
     from fedge.simulations.audit.canaries import Sizes, audit
     from fedge.simulations.audit.inversion import invert
@@ -150,7 +150,7 @@ def write(files: dict[Path, str]) -> None:
     Raises:
         UsageError: 107, one cannot be written.
     """
-    from fedge.shared.durable import write_atomically
+    from fedge.shared.files import write_atomically
 
     for path, text in files.items():
         try:

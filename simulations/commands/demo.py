@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:

@@ -6,11 +6,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
     from fedge.server.run_directory import RunDirectory
-    from fedge.shared.config import Config
+    from fedge.shared.config.federation import Config
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Con
         DataError: 304, there is no such task.
     """
     from fedge.server.run_directory import require_free
-    from fedge.shared.config_file import load
+    from fedge.shared.config.reader import load
     from fedge.shared.tasks.registry import require_task
 
     config = load(path, overrides)

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Final
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 #: Most noise multipliers, and most seeds, of a sweep; the largest multiplier is that of the configuration.
 MOST: Final = 100
@@ -49,7 +49,7 @@ def _run(arguments: Namespace) -> int:
     import sys
     import time
 
-    from fedge.shared.config_file import read_tree
+    from fedge.shared.config.reader import read_tree
     from fedge.shared.errors import ConfigError, UsageError
     from fedge.shared.tasks.registry import get_task, require_task
     from fedge.simulations import sweep
@@ -70,8 +70,8 @@ def _run(arguments: Namespace) -> int:
     from fedge.client.data import site_shares
     from fedge.server.report.sweep import parse
     from fedge.server.run_directory import RunDirectory
-    from fedge.shared.privacy.fitness import require_fit
-    from fedge.shared.tasks.check import check
+    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.tasks.dry_run import check
     from fedge.simulations import sweep_page
     from fedge.simulations.commands.audit import Told, folder, write
 
@@ -138,7 +138,7 @@ def _numbers(text: str) -> list[float]:
 
 def _require(arguments: Namespace) -> None:
     from fedge.shared.errors import UsageError
-    from fedge.shared.privacy.accounting import LEAST_DELTA
+    from fedge.shared.privacy.accounting.epsilon import LEAST_DELTA
 
     if not 1 <= arguments.seeds <= MOST:
         raise UsageError(102, f"--seeds: must be 1 to {MOST}, got {arguments.seeds}")

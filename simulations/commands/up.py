@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fedge.shared.command_line import Command
+from fedge.shared.cli.command import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:

@@ -18,8 +18,15 @@ from fedge.client.worker import SiteWorker
 from fedge.server.secagg.group import Group
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.secagg import encoding, job, layout, limbs, messages, transcript
-from fedge.shared.secagg.transcript import Attempt, Bundle
+from fedge.shared.secagg import (
+    exact_counters,
+    fixed_point,
+    messages,
+    request_digest,
+    transcript,
+    vector_layout,
+)
+from fedge.shared.secagg.transcript import Attempt, KeyAdvertisement
 
 from .parties import BOUNDS, weights_of
 
@@ -71,11 +78,11 @@ class Server:
         self._total: np.ndarray | None = None
 
     @property
-    def layout(self) -> layout.Layout:
+    def layout(self) -> vector_layout.Layout:
         """Of the masked vector."""
         shapes = {n: a.shape for n, a in self.weights.items() if a.dtype.kind == "f"}
         trained = [name for name, _ in self.task.network().named_parameters()]
-        return layout.of_training(shapes, trained, BOUNDS, control=False)
+        return vector_layout.of_training(shapes, trained, BOUNDS, control=False)
 
     def train_request(self, *, secure: bool = True, **changes: float) -> RecordDict:
         """What begins the sum; ``changes`` of the bounds, by name with _ for -."""
@@ -109,11 +116,11 @@ class Server:
         self,
         names: Iterable[str] | None = None,
         requests: Mapping[str, RecordDict] | None = None,
-        bundles: Callable[[Bundle], Bundle] = lambda b: b,
+        bundles: Callable[[KeyAdvertisement], KeyAdvertisement] = lambda b: b,
     ) -> Server:
         """Exchange 0; ``requests`` of sites that are asked for something else, ``bundles`` to replace them."""
         honest = self.train_request()
-        found: dict[str, Bundle] = {}
+        found: dict[str, KeyAdvertisement] = {}
         for site in names or self.sites:
             values = self.ask(site, protocol.TRAIN, (requests or {}).get(site, honest))
             if values is not None:
@@ -121,7 +128,7 @@ class Server:
                 found[site] = bundles(bundle)
         if len(found) >= transcript.FEWEST_SITES:
             attempt = Attempt(
-                job.of(protocol.TRAIN, honest),
+                request_digest.of(protocol.TRAIN, honest),
                 self.run_id,
                 "train",
                 self.server_round,
@@ -199,8 +206,10 @@ class Server:
             assert not wrong
         total = self._total
         of, group = self.layout, self.group
-        values = encoding.decode(total[: of.values], of.segments, len(group.sharers))
-        return values, limbs.decode_counters(total[of.values :], of.counters, len(group.survivors))
+        values = fixed_point.decode(total[: of.values], of.segments, len(group.sharers))
+        return values, exact_counters.decode_counters(
+            total[of.values :], of.counters, len(group.survivors)
+        )
 
     def plain(self, site: str) -> np.ndarray:
         """What a site adds, in clear: its weighted update, as it tells a server that asks without masks."""
@@ -218,11 +227,11 @@ class Server:
         found, counted = self.opened()
         alive = self.group.survivors
         bound = np.concatenate([np.full(s.size, s.bound) for s in self.layout.segments])
-        steps = 1 / np.array([encoding.scale(b, len(self.group.sharers)) for b in bound])
+        steps = 1 / np.array([fixed_point.scale(b, len(self.group.sharers)) for b in bound])
         off = np.abs(found - sum(self.plain(site) for site in alive)) / steps
         # One step a site for its rounding; and a float32 update may lie so much beside its difference in float64.
         limit = len(alive) * (1 + 1e-6 / steps.min())
-        return float(off.max()) <= limit and counted[layout.SITES] == len(alive)
+        return float(off.max()) <= limit and counted[vector_layout.SITES] == len(alive)
 
     def shares_given(self, of: str) -> int:
         """Shares of a site's secrets that came out in this attempt, of whichever kind."""

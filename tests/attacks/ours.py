@@ -16,9 +16,9 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.shared import protocol
-from fedge.shared.secagg import agreement, messages, transcript
+from fedge.shared.secagg import key_agreement, messages, transcript
 from fedge.shared.secagg.messages import Sharer
-from fedge.shared.secagg.transcript import Bundle
+from fedge.shared.secagg.transcript import KeyAdvertisement
 
 from .deviant import Refusal, Server
 from .flower_parties import Outcome
@@ -75,7 +75,7 @@ def swapped_key(home: Path) -> Attack:
         return {
             messages.BUNDLES: messages.joined(
                 [
-                    replace(b, box_key=agreement.Pair.generate().public)
+                    replace(b, box_key=key_agreement.Pair.generate().public)
                     if (b.site == VICTIM) != (site == VICTIM)
                     else b
                     for b in server.group.bundles.values()
@@ -149,8 +149,8 @@ def edited_roster(home: Path) -> Attack:
         transcript.new_bundle(
             server.group.attempt,
             f"site-{number}",
-            agreement.Pair.generate().public,
-            agreement.Pair.generate().public,
+            key_agreement.Pair.generate().public,
+            key_agreement.Pair.generate().public,
             Ed25519PrivateKey.generate(),
         )
         for number in (6001, 6002, 6003, 6004)
@@ -258,7 +258,7 @@ def until_masked(home: Path) -> Server:
     return Server(make_sites(home)).begin().share().masked()
 
 
-def _of(site: str, server: Server) -> dict[str, Bundle]:
+def _of(site: str, server: Server) -> dict[str, KeyAdvertisement]:
     return {site: server.group.bundles[site]}
 
 
@@ -266,7 +266,7 @@ def _sharers(server: Server, site: str) -> list[Sharer]:
     return messages.sharers_of(messages.record(server.group.masked_values(site)))
 
 
-def joined(items: Mapping[str, Bundle | Sharer]) -> bytes:
+def joined(items: Mapping[str, KeyAdvertisement | Sharer]) -> bytes:
     return messages.joined([items[name] for name in sorted(items)])
 
 

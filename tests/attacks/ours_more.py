@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from fedge.shared import protocol
-from fedge.shared.roster_file import entry_of
-from fedge.shared.secagg import encoding, messages, transcript
+from fedge.shared.roster.draft import entry_of
+from fedge.shared.secagg import fixed_point, messages, transcript
 
 from .deviant import Server
 from .flower_parties import Outcome
@@ -199,7 +199,9 @@ def another_run(home: Path) -> Attack:
     rest = {n: s for n, s in first.sites.items() if n != VICTIM}
     second = Server(rest, run_id="run-2").begin().share().masked().commit().unmask()
     apart = first.opened()[0] - second.opened()[0]
-    off = np.abs(apart - first.plain(VICTIM)).max() * encoding.scale(BOUNDS.value_bound, len(NAMES))
+    off = np.abs(apart - first.plain(VICTIM)).max() * fixed_point.scale(
+        BOUNDS.value_bound, len(NAMES)
+    )
     found = "succeeds" if off < 2 * len(NAMES) and not second.refusals else "refused"
     how = (
         f"{len(second.refusals)} raised, and the difference of the two sums is the victim's weighted update to "

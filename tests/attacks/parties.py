@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedge.client.data import SiteData
 from fedge.client.secure_session import Anchors
 from fedge.client.worker import SiteWorker
-from fedge.shared import roster
 from fedge.shared.models.fnn import FNN
-from fedge.shared.roster import Roster
-from fedge.shared.roster_file import Draft, RosterSite, entry_of
-from fedge.shared.schema import Feature, InputSchema, OutputSchema
-from fedge.shared.secagg.layout import Bounds
+from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.roster import roster
+from fedge.shared.roster.draft import Draft, RosterSite, entry_of
+from fedge.shared.roster.roster import Roster
+from fedge.shared.secagg.vector_layout import Bounds
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.task import Table, Task
 

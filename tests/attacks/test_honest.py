@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from fedge.shared import protocol
-from fedge.shared.secagg import layout
+from fedge.shared.secagg import vector_layout
 
 from .deviant import Refusal, Server
 from .parties import BOUNDS, NAMES, VICTIM, make_sites, task, weights_of
@@ -96,4 +96,8 @@ def test_a_retry_trains_nothing_anew_and_has_the_same_update(tmp_path):
 def test_the_sum_holds_no_more_than_the_layout_says(tmp_path):
     server = whole(make_sites(tmp_path))
     assert server.group.length == server.layout.length == 22 + 3 * 6
-    assert set(server.opened()[1]) == {c.name for c in server.layout.counters} >= {layout.SATURATED}
+    assert (
+        set(server.opened()[1])
+        == {c.name for c in server.layout.counters}
+        >= {vector_layout.SATURATED}
+    )

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from fedge.client.data import site_shares
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.engine import simulate

@@ -109,11 +109,11 @@ def test_the_first_round_alone_gives_no_median(deployment, capsys):
 
 
 def test_our_configuration_is_one_that_fedge_reads(deployment, tmp_path):
-    from fedge.shared import config_file
+    from fedge.shared.config import reader
 
     path = tmp_path / "ours.toml"
     path.write_text(deployment.configuration(6, evaluate=False))
-    config = config_file.load(path)
+    config = reader.load(path)
     # Only the last round is evaluated, and that one is not counted.
     assert (config.run.rounds, config.run.evaluate_every) == (6, 6)
     assert config.round.min_sites == config.sites.count == deployment.SITES

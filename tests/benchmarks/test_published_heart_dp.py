@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedge.client.private_release import noise_within
-from fedge.shared.config import Config
-from fedge.shared.privacy.accounting import Release, calibrate, epsilon
+from fedge.shared.config.federation import Config
+from fedge.shared.privacy.accounting.epsilon import Release, calibrate, epsilon
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 LOADED = (

@@ -10,8 +10,8 @@ import torch
 
 from fedge.client.private_release import Noise, release_of
 from fedge.shared.errors import DataError
-from fedge.shared.privacy import accounting
-from fedge.shared.tasks.check import check
+from fedge.shared.privacy.accounting import epsilon as accounting
+from fedge.shared.tasks.dry_run import check
 from fedge.shared.tasks.registry import get_task, task_names
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"

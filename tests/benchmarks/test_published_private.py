@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedge.shared.config import Config
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge
-from fedge.shared.privacy.ledger import Ledger
+from fedge.shared.config.federation import Config
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.charges import Budget, Charge
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import Ledger
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 DELTA = 1e-3
@@ -41,7 +41,7 @@ def test_epsilon_is_of_all_releases_at_the_tables_delta(private, tmp_path):
     found = entries(tmp_path, *[Release(5.0, 0.1, 100)] * 3)
     told = found[-1].epsilon_consumers
     account = private.account(found, told, DELTA)
-    assert account.epsilon == accounting.epsilon([Release(5.0, 0.1, 300)], DELTA)
+    assert account.epsilon == epsilon.epsilon([Release(5.0, 0.1, 300)], DELTA)
     assert (account.charges, account.steps, account.accountant) == (3, 300, "PLD")
     assert (account.noise_multiplier, account.sampling_rate) == (5.0, 0.1)
     # What the site told is of its own, smaller delta, and so larger.
@@ -98,8 +98,8 @@ def test_a_run_brings_what_the_sites_ledgers_hold(private):
     for account in found.accounts.values():
         release = Release(3.0, account.sampling_rate, 2)
         assert (account.charges, account.steps) == (2, 2)
-        assert account.told_epsilon == accounting.epsilon([release], 1e-5)
-        assert account.epsilon == accounting.epsilon([release], DELTA)
+        assert account.told_epsilon == epsilon.epsilon([release], 1e-5)
+        assert account.epsilon == epsilon.epsilon([release], DELTA)
 
 
 def line(server_round, *trained, outcome="committed"):

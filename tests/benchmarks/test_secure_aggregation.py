@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedge.shared.secagg import graph
+from fedge.shared.secagg import neighbour_graph
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 LOADED = (
@@ -97,11 +97,11 @@ def test_the_server_finds_what_was_sent(ours, n, degree, dropped, monkeypatch):
 
 
 def test_the_forced_degree_is_that_of_the_run_only(ours):
-    own = graph.degree_of
+    own = neighbour_graph.degree_of
     with pytest.raises(ValueError, match="even"), ours.forced(3):
-        assert graph.degree_of(50) == 3
-        graph.neighbours(bytes(32), 10)
-    assert graph.degree_of is own
+        assert neighbour_graph.degree_of(50) == 3
+        neighbour_graph.neighbours(bytes(32), 10)
+    assert neighbour_graph.degree_of is own
 
 
 def test_both_sides_are_compared_with_their_bytes(comparison):

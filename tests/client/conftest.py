@@ -17,9 +17,9 @@ from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
 from fedge.shared.models.fnn import FNN
-from fedge.shared.preprocess import Standardise
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Standardise
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.task import Table, Task
 

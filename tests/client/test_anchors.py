@@ -8,9 +8,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedge.client import own_roster, policy_text
 from fedge.client.policy import PolicyFile, SecurePolicy
 from fedge.client.serve import _anchors
-from fedge.shared import roster, signing
-from fedge.shared.durable import write_atomically
+from fedge.shared.crypto import dsse
 from fedge.shared.errors import DeployError, ReleaseError, SiteError
+from fedge.shared.files import write_atomically
+from fedge.shared.roster import roster
 
 GOOD = {"tasks": ["digits"], "bundles": ["ab" * 32], "versions": ["0.1.0"]}
 TODAY = datetime.now(UTC).date()
@@ -19,8 +20,8 @@ LATER = TODAY + timedelta(days=30)
 
 @pytest.fixture
 def consortium(tmp_path):
-    signing.new_key(tmp_path / "consortium.key")
-    return signing.load_private(tmp_path / "consortium.key")
+    dsse.new_key(tmp_path / "consortium.key")
+    return dsse.load_private(tmp_path / "consortium.key")
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def home(tmp_path):
     """A site whose policy asks for masks, without a roster yet."""
     place = tmp_path / "home"
     place.mkdir()
-    signing.new_key(place / own_roster.KEY)
+    dsse.new_key(place / own_roster.KEY)
     policy_text.write(place, **GOOD, secure=SecurePolicy(required=True))
     return place
 
@@ -42,7 +43,7 @@ def draft(home, *others):
 
 def install(home, tmp_path, consortium, made):
     (home / own_roster.TRUST).write_bytes(
-        signing.public_path(tmp_path / "consortium.key").read_bytes()
+        dsse.public_path(tmp_path / "consortium.key").read_bytes()
     )
     write_atomically(home / own_roster.FILE, roster.sign(made, consortium))
 

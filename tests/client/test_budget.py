@@ -6,9 +6,9 @@ import pytest
 
 from fedge.client import budget, policy_text
 from fedge.client.privacy_policy import PrivacyPolicy
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.charges import Budget, Charge
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.charges import Budget, Charge
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 TWO = Release(2.0)
 

@@ -21,12 +21,12 @@ from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.requests import section_of
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, ONNX_INT8, ONNX_KINDS
 from fedge.shared.compile import candidates, ranges
 from fedge.shared.compile.observe import observed
 from fedge.shared.errors import SiteError
-from fedge.shared.manifest_artefacts import ONNX_FP32, ONNX_INT8, ONNX_KINDS
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.secagg import messages
 
 CALIBRATE, QUALIFY = protocol.CALIBRATE, protocol.QUALIFY

@@ -6,14 +6,14 @@ from builders import refused
 
 from fedge.client import contribution
 from fedge.client.contribution import Contribution, rounding_key
-from fedge.shared.preprocess import Statistics
-from fedge.shared.secagg import encoding, layout, limbs
-from fedge.shared.secagg.layout import Bounds
-from fedge.shared.tasks.columns import Bound
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.secagg import exact_counters, fixed_point, vector_layout
+from fedge.shared.secagg.vector_layout import Bounds
+from fedge.shared.tasks.standardised_columns import Bound
 
 BOUNDS = Bounds(clipping_bound=5.0, value_bound=5.0, state_bound=50.0, weight_cap=200)
 SHAPES = {"w": (2, 3), "mean": (3,), "b": (1,)}
-LAYOUT = layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=False)
+LAYOUT = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=False)
 KEY = bytes(range(32))
 
 
@@ -29,14 +29,14 @@ def trained(*args, received=None, examples=100, loss=0.5, of=LAYOUT):
 def decoded(made: Contribution, sites=3):
     """The values and counters of one site's vector, as a server reads a sum of one."""
     of, vector = made.layout, made.encode(sites, KEY)
-    counted = limbs.decode_counters(vector[of.values :], of.counters, 1)
+    counted = exact_counters.decode_counters(vector[of.values :], of.counters, 1)
     if not of.segments:
         return None, counted
-    return of.unflatten(encoding.decode(vector[: of.values], of.segments, sites)), counted
+    return of.unflatten(fixed_point.decode(vector[: of.values], of.segments, sites)), counted
 
 
 def close(found, wanted, bound=5.0, sites=3):
-    return np.abs(found - wanted).max() <= 1.001 / encoding.scale(bound, sites) + 1e-7
+    return np.abs(found - wanted).max() <= 1.001 / fixed_point.scale(bound, sites) + 1e-7
 
 
 def test_the_change_is_weighted_by_the_share_of_the_cap():
@@ -156,7 +156,7 @@ def test_a_site_without_examples_adds_nothing_but_itself():
 
 
 def test_scaffolds_changes_are_no_difference_to_what_was_received():
-    of = layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
+    of = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
     control = {f"control/{n}": np.full(s, 2.0, np.float32) for n, s in SHAPES.items()}
     mine = tensors(1.0) | control
     values, _ = decoded(trained(mine, received=tensors() | control, examples=200, of=of))
@@ -165,8 +165,8 @@ def test_scaffolds_changes_are_no_difference_to_what_was_received():
 
 
 def test_the_rounding_is_right_on_average_and_the_same_again():
-    of = layout.of_training({"w": (20_000,)}, ["w"], BOUNDS, control=False)
-    step = 1 / encoding.scale(5.0, 3)
+    of = vector_layout.of_training({"w": (20_000,)}, ["w"], BOUNDS, control=False)
+    step = 1 / fixed_point.scale(5.0, 3)
     made = Contribution(
         of,
         np.full(20_000, 10.3 * step, np.float64),
@@ -193,11 +193,11 @@ def test_rounding_keys_are_those_of_one_sum_and_site():
 
 
 def test_an_evaluation_counts_what_the_task_counts():
-    of = layout.of_evaluation(["correct", "examples", "loss-sum"])
+    of = vector_layout.of_evaluation(["correct", "examples", "loss-sum"])
     _, counted = decoded(
         contribution.evaluation(of, {"correct": 3.0, "examples": 5.0, "loss-sum": 0.25})
     )
-    assert layout.from_task_counters(counted, ["correct", "examples", "loss-sum"]) == {
+    assert vector_layout.from_task_counters(counted, ["correct", "examples", "loss-sum"]) == {
         "correct": 3.0, "examples": 5.0, "loss-sum": 0.25
     }  # fmt: skip
     assert counted["sites"] == 1
@@ -206,7 +206,7 @@ def test_an_evaluation_counts_what_the_task_counts():
 
 def test_statistics_are_in_units_of_their_columns():
     bounds = (Bound("age", 0.0, 100.0), Bound("zero", 0.0, 0.0))
-    of = layout.of_statistics(2)
+    of = vector_layout.of_statistics(2)
     found = Statistics(4, (160.0, 0.5), (6500.0, 0.125))
     _, counted = decoded(contribution.statistics(of, found, bounds))
     assert counted["examples"] == 4

@@ -10,7 +10,7 @@ import torch
 from fedge.client import device
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import ConfigError, SiteError
 
 

@@ -16,7 +16,7 @@ TRAINING = """
 import sys
 import torch
 from fedge.client.train import optimizer
-from fedge.shared.config import TrainSection
+from fedge.shared.config.federation import TrainSection
 for name in ("sgd", "adam"):
     network = torch.nn.Linear(2, 1)
     steps = optimizer(TrainSection(optimizer=name), network)

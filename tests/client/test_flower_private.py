@@ -18,7 +18,7 @@ from flwr.supernode.runtime import run_clientapp
 
 from fedge.client import flower_private
 from fedge.client.flower_private import BUSY_FOR, LOOK, POLL, READ, NodeClock
-from fedge.shared.flower_private import CLIENT_APP, SERVER_APP, before_bundle
+from fedge.shared.flower.patches import CLIENT_APP, SERVER_APP, before_bundle
 
 
 def test_the_installed_flower_is_one_that_was_read() -> None:

@@ -41,9 +41,12 @@ from fedge.client.socket_link import STATUS
 from fedge.server import operate as server_operate
 from fedge.server import register
 from fedge.server.run_directory import state_of
-from fedge.shared import config_file, flower_app, protocol, wire
+from fedge.shared import protocol
+from fedge.shared.config import reader
 from fedge.shared.daemon import home as homes
+from fedge.shared.flower import app_bundle
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire import frames as wire
 
 pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1000)]
 
@@ -63,8 +66,12 @@ count = 2
 local-steps = 2
 """
 BIN = Path(sys.executable).parent
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
-honest_bundle = functools.cache(flower_app.sha256)
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
+honest_bundle = functools.cache(app_bundle.sha256)
 #: Who the relay is where the tests may choose: "nobody", who owns nothing.
 NOBODY = 65534
 NOBODY_RUNS: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": [], "cwd": "/"}
@@ -74,7 +81,7 @@ FORGED = "ab" * 32
 _START = """\
 import site, sys
 site.addsitedir({packages!r})
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
 sys.exit(main())
 """
 
@@ -252,7 +259,7 @@ def frames(bundle: str) -> dict[str, bytes]:
 HOSTILE_SERVER = """
 import sys
 from fedge.server import coordinators
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
 
 honest = coordinators.Coordinators.launch
 
@@ -462,7 +469,7 @@ def _scene(deployment: Deployment) -> Scene:
     folder, other = deployment.folder, second_user()
     deployment.start("server", command=[sys.executable, "-c", HOSTILE_SERVER])
     (folder / "config.toml").write_text(CONFIG)
-    shares = site_data.site_shares(config_file.load(folder / "config.toml"), get_task(TASK))
+    shares = site_data.site_shares(reader.load(folder / "config.toml"), get_task(TASK))
     mine = next(iter(shares.values()))
     relay, worker = _admit(deployment, "clinic-a"), folder / "clinic-a-worker"
     _admit(deployment, "clinic-b")

@@ -15,9 +15,9 @@ from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Scale
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.preprocessing.steps import Scale
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.secagg import messages
 
 TRAIN = '{"local-steps": 4, "batch-size": 8, "learning-rate": 0.5}'

@@ -21,16 +21,16 @@ from fedge.client import node_key, operate, policy, site_file
 from fedge.client.policy import PolicyFile
 from fedge.client.service import Service as WorkerService
 from fedge.client.worker import SiteWorker
-from fedge.shared import flower_app
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import sockets
 from fedge.shared.daemon.process import Program
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import FedgeError
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.flower import app_bundle
+from fedge.shared.privacy.accounting.charges import Budget, Charge
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 HASH = "0f" * 32
 
@@ -73,7 +73,7 @@ def test_init_makes_a_home_for_its_owner_with_a_narrow_policy(home: Path, ca: Pa
 def test_init_approves_the_bundle_of_this_release_and_says_so(tmp_path: Path, ca: Path) -> None:
     home = tmp_path / "home"
     said = operate.init(home, "clinic-a", task="digits", server="127.0.0.1:1", ca=ca)
-    digest = flower_app.sha256()
+    digest = app_bundle.sha256()
     assert policy.read(home).bundles == (digest,)
     assert digest in said
     assert str(home / node_key.PUBLIC_NAME) in said
@@ -290,7 +290,7 @@ def test_the_status_command_tells_by_its_exit_too(
 @pytest.mark.slow
 def test_init_of_a_given_bundle_and_status_import_no_torch(home: Path) -> None:
     code = (
-        "import sys; from fedge.shared.cli import main; main(sys.argv[1:]);"
+        "import sys; from fedge.shared.cli.main import main; main(sys.argv[1:]);"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(

@@ -12,9 +12,10 @@ from fedge.client import operate, own_roster, policy
 from fedge.client.operate import Trust
 from fedge.client.policy import PolicyFile
 from fedge.client.serve import _anchors
-from fedge.shared import roster, signing
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
+from fedge.shared.crypto import dsse
 from fedge.shared.daemon import home as homes
+from fedge.shared.roster import roster
 
 HASH = "0f" * 32
 LAST = "2999-11-30"
@@ -27,11 +28,11 @@ def place(
     """A folder with a consortium's key and a signed roster of two sites, whose keys lie in their homes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ca.crt").write_text("a certificate")
-    signing.new_key(tmp_path / "consortium.key")
+    dsse.new_key(tmp_path / "consortium.key")
     run("roster", "new", "roster.toml", "--consortium", "Heart study")
     for site in ("north", "south"):
         (tmp_path / site).mkdir()
-        signing.new_key(tmp_path / site / "signing.key")
+        dsse.new_key(tmp_path / site / "signing.key")
         add(site)
     sign()
     capsys.readouterr()
@@ -167,7 +168,7 @@ def test_what_is_installed_is_what_was_checked(place: Path) -> None:
     home = place / "north"
     assert (home / own_roster.FILE).read_bytes() == (place / "roster.json").read_bytes()
     known = roster.open_roster(
-        (home / own_roster.FILE).read_bytes(), signing.load_public(home / own_roster.TRUST)
+        (home / own_roster.FILE).read_bytes(), dsse.load_public(home / own_roster.TRUST)
     )
     known.key_of("north", datetime.now(UTC).date())
     assert homes.held(home) is False

@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedge.client import own_roster
 from fedge.client.own_roster import RosterFile
-from fedge.shared import roster, signing
-from fedge.shared.durable import write_atomically
+from fedge.shared.crypto import dsse
 from fedge.shared.errors import DeployError, ReleaseError, SiteError
+from fedge.shared.files import write_atomically
+from fedge.shared.roster import roster
 
 LAST = date(2027, 11, 30)
 DAY = date(2027, 6, 1)
@@ -250,9 +251,9 @@ def test_several_threads_read_it_at_once(home):
 
 
 def test_a_site_knows_itself_by_its_own_key(home):
-    signing.new_key(home / "signing.key")
+    dsse.new_key(home / "signing.key")
     own = own_roster.own_key(home)
-    assert own.public_key() == signing.load_public(home / "signing.key.pub")
+    assert own.public_key() == dsse.load_public(home / "signing.key.pub")
     found = roster.open_roster(
         roster.sign(roster.add(TWO, "west", own.public_key(), LAST), CONSORTIUM),
         CONSORTIUM.public_key(),
@@ -272,7 +273,7 @@ def test_no_key_of_its_own_is_said(home):
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o660, 0o601])
 def test_a_key_that_others_can_read_is_refused(home, mode):
-    signing.new_key(home / "signing.key")
+    dsse.new_key(home / "signing.key")
     (home / "signing.key").chmod(mode)
     with pytest.raises(ReleaseError) as caught:
         own_roster.own_key(home)
@@ -288,8 +289,8 @@ def test_a_key_that_others_can_read_is_refused(home, mode):
     ("draft", "site", "key", "day", "named"),
     [
         (TWO, "west", 1, DAY, "must be in the roster"),
-        (TWO, "north", 2, DAY, f"with the key id {signing.key_id(private(1).public_key())[:16]}…"),
-        (TWO, "north", 2, DAY, f"got {signing.key_id(private(2).public_key())[:16]}…"),
+        (TWO, "north", 2, DAY, f"with the key id {dsse.key_id(private(1).public_key())[:16]}…"),
+        (TWO, "north", 2, DAY, f"got {dsse.key_id(private(2).public_key())[:16]}…"),
         (THREE, "south", 2, DAY, "got revoked by the roster; make a new key first"),
         (TWO, "south", 2, date(2027, 12, 1), "expired"),
     ],

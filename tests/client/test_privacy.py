@@ -13,8 +13,8 @@ from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.requests import Address
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.secagg import messages
 
 RELEASE = Release(1.0, 1.0, 1)

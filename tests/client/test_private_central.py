@@ -12,8 +12,8 @@ from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 TRAIN = '{"local-steps": 4, "batch-size": 8}'
 OF_TRAINING, OF_METRICS = Release(1.0, 8 / 37, 4), Release(2.0)

@@ -14,11 +14,11 @@ from scipy import stats
 from fedge.client.private_release import Noise, release_of
 from fedge.client.private_training import train_privately
 from fedge.client.train import Examples
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import SiteError
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.gaussian import normal
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.privacy.mechanisms.gaussian import normal
 
 KEY = bytes(range(32))
 

@@ -15,12 +15,12 @@ from fedge.client.private_release import noise_within
 from fedge.client.private_work import PrivateWork, Round
 from fedge.client.worker import SiteWorker
 from fedge.shared import protocol
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Scale
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.preprocessing.steps import Scale
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.secagg import messages
 
 

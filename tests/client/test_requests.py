@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedge.client import requests
 from fedge.shared import protocol
-from fedge.shared.arrays import Spec
 from fedge.shared.errors import SiteError
+from fedge.shared.wire.tensors import Spec
 
 SPECS = {"w": Spec((2, 3), "float32"), "n": Spec((), "int64")}
 GOOD = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(4)}

@@ -15,16 +15,17 @@ from fedge.client.requests import Address
 from fedge.client.secure_answers import SecureAnswers, bounds_of, is_secure
 from fedge.client.secure_session import Anchors
 from fedge.server.secagg.group import Group
-from fedge.shared import protocol, roster
+from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.roster_file import Draft, entry_of
-from fedge.shared.secagg import job, layout, messages, transcript
-from fedge.shared.secagg.layout import Bounds
+from fedge.shared.roster import roster
+from fedge.shared.roster.draft import Draft, entry_of
+from fedge.shared.secagg import exact_counters, messages, request_digest, transcript, vector_layout
 from fedge.shared.secagg.transcript import Attempt
+from fedge.shared.secagg.vector_layout import Bounds
 
 NAMES = ["north", "south", "west"]
 KEYS = {n: Ed25519PrivateKey.from_private_bytes(n.encode().ljust(32, b".")) for n in NAMES}
-OF = layout.of_evaluation(["correct", "examples"])
+OF = vector_layout.of_evaluation(["correct", "examples"])
 ADDRESS = Address("run-1", 2)
 
 
@@ -68,7 +69,11 @@ class Sites:
             (found[n],) = transcript.unpack_bundles(values[messages.BUNDLE])
         purpose = {k: p for p, k in messages.BEGIN.items()}[self.kind]
         attempt = Attempt(
-            job.of(self.kind, content), address.run_id, purpose, address.server_round, number
+            request_digest.of(self.kind, content),
+            address.run_id,
+            purpose,
+            address.server_round,
+            number,
         )
         if len(found) == 3:
             self.group = Group(attempt, OF.length, found)
@@ -119,7 +124,7 @@ class Sites:
             self.all(kind)
         total, wrong = self.group.unmask()
         assert not wrong
-        return layout.limbs.decode_counters(total, OF.counters, 3)
+        return exact_counters.decode_counters(total, OF.counters, 3)
 
 
 @pytest.fixture

@@ -15,16 +15,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedge.client.contribution import Contribution, rounding_key
 from fedge.client.secure_session import Anchors, PeerError, Session
 from fedge.server.secagg.group import Group, LostError
-from fedge.shared import roster
-from fedge.shared.roster_file import Draft, entry_of
-from fedge.shared.secagg import encoding, graph, layout, limbs, messages, transcript
-from fedge.shared.secagg.layout import Bounds
+from fedge.shared.roster import roster
+from fedge.shared.roster.draft import Draft, entry_of
+from fedge.shared.secagg import (
+    exact_counters,
+    fixed_point,
+    messages,
+    neighbour_graph,
+    transcript,
+    vector_layout,
+)
 from fedge.shared.secagg.messages import Sharer, Signed
 from fedge.shared.secagg.transcript import Attempt
+from fedge.shared.secagg.vector_layout import Bounds
 
 ATTEMPT = Attempt(bytes(range(32)), "run-1", "train", 3, 1)
 BOUNDS = Bounds(10.0, 0.5, 2.0, 100)
-LAYOUT = layout.of_training(
+LAYOUT = vector_layout.of_training(
     {"w": (3, 2), "mean": (3,), "b": (4,)}, ["w", "b"], BOUNDS, control=False
 )
 LAST = date(2099, 1, 1)
@@ -184,14 +191,14 @@ def each_signature_once(monkeypatch):
 )
 def test_the_sum_is_exact_with_losses_at_every_exchange(count, how, each_signature_once):
     names = named(count, how)
-    lost = lost_of(names, graph.threshold(count), how)
+    lost = lost_of(names, neighbour_graph.threshold(count), how)
     one = Round(names).share(lost[0]).masked(lost[1]).commit(lost[2])
     # Whoever is lost at commit has its vector in the sum; it is not there to unmask either.
     total, wrong = one.unmask([*lost[2], *lost[3]])
     assert not wrong
     assert one.is_true(total)
     assert len(one.group.survivors) == count - len(lost[0]) - len(lost[1])
-    assert len(one.group.shares) == graph.threshold(count)
+    assert len(one.group.shares) == neighbour_graph.threshold(count)
     assert sorted(one.noted) == sorted(one.group.shares)
 
 
@@ -211,15 +218,15 @@ def test_the_sum_of_the_decoded_values_is_that_of_the_sites():
     """The same in real numbers: of clamped and weighted values, to one step a site."""
     one = Round(named(10, "random")).share().masked().commit()
     total, _ = one.unmask()
-    found = encoding.decode(total[: LAYOUT.values], LAYOUT.segments, 10)
+    found = fixed_point.decode(total[: LAYOUT.values], LAYOUT.segments, 10)
     bound = np.repeat([s.bound for s in LAYOUT.segments], [s.size for s in LAYOUT.segments])
     true = sum(
         c.weight * np.clip(c.values.astype(np.float64), -bound, bound)
         for c in one.contributions.values()
     )
-    steps = np.repeat([1 / encoding.scale(s.bound, 10) for s in LAYOUT.segments], [10, 3])
+    steps = np.repeat([1 / fixed_point.scale(s.bound, 10) for s in LAYOUT.segments], [10, 3])
     assert (np.abs(found - true) <= 10 * steps).all()
-    counted = limbs.decode_counters(total[LAYOUT.values :], LAYOUT.counters, 10)
+    counted = exact_counters.decode_counters(total[LAYOUT.values :], LAYOUT.counters, 10)
     assert counted["sites"] == 10
     assert counted["examples"] == sum(c.counters["examples"] for c in one.contributions.values())
     beyond = sum((np.abs(c.values) > bound).sum() for c in one.contributions.values())
@@ -425,7 +432,7 @@ def passes(vector):
 @pytest.mark.parametrize("value", [0.0, BOUNDS.value_bound, -BOUNDS.value_bound])
 def test_a_masked_vector_cannot_be_told_from_noise(value):
     """Two verdicts on each of three vectors, wrong once in 1e7: less than once in 1e6 runs, this fails by chance."""
-    of = layout.of_training({"w": (SIZE,)}, ["w"], BOUNDS, control=False)
+    of = vector_layout.of_training({"w": (SIZE,)}, ["w"], BOUNDS, control=False)
 
     def made(name, _):
         return replace(contribution(name, of), values=np.full(SIZE, value, np.float32), weight=1.0)

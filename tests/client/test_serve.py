@@ -17,9 +17,10 @@ from fedge.client.data import own_examples
 from fedge.client.site_file import OwnData, WorkerPart
 from fedge.client.socket_link import SocketLink
 from fedge.client.worker import SiteWorker
-from fedge.shared import protocol, wire
+from fedge.shared import protocol
 from fedge.shared.errors import SiteError
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire import frames
 
 BUNDLE, OTHER = "ab" * 32, "cd" * 32
 TASK = "breast-cancer"
@@ -80,7 +81,7 @@ def long_training(weights, steps=3000):
 
 
 def data_of(reply):
-    return b"".join(wire.encode_reply(reply))
+    return b"".join(frames.encode_reply(reply))
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from fedge.client.policy import PolicyFile
 from fedge.client.service import Service
 from fedge.client.socket_link import DEATHS, SocketLink
 from fedge.client.worker import SiteWorker
-from fedge.shared import protocol, wire
+from fedge.shared import protocol
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import SiteError
 from fedge.shared.secagg import messages
+from fedge.shared.wire import frames
 from fedge.simulations import consortium
 
 BUNDLE, OTHER = "ab" * 32, "cd" * 32
@@ -118,7 +119,7 @@ def code_of(call, *args, **more):
 
 
 def data_of(reply):
-    return b"".join(wire.encode_reply(reply))
+    return b"".join(frames.encode_reply(reply))
 
 
 def test_a_reply_over_the_socket_equals_the_direct_one(served, request_of, weights, worker, tell):
@@ -295,7 +296,7 @@ def test_memory_that_ran_out_leaves_the_service_as_it_was(served, request_of, we
 def raw(served, data):
     with sockets.connect(served.path, 5.0) as connection:
         connection.sendall(data)
-        return wire.decode_reply(wire.receive(connection, 2**20, time.monotonic() + 60))
+        return frames.decode_reply(frames.receive(connection, 2**20, time.monotonic() + 60))
 
 
 @pytest.mark.parametrize(
@@ -340,9 +341,9 @@ def test_a_request_whose_relay_has_gone_leaves_the_queue(served, request_of, wei
     thread.start()
     assert served.gate.entered.wait(60)
     message = request_of(TRAIN, weights, seed=44)
-    parts = wire.encode_request(wire.Request(TRAIN, message.content, BUNDLE))
+    parts = frames.encode_request(frames.Request(TRAIN, message.content, BUNDLE))
     with sockets.connect(served.path, 5.0) as connection:
-        wire.send(connection, parts, time.monotonic() + 60)
+        frames.send(connection, parts, time.monotonic() + 60)
         wait_for(lambda: len(served.service._open) == 2)
     wait_for(lambda: len(served.service._open) == 1)
     served.gate.open.set()

@@ -9,9 +9,9 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedge.client.socket_link import SocketLink, deadline_of_environment
-from fedge.shared import wire
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import SiteError
+from fedge.shared.wire import frames
 
 EMPTY = RecordDict()
 
@@ -43,13 +43,13 @@ def hang_up(connection):
 
 
 def listen_and_hang_up(connection):
-    wire.receive(connection, 2**20, time.monotonic() + 60)
+    frames.receive(connection, 2**20, time.monotonic() + 60)
 
 
 def answer(reply):
     def act(connection):
-        wire.receive(connection, 2**20, time.monotonic() + 60)
-        wire.send(connection, wire.encode_reply(reply), time.monotonic() + 60)
+        frames.receive(connection, 2**20, time.monotonic() + 60)
+        frames.send(connection, frames.encode_reply(reply), time.monotonic() + 60)
 
     return act
 
@@ -107,8 +107,8 @@ def test_the_bundle_is_the_environments(tmp_path, monkeypatch):
     seen = []
 
     def look(connection):
-        seen.append(wire.decode_request(wire.receive(connection, 2**20, time.monotonic() + 60)))
-        wire.send(connection, wire.encode_reply(RecordDict()), time.monotonic() + 60)
+        seen.append(frames.decode_request(frames.receive(connection, 2**20, time.monotonic() + 60)))
+        frames.send(connection, frames.encode_reply(RecordDict()), time.monotonic() + 60)
 
     monkeypatch.setenv("FEDGE_BUNDLE", "ab" * 32)
     playing(tmp_path / "s", look, look)
@@ -132,7 +132,7 @@ def test_the_relays_side_imports_neither_torch_nor_pydantic_nor_data():
     code = (
         "import sys, fedge.client.app, fedge.client.relay, fedge.client.socket_link;"
         "print([m for m in ('torch', 'pydantic', 'sklearn', 'scipy', 'safetensors', 'fedge.client.worker',"
-        " 'fedge.client.data', 'fedge.client.policy', 'fedge.shared.config',"
+        " 'fedge.client.data', 'fedge.client.policy', 'fedge.shared.config.federation',"
         " 'fedge.shared.tasks.task') if m in sys.modules])"
     )
     done = subprocess.run(

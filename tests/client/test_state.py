@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from fedge.client.state import ControlStore
-from fedge.shared.arrays import specs
 from fedge.shared.errors import RunError, SiteError
+from fedge.shared.wire.tensors import specs
 
 ONE = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
 SPECS = specs(ONE)

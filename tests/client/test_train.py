@@ -8,7 +8,7 @@ import torch
 from fedge.client.batches import batches
 from fedge.client.learner import CHUNK, counters, mean_loss
 from fedge.client.train import Examples, train
-from fedge.shared.config_sections import TrainSection
+from fedge.shared.config.sections import TrainSection
 from fedge.shared.errors import SiteError
 
 

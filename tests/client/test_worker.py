@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fedge.client.worker import SiteWorker
-from fedge.shared import preprocess, protocol
-from fedge.shared.arrays import read
+from fedge.shared import protocol
 from fedge.shared.errors import SiteError
-from fedge.shared.preprocess import Scale, Standardise
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import Scale, Standardise
+from fedge.shared.wire.tensors import read
 
 TRAIN, EVALUATE, REGISTER = protocol.TRAIN, protocol.EVALUATE, protocol.REGISTER
 
@@ -51,7 +52,7 @@ def change_of(reply):
 
 def test_register_tells_sizes_and_sums(tell, worker, ask, data):
     found = metrics(tell(worker, ask(REGISTER)))
-    sums = preprocess.statistics((Standardise(),), data.train_features)
+    sums = preprocessing.statistics((Standardise(),), data.train_features)
     assert found == {
         "num-train-examples": 37,
         "num-test-examples": 13,

@@ -21,14 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 from fedge.edge import rehearsal
 from fedge.edge.backends import trial
 from fedge.edge.backends.cuda import Driver
-from fedge.shared.bundle import write_bundle
+from fedge.shared.bundle.bundle import write_bundle
+from fedge.shared.bundle.manifest import Manifest, Parity
+from fedge.shared.bundle.manifest_artefacts import Artefact, Engine, Latency, Qualification
+from fedge.shared.bundle.manifest_checks import network_shape
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest import Manifest, Parity
-from fedge.shared.manifest_artefacts import Artefact, Engine, Latency, Qualification
-from fedge.shared.manifest_rules import network_shape
-from fedge.shared.onnx_session import load_onnxruntime
-from fedge.shared.preprocess import OneHot, Reshape, Scale, Standardise
-from fedge.shared.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import OneHot, Reshape, Scale, Standardise
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 IMAGE = InputSchema(shape=(2, 3))

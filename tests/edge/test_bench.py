@@ -10,7 +10,7 @@ import pytest
 
 from fedge.edge.backends.device import cpu_name
 from fedge.edge.cli import main
-from fedge.shared.manifest_artefacts import Engine, Latency, Qualification
+from fedge.shared.bundle.manifest_artefacts import Engine, Latency, Qualification
 
 Capture = pytest.CaptureFixture[str]
 NOT_EXECUTED = Qualification(False, "needs a GPU")

@@ -13,10 +13,10 @@ import pytest
 from fedge.edge.backends import trial
 from fedge.edge.backends.device import cpu_name
 from fedge.edge.runtime import EdgeModel
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.bundle.manifest_artefacts import Engine, Qualification
+from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import BundleError, InputError
-from fedge.shared.manifest_artefacts import Engine, Qualification
-from fedge.shared.signing import load_public
 
 Load = Callable[..., EdgeModel]
 Graphs = dict[str, bytes]

@@ -17,7 +17,7 @@ import pytest
 import fedge.edge
 from fedge.edge.backends.device import cpu_name
 from fedge.edge.cli import COMMANDS, main
-from fedge.shared.manifest_privacy import Privacy
+from fedge.shared.bundle.manifest_privacy import Privacy
 
 Capture = pytest.CaptureFixture[str]
 ALLOWED = ("numpy", "onnxruntime", "cryptography", "cffi", "_cffi_backend", "fedge")

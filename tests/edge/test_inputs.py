@@ -17,8 +17,8 @@ from fedge.edge import csv_input, npy_input, row_rules
 from fedge.edge.inputs import read_examples, read_statistics
 from fedge.edge.row_rules import RowRules
 from fedge.shared.errors import InputError
-from fedge.shared.preprocess import OneHot, Standardise
-from fedge.shared.schema import Feature, InputSchema
+from fedge.shared.preprocessing.schema import Feature, InputSchema
+from fedge.shared.preprocessing.steps import OneHot, Standardise
 
 IMAGE = RowRules.of(InputSchema(shape=(2, 3)), ())
 TABLE = RowRules.of(

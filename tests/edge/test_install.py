@@ -19,11 +19,11 @@ from fedge.edge.backends.trial import Timing
 from fedge.edge.cli import main
 from fedge.edge.qualification import Subject, Terms, qualify, ranked
 from fedge.edge.record import FILE, Entry, read_record
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.bundle.manifest_artefacts import Engine, Qualification
+from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import Engine, Qualification
-from fedge.shared.schema import OutputSchema
-from fedge.shared.signing import load_public
+from fedge.shared.preprocessing.schema import OutputSchema
 
 Capture = pytest.CaptureFixture[str]
 NOT_EXECUTED = Qualification(False, "needs a GPU")

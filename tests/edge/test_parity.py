@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from fedge.edge import parity
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.bundle.manifest_artefacts import (
+    ONNX_FP16,
+    ONNX_INT8,
+    ONNX_INT8_SYMMETRIC,
+    TRT_INT8,
+)
+from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest_artefacts import ONNX_FP16, ONNX_INT8, ONNX_INT8_SYMMETRIC, TRT_INT8
-from fedge.shared.schema import InputSchema, OutputSchema
-from fedge.shared.signing import load_public
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
 
 OUTPUT = OutputSchema(labels=("x", "y", "z"), activation="softmax")
 

@@ -16,10 +16,10 @@ from fedge.edge.backends.device import cpu_name, runtime_versions
 from fedge.edge.installed import open_installed, source, watched
 from fedge.edge.record import BUNDLE, FILE, DeviceRecord, Entry, read_record
 from fedge.edge.runtime import EdgeModel
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.bundle.manifest_artefacts import Engine
+from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest_artefacts import Engine
-from fedge.shared.signing import load_public
 
 FIGURES = (0.1, 0.2, 30.0, 0.01, 0.1, 1.0)
 ENGINE = Engine("tensorrt-rtx", "1.7.1", (89,))

@@ -10,12 +10,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedge.edge.runtime import EdgeModel, decide
-from fedge.shared import preprocess
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import BundleError, InputError
-from fedge.shared.preprocess import Standardise
-from fedge.shared.schema import InputSchema, OutputSchema
-from fedge.shared.signing import load_public
+from fedge.shared.preprocessing import steps
+from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Standardise
 
 Load = Callable[..., EdgeModel]
 SIGMOID = OutputSchema(labels=("no", "yes"), activation="sigmoid", threshold=0.25)
@@ -73,10 +73,8 @@ def test_a_site_brings_its_own_statistics(
     assert error.value.code == 807
     own = Standardise((40.0, 80.0, 0.5, 0.5), (5.0, 10.0, 0.5, 0.5))
     model = load(site_bundle, statistics=own)
-    ready = preprocess.apply((model.steps[0], own), x)
-    np.testing.assert_array_equal(
-        model.logits(ready), model.logits(preprocess.apply(model.steps, x))
-    )
+    ready = steps.apply((model.steps[0], own), x)
+    np.testing.assert_array_equal(model.logits(ready), model.logits(steps.apply(model.steps, x)))
     with pytest.raises(InputError) as error:
         load(site_bundle, statistics=Standardise((1.0,), (1.0,)))
     assert error.value.code == 807

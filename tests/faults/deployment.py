@@ -25,10 +25,14 @@ from typing import Any
 
 from fedge.client import operate
 from fedge.server.run_directory import state_of
-from fedge.shared import flower_app
 from fedge.shared.daemon import home as homes
+from fedge.shared.flower import app_bundle
 
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
 #: Seconds without a word that nobody has to bear, and within which a lost host is told.
 SILENCE, LOST = 120.0, 75.0
 #: How much slower than an idle one a machine may be before a test gives up.
@@ -38,7 +42,7 @@ PATIENCE = 4
 @cache
 def _bundle() -> str:
     """What a site approves; Flower's command that builds it takes as long as a site's other preparations."""
-    return flower_app.sha256()
+    return app_bundle.sha256()
 
 
 class Deployment:

@@ -18,16 +18,10 @@ from hypothesis import strategies as st
 from fedge.server.admission import admit_evaluate, admit_train
 from fedge.server.members import admit_registration
 from fedge.server.results import record
-from fedge.server.verdicts import (
-    Expected,
-    Registration,
-    Rejection,
-    printable,
-    reported_words,
-)
-from fedge.shared.config_sections import AdmissionSection
+from fedge.server.verdicts import Expected, Registration, Rejection, printable, reported_words
+from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.error_catalogue import CATALOGUE
-from fedge.shared.tasks.columns import Bound
+from fedge.shared.tasks.standardised_columns import Bound
 from fedge.simulations import flower_private
 
 RUN, SITE, REGISTERED = "r-1", "site-1", 100

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from fedge.server import strategies
 from fedge.server.aggregation import aggregate
 from fedge.server.results import Singles, record
-from fedge.shared import strategy_sections as cfg
+from fedge.shared.config import strategies as cfg
 from fedge.shared.errors import RunError
 
 Arrays = dict[str, np.ndarray[Any, Any]]

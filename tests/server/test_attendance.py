@@ -23,7 +23,7 @@ from fedge.server.progress import Silent
 from fedge.server.rounds import run
 from fedge.server.run_directory import RunDirectory, prepare
 from fedge.shared import protocol
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import RunError
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.engine import simulate

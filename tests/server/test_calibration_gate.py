@@ -8,9 +8,9 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedge.server.calibration_gate import admit_ranges, admit_scores
 from fedge.server.verdicts import Expected
 from fedge.shared import protocol
-from fedge.shared.config_sections import AdmissionSection
-from fedge.shared.privacy import noised_counts
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.config.sections import AdmissionSection
+from fedge.shared.privacy.mechanisms import noised_counts
 
 SHA, OTHER = "ab" * 32, "cd" * 32
 EXACT = Expected("r-1", 3, {}, AdmissionSection.model_validate({"max-loss": 100.0}))

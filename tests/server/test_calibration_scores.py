@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fedge.server import calibration_scores as scores
-from fedge.shared.manifest_artefacts import ONNX_FP32, ONNX_INT8
-from fedge.shared.privacy import noised_counts
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, ONNX_INT8
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.privacy.mechanisms import noised_counts
 from fedge.shared.tasks.registry import get_task
 
 TASK = get_task("digits")

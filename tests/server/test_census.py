@@ -19,11 +19,12 @@ from fedge.server.link import Clock, Link
 from fedge.server.liveness import Liveness
 from fedge.server.members import Member
 from fedge.server.progress import Silent
-from fedge.shared import preprocess, protocol
-from fedge.shared.config import Config
-from fedge.shared.config_sections import DataSection
+from fedge.shared import protocol
+from fedge.shared.config.federation import Config
+from fedge.shared.config.sections import DataSection
 from fedge.shared.errors import RunError
-from fedge.shared.preprocess import Scale, Standardise
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import Scale, Standardise
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 from fedge.simulations.grid import InProcessGrid
@@ -45,7 +46,7 @@ def rows(node: int) -> np.ndarray[Any, Any]:
 
 
 def honest(node: int) -> Reply:
-    sums = preprocess.statistics(TASK.preprocessing, rows(node))
+    sums = preprocessing.statistics(TASK.preprocessing, rows(node))
     return {
         "site": f"site-{node}",
         "num-train-examples": 20,
@@ -125,7 +126,7 @@ def test_the_fitted_preprocessing_is_that_of_all_sites_rows(journal: Journal):
     take(grid(3), config(3), journal)
     row = journal.run()
     assert row is not None
-    (step,) = preprocess.from_json(row.preprocessing)
+    (step,) = preprocessing.from_json(row.preprocessing)
     assert isinstance(step, Standardise)
     whole = np.concatenate([rows(n) for n in (1, 2, 3)]).astype(np.float64)
     np.testing.assert_allclose(step.mean, whole.mean(axis=0), rtol=1e-12)
@@ -196,7 +197,7 @@ def test_another_size_on_resume_is_refused(train: int, test: int, journal: Journ
 
     def regrown(node: int, reply: Reply) -> None:
         if node == 2:
-            sums = preprocess.statistics(TASK.preprocessing, FEATURES[40 : 40 + train])
+            sums = preprocessing.statistics(TASK.preprocessing, FEATURES[40 : 40 + train])
             reply |= {
                 "num-train-examples": train,
                 "num-test-examples": test,
@@ -259,7 +260,7 @@ def test_sizes_and_statistics_out_of_range_are_refused_and_do_not_count(
     members, (rejection,) = take(grid(3, poisoned), config(3), journal)
     assert list(members) == ["site-1", "site-3"]
     assert rejection.code == 412
-    (step,) = preprocess.from_json(journal.run().preprocessing)  # type: ignore[union-attr]
+    (step,) = preprocessing.from_json(journal.run().preprocessing)  # type: ignore[union-attr]
     honest_rows = np.concatenate([rows(1), rows(3)]).astype(np.float64)
     np.testing.assert_allclose(step.mean, honest_rows.mean(axis=0), rtol=1e-12)  # type: ignore[union-attr]
 

@@ -16,11 +16,11 @@ from fedge.server.central import Central, Noised, for_run
 from fedge.server.central_terms import DELTA, central_spent, secret_sample
 from fedge.server.checkpoint import checkpoints_kept
 from fedge.server.results import Update
+from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import RunError
-from fedge.shared.privacy import toeplitz
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.mechanisms import toeplitz
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 KEY = bytes(range(32))

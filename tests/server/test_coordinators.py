@@ -20,7 +20,7 @@ from fedge.server import coordinators
 from fedge.server.control import CONNECTION, Done
 from fedge.server.coordinators import MOST_CRASHES, STOP_REQUEST, Coordinators
 from fedge.server.run_directory import prepare, state_of
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.daemon.supervisor import Supervisor
 
 Work = Callable[[list[str]], int | None]

@@ -16,9 +16,9 @@ from builders import config
 from fedge.server import checkpoint, finish
 from fedge.server.journal import Commit, Journal
 from fedge.server.run_directory import RunDirectory, prepare
-from fedge.shared.arrays import encode, read
 from fedge.shared.errors import RunError
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire.tensors import encode, read
 
 CONFIG = config("breast-cancer", run={"rounds": 3})
 SITES = {"site-1": (20, 5), "site-2": (30, 7)}

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from fedge.server.central_terms import masked_spent
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 
 SECTION = PrivacySection.model_validate({"mechanism": "distributed", "noise-multiplier": 4.0})
 NOISED = PrivacySection.model_validate(

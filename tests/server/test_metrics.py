@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedge.server.metrics import masked_summary, ratios, summary
-from fedge.shared.privacy import noised_counts
-from fedge.shared.privacy.noised_counts import NoisedCounts
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.privacy.mechanisms import noised_counts
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Metric
 

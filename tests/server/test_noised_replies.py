@@ -12,10 +12,10 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedge.server.admission import admit_evaluate, admit_train
 from fedge.server.results import record
 from fedge.server.verdicts import Expected
-from fedge.shared.config_sections import AdmissionSection
-from fedge.shared.privacy import local, noised_counts
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.section import PrivacySection
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.config.sections import AdmissionSection
+from fedge.shared.privacy.mechanisms import local, noised_counts
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.simulations import flower_private
 
 RUN, SITE, REGISTERED = "r-1", "site-1", 100

@@ -17,7 +17,7 @@ import pytest
 from fedge.server import certificates, finish, operate, server_file
 from fedge.server.journal import Journal
 from fedge.server.run_directory import RunDirectory, state_of
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon.process import Program
 from fedge.shared.daemon.supervisor import Service, Supervisor
@@ -319,7 +319,7 @@ def test_the_commands_print_text_and_json(
 @pytest.mark.slow
 def test_a_look_at_a_server_does_not_wait_for_torch(home: Path) -> None:
     code = (
-        "import sys; from fedge.shared.cli import main; main(sys.argv[1:]);"
+        "import sys; from fedge.shared.cli.main import main; main(sys.argv[1:]);"
         "assert 'torch' not in sys.modules"
     )
     for word in ("runs", "status"):

@@ -13,8 +13,9 @@ from flwr.serverapp import Grid
 from fedge.server.admission import admit_train
 from fedge.server.verdicts import Expected
 from fedge.server.wrapped_grid import PackedGrid
-from fedge.shared import packed, protocol
-from fedge.shared.config_sections import AdmissionSection
+from fedge.shared import protocol
+from fedge.shared.config.sections import AdmissionSection
+from fedge.shared.wire import packed
 from fedge.simulations import flower_private
 
 SENT = np.zeros((2, 3), dtype=np.float32)

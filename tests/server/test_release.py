@@ -20,13 +20,16 @@ from fedge.server.compile import qualify
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
 from fedge.server.trained import load_network
-from fedge.shared import arrays, cli, config_file, preprocess
-from fedge.shared.bundle import Bundle, open_bundle
+from fedge.shared.bundle.bundle import Bundle, open_bundle
+from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.cli import main
+from fedge.shared.config import reader
+from fedge.shared.crypto.dsse import load_public, new_key
 from fedge.shared.errors import ConfigError, FedgeError, ReleaseError, RunError
-from fedge.shared.manifest import Manifest
-from fedge.shared.preprocess import Standardise
-from fedge.shared.signing import load_public, new_key
+from fedge.shared.preprocessing import steps as preprocessing
+from fedge.shared.preprocessing.steps import Standardise
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire import tensors
 
 
 @dataclass
@@ -45,13 +48,11 @@ def _write_run(path: Path, name: str, standardise: Standardise | None = None) ->
     task = get_task(name)
     torch.manual_seed(0)
     network = task.network().eval()
-    data = arrays.encode({key: t.numpy() for key, t in network.state_dict().items()})
-    steps = preprocess.fitted(task.preprocessing, standardise or Standardise())
+    data = tensors.encode({key: t.numpy() for key, t in network.state_dict().items()})
+    steps = preprocessing.fitted(task.preprocessing, standardise or Standardise())
     path.mkdir()
     (path / "model.safetensors").write_bytes(data)
-    (path / "config.toml").write_text(
-        config_file.dump(config_file.from_tree({"task": {"name": name}}))
-    )
+    (path / "config.toml").write_text(reader.dump(reader.from_tree({"task": {"name": name}})))
     run = {
         "run": "r-1",
         "state": "finished",
@@ -97,7 +98,7 @@ def released(tmp_path_factory: pytest.TempPathFactory, key: Path) -> tuple[Run, 
     folder = tmp_path_factory.mktemp("released")
     run = _write_run(folder / "run", "digits")
     out = folder / "model.fedge"
-    assert cli.main(["release", str(run.path), "--key", str(key), "--out", str(out)]) == 0
+    assert main.main(["release", str(run.path), "--key", str(key), "--out", str(out)]) == 0
     return run, out
 
 
@@ -132,7 +133,7 @@ def test_the_bundle_holds_the_runs_model(released: tuple[Run, Path], trust: Path
     x = task.load(None).features[:100]
     found = EdgeModel.from_bundle(bundle).predict(x)
     with torch.no_grad():
-        ready = torch.from_numpy(preprocess.apply(task.preprocessing, x))
+        ready = torch.from_numpy(preprocessing.apply(task.preprocessing, x))
         expected = torch.softmax(run.network(ready).double(), dim=1).numpy()
     np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
 
@@ -163,7 +164,7 @@ def test_a_second_release_differs_in_its_latency_only(
     shutil.copytree(run.path, folder)
     again = tmp_path / "again.fedge"
     argv = ["release", str(folder), "--key", str(key), "--out", str(again), "--json"]
-    assert cli.main(argv) == 0
+    assert main.main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((folder / "release.json").read_text())
     first, second = _open(out, trust), _open(again, trust)
@@ -188,7 +189,7 @@ def test_a_model_for_sites_own_statistics_is_released(
     model = EdgeModel.from_bundle(bundle, statistics=own)
     x = np.asarray([[50, 1, 2, 120, 200, 0, 1, 150, 0, 1]], np.float32)
     with torch.no_grad():
-        ready = torch.from_numpy(preprocess.apply(model.steps, x))
+        ready = torch.from_numpy(preprocessing.apply(model.steps, x))
         expected = torch.sigmoid(run.network(ready)).item()
     assert model.predict(x).probabilities[0, 1] == pytest.approx(expected, abs=1e-6)
 
@@ -216,7 +217,7 @@ def test_the_statement_holds_all_that_epsilon_and_its_limits_follow_from(
         "secure-aggregation": {"enabled": section["mechanism"] == "distributed"},
     }  # fmt: skip
     directory = RunDirectory(run.path)
-    directory.config.write_text(config_file.dump(config_file.from_tree(tree)))
+    directory.config.write_text(reader.dump(reader.from_tree(tree)))
     directory.rounds.write_text("")
     found = release_module._privacy(directory, ("site-1",))
     assert found is not None
@@ -295,13 +296,13 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         ({**good, first: good[first].astype(np.float64)}, "got float64"),
         ({**good, first: good[first][:1]}, f"{first} must be"),
     ):
-        data = arrays.encode(weights)
+        data = tensors.encode(weights)
         path.write_bytes(data)
         with pytest.raises(RunError) as error:
             load_network(path, task, hashlib.sha256(data).hexdigest())
         assert error.value.code == 504
         assert named in error.value.message
-    data = arrays.encode(good)
+    data = tensors.encode(good)
     path.write_bytes(data)
     network = load_network(path, task, hashlib.sha256(data).hexdigest())
     for name, tensor in network.state_dict().items():
@@ -313,7 +314,7 @@ def test_a_model_that_gives_nan_is_not_released(run: Run, key: Path, tmp_path: P
     weights = {
         name: np.full_like(t.numpy(), np.nan) for name, t in run.network.state_dict().items()
     }
-    data = arrays.encode(weights)
+    data = tensors.encode(weights)
     (run.path / "model.safetensors").write_bytes(data)
     run.change("run.json", model_sha256=hashlib.sha256(data).hexdigest())
     _fails(ReleaseError, 603, run.path, key, tmp_path / "m")
@@ -339,7 +340,7 @@ def test_the_command_says_what_is_wrong_in_one_line(
     tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["release", str(tmp_path), "--key", str(key), "--out", str(tmp_path / "m")]
-    assert cli.main(argv) == 1
+    assert main.main(argv) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("FE-209 ")

@@ -16,9 +16,9 @@ from fedge.server import requests, strategies, wrapped_grid
 from fedge.server.conversation import GRACE
 from fedge.server.members import Member
 from fedge.shared import protocol
-from fedge.shared.config import Config
-from fedge.shared.config_sections import TrainSection
-from fedge.shared.preprocess import Reshape, Standardise
+from fedge.shared.config.federation import Config
+from fedge.shared.config.sections import TrainSection
+from fedge.shared.preprocessing.steps import Reshape, Standardise
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 MEMBERS = {f"site-{i}": Member(f"site-{i}", 100 + i, 10 * i, i) for i in range(1, 10)}

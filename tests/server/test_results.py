@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from fedge.server import strategies
 from fedge.server.aggregation import aggregate
 from fedge.server.results import Singles, Summed, as_replies, record, summed
-from fedge.shared import strategy_sections as cfg
+from fedge.shared.config import strategies as cfg
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 # The strategies that look at nothing but the weighted mean.

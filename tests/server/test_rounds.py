@@ -17,9 +17,9 @@ from flwr.clientapp import ClientApp
 from fedge.client import relay
 from fedge.client.data import site_shares
 from fedge.server.journal import Journal
-from fedge.shared.config import Config
-from fedge.shared.durable import write_atomically
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, RunError
+from fedge.shared.files import write_atomically
 from fedge.simulations.engine import simulate
 
 

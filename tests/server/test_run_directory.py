@@ -14,7 +14,7 @@ import pytest
 
 from fedge.server.journal import Commit, Journal
 from fedge.server.run_directory import RunDirectory, prepare, state_of
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, FedgeError
 
 _HOLDER = """

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from fedge.server import checkpoint, strategies
 from fedge.server.aggregation import aggregate
 from fedge.server.results import Singles, Update, record
-from fedge.shared import strategy_sections as cfg
+from fedge.shared.config import strategies as cfg
 from fedge.shared.errors import RunError
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -18,7 +18,11 @@ import pytest
 from fedge.shared.failpoints import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
 #: Seconds that a command has; a process to fork from, for its imports; and the same to end.
 COMMAND, IMPORTS, ENDING = 300.0, 300.0, 60.0
 

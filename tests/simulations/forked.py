@@ -31,7 +31,7 @@ def prepare(modules: Sequence[str]) -> None:
     Raises:
         RuntimeError: an import has left a thread, which no fork would have.
     """
-    from fedge.shared import cli
+    from fedge.shared.cli import main as cli
 
     kept = dict(os.environ)
     for key, value in cli.FLOWER_ENVIRONMENT.items():
@@ -97,6 +97,6 @@ if __name__ == "__main__":
         modules, sys.argv[:] = sys.argv[2:], ["-c"]
         prepare(modules)
         serve(opened)
-    from fedge.shared.cli import main
+    from fedge.shared.cli.main import main
 
     sys.exit(main())

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from fedge.shared.cli import parser_of
-from fedge.shared.command_line import guarded
-from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.cli.command import guarded
+from fedge.shared.cli.main import parser_of
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.simulations.audit import canaries
 from fedge.simulations.commands import audit
 

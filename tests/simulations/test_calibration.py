@@ -18,14 +18,16 @@ from onnxruntime.quantization.calibrate import create_calibrator
 from fedge.client.data import site_shares
 from fedge.server.progress import Silent
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import arrays, preprocess, protocol
+from fedge.shared import protocol
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_INT8, ONNX_KINDS
 from fedge.shared.compile import calibration, candidates
 from fedge.shared.compile.calibration import Calibration
-from fedge.shared.config import Config
-from fedge.shared.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_INT8, ONNX_KINDS
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.config.federation import Config
+from fedge.shared.preprocessing import steps
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire import tensors
 from fedge.simulations.engine import simulate
 from fedge.simulations.grid import InProcessGrid
 from fedge.simulations.summary import summary_table
@@ -50,8 +52,8 @@ def central(run: Path, of: Config, folder: Path) -> dict[str, tuple[float, float
     """What ONNX Runtime's own calibrator finds over the training examples of all sites together."""
     task = get_task(of.task.name)
     shares = site_shares(of, task).values()
-    x = np.concatenate([preprocess.apply(task.preprocessing, s.train_features) for s in shares])
-    onnx = candidates.fp32(task, arrays.read(run / "model.safetensors"), x.shape[1:])
+    x = np.concatenate([steps.apply(task.preprocessing, s.train_features) for s in shares])
+    onnx = candidates.fp32(task, tensors.read(run / "model.safetensors"), x.shape[1:])
     (folder / "model.onnx").write_bytes(onnx)
     # Else it writes the results to its own log.
     onnxruntime.set_default_logger_severity(4)

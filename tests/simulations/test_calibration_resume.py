@@ -24,15 +24,16 @@ from fedge.client.worker import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.progress import Silent, listening
 from fedge.server.run_directory import RunDirectory, prepare
-from fedge.shared import config_file, protocol
+from fedge.shared import protocol
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_KINDS
 from fedge.shared.compile import calibration
 from fedge.shared.compile.calibration import Calibration
-from fedge.shared.config import Config
+from fedge.shared.config import reader
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import SiteError
 from fedge.shared.failpoints import BETWEEN
-from fedge.shared.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_KINDS
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations import consortium
@@ -68,7 +69,7 @@ examples = 64
 
 
 def parsed(text: str) -> Config:
-    return config_file.from_tree(tomllib.loads(text))
+    return reader.from_tree(tomllib.loads(text))
 
 
 class Killed(BaseException):

@@ -17,11 +17,14 @@ from fedge.client import relay
 from fedge.server.journal import Journal
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import arrays, bundle, config_file, signing
-from fedge.shared.config import Config
+from fedge.shared.bundle import bundle
+from fedge.shared.config import reader
+from fedge.shared.config.federation import Config
+from fedge.shared.crypto import dsse
 from fedge.shared.errors import ConfigError, RunError
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
+from fedge.shared.wire import tensors
 from fedge.simulations.engine import simulate
 
 
@@ -154,7 +157,7 @@ def _begin(fedge: Any, folder: Path, mechanism: str, point: str) -> list[dict[st
     privacy = {"metrics": "unprotected"}
     privacy |= {"min-separation": 1, "bands": 2} if mechanism == "central-mf" else {}
     asked = config(mechanism, privacy, run={"rounds": 3})
-    (folder / "config.toml").write_text(config_file.dump(asked))
+    (folder / "config.toml").write_text(reader.dump(asked))
     killed = fedge(*_words(folder), fail_point=f"{point}:2")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     journal = Journal(folder / "run/journal.db")
@@ -206,11 +209,11 @@ def test_a_run_whose_past_noise_is_gone_does_not_go_on(tmp_path: Path, forked: A
     last = journal.last()
     assert last is not None
     path = tmp_path / "run/checkpoints" / last.checkpoint
-    held = {k: a for k, a in arrays.read(path).items() if "past-noise" not in k}
-    path.write_bytes(arrays.encode(held))
+    held = {k: a for k, a in tensors.read(path).items() if "past-noise" not in k}
+    path.write_bytes(tensors.encode(held))
     journal._query("UPDATE round SET checkpoint_sha256 = ? WHERE number = 2", _sha256(path))
     journal.close()
-    asked = config_file.load(tmp_path / "config.toml")
+    asked = reader.load(tmp_path / "config.toml")
     with pytest.raises(RunError, match="noise's state after round 2") as caught:
         simulate(asked, tmp_path / "run", resume=True)
     assert caught.value.code == 504
@@ -231,9 +234,9 @@ def test_a_bundle_does_not_tell_who_was_drawn(rate: float, tmp_path: Path) -> No
     out = tmp_path / "out"
     privacy = {"sampling-rate": rate, "noise-multiplier": 1e-3}
     simulate(config("central", privacy, run={"rounds": 1}), out)
-    signing.new_key(tmp_path / "key")
+    dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", signing.load_public(tmp_path / "key.pub"))
+    opened = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
     assert opened.manifest.sites == ("site-1", "site-2", "site-3", "site-4")
     assert opened.manifest.privacy is not None
     told = opened.manifest.privacy
@@ -249,9 +252,9 @@ def test_a_bundle_of_a_sampled_run_is_silent_also_of_those_who_were_drawn(tmp_pa
     simulate(asked, out)
     (line,) = lines(out)
     assert line["privacy_ledgers"], "there was something to tell"
-    signing.new_key(tmp_path / "key")
+    dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", signing.load_public(tmp_path / "key.pub"))
+    opened = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
     text = json.dumps(opened.statement)
     assert not any(digest in text for digest in line["privacy_ledgers"].values())
 
@@ -290,7 +293,7 @@ def test_every_weighted_mean_learns_by_it(tmp_path: Path) -> None:
     for name in ("FedAvg", "FedAvgM", "FedAdam", "FedProx"):
         out = tmp_path / name
         simulate(config("central", strategy={"name": name}, run={"rounds": 2}), out)
-        weights = arrays.read(out / "model.safetensors")
+        weights = tensors.read(out / "model.safetensors")
         assert all(np.isfinite(a).all() for a in weights.values())
 
 

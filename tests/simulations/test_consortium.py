@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.shared import roster
 from fedge.shared.errors import FedgeError, SiteError
+from fedge.shared.roster import roster
 from fedge.simulations import consortium
 
 TODAY = datetime.now(UTC).date()

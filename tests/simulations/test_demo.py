@@ -13,7 +13,7 @@ import pytest
 from fedge.shared.errors import UsageError
 from fedge.simulations import device
 
-PROGRAM = "import sys; from fedge.shared.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from fedge.shared.cli.main import main; sys.exit(main())"
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ import pytest
 
 from fedge.client import relay
 from fedge.server.journal import Journal
-from fedge.shared.arrays import read
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, DataError, RunError
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire.tensors import read
 from fedge.simulations.engine import simulate
 
 FILES = {

@@ -18,7 +18,11 @@ from fedge.shared.daemon import process
 
 pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1800)]
 
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
 
 
 @pytest.fixture(scope="module")

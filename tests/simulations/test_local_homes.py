@@ -12,8 +12,8 @@ import pytest
 from fedge.client import own_roster, policy, share
 from fedge.client.data import site_shares
 from fedge.server import register
-from fedge.shared import flower_app
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
+from fedge.shared.flower import app_bundle
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations import local_homes
 
@@ -28,7 +28,7 @@ def config(count: int = 3, **section: Any) -> Config:
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run directory with the shares of four sites; the bundle is not built, which takes seconds."""
-    monkeypatch.setattr(flower_app, "sha256", lambda *_: "ab" * 32)
+    monkeypatch.setattr(app_bundle, "sha256", lambda *_: "ab" * 32)
     task = get_task("breast-cancer")
     for site, data in site_shares(config(4), task).items():
         place = tmp_path / "sites" / site

@@ -16,10 +16,13 @@ from fedge.client.data import site_shares
 from fedge.client.privacy_policy import PrivacyPolicy
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import bundle, config_file, preprocess, signing
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.bundle import bundle
+from fedge.shared.config import reader
+from fedge.shared.crypto import dsse
+from fedge.shared.preprocessing import steps
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.engine import simulate
 
@@ -40,7 +43,7 @@ def config(mechanism, *more, noise_multiplier=1.0):
         f"privacy.mechanism='{mechanism}'",
         f"privacy.noise-multiplier={noise_multiplier}",
     )
-    return config_file.load(DIGITS, (*SMALL, *privacy, *more))
+    return reader.load(DIGITS, (*SMALL, *privacy, *more))
 
 
 def lines(out):
@@ -125,7 +128,7 @@ def test_noised_accuracy_is_near_the_exact_one_and_is_not_it(tmp_path):
     network.eval()
     right = count = 0
     for share in site_shares(of, task).values():
-        x = torch.from_numpy(np.asarray(preprocess.apply(task.preprocessing, share.test_features)))
+        x = torch.from_numpy(np.asarray(steps.apply(task.preprocessing, share.test_features)))
         right += int((network(x).argmax(dim=1).numpy() == share.test_labels).sum())
         count += len(share.test_labels)
     noised = lines(out)[-1]["metrics"]["pooled"]["accuracy"]
@@ -158,9 +161,9 @@ def test_a_release_holds_the_ledgers_as_the_last_evaluation_left_them(tmp_path, 
     out = tmp_path / "out"
     more = ("secure-aggregation.enabled=true",) if mechanism == "distributed" else ()
     simulate(config(mechanism, *NOISED, *more, "run.rounds=1"), out)
-    signing.new_key(tmp_path / "key")
+    dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", signing.load_public(tmp_path / "key.pub"))
+    opened = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
     homes = RunDirectory(out).sites
     assert opened.statement["predicate"]["privacy"]["ledgers"] == {
         f"site-{i}": Ledger(homes / f"site-{i}" / FILE).digest("default") for i in range(1, 6)

@@ -27,8 +27,8 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from fedge.client import relay
-from fedge.shared.arrays import read
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
+from fedge.shared.wire.tensors import read
 from fedge.simulations.engine import simulate
 from fedge.simulations.grid import InProcessGrid
 

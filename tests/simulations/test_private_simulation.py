@@ -9,10 +9,11 @@ import pytest
 
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
-from fedge.shared import bundle, signing
+from fedge.shared.bundle import bundle
+from fedge.shared.crypto import dsse
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.simulations.engine import simulate
 
 
@@ -113,9 +114,9 @@ def test_noise_that_does_not_fit_the_grid_begins_no_run(tmp_path):
 def test_a_release_holds_the_digests_of_the_ledgers(mechanism, tmp_path):
     out = tmp_path / "out"
     simulate(config(mechanism, {"metrics": "unprotected"}, run={"rounds": 1}), out)
-    signing.new_key(tmp_path / "key")
+    dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    trusted = signing.load_public(tmp_path / "key.pub")
+    trusted = dsse.load_public(tmp_path / "key.pub")
     opened = bundle.open_bundle(tmp_path / "model.fedge", trusted)
     told = opened.statement["predicate"]["privacy"]
     assert told == opened.manifest.privacy.to_json()

@@ -14,7 +14,11 @@ import pytest
 
 from fedge.shared.failpoints import COORDINATOR
 
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
 CONFIG = """
 [task]
 name = "breast-cancer"

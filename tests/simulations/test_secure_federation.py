@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 
 from fedge.client import policy
+from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS
 from fedge.shared.compile import calibration
 from fedge.shared.daemon import home as homes
-from fedge.shared.manifest_artefacts import ONNX_KINDS
 
 pytestmark = [pytest.mark.realtime, pytest.mark.timeout(1800)]
 

@@ -22,8 +22,8 @@ from fedge.client.worker import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.progress import Silent, listening
 from fedge.server.run_directory import prepare
-from fedge.shared import config_file
-from fedge.shared.config import Config
+from fedge.shared.config import reader
+from fedge.shared.config.federation import Config
 from fedge.shared.failpoints import MASKED
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.registry import get_task
@@ -59,7 +59,7 @@ min-sites = 3
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     for name in ("FedAdam", "Scaffold"):
-        simulate(config_file.from_tree(tomllib.loads(TOML.format(strategy=name))), folder / name)
+        simulate(reader.from_tree(tomllib.loads(TOML.format(strategy=name))), folder / name)
     return folder
 
 
@@ -132,7 +132,7 @@ class Deployed:
 
 @pytest.fixture(scope="module")
 def chosen() -> Config:
-    return config_file.from_tree(tomllib.loads(TOML.format(strategy="FedAvg")))
+    return reader.from_tree(tomllib.loads(TOML.format(strategy="FedAvg")))
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,21 @@ from fedge.client.learner import Learner
 from fedge.server.journal import Journal
 from fedge.server.progress import Silent
 from fedge.server.report.page import write as write_report
-from fedge.shared.arrays import read
-from fedge.shared.config import Config
+from fedge.shared.config.federation import Config
 from fedge.shared.errors import RunError
-from fedge.shared.secagg import encoding, messages
+from fedge.shared.secagg import fixed_point, messages
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire.tensors import read
 from fedge.simulations.engine import simulate
 from fedge.simulations.grid import InProcessGrid
 from fedge.simulations.summary import summary_table
 from fedge.simulations.wording import round_facts
 
-FEDGE = [sys.executable, "-c", "import sys; from fedge.shared.cli import main; sys.exit(main())"]
+FEDGE = [
+    sys.executable,
+    "-c",
+    "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
+]
 CAP = 1000
 
 
@@ -105,7 +109,7 @@ def test_a_run_under_masks_is_the_run_in_clear(
     # Each site rounds by less than a step, and together they weigh what they have of the cap.
     examples = sum(lines(plain)[0]["examples"].values())
     bound = 100.0 if strategy["name"] == "Scaffold" else 4.0
-    step = 5 / encoding.scale(bound, 5) * CAP / examples
+    step = 5 / fixed_point.scale(bound, 5) * CAP / examples
     assert apart(masked, plain) <= growth * 2 * (step + 2e-7)
     # The failing twin: the model itself has moved by far more than that.
     start = simulate(config(strategy=strategy, run={"rounds": 1}), tmp_path / "one").path

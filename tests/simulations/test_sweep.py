@@ -10,8 +10,8 @@ import pytest
 from fedge.client.privacy_policy import simulated
 from fedge.server.run_directory import RunDirectory, state_of
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.simulations import sweep
 
 DELTA = 1e-5

@@ -8,7 +8,7 @@ from fedge.edge.backends.backend import CPU, CUDA, OPENVINO, RTX, TRT
 from fedge.edge.backends.candidates import candidates, obstacle, place_of
 from fedge.edge.backends.cuda import Gpu
 from fedge.edge.backends.device import Device, cpu_name, detect, runtime_versions
-from fedge.shared.manifest_artefacts import KINDS, Artefact, Engine, Qualification
+from fedge.shared.bundle.manifest_artefacts import KINDS, Artefact, Engine, Qualification
 
 EXECUTED = Qualification(True, max_abs_difference=0.0, tolerance=1.0, agreement=1.0)
 PLAIN = Device("cpu")

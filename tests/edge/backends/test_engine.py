@@ -13,8 +13,8 @@ import pytest
 from fedge.edge.backends.backend import Shapes
 from fedge.edge.backends.cuda import Driver
 from fedge.edge.backends.engine import EngineBackend, load_wheel
+from fedge.shared.bundle.manifest_artefacts import Engine
 from fedge.shared.errors import BundleError
-from fedge.shared.manifest_artefacts import Engine
 
 SHAPES = Shapes((2, 3), 4)
 WEIGHTS = np.random.default_rng(0).random((6, 4)).astype(np.float32)

@@ -20,8 +20,8 @@ from fedge.edge.serving.credentials import Address
 from fedge.edge.serving.served import Limits, Served
 from fedge.edge.serving.server import InferenceServer
 from fedge.edge.serving.service import Service
-from fedge.shared.bundle import open_bundle
-from fedge.shared.signing import load_public
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.crypto.dsse import load_public
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 

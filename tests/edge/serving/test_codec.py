@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2
 from fedge.edge.serving import protocol
 from fedge.edge.serving.codec import OUTPUTS, Decoder, Signature, decode, encode
 from fedge.shared.errors import FedgeError, InputError
-from fedge.shared.schema import OutputSchema
+from fedge.shared.preprocessing.schema import OutputSchema
 
 IMAGE = Signature("image", "b" * 12, (2, 3), 6, 3, 3, 4)
 SOFTMAX = OutputSchema(labels=("x", "y", "z"), activation="softmax")

@@ -18,8 +18,8 @@ import tritonclient.grpc as triton
 
 from fedge.edge.cli import main
 from fedge.edge.serving import command
-from fedge.shared.bundle import open_bundle, write_bundle
-from fedge.shared.signing import load_private, load_public, new_key, public_path
+from fedge.shared.bundle.bundle import open_bundle, write_bundle
+from fedge.shared.crypto.dsse import load_private, load_public, new_key, public_path
 
 Capture = pytest.CaptureFixture[str]
 

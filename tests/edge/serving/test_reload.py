@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2
 
 from fedge.edge import rehearsal
 from fedge.edge.serving.reload import Background, Reloader, look
-from fedge.shared.schema import OutputSchema
+from fedge.shared.preprocessing.schema import OutputSchema
 
 
 @pytest.fixture

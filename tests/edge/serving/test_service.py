@@ -13,9 +13,9 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from fedge.edge.runtime import EdgeModel
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import BundleError, InputError, one_line
-from fedge.shared.signing import load_public
 
 STATUS = grpc.StatusCode
 HEALTH = "/grpc.health.v1.Health/Check"
@@ -193,7 +193,7 @@ def test_refusals_are_one_line_with_their_number(
 def test_values_that_overflow_in_preprocessing_are_refused(
     running: Callable[..., Any], bundle_of: Callable[..., Path], request_of: Callable[..., Any]
 ) -> None:
-    from fedge.shared.preprocess import Reshape, Scale
+    from fedge.shared.preprocessing.steps import Reshape, Scale
 
     server = running(bundle_of(preprocessing=(Scale(1e30), Reshape((1, 2, 3)))))
     sent = request_of(np.full((1, 2, 3), 1e20, np.float32)).SerializeToString()

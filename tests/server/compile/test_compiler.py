@@ -13,17 +13,19 @@ import torch
 from fedge.server import trained
 from fedge.server.compile import build, record
 from fedge.server.compile.build import Builder
-from fedge.shared import arrays, cli, config_file
-from fedge.shared.bundle import open_bundle
+from fedge.shared.bundle.bundle import open_bundle
+from fedge.shared.cli import main
 from fedge.shared.compile import calibration
 from fedge.shared.compile.calibration import Calibration, Counted
 from fedge.shared.compile.candidates import CANDIDATES, derived
-from fedge.shared.compile.export import export_onnx, opset_of
+from fedge.shared.compile.onnx_export import export_onnx, opset_of
 from fedge.shared.compile.precision import activations
 from fedge.shared.compile.targets import parse
+from fedge.shared.config import reader
+from fedge.shared.crypto.dsse import load_public, new_key
 from fedge.shared.errors import ReleaseError, UsageError
-from fedge.shared.signing import load_public, new_key
 from fedge.shared.tasks.registry import get_task
+from fedge.shared.wire import tensors
 
 pytestmark = pytest.mark.slow
 SHAPE = (1, 8, 8)
@@ -34,11 +36,11 @@ def write_run(path, seed=0):
     task = get_task("digits")
     torch.manual_seed(seed)
     network = task.network().eval()
-    data = arrays.encode({key: t.numpy() for key, t in network.state_dict().items()})
+    data = tensors.encode({key: t.numpy() for key, t in network.state_dict().items()})
     path.mkdir()
     (path / "model.safetensors").write_bytes(data)
-    config = config_file.from_tree({"task": {"name": "digits"}})
-    (path / "config.toml").write_text(config_file.dump(config))
+    config = reader.from_tree({"task": {"name": "digits"}})
+    (path / "config.toml").write_text(reader.dump(config))
     run = {
         "run": "r-1", "state": "finished", "task": "digits", "strategy": "FedAvg", "rounds": 2,
         "rounds_done": 2, "preprocessing": [step.to_json() for step in task.preprocessing],
@@ -84,7 +86,7 @@ def artefacts(run):
     """All that the targets give, and what the command printed."""
     out = run.parent / "artefacts"
     wanted = "cpu-int8,tensorrt-rtx:sm86+sm89,tensorrt"
-    assert cli.main(["compile", str(run), "--targets", wanted, "--out", str(out)]) == 0
+    assert main.main(["compile", str(run), "--targets", wanted, "--out", str(out)]) == 0
     return out
 
 
@@ -117,7 +119,7 @@ def test_the_bundle_holds_what_was_kept(artefacts, run, tmp_path):
     key, out = tmp_path / "key", tmp_path / "model.fedge"
     new_key(key)
     command = ["release", str(run), "--artifacts", str(artefacts), "--key", str(key)]
-    assert cli.main([*command, "--out", str(out)]) == 0
+    assert main.main([*command, "--out", str(out)]) == 0
     bundle = open_bundle(out, load_public(tmp_path / "key.pub"))
     assert bundle.manifest.artefacts == record.load(artefacts).kept
     for name, data in bundle.artefacts.items():
@@ -127,7 +129,7 @@ def test_the_bundle_holds_what_was_kept(artefacts, run, tmp_path):
 def released(run, artefacts, tmp_path, capsys):
     new_key(tmp_path / "key")
     command = ["release", str(run), "--artifacts", str(artefacts), "--key", str(tmp_path / "key")]
-    assert cli.main([*command, "--out", str(tmp_path / "model.fedge")]) == 1
+    assert main.main([*command, "--out", str(tmp_path / "model.fedge")]) == 1
     assert not (tmp_path / "model.fedge").exists()
     return capsys.readouterr().err
 
@@ -149,7 +151,7 @@ def test_a_changed_artefact_is_refused(artefacts, run, tmp_path, capsys):
 
 
 def failing(arguments, capsys):
-    assert cli.main(["compile", *map(str, arguments)]) == 1
+    assert main.main(["compile", *map(str, arguments)]) == 1
     return capsys.readouterr().err
 
 
@@ -180,9 +182,11 @@ def test_weights_alone_are_compiled_by_their_tasks_name(tmp_path, capsys):
     assert "Remedy: Name with --task the task" in other
     assert "FE-504" in failing([tmp_path / "nowhere.safetensors", "--out", out], capsys)
     foreign = run / "other.safetensors"
-    foreign.write_bytes(arrays.encode({"x": np.ones(1, np.float32)}))
+    foreign.write_bytes(tensors.encode({"x": np.ones(1, np.float32)}))
     assert "Remedy: Give a checkpoint of this run" in failing([foreign, "--out", out], capsys)
-    assert cli.main(["compile", str(weights), "--task", "digits", "--out", str(out), "--json"]) == 0
+    assert (
+        main.main(["compile", str(weights), "--task", "digits", "--out", str(out), "--json"]) == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert [a["name"] for a in told["kept"]] == ["model.onnx"]
     assert "FE-605" in failing([weights, "--task", "digits", "--out", out], capsys)
@@ -197,7 +201,7 @@ def test_a_target_that_could_not_be_built_is_a_failure_once_all_else_is_written(
     monkeypatch.setattr(build, "build_in_child", child)
     out = tmp_path / "out"
     wanted = ["--targets", "cpu-fp32,tensorrt-rtx:sm86,tensorrt-rtx:sm89", "--out", out, "--json"]
-    assert cli.main(["compile", str(run), *map(str, wanted)]) == 1
+    assert main.main(["compile", str(run), *map(str, wanted)]) == 1
     printed = capsys.readouterr()
     last = printed.err.splitlines()[-1]
     assert last.startswith("FE-611 ")
@@ -213,8 +217,8 @@ def test_a_checkpoint_of_the_final_weights_is_the_model(run, monkeypatch):
     """Its file holds the strategy's memory as well; calibration counts for the weights."""
     folder = run / "checkpoints"
     folder.mkdir()
-    weights = arrays.load((run / "model.safetensors").read_bytes())
-    data = arrays.encode({f"arrays/{k}": a for k, a in weights.items()} | {"memory/m": np.ones(1)})
+    weights = tensors.load((run / "model.safetensors").read_bytes())
+    data = tensors.encode({f"arrays/{k}": a for k, a in weights.items()} | {"memory/m": np.ones(1)})
     (folder / "round-000002.safetensors").write_bytes(data)
     monkeypatch.chdir(folder)
     found = trained.of_checkpoint(Path("round-000002.safetensors"))
@@ -238,7 +242,7 @@ def test_a_graph_is_made_once_and_an_artefact_kept_once(run):
     data = (run / "model.safetensors").read_bytes()
     network = get_task("digits").network()
     network.load_state_dict(
-        {k: torch.from_numpy(np.array(v)) for k, v in arrays.load(data).items()}
+        {k: torch.from_numpy(np.array(v)) for k, v in tensors.load(data).items()}
     )
     fp32 = export_onnx(network.eval(), SHAPE)
     seen = []

@@ -6,8 +6,8 @@ import pytest
 
 from fedge.server.compile import qualify
 from fedge.server.compile.qualify import METRIC_BUDGET, Timed, faster, qualified, split, verdict
+from fedge.shared.bundle.manifest_artefacts import Artefact, Engine, Score
 from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import Artefact, Engine, Score
 
 RESULT = {
     "p50_ms": 1.0, "p99_ms": 2.0, "batch": 1, "threads": 1, "device": "a CPU", "peak_rss_mb": 50.0,

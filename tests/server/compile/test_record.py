@@ -7,8 +7,8 @@ import pytest
 
 from fedge.server.compile import record
 from fedge.server.compile.record import Compiled, Dropped, content, dump, load
+from fedge.shared.bundle.manifest_artefacts import Artefact, Engine, Latency, Qualification, Score
 from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import Artefact, Engine, Latency, Qualification, Score
 
 DATA = b"engine"
 ENGINE = Artefact(

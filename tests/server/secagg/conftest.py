@@ -34,8 +34,8 @@ from fedge.server.secagg.sums import SecureSums
 from fedge.server.talk import Talk
 from fedge.shared import protocol
 from fedge.shared.models.fnn import FNN
-from fedge.shared.preprocess import Standardise
-from fedge.shared.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.steps import Standardise
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.task import Task

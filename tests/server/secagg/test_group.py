@@ -14,14 +14,14 @@ from fedge.client.contribution import Contribution
 from fedge.client.secure_session import Anchors, Session
 from fedge.server.secagg import group as groups
 from fedge.server.secagg.group import Group, LostError
-from fedge.shared import roster
-from fedge.shared.roster_file import Draft, entry_of
-from fedge.shared.secagg import layout, limbs, masking, messages
+from fedge.shared.roster import roster
+from fedge.shared.roster.draft import Draft, entry_of
+from fedge.shared.secagg import exact_counters, masking, messages, vector_layout
 from fedge.shared.secagg.transcript import Attempt
 
 NAMES = [f"site-{i}" for i in range(7)]  # the threshold is 5
 KEYS = {n: Ed25519PrivateKey.from_private_bytes(n.encode().ljust(32, b".")) for n in NAMES}
-OF = layout.of_evaluation(["correct", "examples"])
+OF = vector_layout.of_evaluation(["correct", "examples"])
 ATTEMPT = Attempt(bytes(32), "run-1", "evaluate", 1, 1)
 
 
@@ -92,7 +92,7 @@ def take(group, shares):
 
 
 def counted(total):
-    return limbs.decode_counters(total, OF.counters, 7)
+    return exact_counters.decode_counters(total, OF.counters, 7)
 
 
 TRUE = {"sites": 7, "task/correct": 21.0, "task/examples": 70.0}
@@ -145,7 +145,7 @@ def test_masks_with_lost_sites_are_taken_off(lost):
     total, _ = sites.group.unmask()
     alive = [n for n in NAMES if n not in lost]
     assert sites.group.survivors == alive
-    found = limbs.decode_counters(total, OF.counters, len(alive))
+    found = exact_counters.decode_counters(total, OF.counters, len(alive))
     assert found["task/correct"] == sum(NAMES.index(n) for n in alive)
 
 
@@ -158,7 +158,7 @@ def test_a_wrong_share_does_no_harm_and_is_named(liars, found):
     take(sites.group, given)
     total, wrong = sites.group.unmask()
     assert wrong == found
-    assert limbs.decode_counters(total, OF.counters, 6)["task/correct"] == 21 - 4
+    assert exact_counters.decode_counters(total, OF.counters, 6)["task/correct"] == 21 - 4
 
 
 def test_too_many_wrong_shares_open_nothing():

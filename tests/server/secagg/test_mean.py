@@ -8,11 +8,11 @@ import pytest
 from fedge.client.contribution import Contribution, SiteNoise, noised
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
-from fedge.shared.config_sections import AdmissionSection
+from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.errors import RunError
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.secagg import encoding, layout
-from fedge.shared.secagg.layout import Bounds
+from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.secagg import fixed_point, vector_layout
+from fedge.shared.secagg.vector_layout import Bounds
 
 BOUNDS = Bounds(clipping_bound=2000.0, value_bound=4.0, state_bound=100.0, weight_cap=100)
 GATE = AdmissionSection(**{"max-update-norm": 1e4})
@@ -37,7 +37,7 @@ def current():
 
 
 def of_training(bounds=BOUNDS, *, control=False):
-    return layout.of_training(SHAPES, PARAMETERS, bounds, control=control)
+    return vector_layout.of_training(SHAPES, PARAMETERS, bounds, control=control)
 
 
 def contribution(of, update, **counters):
@@ -66,7 +66,7 @@ def test_a_sum_is_scaled_by_who_shared_and_counted_by_who_is_in_it():
     for name, a in before.items():
         found, moved = summed.mean[name], 0.0 if name == "batches" else change
         bound = 100.0 if name == "state" else 4.0
-        step = 2 * 3 / encoding.scale(bound, 6) / 1.25
+        step = 2 * 3 / fixed_point.scale(bound, 6) / 1.25
         assert found.dtype == a.dtype
         assert found.shape == a.shape
         np.testing.assert_allclose(
@@ -142,7 +142,7 @@ def test_the_gate_s_bounds_are_held_against_the_mean(gate, says):
 
 def test_a_noised_sum_is_on_the_grid_of_its_noise():
     shapes = {"wide": (300, 401), "bias": (401,)}
-    of = layout.of_noised(shapes, shapes, 2.0)
+    of = vector_layout.of_noised(shapes, shapes, 2.0)
     rng = np.random.default_rng(3)
     before = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
     noise = SiteNoise(2.0, 0.05, 5, Entropy(key=bytes(32)))

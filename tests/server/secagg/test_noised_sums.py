@@ -9,9 +9,9 @@ import pytest
 
 from fedge.client import privacy
 from fedge.server import requests
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.entropy import Entropy
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 
 PRIVACY = {
     "mechanism": "distributed",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.shared import preprocess
 from fedge.shared.errors import RunError
+from fedge.shared.preprocessing import steps
 
 
 def evaluated(made, server_round=1, members=None):
@@ -73,10 +73,10 @@ def test_too_few_are_not_asked_at_all(rig):
 
 def standardised(made, sites):
     parts = [
-        preprocess.statistics(made.task.preprocessing, made.workers[s].learner.data.train_features)
+        steps.statistics(made.task.preprocessing, made.workers[s].learner.data.train_features)
         for s in sites
     ]
-    return preprocess.pooled(parts)
+    return steps.pooled(parts)
 
 
 def test_statistics_are_those_of_all_sites_together(rig):

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from fedge.shared import cli
-from fedge.shared.privacy.accounting import Release, epsilon
-from fedge.shared.privacy.reckoning import reckon
+from fedge.shared.cli import main
+from fedge.shared.privacy.accounting.adversaries import reckon
+from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 
 EPSILON = "--noise-multiplier 1 --sampling-rate 0.1 --steps 100 --delta 1e-5"
 CALIBRATE = "--epsilon 1 --delta 1e-5 --sampling-rate 0.1 --steps 100"
@@ -17,7 +17,7 @@ def fedge(capsys):
     """Runs an action of `fedge privacy` with options in one text; gives status, output, error."""
 
     def run(action, options=""):
-        status = cli.main(["privacy", *action.split(), *options.split()])
+        status = main.main(["privacy", *action.split(), *options.split()])
         return status, *capsys.readouterr()
 
     return run

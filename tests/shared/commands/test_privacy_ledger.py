@@ -6,12 +6,12 @@ from contextlib import closing
 
 import pytest
 
-from fedge.shared.command_line import Parser, guarded
+from fedge.shared.cli.command import Parser, guarded
 from fedge.shared.commands import privacy_ledger
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.charges import Budget, Charge
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 DELTA = 1e-5
 PLENTY = Budget(1e6, DELTA)
@@ -93,8 +93,8 @@ def two_runs(ledger):
 
 def test_a_study_is_shown_with_its_budget_and_a_line_for_each_run(show, two_runs):
     lines = good(show("--study", "heart", "--epsilon", "4")).splitlines()
-    after_first = accounting.epsilon([Release(4.0, steps=3)], DELTA)
-    after_both = accounting.epsilon([Release(4.0, steps=3), Release(5.0, steps=2)], DELTA)
+    after_first = epsilon.epsilon([Release(4.0, steps=3)], DELTA)
+    after_both = epsilon.epsilon([Release(4.0, steps=3), Release(5.0, steps=2)], DELTA)
     assert lines[0] == "study heart, unit site, delta 1e-05"
     full = round(after_both / 4 * privacy_ledger.BAR_WIDTH)
     bar = "█" * full + "░" * (privacy_ledger.BAR_WIDTH - full)
@@ -159,10 +159,10 @@ def test_another_delta_is_reckoned_anew(show, two_runs):
     heart, _ = json.loads(good(show("--json", "--delta", "1e-7")))["studies"]
     releases = [Release(4.0, steps=3), Release(5.0, steps=2)]
     assert heart["delta"] == 1e-7
-    assert heart["epsilon_consumers"] == pytest.approx(accounting.epsilon(releases, 1e-7))
+    assert heart["epsilon_consumers"] == pytest.approx(epsilon.epsilon(releases, 1e-7))
     first = heart["runs"][0]["epsilon_consumers"]
-    assert first == pytest.approx(accounting.epsilon(releases[:1], 1e-7))
-    assert first > accounting.epsilon(releases[:1], DELTA)
+    assert first == pytest.approx(epsilon.epsilon(releases[:1], 1e-7))
+    assert first > epsilon.epsilon(releases[:1], DELTA)
 
 
 def test_the_unit_divides_a_study(show, two_runs):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from fedge.shared import cli
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.charges import Budget, Charge
-from fedge.shared.privacy.ledger import FILE, Ledger
+from fedge.shared.cli import main
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.charges import Budget, Charge
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 DELTA = 1e-6
 SINCE = ("--noise-multiplier", "4", "--sampling-rate", "1", "--steps", "3")
@@ -39,19 +39,19 @@ def older(tmp_path):
 @pytest.fixture
 def restore(capsys):
     def run(home, *words):
-        status = cli.main(["privacy", "restore", "--home", str(home), *words])
+        status = main.main(["privacy", "restore", "--home", str(home), *words])
         return status, *capsys.readouterr()
 
     return run
 
 
 def test_every_study_of_the_copy_is_charged_and_what_is_spent_printed(older, restore, capsys):
-    assert cli.main(["privacy", "ledger", "--home", str(older)]) == 1
+    assert main.main(["privacy", "ledger", "--home", str(older)]) == 1
     told = capsys.readouterr().err
     assert "got an older copy with 2 charges" in told and "fedge privacy restore" in told
     status, out, err = restore(older, *SINCE)
     assert (status, err) == (0, "")
-    after = accounting.epsilon([Release(4.0, 1.0, 4)], DELTA)
+    after = epsilon.epsilon([Release(4.0, 1.0, 4)], DELTA)
     assert out.splitlines() == [
         f"charge {number}: study {study}, unit site: epsilon is now {after:.4f} against the consumers, "
         f"{after:.4f} against the server, at delta 1e-06"
@@ -61,7 +61,7 @@ def test_every_study_of_the_copy_is_charged_and_what_is_spent_printed(older, res
         "restored",
         "restored",
     ]
-    assert cli.main(["privacy", "ledger", "--home", str(older)]) == 0
+    assert main.main(["privacy", "ledger", "--home", str(older)]) == 0
 
 
 def test_one_study_alone_where_its_owner_says_so(older, restore):

@@ -4,9 +4,10 @@ from datetime import date
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.shared import cli, roster
+from fedge.shared.cli import main
 from fedge.shared.commands.roster import SOON, shown
-from fedge.shared.signing import key_id, load_public
+from fedge.shared.crypto.dsse import key_id, load_public
+from fedge.shared.roster import roster
 
 LAST = "2999-11-30"
 
@@ -16,11 +17,11 @@ def fedge(tmp_path, capsys, monkeypatch):
     """Runs a command in a folder with keys of a consortium and two sites; gives status, output, error."""
     monkeypatch.chdir(tmp_path)
     for name in ("consortium.key", "north.key", "south.key"):
-        assert cli.main(["keys", "new", name]) == 0
+        assert main.main(["keys", "new", name]) == 0
     capsys.readouterr()
 
     def run(*words):
-        status = cli.main(["roster", *words])
+        status = main.main(["roster", *words])
         return status, *capsys.readouterr()
 
     run.folder = tmp_path

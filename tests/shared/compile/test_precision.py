@@ -14,14 +14,14 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
 from torch import nn
 
-from fedge.shared.compile.export import export_onnx
+from fedge.shared.bundle.manifest import GRAPH_INPUT
+from fedge.shared.bundle.onnx_session import load_onnxruntime
+from fedge.shared.compile.onnx_export import export_onnx
 from fedge.shared.compile.precision import activations, quantise, to_fp16
 from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest import GRAPH_INPUT
 from fedge.shared.models.cnn import CNN
 from fedge.shared.models.dcgan import Generator
 from fedge.shared.models.recurrent import RecurrentClassifier
-from fedge.shared.onnx_session import load_onnxruntime
 
 CLASSES = 5
 SHAPES = {"cnn": (1, 8, 8), "lstm": (16, 4)}

@@ -1,8 +1,8 @@
 import pytest
 
+from fedge.shared.bundle.manifest_artefacts import KINDS, ONNX_FP32
 from fedge.shared.compile.targets import RTX_CAPABILITIES, SOURCES, Target, parse
 from fedge.shared.errors import ReleaseError
-from fedge.shared.manifest_artefacts import KINDS, ONNX_FP32
 
 
 def test_the_list_of_the_documents_is_read():

@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper
 
 from fedge.shared.compile import gpu, tensorrt
-from fedge.shared.compile.export import export_onnx
 from fedge.shared.compile.graph_input import GraphInput
+from fedge.shared.compile.onnx_export import export_onnx
 from fedge.shared.compile.precision import to_fp16
 from fedge.shared.compile.tensorrt import Phases, around, build, build_in_child, version
 from fedge.shared.errors import ReleaseError

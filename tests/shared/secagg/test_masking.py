@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedge.shared.keystream import keystream
-from fedge.shared.secagg import cores, masking
+from fedge.shared.crypto.keystream import keystream
+from fedge.shared.secagg import masking, parallel
 
 KEY = bytes(range(32))
 OTHER = bytes(32)
@@ -212,14 +212,14 @@ def test_vectors_are_added_and_hashed_in_one_pass(size: int) -> None:
 @pytest.mark.parametrize("size", [masking.PART - 1, masking.PART, 3 * masking.PART + 5])
 def test_any_number_of_threads_computes_the_same(size: int) -> None:
     found = []
-    before = cores.threads()
+    before = parallel.threads()
     for count in (1, 2, 5):
-        cores.use_threads(count)
+        parallel.use_threads(count)
         vector = masking.zeros(size)
         masking.add_masks(vector, [(KEY, 1), (OTHER, -1)])
         total = masking.zeros(size)
         found.append((vector.tobytes(), *masking.add_vectors(total, [vector, vector])))
-    cores.use_threads(before)
+    parallel.use_threads(before)
     assert found[0] == found[1] == found[2]
 
 

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.shared import protocol
 from fedge.shared.secagg import transcript
-from fedge.shared.secagg.transcript import Attempt, Bundle
+from fedge.shared.secagg.transcript import Attempt, KeyAdvertisement
 
 PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = PRIVATE.public_key()
@@ -41,7 +41,8 @@ def test_an_attempt_is_encoded_as_it_was_frozen():
 
 def test_the_transcript_is_the_frozen_one():
     bundles = [
-        Bundle(s, bytes([i]) * 32, bytes([i + 9]) * 32, bytes(64)) for i, s in enumerate("abc")
+        KeyAdvertisement(s, bytes([i]) * 32, bytes([i + 9]) * 32, bytes(64))
+        for i, s in enumerate("abc")
     ]
     encoded = [b"\x01" + b.site.encode() + b.box_key + b.mask_key + b.signature for b in bundles]
     framed = b"".join(

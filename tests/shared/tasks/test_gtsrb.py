@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedge.shared import preprocess
-from fedge.shared.config_file import load as load_config
+from fedge.shared.config.reader import load as load_config
 from fedge.shared.errors import DataError
+from fedge.shared.preprocessing import steps as preprocessing
 from fedge.shared.tasks import npz
-from fedge.shared.tasks.check import check
+from fedge.shared.tasks.dry_run import check
 from fedge.shared.tasks.gtsrb import FILE, LABELS, SITES, TASK, divided, load
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "gtsrb.toml"
@@ -161,7 +161,7 @@ def test_the_network_learns(table):
     torch.manual_seed(0)
     # Six frequent signs are a question that seconds can answer.
     frequent = np.isin(table.labels, np.argsort(np.bincount(table.labels))[-6:])
-    x = torch.from_numpy(preprocess.apply(TASK.preprocessing, table.features))
+    x = torch.from_numpy(preprocessing.apply(TASK.preprocessing, table.features))
     y = torch.from_numpy(table.labels)
     train, test = (
         torch.from_numpy(np.flatnonzero(frequent & p)) for p in (~table.test, table.test)

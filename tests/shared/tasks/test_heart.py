@@ -3,8 +3,8 @@ import shutil
 import numpy as np
 import pytest
 
-from fedge.shared import preprocess
 from fedge.shared.errors import DataError
+from fedge.shared.preprocessing import steps
 from fedge.shared.tasks.heart import FILES, MAX_FILE_BYTES, TASK, load
 
 ROW = "63.0,1.0,1.0,145.0,233.0,1.0,2.0,150.0,0.0,2.3,3.0,0.0,6.0,0"
@@ -38,7 +38,7 @@ def test_first_row_is_read_right(folder):
     table = load(folder)
     assert table.features[0].tolist() == pytest.approx([63, 1, 1, 145, 233, 1, 2, 150, 0, 2.3])
     assert table.labels[0] == 0
-    encoded = preprocess.apply(TASK.preprocessing[:1], table.features[:1])
+    encoded = steps.apply(TASK.preprocessing[:1], table.features[:1])
     # Numbers in order, then cp = 2, 3, 4 and restecg = 1, 2.
     expected = [63, 1, 145, 233, 1, 150, 0, 2.3, 0, 0, 0, 0, 1]
     assert encoded[0].tolist() == pytest.approx(expected)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedge.shared.config_file import load as load_config
+from fedge.shared.config.reader import load as load_config
 from fedge.shared.errors import DataError
 from fedge.shared.tasks import hmp_adl
-from fedge.shared.tasks.check import check
+from fedge.shared.tasks.dry_run import check
 from fedge.shared.tasks.hmp_adl import ACTIVITIES, FILE, TASK, WINDOW, acceleration, load, windows
 from fedge.simulations.engine import simulate
 

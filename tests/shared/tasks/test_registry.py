@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from fedge.shared.cli import main
+from fedge.shared.cli.main import main
 from fedge.shared.errors import DataError
 from fedge.shared.tasks import registry
 from fedge.shared.tasks.registry import get_task, task_names
@@ -99,7 +99,7 @@ def check_in_new_process(tmp_path, task):
     file = tmp_path / "config.toml"
     file.write_text(f'[task]\nname = "{task}"\n')
     code = (
-        "import sys; from fedge.shared.cli import main;"
+        "import sys; from fedge.shared.cli.main import main;"
         f"status = main(['config', 'check', {str(file)!r}]);"
         "print(status, 'torch' in sys.modules)"
     )

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.audit.canaries import Sizes, audit, guessed_right
 
@@ -31,7 +31,7 @@ def audited(of, *, sizes=SMALL, factor=1.0, key=KEY, listener=lambda *_: None):
 @pytest.mark.parametrize("mechanism", NAMES)
 def test_an_honest_mechanism_is_not_contradicted(mechanism):
     found = audited(config(mechanism))
-    assert found.claim == pytest.approx(accounting.epsilon([Release(2.0)], 1e-5))
+    assert found.claim == pytest.approx(epsilon.epsilon([Release(2.0)], 1e-5))
     assert found.bound <= found.claim < found.most
     assert found.verdict == "not contradicted"
     assert found.could_contradict
@@ -41,7 +41,7 @@ def test_an_honest_mechanism_is_not_contradicted(mechanism):
 @pytest.mark.parametrize("mechanism", NAMES)
 def test_noise_cut_to_a_quarter_is_caught(mechanism):
     found = audited(config(mechanism), factor=0.25)
-    assert found.claim == pytest.approx(accounting.epsilon([Release(2.0)], 1e-5))
+    assert found.claim == pytest.approx(epsilon.epsilon([Release(2.0)], 1e-5))
     assert found.bound > found.claim
     assert found.verdict == "caught"
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy import accounting
-from fedge.shared.privacy.accounting import Release
-from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.audit.canaries import Sizes, audit
 from fedge.simulations.audit.canary_rounds import parameters
@@ -37,7 +37,7 @@ def spread(found):
 @pytest.mark.parametrize("mechanism", NAMES)
 def test_an_honest_mechanism_is_not_contradicted(mechanism):
     found = audited(config(mechanism))
-    assert found.claim == pytest.approx(accounting.epsilon([Release(2.0)], 1e-5))
+    assert found.claim == pytest.approx(epsilon.epsilon([Release(2.0)], 1e-5))
     assert found.bound <= found.claim < found.most
     assert found.verdict == "not contradicted"
     assert found.rounds == (6 if mechanism == "central-mf" else 1)
@@ -46,7 +46,7 @@ def test_an_honest_mechanism_is_not_contradicted(mechanism):
 @pytest.mark.parametrize("mechanism", NAMES)
 def test_noise_cut_to_a_quarter_is_caught(mechanism):
     found = audited(config(mechanism), factor=0.25)
-    assert found.claim == pytest.approx(accounting.epsilon([Release(2.0)], 1e-5))
+    assert found.claim == pytest.approx(epsilon.epsilon([Release(2.0)], 1e-5))
     assert found.bound > found.claim
     assert found.verdict == "caught"
 
@@ -85,7 +85,7 @@ def test_no_weighing_of_a_runs_rounds_leaves_less_than_the_noise_multiplier(roun
 
 def test_noise_for_one_turn_of_several_is_caught(monkeypatch):
     # The mistake that this audit is there for: a sensitivity that counts one turn of each site alone.
-    from fedge.shared.privacy import toeplitz
+    from fedge.shared.privacy.mechanisms import toeplitz
 
     right = toeplitz.sensitivity
     monkeypatch.setattr(

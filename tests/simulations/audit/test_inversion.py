@@ -9,7 +9,7 @@ from torch import nn
 
 from fedge.client.data import site_shares
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy.entropy import Entropy
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.audit.inversion import from_gradients, invert
 

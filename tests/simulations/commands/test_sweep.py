@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedge.shared.cli import parser_of
-from fedge.shared.command_line import guarded
+from fedge.shared.cli.command import guarded
+from fedge.shared.cli.main import parser_of
 from fedge.simulations.commands import sweep
 
 DIGITS = Path(__file__).parents[3] / "examples" / "digits.toml"

@@ -1,0 +1,1 @@
+"""The signed bundle: its format, its manifest, and how it is verified."""

@@ -1,0 +1,1 @@
+"""The command line's entry point, and what a sub-command is."""

@@ -1,0 +1,1 @@
+"""The run's configuration: sections, rules, reading and messages."""

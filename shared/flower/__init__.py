@@ -1,0 +1,1 @@
+"""Flower's bundle, and what is touched of Flower's privates."""

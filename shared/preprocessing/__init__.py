@@ -1,0 +1,1 @@
+"""From raw values to what a network takes: schema and steps."""

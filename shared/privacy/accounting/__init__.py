@@ -1,0 +1,1 @@
+"""What noise is worth: epsilon, against whom, and what is charged."""

@@ -1,0 +1,100 @@
+"""Epsilon of many releases together, against either reader."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from fedge.shared.config.privacy import CENTRAL, Unit
+from fedge.shared.privacy.accounting import epsilon
+from fedge.shared.privacy.accounting.charges import Entry, check_delta
+from fedge.shared.privacy.accounting.epsilon import Release
+
+#: Noise multiplier, sampling rate, fixed size, steps.
+Part: TypeAlias = tuple[float, float, bool, int]
+
+
+def reckon(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[float, float]:
+    """Epsilon of these releases together, against the model's consumers and against the server.
+
+    The server sees which sites are sampled, so for it sampling hides no site. Which examples a site draws it sees as
+    little as anybody else: single examples are hidden from both alike.
+
+    Raises:
+        ValueError: ``delta`` is not within (0, 1).
+    """
+    parts = list(map(part_of, releases))
+    return reckon_parts(parts, [], delta) if unit == "example" else reckon_parts([], parts, delta)
+
+
+def of_study(
+    kept: Iterable[tuple[Unit, str, Part]], unit: Unit, delta: float
+) -> tuple[float, float]:
+    """What all charges of a study come to for a unit, whatever they were made for.
+
+    What hides a whole site hides each of its examples as well; what hides single examples bounds nothing for the site.
+    Nothing bounds what the server learns from updates to which it adds the noise itself.
+
+    Args:
+        kept: unit, mechanism and release of each charge.
+        unit: whose epsilon.
+        delta: at which.
+    """
+    every = list(kept)
+    examples = [part for of, _, part in every if of == "example"]
+    if unit == "site" and examples:
+        return math.inf, math.inf
+    sites = [part for of, _, part in every if of == "site"]
+    consumers, server = reckon_parts(examples, sites, delta)
+    return consumers, math.inf if any(name in CENTRAL for _, name, _ in every) else server
+
+
+def of_entries(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[float, float]:
+    """As ``of_study``, of the first charges of a study as its ledger holds them, at least one.
+
+    The newest says it already where it is of this unit and delta; that takes no accountant.
+    """
+    last = entries[-1]
+    if (last.charge.unit, last.epsilon_delta) == (unit, delta):
+        return last.epsilon_consumers, last.epsilon_server
+    kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
+    return of_study(kept, unit, delta)
+
+
+def reckon_parts(
+    of_examples: Iterable[Part], of_sites: Iterable[Part], delta: float
+) -> tuple[float, float]:
+    """As ``reckon``, of releases as the ledger keeps them.
+
+    Args:
+        of_examples: in which examples are drawn, unseen.
+        of_sites: in which sites are drawn, which the server sees.
+        delta: at which.
+    """
+    check_delta(delta)
+    examples, sites = _merged(of_examples), _merged(of_sites)
+    # Accounting keeps what it has composed, so that a charge of a known kind costs little.
+    consumers = epsilon.epsilon(_together(examples, sites), delta)
+    seen = epsilon.unamplified(sites)
+    if seen == sites:
+        return consumers, consumers
+    return consumers, epsilon.epsilon(_together(examples, seen), delta)
+
+
+def _together(*releases: list[Release]) -> list[Release]:
+    return _merged(part_of(one) for some in releases for one in some)
+
+
+def part_of(release: Release) -> Part:
+    """A release as the ledger keeps it."""
+    return release.noise_multiplier, release.sampling_rate, release.fixed_size, release.steps
+
+
+def _merged(parts: Iterable[Part]) -> list[Release]:
+    """Releases of the same parameters as one."""
+    steps: Counter[tuple[float, float, bool]] = Counter()
+    for noise_multiplier, sampling_rate, fixed_size, number in parts:
+        steps[noise_multiplier, sampling_rate, fixed_size] += number
+    return [Release(noise, rate, n, fixed) for (noise, rate, fixed), n in steps.items()]

@@ -1,0 +1,1 @@
+"""Whether a task suits a mechanism."""

@@ -1,0 +1,90 @@
+"""Whether a task can be learnt under a mechanism: found out before anybody's data is read."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import nn
+
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.errors import ConfigError
+from fedge.shared.preprocessing import steps
+from fedge.shared.privacy.mechanisms import distributed, local, noised_counts
+from fedge.shared.protocol import MOST_SITES
+from fedge.shared.tasks.task import Task
+
+_UNFIT: Final = 211
+
+
+def require_fit(section: PrivacySection, task: Task, min_sites: int = 0) -> None:
+    """Hold a task against the mechanism.
+
+    Args:
+        section: the mechanism.
+        task: to learn.
+        min_sites: fewest sites of a sum under masks; 0 where nobody knows yet, and distributed noise is not looked at.
+
+    Raises:
+        ConfigError: 211, a layer mixes examples, a parameter's gradients are not by example, the task standardises by
+            statistics without noise, or the noise fits no grid.
+    """
+    if section.mechanism == "off":
+        return
+    if steps.learns(task.preprocessing) and section.statistics == "off":
+        raise ConfigError(
+            _UNFIT,
+            f"privacy.statistics: must be unprotected for {task.name}, which learns mean and deviation of its"
+            " columns, got off",
+        )
+    with torch.random.fork_rng(devices=[]):
+        network = task.network()
+        _require_noise(section, task, network, min_sites)
+    # Where it hides whole sites, an update is clipped as a whole, and examples may mix in it.
+    if section.unit == "site":
+        trained = {name for name, _ in network.named_parameters()}
+        state = network.state_dict().items()
+        if others := [n for n, t in state if n not in trained and t.is_floating_point()]:
+            raise ConfigError(
+                _UNFIT,
+                f"{task.name}: network must have no state besides its parameters, as no noise covers that,"
+                f" got {others[0]}; GroupNorm has none where BatchNorm has some",
+            )
+        return
+    # Only where it is needed: Opacus takes a second to import.
+    from opacus.validators import ModuleValidator
+
+    network.train()
+    for error in ModuleValidator.validate(network, strict=False):
+        raise ConfigError(
+            _UNFIT,
+            f"{task.name}: network must have layers that keep examples apart, got {str(error)[:200]}",
+        )
+    from fedge.shared.privacy.checks.per_example_gradients import require_apart
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            require_apart(task, network)
+    except ValueError as error:
+        raise ConfigError(_UNFIT, f"{task.name}: {error}") from None
+
+
+def _require_noise(section: PrivacySection, task: Task, network: nn.Module, min_sites: int) -> None:
+    """Hold the noise against its grid, which depends on the number of weights."""
+    honest = 1
+    if section.mechanism == "distributed":
+        honest = min_sites - section.corrupt_sites
+        if honest < 1:
+            return
+    multiplier = section.noise_multiplier
+    size = sum(t.numel() for t in network.state_dict().values() if t.is_floating_point())
+    try:
+        if section.mechanism == "distributed" and multiplier is not None:
+            distributed.deviation(multiplier, size, honest, MOST_SITES)
+        if section.mechanism == "local" and multiplier is not None:
+            local.deviation(multiplier, size)
+        counts = noised_counts.of(section, task.counter_names, honest)
+        if counts is not None:
+            counts.require_grid()
+    except ValueError as error:
+        raise ConfigError(_UNFIT, f"privacy: {error}") from None

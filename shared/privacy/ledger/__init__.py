@@ -1,0 +1,1 @@
+"""A site's hash-chained record of what it has spent."""

@@ -1,0 +1,1 @@
+"""The noise itself: Gaussian, discrete, local, distributed, correlated."""

@@ -1,0 +1,1 @@
+"""Who takes part in secure aggregation: a signed list of keys."""

@@ -1,0 +1,129 @@
+"""A trial of a task's parts on two examples: what a run would only find out after reading the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedge.shared.errors import DataError, brief
+from fedge.shared.preprocessing.steps import OneHot, Standardise
+from fedge.shared.tasks.task import Task
+
+#: Examples in the trial: one would hide a lost batch axis.
+BATCH: Final = 2
+
+_T = TypeVar("_T")
+
+
+def check(task: Task) -> None:
+    """Hold a task's parts against each other.
+
+    Two zero examples (the first category, where a column has categories) go through preprocessing,
+    network, loss and counters. Torch's global generator is left as it was.
+
+    Raises:
+        DataError: 305, a part fails or does not give what the next one takes.
+    """
+    x = preprocessed(task, np.zeros((BATCH, *task.input.shape), np.float32))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = _tried(task, "network failed", task.network)
+        if not isinstance(network, nn.Module):
+            raise _misfit(task, f"network must build a Module, got {type(network).__name__}")
+        failed = f"network failed on shape {tuple(x.shape)}"
+        logits = _tried(task, failed, lambda: network(torch.from_numpy(x)))
+        _check_logits(task, logits)
+        labels = torch.tensor([0, len(task.output.labels) - 1])
+        loss = _tried(task, "loss failed", lambda: task.loss(logits, labels))
+        _check_loss(task, loss)
+        counters = _tried(task, "counters failed", lambda: task.counters(logits, labels))
+    _check_counters(task, counters)
+
+
+def preprocessed(task: Task, x: NDArray[Any]) -> NDArray[Any]:
+    """Examples as the network takes them, with unit statistics where nothing is fitted yet.
+
+    Args:
+        task: whose steps.
+        x: ``(b, *input.shape)``, float32; columns with categories get the first one.
+
+    Raises:
+        DataError: 305, a step fails.
+    """
+    for step in task.preprocessing:
+        name, shape = type(step).__name__, x.shape
+
+        def applied(step: Any = step, x: NDArray[Any] = x) -> NDArray[Any]:
+            match step:
+                case OneHot(columns):
+                    x = x.copy()
+                    for index, categories in columns:
+                        x[:, index] = categories[0]
+                case Standardise(mean=()):
+                    step = Standardise((0.0,) * x.shape[1], (1.0,) * x.shape[1])
+            return np.asarray(step.apply(x))
+
+        x = _tried(task, f"preprocessing step {name} failed on shape {shape}", applied)
+    return x
+
+
+def _check_logits(task: Task, logits: Any) -> None:
+    output = task.output
+    wanted = (BATCH, len(output.labels) if output.activation == "softmax" else 1)
+    labels = ", ".join(output.labels[:10]) + (", …" if len(output.labels) > 10 else "")
+    asked = f"network must give {wanted} logits for labels {labels}"
+    if not isinstance(logits, Tensor):
+        raise _misfit(task, f"{asked}, got {type(logits).__name__}")
+    if tuple(logits.shape) != wanted:
+        raise _misfit(task, f"{asked}, got {tuple(logits.shape)}")
+    if logits.dtype != torch.float32:
+        raise _misfit(task, f"network must give float32 logits, got {_kind(logits)}")
+    if not torch.isfinite(logits).all():
+        raise _misfit(task, "network must give finite logits, got NaN or infinity")
+
+
+def _check_loss(task: Task, loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise _misfit(task, f"loss must give one number as a Tensor, got {got}")
+    if not loss.is_floating_point() or not torch.isfinite(loss):
+        raise _misfit(task, f"loss must be finite, got {loss.item()}")
+    if not loss.requires_grad:
+        raise _misfit(task, "loss must follow from the network's weights, got no gradient")
+
+
+def _check_counters(task: Task, counters: Any) -> None:
+    if not isinstance(counters, Mapping):
+        raise _misfit(task, f"counters must give a dict, got {type(counters).__name__}")
+    for name in sorted({"examples", "loss-sum", *task.counter_names}):
+        if name not in counters:
+            raise _misfit(task, f"counters must hold {name}, got none")
+    for name, value in counters.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            got = value if isinstance(value, float) else type(value).__name__
+            raise _misfit(task, f"counter {name}: must be a finite number, got {got}")
+        if name == "examples" and value != BATCH:
+            raise _misfit(task, f"counter examples: must be {BATCH} of {BATCH}, got {value}")
+        if name != "loss-sum" and not 0 <= value <= BATCH:
+            raise _misfit(task, f"counter {name}: must be 0 to {BATCH} of {BATCH}, got {value}")
+
+
+def _tried(task: Task, failed: str, part: Callable[[], _T]) -> _T:
+    try:
+        return part()
+    except Exception as error:
+        raise _misfit(task, f"{failed}: {brief(error)}") from error
+
+
+def _misfit(task: Task, text: str) -> DataError:
+    return DataError(305, f"task {task.name}: {text}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Bytes between processes: frames, packed messages, tensors."""

@@ -1,0 +1,130 @@
+"""Gradients that are clipped must be each example's own: what makes them another thing is refused by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import builders
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.models.transformer import TransformerClassifier
+from fedge.shared.preprocessing.schema import InputSchema
+from fedge.shared.privacy.checks.compatibility import require_fit
+from fedge.shared.tasks.registry import get_task
+from fedge.shared.tasks.task import Task
+
+BY_EXAMPLE = PrivacySection.model_validate({"mechanism": "example", "noise-multiplier": 1.0})
+BUILT = get_task("digits")
+
+
+class Tokens(nn.Module):
+    """A Transformer of a task, whose examples are floats."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.inner = TransformerClassifier(
+            tokens=4, classes=10, length=length, width=8, heads=2, layers=1
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x.long())
+        return found
+
+
+class Places(nn.Module):
+    """Positions without the axis of the examples."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(4, 8), nn.Embedding(length, 8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = self.token(x.long()) + self.place(torch.arange(x.shape[1]))
+        found: Tensor = self.fc(vectors.tanh().mean(dim=1))
+        return found
+
+
+class Idle(nn.Module):
+    """A layer that nothing passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.idle = nn.Linear(64, 10), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(x.flatten(1))
+        return found
+
+
+class Drawing(nn.Module):
+    """Dropout that is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(nn.functional.dropout(x.flatten(1), training=self.training))
+        return found
+
+
+def of_tokens(network: Callable[[], nn.Module], length: int) -> Task:
+    return replace(BUILT, input=InputSchema((length,)), preprocessing=(), network=network)
+
+
+def refused(task: Task) -> str:
+    return builders.refused(211, require_fit, BY_EXAMPLE, task)
+
+
+# Three examples are tried: of three tokens each, so many positions look like so many examples.
+@pytest.mark.parametrize("length", [3, 7])
+def test_positions_of_all_examples_together_are_refused(length: int) -> None:
+    require_fit(BY_EXAMPLE, of_tokens(lambda: Tokens(length), length))
+    assert "place.weight: must have" in refused(of_tokens(lambda: Places(length), length))
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def weighted(logits: Tensor, labels: Tensor) -> Tensor:
+    weight = torch.arange(1.0, 11.0)
+    return nn.functional.cross_entropy(logits, labels, weight=weight)
+
+
+@pytest.mark.parametrize("loss", [summed, weighted])
+def test_a_loss_that_is_no_mean_over_examples_is_refused(loss: Any) -> None:
+    assert "the loss must be a mean" in refused(replace(BUILT, loss=loss))
+
+
+def test_a_weight_without_a_gradient_is_refused() -> None:
+    said = refused(replace(BUILT, network=Idle))
+    assert "idle.weight: must have a gradient for each of 3 examples, got none" in said
+
+
+def test_what_draws_is_let_through() -> None:
+    layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, 10))
+    require_fit(BY_EXAMPLE, replace(BUILT, network=lambda: layer))
+    require_fit(BY_EXAMPLE, replace(BUILT, network=Drawing))
+
+
+def test_nothing_is_left_behind() -> None:
+    network = BUILT.network()
+    before = torch.random.get_rng_state()
+    require_fit(BY_EXAMPLE, replace(BUILT, network=lambda: network))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not any(hasattr(p, "grad_sample") for p in network.parameters())
+
+
+def test_it_is_quick() -> None:
+    require_fit(BY_EXAMPLE, BUILT)
+    began = time.process_time()
+    require_fit(BY_EXAMPLE, BUILT)
+    assert time.process_time() - began < 6
