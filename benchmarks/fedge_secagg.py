@@ -26,9 +26,9 @@ from typing import Final, TypeVar
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.client.answered import Answered
 from fedge.client.requests import Address
-from fedge.client.secure_answers import SecureAnswers
+from fedge.client.secagg.participant import SecureAnswers
+from fedge.client.secagg.replay_guard import ReplayGuard
 from fedge.server import results
 from fedge.server.secagg import mean
 from fedge.server.secagg.group import Group
@@ -109,7 +109,7 @@ def client_once(n: int, degree: int | None, d: int, seed: int = 0) -> Timing:
     peers = [Site.new(name, work.attempt) for name in names]
     anchors = anchors_of(own, peers)
     with forced(degree), tempfile.TemporaryDirectory() as folder:
-        answers = SecureAnswers(anchors, Answered(Path(folder)))
+        answers = SecureAnswers(anchors, ReplayGuard(Path(folder)))
         address = Address(RUN, 1)
         begun = clock.time(
             "begin",

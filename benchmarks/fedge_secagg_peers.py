@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedge.client import contribution
-from fedge.client.secure_session import Anchors
+from fedge.client.secagg import input_vector
+from fedge.client.secagg.session import Anchors
 from fedge.server.secagg.group import Group
 from fedge.shared import protocol
 from fedge.shared.roster.draft import entry_of
@@ -82,9 +82,9 @@ class Work:
     request: RecordDict
     attempt: Attempt
 
-    def contribute(self) -> contribution.Contribution:
+    def contribute(self) -> input_vector.Contribution:
         """The part of a site that trained."""
-        return contribution.training(
+        return input_vector.training(
             self.of, BOUNDS, self.received, self.trained, EXAMPLES, loss=0.5
         )
 
@@ -163,7 +163,7 @@ class Peers:
         return {messages.SIGNATURES: messages.joined(signed)}
 
     def require_opened(
-        self, replies: Mapping[str, RecordDict], given: contribution.Contribution
+        self, replies: Mapping[str, RecordDict], given: input_vector.Contribution
     ) -> None:
         """Open the client's vector with the shares it gave the peers, and the one it gave out in the end."""
         raw = replies[messages.SHARE][messages.SECURE][messages.BOXES]
@@ -186,7 +186,7 @@ class Peers:
         record = replies[messages.MASKED][protocol.ARRAYS][messages.VECTOR]
         vector = np.frombuffer(record.data, "<u4").copy()
         masking.add_masks(vector, masks)
-        key = contribution.rounding_key(1, "train", 1, own)
+        key = input_vector.rounding_key(1, "train", 1, own)
         if not np.array_equal(vector, given.encode(len(self._all), key)):
             raise RuntimeError("vector: must be opened by what the peers hold, got another")
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.client.data import site_shares
+from fedge.client.data.dataset import site_shares
 from fedge.edge.runtime import EdgeModel
 from fedge.server import trained
 from fedge.server.compile import qualify

@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from fedge.client.batches import batches, steps_of_epoch
-from fedge.client.data import SiteData, site_shares
-from fedge.client.learner import counters
-from fedge.client.train import Examples, train
+from fedge.client.data.dataset import SiteData, site_shares
+from fedge.client.training.batches import batches, steps_of_epoch
+from fedge.client.training.learner import counters
+from fedge.client.training.local_steps import Examples, train
 from fedge.shared.config.federation import Config
 from fedge.shared.config.sections import TrainSection
 from fedge.shared.preprocessing import steps as preprocessing

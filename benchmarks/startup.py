@@ -88,7 +88,7 @@ def kind(title: str) -> str:
     words = title.split()
     if words[:1] == ["fedge"] and len(words) > 1:
         return f"fedge {'site' if words[1].startswith('site-') else words[1]}"
-    if "fedge.client.serve" in title:
+    if "fedge.client.worker.process" in title:
         return "fedge worker"
     if any(word in title for word in (_FEDGE, "import json, os, socket")):
         return "fedge up" if _FEDGE in title else "launcher"

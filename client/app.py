@@ -1,11 +1,11 @@
-"""Flower's ClientApp: a relay, nothing more. The work is done by ``fedge.client.worker``."""
+"""Flower's ClientApp: a relay, nothing more. The work is done by ``fedge.client.worker.handlers``."""
 
 from __future__ import annotations
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedge.client import relay
+from fedge.client.relay import forward
 
 app = ClientApp()
 
@@ -13,64 +13,64 @@ app = ClientApp()
 @app.query("register")
 def register(message: Message, context: Context) -> Message:
     """Ask the site for its sizes, and for sums over its features where the task standardises."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Ask the site to train."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Ask the site to evaluate."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.evaluate("calibrate")
 def calibrate(message: Message, context: Context) -> Message:
     """Ask the site for the ranges of the final model's activations."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.evaluate("qualify")
 def qualify(message: Message, context: Context) -> Message:
     """Ask the site what reduced precisions of the final model score."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.query("probe")
 def probe(message: Message, context: Context) -> Message:
     """Ask the site whether it is there, and whether it is at work."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.query("secagg_statistics")
 def secagg_statistics(message: Message, context: Context) -> Message:
     """Ask the site to take part in a masked sum over its features."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.query("secagg_share")
 def secagg_share(message: Message, context: Context) -> Message:
     """Ask the site to share the secrets of its masks among the others."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.query("secagg_masked")
 def secagg_masked(message: Message, context: Context) -> Message:
     """Ask the site for its masked vector."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.query("secagg_commit")
 def secagg_commit(message: Message, context: Context) -> Message:
     """Ask the site to sign the list of survivors."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)
 
 
 @app.query("secagg_unmask")
 def secagg_unmask(message: Message, context: Context) -> Message:
     """Ask the site for the shares that open the sum."""
-    return relay.forward(message, context)
+    return forward.forward(message, context)

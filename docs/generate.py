@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedge.client.policy import Policy
-from fedge.client.site_file import SiteFile
+from fedge.client.settings.policy import Policy
+from fedge.client.settings.site_config import SiteFile
 from fedge.edge.cli import parser as edge_parser
 from fedge.server.server_file import ServerFile
 from fedge.shared import error_catalogue

@@ -12,7 +12,7 @@ from fedge.shared.roster import roster
 from fedge.shared.roster.draft import Draft, entry_of
 
 if TYPE_CHECKING:
-    from fedge.client.secure_session import Anchors
+    from fedge.client.secagg.session import Anchors
 
 #: Of every entry; a local federation does not last longer.
 VALID_DAYS: Final = 3650
@@ -30,7 +30,7 @@ def signed_roster(keys: Mapping[str, Ed25519PrivateKey], consortium: Ed25519Priv
 def anchors(sites: Iterable[str], min_sites: int) -> dict[str, Anchors]:
     """What each site of a simulation trusts: a roster under a key of the moment, held in memory alone."""
     # Only where sites are simulated: it imports torch, which no daemon's parent may hold.
-    from fedge.client.secure_session import Anchors
+    from fedge.client.secagg.session import Anchors
 
     consortium = Ed25519PrivateKey.generate()
     keys = {site: Ed25519PrivateKey.generate() for site in sites}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedge.client.data import SiteData, site_shares
+from fedge.client.data.dataset import SiteData, site_shares
 from fedge.server.progress import Listener
 from fedge.server.release import ReleaseSummary, release
 from fedge.server.report.page import write as write_report

@@ -11,13 +11,13 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedge.client import relay
-from fedge.client.answered import Answered
 from fedge.client.app import app as client_app
-from fedge.client.data import SiteData, site_shares
-from fedge.client.relay import DirectLink
-from fedge.client.secure_work import FOLDER
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import SiteData, site_shares
+from fedge.client.relay import forward
+from fedge.client.relay.forward import DirectLink
+from fedge.client.secagg.replay_guard import ReplayGuard
+from fedge.client.secagg.sums import FOLDER
+from fedge.client.worker.handlers import SiteWorker
 from fedge.server import finish, progress
 from fedge.server.app import app as server_app
 from fedge.server.progress import Listener, Silent
@@ -97,11 +97,11 @@ def _workers(
         home = directory.sites / site
         if vouched:
             # The sites of a simulation die with their server: nobody has the shares that they gave out.
-            Answered(home / FOLDER).forget()
+            ReplayGuard(home / FOLDER).forget()
         worker = SiteWorker(site, task, data, home, anchors=vouched.get(site))
-        relay.connect(site, DirectLink(worker))
+        forward.connect(site, DirectLink(worker))
     try:
         yield list(shares)
     finally:
         for site in shares:
-            relay.disconnect(site)
+            forward.disconnect(site)

@@ -37,7 +37,7 @@ _FLOWER: Final = (
     "anyio.streams.tls",
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
-    "fedge.client.daemon",
+    "fedge.client.deployment.daemon",
     "fedge.server.daemon",
 )
 #: Times that a daemon may end at once before the federation is given up.
@@ -91,7 +91,7 @@ def federate(
 
 
 def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
-    from fedge.client import daemon as site_daemon
+    from fedge.client.deployment import daemon as site_daemon
     from fedge.server import daemon as server_daemon
 
     out = directory.path

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from fedge.client import own_roster
-from fedge.client.policy import SecurePolicy
-from fedge.client.privacy_policy import simulated
+from fedge.client.secagg import trusted_roster
+from fedge.client.settings.policy import SecurePolicy
+from fedge.client.settings.privacy_policy import simulated
 from fedge.shared.config.federation import Config
 from fedge.shared.crypto import dsse
 from fedge.shared.daemon import home as homes
@@ -25,7 +25,7 @@ RUN: Final = "run"
 
 def make_homes(config: Config, out: Path) -> None:
     """Make the home of the server, and of every site that has none yet."""
-    from fedge.client import operate as site
+    from fedge.client.deployment import operations as site
     from fedge.server import operate as server
     from fedge.server import register
     from fedge.server.server_file import load
@@ -85,13 +85,13 @@ def _install_roster(out: Path) -> None:
     if not key.exists():
         dsse.new_key(key)
     sites = sorted((out / "sites").iterdir())
-    if all((place / own_roster.FILE).exists() for place in sites):
+    if all((place / trusted_roster.FILE).exists() for place in sites):
         return
-    keys = {place.name: own_roster.own_key(place) for place in sites}
+    keys = {place.name: trusted_roster.own_key(place) for place in sites}
     signed = signed_roster(keys, dsse.load_private(key))
     for place in sites:
-        shutil.copyfile(dsse.public_path(key), place / own_roster.TRUST)
-        write_atomically(place / own_roster.FILE, signed)
+        shutil.copyfile(dsse.public_path(key), place / trusted_roster.TRUST)
+        write_atomically(place / trusted_roster.FILE, signed)
 
 
 def _build_in_a_fork(folder: Path) -> str:

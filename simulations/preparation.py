@@ -30,7 +30,7 @@ SOCKET: Final = Path("federation") / "fork.sock"
 #: Of the division, the worker and the coordinator.
 _IMPORTS: Final = (
     "flwr.superlink.runtime.run_serverapp",
-    "fedge.client.serve",
+    "fedge.client.worker.process",
     "fedge.server.app",
     "fedge.server.coordinators",
     "fedge.shared.privacy.checks.compatibility",
@@ -80,7 +80,7 @@ def _finished(here: Connection) -> bool:
 
 def _main(config: Config, out: Path, resume: bool, there: Connection) -> None:
     """The process: imports, has the data divided, tells, serves."""
-    from fedge.client.daemon import WORKER
+    from fedge.client.deployment.daemon import WORKER
     from fedge.server import coordinators
     from fedge.server.coordinators import COORDINATOR
 
@@ -119,10 +119,10 @@ def _import(config: Config) -> None:
 
 
 def _worker(arguments: Sequence[str]) -> int:
-    from fedge.client import serve
+    from fedge.client.worker import process as worker_process
     from fedge.shared.cli.command import guarded
 
-    return guarded("fedge worker", lambda: serve.main(Path(arguments[0])))
+    return guarded("fedge worker", lambda: worker_process.main(Path(arguments[0])))
 
 
 def _in_a_fork(work: Callable[[], bool]) -> bytes:
@@ -162,8 +162,8 @@ def _as_told(error: FedgeError) -> dict[str, object]:
 
 def _divide(config: Config, out: Path, resume: bool) -> bool:
     """Make the run directory, and every site's share of the data; whether the run is finished already."""
-    from fedge.client import share
-    from fedge.client.data import site_shares
+    from fedge.client.data import npy_files
+    from fedge.client.data.dataset import site_shares
     from fedge.server import finish
     from fedge.shared.privacy.checks.compatibility import require_fit
     from fedge.shared.tasks.dry_run import check
@@ -182,7 +182,7 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
         place = out / "sites" / name
         if not (place / "site.toml").exists():
             place.mkdir(parents=True, exist_ok=True)
-            share.write(place / "share", data)
+            npy_files.write(place / "share", data)
     return False
 
 

@@ -179,7 +179,7 @@ def spent(directory: RunDirectory, unit: Unit, delta: float) -> tuple[float, flo
     Returns:
         The largest epsilon against the model's consumers, and against the server; None where no site was charged.
     """
-    from fedge.client.privacy_policy import simulated
+    from fedge.client.settings.privacy_policy import simulated
 
     study = simulated().study
     ledgers = [Ledger(path) for path in sorted(directory.sites.glob(f"*/{FILE}"))]

@@ -40,7 +40,7 @@ settings.load_profile("fedge")
 
 #: Files that take longest, begun early: no worker has to wait for another at the end.
 LONGEST = (
-    "tests/client/test_serve.py",
+    "tests/client/worker/test_process.py",
     "tests/shared/compile/test_onnx_export_families.py",
     "tests/test_packaging.py",
     "tests/shared/privacy/accounting/test_epsilon.py",

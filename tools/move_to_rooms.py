@@ -420,14 +420,15 @@ class Table:
 
     def _import(self, found: re.Match[str]) -> str:
         """An import in a string: what it binds keeps its name, as nothing renames what follows."""
-        package, made = found["package"], []
+        package = found["package"]
+        made: dict[str, list[str]] = {}
         for name in re.split(r"\s*,\s*", found["names"]):
             if f"{package}.{name}" in self.modules:
                 where, _, new = self.modules[f"{package}.{name}"].rpartition(".")
             else:
                 where, new = self.module(package), self.name(package, name)
-            made.append(f"from {where} import {new}" + (f" as {name}" if new != name else ""))
-        return "; ".join(made)
+            made.setdefault(where, []).append(new if new == name else f"{new} as {name}")
+        return "; ".join(f"from {where} import {', '.join(n)}" for where, n in made.items())
 
     def _dotted(self, old: str) -> str:
         parts = old.split(".")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
-    from fedge.client.operate import Trust
-    from fedge.client.policy import SecurePolicy
+    from fedge.client.deployment.operations import Trust
+    from fedge.client.settings.policy import SecurePolicy
 
 _EXAMPLE = (
     "example:\n  fedge site init clinic-a --home site --task digits \\\n"
@@ -96,12 +96,12 @@ def _secure(arguments: Namespace) -> tuple[SecurePolicy | None, Trust | None]:
             raise UsageError(102, "--min-sites: must come with --roster and --consortium")
         return None, None
     # Here, as it imports Flower.
-    from fedge.client import operate
-    from fedge.client.policy import FILE, SecurePolicy
+    from fedge.client.deployment import operations
+    from fedge.client.settings.policy import FILE, SecurePolicy
     from fedge.shared.config import home_files
 
     terms = {"required": True, **({} if least is None else {"min-sites": least})}
-    return home_files.check(terms, SecurePolicy, FILE), operate.Trust(roster, consortium)
+    return home_files.check(terms, SecurePolicy, FILE), operations.Trust(roster, consortium)
 
 
 def _run(arguments: Namespace) -> int:
@@ -114,14 +114,14 @@ def _run(arguments: Namespace) -> int:
 
     match arguments.action:
         case "start":
-            from fedge.client import daemon
+            from fedge.client.deployment import daemon
 
             return daemon.run(arguments.home, arguments.only or "both")
         case "init":
-            from fedge.client import operate
+            from fedge.client.deployment import operations
 
             secure, trust = _secure(arguments)
-            made = operate.init(
+            made = operations.init(
                 arguments.home,
                 arguments.name,
                 task=arguments.task,
@@ -133,10 +133,10 @@ def _run(arguments: Namespace) -> int:
             )
             say(None, made)
         case "status":
-            from fedge.client import operate
+            from fedge.client.deployment import operations
 
-            found = operate.status(arguments.home)
-            say(found, operate.status_text(found))
+            found = operations.status(arguments.home)
+            say(found, operations.status_text(found))
             return 0 if found["healthy"] else 1
         case "stop":
             from fedge.shared.daemon import home
@@ -146,9 +146,9 @@ def _run(arguments: Namespace) -> int:
                 raise DeployError(911, f"{arguments.home}: must be run by a daemon, got none")
             home.end(arguments.home)
         case "units":
-            from fedge.client.units import units
+            from fedge.client.deployment import systemd
 
-            for path in units.write(arguments.out, bin=arguments.bin, data=arguments.data):
+            for path in systemd.write(arguments.out, bin=arguments.bin, data=arguments.data):
                 say(None, str(path))
     return 0
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedge.client import contribution
-from fedge.client.contribution import SiteNoise
-from fedge.client.private_release import Noise, release_of
-from fedge.client.train import Examples, train
+from fedge.client.privacy.noise_calibration import Noise, release_of
+from fedge.client.secagg import input_vector
+from fedge.client.secagg.input_vector import SiteNoise
+from fedge.client.training.local_steps import Examples, train
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
 from fedge.shared.config.federation import Config
@@ -124,7 +124,7 @@ def _opened_sum(
         trained = still
         if site < canaries.inside.size and canaries.inside[site]:
             trained = canaries.update(site, noise.clipping_bound)
-        part = contribution.noised(of, noise, still, trained)
+        part = input_vector.noised(of, noise, still, trained)
         if site >= noise.honest:
             part = replace(part, noise=_cut(noise, MIN_SIGMA))
         elif factor != 1:
@@ -166,7 +166,7 @@ def _private_step(
 ) -> tuple[NDArray[np.float64], Release]:
     """The sum of the clipped gradients with its noise, and what accountants are told of it."""
     # Only here: Opacus takes seconds to import.
-    from fedge.client.private_training import train_privately
+    from fedge.client.privacy.dp_sgd import train_privately
 
     network, examples, settings = _linear(canaries, LONGER * noise.clipping_bound)
     less = replace(noise, noise_multiplier=factor * noise.noise_multiplier)

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedge.client import contribution
-from fedge.client.contribution import SiteNoise
-from fedge.client.data import SiteData
-from fedge.client.private_release import Noise
-from fedge.client.train import Examples, train
+from fedge.client.data.dataset import SiteData
+from fedge.client.privacy.noise_calibration import Noise
+from fedge.client.secagg import input_vector
+from fedge.client.secagg.input_vector import SiteNoise
+from fedge.client.training.local_steps import Examples, train
 from fedge.server.central import Central
 from fedge.server.results import Update
 from fedge.server.secagg import mean
@@ -204,7 +204,7 @@ class _Site:
             if noise is None:
                 train(self.task, network, self.examples, [np.zeros(1, np.int64)], settings)
             else:
-                from fedge.client.private_training import train_privately
+                from fedge.client.privacy.dp_sgd import train_privately
 
                 train_privately(self.task, network, self.examples, settings, noise, self.entropy)
         return _arrays(network)
@@ -216,7 +216,7 @@ class _Site:
             secure.clipping_bound, secure.value_bound, secure.state_bound, secure.weight_cap
         )
         of = vector_layout.of_training(_shapes(received), self._parameters, bounds, control=False)
-        part = contribution.training(of, bounds, received, trained, 1, 0.0)
+        part = input_vector.training(of, bounds, received, trained, 1, 0.0)
         vector = part.encode(secure.min_sites, os.urandom(KEY_BYTES))
         # The site's own mask, and one shared with each of the others.
         keys = [os.urandom(KEY_BYTES) for _ in range(secure.min_sites)]
@@ -234,7 +234,7 @@ class _Site:
         total = masking.zeros(of.length)
         for site in range(honest):
             own = trained if site == 0 else None
-            part = contribution.noised(of, noise, received, own).encode(honest, b"")
+            part = input_vector.noised(of, noise, received, own).encode(honest, b"")
             masking.add_vectors(total, [part])
         sites = tuple(f"site-{i}" for i in range(honest))
         # Before decoding reuses their memory.

@@ -97,7 +97,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
         )
     require_task(config.task.name)
     # Here, as these import torch.
-    from fedge.client.data import site_shares
+    from fedge.client.data.dataset import site_shares
     from fedge.shared.privacy.checks.compatibility import require_fit
     from fedge.shared.privacy.mechanisms.csprng import Entropy
     from fedge.shared.tasks.dry_run import check

@@ -67,7 +67,7 @@ def _run(arguments: Namespace) -> int:
     config = jobs[1].config
     require_task(config.task.name)
     # Here, as these import torch.
-    from fedge.client.data import site_shares
+    from fedge.client.data.dataset import site_shares
     from fedge.server.report.sweep import parse
     from fedge.server.run_directory import RunDirectory
     from fedge.shared.privacy.checks.compatibility import require_fit

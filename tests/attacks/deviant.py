@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.client.worker import SiteWorker
+from fedge.client.worker.handlers import SiteWorker
 from fedge.server.secagg.group import Group
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError

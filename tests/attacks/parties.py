@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.client.data import SiteData
-from fedge.client.secure_session import Anchors
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import SiteData
+from fedge.client.secagg.session import Anchors
+from fedge.client.worker.handlers import SiteWorker
 from fedge.shared.models.fnn import FNN
 from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
 from fedge.shared.roster import roster

@@ -13,8 +13,8 @@ import pytest
 from builders import config
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fedge.client.data import site_shares
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import site_shares
+from fedge.client.worker.handlers import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.config.federation import Config
 from fedge.shared.secagg import messages

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.client.private_release import noise_within
+from fedge.client.privacy.noise_calibration import noise_within
 from fedge.shared.config.federation import Config
 from fedge.shared.privacy.accounting.epsilon import Release, calibrate, epsilon
 

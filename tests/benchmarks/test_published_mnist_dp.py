@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedge.client.private_release import Noise, release_of
+from fedge.client.privacy.noise_calibration import Noise, release_of
 from fedge.shared.errors import DataError
 from fedge.shared.privacy.accounting import epsilon as accounting
 from fedge.shared.tasks.dry_run import check

@@ -11,9 +11,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
 
-from fedge.client import privacy
-from fedge.client.data import SiteData
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import SiteData
+from fedge.client.privacy import charging
+from fedge.client.worker.handlers import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
 from fedge.shared.models.fnn import FNN
@@ -35,7 +35,7 @@ def _no_files(path: Path | None) -> Table:
 def noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites' noise is the same each time that a test runs: the first has the key 1, the next 2."""
     keys = itertools.count(1)
-    monkeypatch.setattr(privacy, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
+    monkeypatch.setattr(charging, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
 
 
 @pytest.fixture

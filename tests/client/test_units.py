@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.client.units import units
+from fedge.client.deployment import systemd
 from fedge.shared.errors import ConfigError, UsageError
 
 BIN = Path("/opt/fedge/bin")
@@ -38,7 +38,7 @@ def test_systemd_accepts_the_units(tmp_path):
     command.parent.mkdir()
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
-    written = units.write(tmp_path / "units", bin=command.parent)
+    written = systemd.write(tmp_path / "units", bin=command.parent)
     services = [path for path in written if path.suffix == ".service"]
     assert len(services) == 2
     done = analyze("verify", *services)
@@ -47,15 +47,15 @@ def test_systemd_accepts_the_units(tmp_path):
 
 @needs_systemd
 def test_a_defect_would_be_noticed(tmp_path):
-    path = next(p for p in units.write(tmp_path, bin=BIN) if p.name == units.WORKER)
+    path = next(p for p in systemd.write(tmp_path, bin=BIN) if p.name == systemd.WORKER)
     path.write_text(path.read_text().replace("NoNewPrivileges", "NoNewPriviliges"))
     assert "NoNewPriviliges" in analyze("verify", path).stderr
 
 
 @needs_systemd
-@pytest.mark.parametrize(("name", "most"), [(units.RELAY, 2.0), (units.WORKER, 1.5)])
+@pytest.mark.parametrize(("name", "most"), [(systemd.RELAY, 2.0), (systemd.WORKER, 1.5)])
 def test_the_units_are_closed(tmp_path, name, most):
-    units.write(tmp_path, bin=BIN)
+    systemd.write(tmp_path, bin=BIN)
     done = analyze("security", "--offline=true", tmp_path / name)
     found = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
@@ -63,8 +63,8 @@ def test_the_units_are_closed(tmp_path, name, most):
 
 
 def test_only_the_worker_sees_the_data():
-    found = units.texts(bin=BIN, data=Path("/srv/scans"))
-    relay, worker = settings(found[units.RELAY]), settings(found[units.WORKER])
+    found = systemd.texts(bin=BIN, data=Path("/srv/scans"))
+    relay, worker = settings(found[systemd.RELAY]), settings(found[systemd.WORKER])
     assert "-/srv/scans" in relay["InaccessiblePaths"]
     assert "-/var/lib/fedge-worker" in relay["InaccessiblePaths"]
     assert worker["ReadOnlyPaths"] == ["-/srv/scans"]
@@ -76,8 +76,8 @@ def test_only_the_worker_sees_the_data():
 
 
 def test_the_worker_has_no_network_and_the_relay_no_device():
-    found = units.texts(bin=BIN)
-    relay, worker = settings(found[units.RELAY]), settings(found[units.WORKER])
+    found = systemd.texts(bin=BIN)
+    relay, worker = settings(found[systemd.RELAY]), settings(found[systemd.WORKER])
     assert worker["PrivateNetwork"] == ["yes"]
     assert worker["RestrictAddressFamilies"] == ["AF_UNIX"]
     assert relay["PrivateDevices"] == relay["MemoryDenyWriteExecute"] == ["yes"]
@@ -93,19 +93,19 @@ def test_the_worker_has_no_network_and_the_relay_no_device():
     ],
 )
 def test_data_in_a_home_folder_stays_readable_for_the_worker_only(data, expected):
-    found = units.texts(bin=BIN, data=Path(data))
-    assert settings(found[units.WORKER])["ProtectHome"] == [expected]
-    assert settings(found[units.RELAY])["ProtectHome"] == ["yes"]
+    found = systemd.texts(bin=BIN, data=Path(data))
+    assert settings(found[systemd.WORKER])["ProtectHome"] == [expected]
+    assert settings(found[systemd.RELAY])["ProtectHome"] == ["yes"]
 
 
 def test_the_commands_and_the_users():
-    found = units.texts(bin=BIN)
-    for name, side in ((units.RELAY, "relay"), (units.WORKER, "worker")):
+    found = systemd.texts(bin=BIN)
+    for name, side in ((systemd.RELAY, "relay"), (systemd.WORKER, "worker")):
         command = f"/opt/fedge/bin/fedge site start --only {side} --home /var/lib/fedge-{side}"
         assert settings(found[name])["ExecStart"] == [command]
         assert settings(found[name])["User"] == [f"fedge-{side}"]
-        assert f"u fedge-{side} - " in found[units.USERS]
-        assert f"m fedge-{side} fedge-site" in found[units.USERS]
+        assert f"u fedge-{side} - " in found[systemd.USERS]
+        assert f"m fedge-{side} fedge-site" in found[systemd.USERS]
     assert "@" not in "".join(
         line for text in found.values() for line in text.splitlines() if line[:1] not in "#S"
     )
@@ -115,12 +115,12 @@ def test_the_commands_and_the_users():
 def test_a_path_that_a_unit_cannot_hold_is_refused(path):
     for arguments in ({"bin": Path(path)}, {"bin": BIN, "data": Path(path)}):
         with pytest.raises(ConfigError) as caught:
-            units.texts(**arguments)
+            systemd.texts(**arguments)
         assert caught.value.code == 201
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file") as caught:
-        units.write(tmp_path / "file", bin=BIN)
+        systemd.write(tmp_path / "file", bin=BIN)
     assert caught.value.code == 107

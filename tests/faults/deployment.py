@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedge.client import operate
+from fedge.client.deployment import operations
 from fedge.server.run_directory import state_of
 from fedge.shared.daemon import home as homes
 from fedge.shared.flower import app_bundle
@@ -83,7 +83,7 @@ class Deployment:
         """Make a site's home and let it in; it dials the port ``dial`` where given."""
         home, ca = self.folder / site, self.server / "ca" / "ca.crt"
         address = f"127.0.0.1:{dial or self.port}"
-        operate.init(home, site, task=task, server=address, ca=ca, bundle=_bundle())
+        operations.init(home, site, task=task, server=address, ca=ca, bundle=_bundle())
         policy = home / "policy.toml"
         # A round without the others has a cohort of one, which a site refuses unless told otherwise.
         text = policy.read_text(encoding="utf-8")

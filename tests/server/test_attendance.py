@@ -13,11 +13,11 @@ import builders
 import pytest
 from flwr.app import Message
 
-from fedge.client import relay
 from fedge.client.app import app as client_app
-from fedge.client.data import site_shares
-from fedge.client.relay import DirectLink
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import site_shares
+from fedge.client.relay import forward
+from fedge.client.relay.forward import DirectLink
+from fedge.client.worker.handlers import SiteWorker
 from fedge.server.link import Clock
 from fedge.server.progress import Silent
 from fedge.server.rounds import run
@@ -61,12 +61,12 @@ class Heard(Silent):
 def connected(of: Config, directory: RunDirectory) -> Iterator[list[str]]:
     shares = site_shares(of, TASK)
     for site, data in shares.items():
-        relay.connect(site, DirectLink(SiteWorker(site, TASK, data, directory.sites / site)))
+        forward.connect(site, DirectLink(SiteWorker(site, TASK, data, directory.sites / site)))
     try:
         yield list(shares)
     finally:
         for site in shares:
-            relay.disconnect(site)
+            forward.disconnect(site)
 
 
 class Scene:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.client import node_key
+from fedge.client.deployment import node_key
 from fedge.server import certificates, front, register
 from fedge.shared.daemon import home as homes
 from fedge.shared.errors import DeployError

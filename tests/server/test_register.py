@@ -9,7 +9,7 @@ from builders import refused
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedge.client import node_key
+from fedge.client.deployment import node_key
 from fedge.server import register
 from fedge.shared.errors import DeployError
 

@@ -14,8 +14,8 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedge.client import relay
-from fedge.client.data import site_shares
+from fedge.client.data.dataset import site_shares
+from fedge.client.relay import forward
 from fedge.server.journal import Journal
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, RunError
@@ -30,15 +30,15 @@ def _config(**sections: Any) -> Config:
 def _failing(fails: Callable[[str, int], bool]) -> ClientApp:
     """fedge's relay, where a site raises in the rounds for which ``fails(site, round)``."""
     app = ClientApp()
-    app.query("register")(relay.forward)
-    app.evaluate()(relay.forward)
+    app.query("register")(forward.forward)
+    app.evaluate()(forward.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         server_round = int(str(message.content.config_records["config"]["server-round"]))
         if fails(str(context.node_config["site"]), server_round):
             raise RuntimeError("the GPU went away")
-        return relay.forward(message, context)
+        return forward.forward(message, context)
 
     return app
 

@@ -15,7 +15,7 @@ import pytest
 from flwr.app import Message
 from onnxruntime.quantization.calibrate import create_calibrator
 
-from fedge.client.data import site_shares
+from fedge.client.data.dataset import site_shares
 from fedge.server.progress import Silent
 from fedge.server.run_directory import RunDirectory
 from fedge.shared import protocol

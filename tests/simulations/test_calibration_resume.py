@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedge.client import contribution, relay
 from fedge.client.app import app as client_app
-from fedge.client.data import site_shares
-from fedge.client.relay import DirectLink
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import site_shares
+from fedge.client.relay import forward
+from fedge.client.relay.forward import DirectLink
+from fedge.client.secagg import input_vector
+from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.progress import Silent, listening
 from fedge.server.run_directory import RunDirectory, prepare
@@ -108,11 +109,11 @@ class Sites:
         """Connect new workers of all sites."""
         for site in self.shares:
             self.workers[site] = self.worker(site)
-            relay.connect(site, DirectLink(self.workers[site]))
+            forward.connect(site, DirectLink(self.workers[site]))
 
     def end(self) -> None:
         for site in self.shares:
-            relay.disconnect(site)
+            forward.disconnect(site)
 
     def coordinate(self, dies: Callable[[str, str, str], bool] = lambda *_: False) -> Path:
         """A coordinator, from where the last one ended.
@@ -172,7 +173,7 @@ class Whole:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     sites = Sites(tmp_path_factory.mktemp("whole"), parsed(TOML))
     plain: dict[str, list[Any]] = {"calibrate": [], "qualify": [], "evaluate": []}
-    real = contribution.evaluation
+    real = input_vector.evaluation
 
     def evaluation(of: Any, counters: Any) -> Any:
         made = real(of, counters)
@@ -182,7 +183,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contribution, "evaluation", evaluation)
+        patch.setattr(input_vector, "evaluation", evaluation)
         sites.start()
         yield Whole(sites, sites.coordinate(), plain)
     sites.end()

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedge.client import relay
+from fedge.client.relay import forward
 from fedge.server.journal import Journal
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
@@ -115,7 +115,7 @@ def test_sites_take_turns(tmp_path: Path) -> None:
 def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None:
     """To leave it out would tell that none came."""
     app = ClientApp()
-    app.query("register")(relay.forward)
+    app.query("register")(forward.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -131,7 +131,7 @@ def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None
 def test_a_run_of_noise_alone_does_not_go_on_for_ever(tmp_path: Path) -> None:
     """As where the budget of all sites is spent."""
     app = ClientApp()
-    app.query("register")(relay.forward)
+    app.query("register")(forward.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -269,13 +269,13 @@ def test_no_site_learns_how_many_were_drawn(tmp_path: Path) -> None:
 
     def watching(name: str) -> ClientApp:
         app = ClientApp()
-        app.query("register")(relay.forward)
+        app.query("register")(forward.forward)
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
             told = message.content.config_records["config"]
             seen.setdefault(name, []).append(int(str(told["cohort"])))
-            return relay.forward(message, context)
+            return forward.forward(message, context)
 
         return app
 

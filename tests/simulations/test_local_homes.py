@@ -9,8 +9,10 @@ from typing import Any
 import builders
 import pytest
 
-from fedge.client import own_roster, policy, share
-from fedge.client.data import site_shares
+from fedge.client.data import npy_files
+from fedge.client.data.dataset import site_shares
+from fedge.client.secagg import trusted_roster
+from fedge.client.settings import policy
 from fedge.server import register
 from fedge.shared.config.federation import Config
 from fedge.shared.flower import app_bundle
@@ -33,7 +35,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for site, data in site_shares(config(4), task).items():
         place = tmp_path / "sites" / site
         place.mkdir(parents=True)
-        share.write(place / "share", data)
+        npy_files.write(place / "share", data)
     (tmp_path / "federation").mkdir()
     return tmp_path
 
@@ -42,13 +44,13 @@ def test_every_site_has_the_roster_of_all_and_trusts_one_consortium(out: Path) -
     local_homes.make_homes(config(4), out)
     homes = sorted((out / "sites").iterdir())
     assert len(homes) == 4
-    rosters = {place.name: own_roster.read(place) for place in homes}
+    rosters = {place.name: trusted_roster.read(place) for place in homes}
     assert len({r.digest for r in rosters.values()}) == 1
     for place in homes:
-        own = own_roster.own_key(place)
-        own_roster.require_own(rosters[place.name], place.name, own, TODAY)
-        assert (place / own_roster.KEY).stat().st_mode & 0o777 == 0o600
-    assert len({own_roster.own_key(place).private_bytes_raw() for place in homes}) == 4
+        own = trusted_roster.own_key(place)
+        trusted_roster.require_own(rosters[place.name], place.name, own, TODAY)
+        assert (place / trusted_roster.KEY).stat().st_mode & 0o777 == 0o600
+    assert len({trusted_roster.own_key(place).private_bytes_raw() for place in homes}) == 4
     assert sorted(register.roster(out / "server")) == [place.name for place in homes]
 
 
@@ -74,6 +76,6 @@ def test_a_second_time_nothing_is_made_anew(out: Path) -> None:
 def test_a_run_in_clear_installs_no_roster(out: Path) -> None:
     local_homes.make_homes(config(4, enabled=False), out)
     for place in (out / "sites").iterdir():
-        assert not (place / own_roster.FILE).exists()
+        assert not (place / trusted_roster.FILE).exists()
         assert policy.read(place).secure_aggregation == policy.SecurePolicy()
     assert not (out / "federation" / "consortium.key").exists()

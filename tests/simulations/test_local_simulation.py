@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedge.client import privacy, worker
-from fedge.client.data import site_shares
-from fedge.client.privacy_policy import PrivacyPolicy
+from fedge.client.data.dataset import site_shares
+from fedge.client.privacy import charging
+from fedge.client.settings.privacy_policy import PrivacyPolicy
+from fedge.client.worker import handlers
 from fedge.server.release import release
 from fedge.server.run_directory import RunDirectory
 from fedge.shared.bundle import bundle
@@ -35,7 +36,7 @@ NOISED = ("privacy.metrics='noised'", "privacy.metrics-noise-multiplier=2")
 def noise_of_its_own(monkeypatch):
     """Sites' noise is the same each time that a test runs: the first has the key 1, the next 2."""
     keys = itertools.count(1)
-    monkeypatch.setattr(privacy, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
+    monkeypatch.setattr(charging, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
 
 
 def config(mechanism, *more, noise_multiplier=1.0):
@@ -142,7 +143,7 @@ def test_a_budget_that_is_spent_stops_the_evaluation_and_not_the_run(tmp_path, m
     once, twice = (epsilon([Release(1.0, 1.0, n)], 1e-5) for n in (1, 2))
     both = epsilon([Release(1.0), Release(0.5)], 1e-5)
     assert once < twice < both
-    monkeypatch.setattr(worker, "simulated", lambda: PrivacyPolicy(epsilon=(twice + both) / 2))
+    monkeypatch.setattr(handlers, "simulated", lambda: PrivacyPolicy(epsilon=(twice + both) / 2))
     out = tmp_path / "out"
     loud = (NOISED[0], "privacy.metrics-noise-multiplier=0.5")
     simulate(config("local", *loud), out)

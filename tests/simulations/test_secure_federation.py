@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from fedge.client import policy
+from fedge.client.settings import policy
 from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS
 from fedge.shared.compile import calibration
 from fedge.shared.daemon import home as homes

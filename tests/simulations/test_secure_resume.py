@@ -13,12 +13,12 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedge.client import relay
 from fedge.client.app import app as client_app
-from fedge.client.data import site_shares
-from fedge.client.learner import Learner
-from fedge.client.relay import DirectLink
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import site_shares
+from fedge.client.relay import forward
+from fedge.client.relay.forward import DirectLink
+from fedge.client.training.learner import Learner
+from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.progress import Silent, listening
 from fedge.server.run_directory import prepare
@@ -112,7 +112,7 @@ class Deployed:
         for site, data in self.shares.items():
             home = self.folder / "homes" / site
             worker = SiteWorker(site, self.task, data, home, anchors=self.anchors[site])
-            relay.connect(site, DirectLink(worker))
+            forward.connect(site, DirectLink(worker))
 
     def run(self, grid: Callable[..., InProcessGrid] = InProcessGrid, listener: Any = None) -> Path:
         """The coordinator, from where the last one ended."""
@@ -127,7 +127,7 @@ class Deployed:
     def end(self) -> None:
         """Disconnect them."""
         for site in self.shares:
-            relay.disconnect(site)
+            forward.disconnect(site)
 
 
 @pytest.fixture(scope="module")

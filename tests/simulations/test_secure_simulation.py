@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message
 
-from fedge.client.data import site_shares
-from fedge.client.learner import Learner
+from fedge.client.data.dataset import site_shares
+from fedge.client.training.learner import Learner
 from fedge.server.journal import Journal
 from fedge.server.progress import Silent
 from fedge.server.report.page import write as write_report

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from fedge.client.privacy_policy import simulated
+from fedge.client.settings.privacy_policy import simulated
 from fedge.server.run_directory import RunDirectory, state_of
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon

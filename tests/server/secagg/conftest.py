@@ -14,13 +14,13 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedge.client import relay
 from fedge.client.app import app
-from fedge.client.data import SiteData
-from fedge.client.learner import Learner
-from fedge.client.relay import DirectLink
-from fedge.client.secure_session import Anchors
-from fedge.client.worker import SiteWorker
+from fedge.client.data.dataset import SiteData
+from fedge.client.relay import forward
+from fedge.client.relay.forward import DirectLink
+from fedge.client.secagg.session import Anchors
+from fedge.client.training.learner import Learner
+from fedge.client.worker.handlers import SiteWorker
 from fedge.server import requests, strategies
 from fedge.server.attendance import Attendance
 from fedge.server.census import Census
@@ -238,7 +238,7 @@ class Rig:
                 name, self.task, old.learner.data, old.home, anchors=self.anchors[name]
             )
             self.workers[name] = new
-            relay.connect(name, DirectLink(new))
+            forward.connect(name, DirectLink(new))
 
     def invited(self) -> list[str]:
         """Sites that the newest attempt has asked."""
@@ -297,7 +297,7 @@ def rig(
             for i, name in enumerate(names)
         }
         for name, worker in workers.items():
-            relay.connect(name, DirectLink(worker))
+            forward.connect(name, DirectLink(worker))
             connected.append(name)
         grid = LosingGrid(dict(enumerate(names, start=1)), app)
         live = Liveness(Link(grid, clock=fake_time))
@@ -334,4 +334,4 @@ def rig(
 
     yield build
     for name in connected:
-        relay.disconnect(name)
+        forward.disconnect(name)

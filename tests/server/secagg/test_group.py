@@ -10,8 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.client.contribution import Contribution
-from fedge.client.secure_session import Anchors, Session
+from fedge.client.secagg.input_vector import Contribution
+from fedge.client.secagg.session import Anchors, Session
 from fedge.server.secagg import group as groups
 from fedge.server.secagg.group import Group, LostError
 from fedge.shared.roster import roster

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.client.contribution import Contribution, SiteNoise, noised
+from fedge.client.secagg.input_vector import Contribution, SiteNoise, noised
 from fedge.server.secagg import mean
 from fedge.server.secagg.outcome import Opened
 from fedge.shared.config.sections import AdmissionSection

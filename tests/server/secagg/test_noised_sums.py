@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fedge.client import privacy
+from fedge.client.privacy import charging
 from fedge.server import requests
 from fedge.shared.privacy.accounting.epsilon import Release
 from fedge.shared.privacy.ledger.ledger import FILE, Ledger
@@ -58,7 +58,7 @@ def exact(made):
 def noise_of_its_own(monkeypatch):
     """Sites' noise is the same each time that a test runs: the first has the key 1, the next 2."""
     keys = itertools.count(1)
-    monkeypatch.setattr(privacy, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
+    monkeypatch.setattr(charging, "Entropy", lambda: Entropy(key=next(keys).to_bytes(32, "big")))
 
 
 @pytest.mark.slow

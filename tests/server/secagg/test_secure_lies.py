@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.client import secure_answers
-from fedge.client.secure_session import Session
+from fedge.client.secagg import participant
+from fedge.client.secagg.session import Session
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def liar(monkeypatch):
             lies = (anchors.site, attempt.purpose) == (site, "train")
             return Session(anchors, attempt, Lie(given, values) if lies else given, *more)
 
-        monkeypatch.setattr(secure_answers, "Session", session)
+        monkeypatch.setattr(participant, "Session", session)
 
     return lie
 

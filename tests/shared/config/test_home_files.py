@@ -1,7 +1,7 @@
 import builders
 import pytest
 
-from fedge.client.site_file import SiteFile
+from fedge.client.settings.site_config import SiteFile
 from fedge.shared.config import home_files
 
 GOOD = '[site]\nname = "a"\ntask = "digits"\n[server]\naddress = "h:1"\n'

@@ -7,7 +7,7 @@ import pytest
 from builders import config
 from torch import nn
 
-from fedge.client.data import site_shares
+from fedge.client.data.dataset import site_shares
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.registry import get_task

@@ -1,0 +1,1 @@
+"""A site's examples: read, divided, drawn."""

@@ -1,0 +1,1 @@
+"""A site's own noise, and the ledger that pays for it."""

@@ -1,0 +1,142 @@
+"""Between the worker and its ledger: counters over examples that get noise, and are charged for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from flwr.app import MetricRecord, RecordDict
+
+from fedge.client import requests
+from fedge.client.privacy.charging import ChargedReplies, ReleaseRequest
+from fedge.client.requests import Address
+from fedge.client.secagg.participant import is_secure, min_sites_of
+from fedge.client.training.counts import Figures, Told
+from fedge.shared import protocol
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.errors import SiteError
+from fedge.shared.privacy.accounting.charges import Spent
+from fedge.shared.privacy.accounting.epsilon import Release
+from fedge.shared.privacy.mechanisms import noised_counts
+from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
+
+#: Name in the ledger of what protects the counters: the same whatever protects the updates.
+MECHANISM: Final = "noised-metrics"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked, and how the counters leave.
+
+    Attributes:
+        request: itself.
+        address: of it.
+        figures: what it asks for.
+        counts: the noise.
+        min_sites: fewest sites of a sum whose noise together hides each; 0 where each site's own does.
+    """
+
+    request: RecordDict
+    address: Address
+    figures: Figures
+    counts: NoisedCounts
+    min_sites: int = 0
+
+
+class PrivateCounts:
+    """Evaluation under differential privacy in one worker.
+
+    Args:
+        privacy: of the site.
+    """
+
+    def __init__(self, privacy: ChargedReplies) -> None:
+        self._privacy = privacy
+
+    def evaluation(
+        self, request: RecordDict, address: Address, section: PrivacySection, figures: Figures
+    ) -> Evaluation | None:
+        """How figures leave the site; None where they leave it without noise.
+
+        Raises:
+            SiteError: 414, the request's own section says that nobody evaluates, its numbers do not agree, or the noise
+                does not fit its grid.
+        """
+        if section.mechanism != "off" and section.metrics == "off":
+            raise requests.refuse("privacy.metrics", "noised or unprotected to evaluate", "off")
+        honest, least = 1, 0
+        if section.metrics == "noised" and section.mechanism == "distributed":
+            if not is_secure(request):
+                raise requests.refuse(
+                    "privacy.mechanism", "distributed under masks only", "in clear"
+                )
+            least = min_sites_of(request)
+            honest = least - section.corrupt_sites
+            if honest < 1:
+                raise requests.refuse(
+                    "privacy.corrupt-sites", f"below {least}", section.corrupt_sites
+                )
+        names = figures.names if figures.noised is None else figures.noised
+        counts = noised_counts.of(section, names, honest, figures.sensitivity)
+        if counts is None:
+            return None
+        try:
+            counts.require_grid()
+        except ValueError as error:
+            raise SiteError(414, f"privacy: {error}") from None
+        return Evaluation(request, address, figures, counts, least)
+
+    def answer(self, of: Evaluation, reply: Callable[[MetricRecord], RecordDict]) -> RecordDict:
+        """The reply in clear: charged, made, kept; or the one that was kept.
+
+        Args:
+            of: what is asked.
+            reply: with these metrics.
+
+        Raises:
+            SiteError: 401, a counter is not finite; 427, 428, see ``SitePrivacy``.
+        """
+
+        def make(spent: Spent) -> RecordDict:
+            # Where the unit is an example their number is told, as when the site registered.
+            whole = of.counts.unit == "site"
+            metrics: Told = {
+                protocol.NUM_EXAMPLES: 1 if whole else of.figures.num_examples,
+                protocol.EPSILON_CONSUMERS: spent.consumers,
+                protocol.EPSILON_SERVER: spent.server,
+            }
+            found = self._noised(of)
+            if of.figures.listed:
+                metrics[protocol.COUNTS] = [found[name] for name in of.figures.noised or ()]
+            else:
+                metrics.update(found)
+            return self._privacy.vouch(reply(MetricRecord({**metrics})))
+
+        asked, release = self._asked(of), Release(of.counts.noise_multiplier)
+        return self._privacy.answer(asked, of.counts.unit, MECHANISM, release, make)
+
+    def charged(self, of: Evaluation) -> dict[str, float]:
+        """Counters for one attempt at a secure sum, charged first; each attempt has noise of its own.
+
+        Raises:
+            SiteError: as ``answer``.
+        """
+        release = Release(of.counts.noise_multiplier)
+        self._privacy.charge(self._asked(of), of.counts.unit, MECHANISM, release)
+        return self._noised(of)
+
+    def vouch(self, reply: RecordDict) -> RecordDict:
+        """Put the ledger's digest into a reply."""
+        return self._privacy.vouch(reply)
+
+    def _noised(self, of: Evaluation) -> dict[str, float]:
+        found = of.figures.count()
+        try:
+            return of.counts.make(found, self._privacy.entropy)
+        except ValueError as error:
+            raise SiteError(401, str(error)) from None
+
+    @staticmethod
+    def _asked(of: Evaluation) -> ReleaseRequest:
+        return ReleaseRequest.of(of.figures.kind, of.request, of.address)

@@ -1,0 +1,1 @@
+"""The process that talks to the network, and has no data."""

@@ -1,0 +1,68 @@
+"""Which rounds a site has answered for good, on disk: none is ever unmasked twice, whatever is killed in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+from fedge.shared.errors import SiteError
+from fedge.shared.files import write_atomically
+
+ANSWERED = 423
+#: Purposes of which a run has one sum: of two, over other sites each, the difference tells of one site.
+ONCE: Final = ("calibrate", "qualify")
+
+
+class ReplayGuard:
+    """The highest round of each run and purpose of which this site has given out shares.
+
+    Args:
+        folder: of this site alone; made when first written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def require_new(self, run_id: str, purpose: str, server_round: int) -> None:
+        """Refuse a round that was answered, or one before it; of what is summed once in a run, any round.
+
+        Raises:
+            SiteError: 423.
+        """
+        last = self._read(run_id).get(purpose, -1)
+        if purpose in ONCE and last >= 0:
+            raise SiteError(ANSWERED, f"{purpose}: must be asked once in a run, got it again")
+        if server_round <= last:
+            raise SiteError(
+                ANSWERED,
+                f"{purpose} round {server_round}: must be later than {last}, which was answered",
+            )
+
+    def note(self, run_id: str, purpose: str, server_round: int) -> None:
+        """Write down that a round is answered, before the answer leaves."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._read(run_id) | {purpose: server_round}, sort_keys=True)
+        write_atomically(self._path(run_id), text.encode())
+
+    def forget(self) -> None:
+        """Forget all runs; only for a simulation, whose sites die with their server, secrets and shares alike."""
+        for path in self._folder.glob("*.json"):
+            path.unlink()
+
+    def _path(self, run_id: str) -> Path:
+        return self._folder / f"{run_id}.json"
+
+    def _read(self, run_id: str) -> dict[str, int]:
+        try:
+            found = json.loads(self._path(run_id).read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or not all(type(v) is int for v in found.values()):
+            # Without it nobody knows what was answered, so nothing more is.
+            raise SiteError(
+                ANSWERED, f"{run_id}.json: must say which rounds were answered, is damaged"
+            )
+        return found

@@ -1,0 +1,326 @@
+"""A site's part in one secure sum: five steps, each taken once, each checked against what the site itself holds.
+
+Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017, https://eprint.iacr.org/2017/281, in its
+version against active servers, with the sparse graph of Secure Single-Server Aggregation with (Poly)Logarithmic
+Overhead, CCS 2020, https://eprint.iacr.org/2020/704, where many sites take part. What the server says is believed
+nowhere: keys are looked up in the roster, the threshold is computed here, and an answer is given once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Final
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import NDArray
+
+from fedge.client.secagg.input_vector import Contribution
+from fedge.shared.errors import SiteError
+from fedge.shared.roster.roster import Roster
+from fedge.shared.secagg import (
+    key_agreement,
+    masking,
+    neighbour_graph,
+    shamir,
+    share_encryption,
+    transcript,
+)
+from fedge.shared.secagg.messages import SHARE_BYTES, Sharer, Signed
+from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
+
+DEVIATES: Final = 422
+TOO_FEW: Final = 424
+
+
+class PeerError(SiteError):
+    """Fault is found with a peer, as the server presents it.
+
+    Attributes:
+        peer: its name.
+    """
+
+    def __init__(self, code: int, peer: str, message: str) -> None:
+        super().__init__(code, f"{peer}: {message}")
+        self.peer = peer
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What a site trusts, none of it from the server.
+
+    Attributes:
+        site: its own name.
+        private: its key in the roster.
+        roster: as it is now.
+        min_sites: fewest sites of a sum, as its policy is now.
+        today: the date by which roster entries expire.
+    """
+
+    site: str
+    private: Ed25519PrivateKey
+    roster: Callable[[], Roster]
+    min_sites: Callable[[], int]
+    today: Callable[[], date] = lambda: datetime.now(UTC).date()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a site gives out in exchange 1: boxes in the order of its neighbours' names."""
+
+    commitment: bytes
+    signature: bytes
+    boxes: bytes
+
+
+@dataclass(frozen=True)
+class Masked:
+    """What a site gives out in exchange 2."""
+
+    vector: NDArray[np.uint32]
+    signature: bytes
+    checksum: int
+
+
+class Session:
+    """One attempt at one sum, at one site.
+
+    Args:
+        anchors: the site's own.
+        attempt: as the request says.
+        contribution: the site's.
+        rounding_key: of its stochastic rounding.
+        note: writes down that the round is answered, before the shares are given out.
+        min_sites: fewest sites of this sum, besides what the policy asks for.
+    """
+
+    def __init__(
+        self,
+        anchors: Anchors,
+        attempt: Attempt,
+        contribution: Contribution,
+        rounding_key: bytes,
+        note: Callable[[], None],
+        min_sites: int = 0,
+    ) -> None:
+        self.attempt = attempt
+        self._anchors, self._note = anchors, note
+        self._contribution: Contribution | None = contribution
+        self._rounding_key, self._min_sites = rounding_key, min_sites
+        self._box, self._mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
+        self._seed = bytearray(os.urandom(32))
+        self.bundle = transcript.new_bundle(
+            attempt, anchors.site, self._box.public, self._mask.public, anchors.private
+        )
+        self._t = b""
+        self._bundles: dict[str, KeyAdvertisement] = {}
+        self._keys: dict[str, Ed25519PublicKey] = {}
+        self._neighbours: tuple[str, ...] = ()
+        self._agreed: dict[str, tuple[bytes, bytes]] = {}
+        self._threshold = 0
+        self._shared: Shared | None = None
+        self._held: dict[str, tuple[bytes, bytes]] = {}
+        self._sharers: frozenset[str] = frozenset()
+        self._survivors: frozenset[str] = frozenset()
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self._anchors.site
+
+    def share(self, bundles: Sequence[KeyAdvertisement]) -> Shared:
+        """Exchange 1: share both secrets among the neighbours.
+
+        Args:
+            bundles: of all sites, sorted by site.
+
+        Raises:
+            SiteError: 422, the own bundle is missing or another; 424, fewer sites than the policy asks for.
+            PeerError: 421, the roster does not vouch for a site; 422, a bundle is not signed with its key, or holds
+                one that is none.
+        """
+        names, own = [b.site for b in bundles], self.site
+        if self.bundle not in bundles:
+            raise deviates("bundles", "hold this site's own", "none or another")
+        self._require_enough(len(bundles))
+        roster, today = self._anchors.roster(), self._anchors.today()
+        keys: dict[str, Ed25519PublicKey] = {}
+        for bundle in bundles:
+            try:
+                keys[bundle.site] = roster.key_of(bundle.site, today)
+            except SiteError as error:
+                raise PeerError(error.code, bundle.site, error.message) from None
+            if not transcript.verifies(self.attempt, bundle, keys[bundle.site]):
+                raise PeerError(
+                    DEVIATES, bundle.site, "the bundle must carry its signature for this job"
+                )
+        self._bundles, self._keys = dict(zip(names, bundles, strict=True)), keys
+        self._t = transcript.transcript(self.attempt, bundles)
+        self._threshold = neighbour_graph.threshold(len(bundles))
+        at = names.index(own)
+        holders = sorted((*neighbour_graph.neighbours(self._t, len(bundles))[at], at))
+        self._neighbours = tuple(names[i] for i in holders if i != at)
+        for peer in self._neighbours:
+            self._agree(self._bundles[peer])
+        least = neighbour_graph.threshold(len(holders))
+        xs = [i + 1 for i in holders]
+        of_seed = shamir.split(bytes(self._seed), least, xs)
+        of_mask = shamir.split(self._mask.private_bytes(), least, xs)
+        self._held = {own: (of_seed[at + 1], of_mask[at + 1])}
+        sealed = [
+            share_encryption.seal(
+                self._box_key(own, names[i]),
+                of_seed[i + 1] + of_mask[i + 1],
+                self._t,
+                own,
+                names[i],
+            )
+            for i in holders
+            if i != at
+        ]
+        commitment = hashlib.sha256(bytes(self._seed)).digest()
+        signature = self._sign(transcript.share_statement(self._t, own, commitment))
+        self._shared = Shared(commitment, signature, b"".join(sealed))
+        return self._shared
+
+    def masked(self, sharers: Sequence[Sharer]) -> Masked:
+        """Exchange 2: open the peers' boxes, then mask the vector with all of them.
+
+        Raises:
+            SiteError: 422, the list is not one that the exchange before allows; 424, too few sites; 401.
+            PeerError: 422, a peer's signature is missing; 425, a box does not open.
+        """
+        names = [s.site for s in sharers]
+        self._require_subset("sharers", names, self._bundles)
+        self._require_enough(len(names))
+        for sharer in sharers:
+            self._take(sharer)
+        self._sharers = frozenset(names)
+        if self._contribution is None:
+            raise deviates("exchange", "be taken once", "a second")
+        vector = self._contribution.encode(len(names), self._rounding_key)
+        self._contribution = None
+        masks = [(key_agreement.self_mask_key(bytes(self._seed), self._t), 1)]
+        for peer in self._neighbours:
+            if peer in self._sharers:
+                key = key_agreement.mask_key(self._agreed[peer][1], self._t, self.site, peer)
+                masks.append((key, 1 if self.site < peer else -1))
+        masking.add_masks(vector, masks)
+        checksum = masking.checksum(vector)
+        statement = transcript.masked_statement(
+            self._t, self.site, transcript.digest_of(names), len(vector), checksum
+        )
+        return Masked(vector, self._sign(statement), checksum)
+
+    def commit(self, survivors: Sequence[str]) -> bytes:
+        """Exchange 3: sign the one list of survivors.
+
+        Raises:
+            SiteError: 422, it is not a part of the sharers or lacks this site; 424, too few sites.
+        """
+        self._require_subset("survivors", survivors, self._sharers)
+        self._require_enough(len(survivors))
+        self._survivors = frozenset(survivors)
+        return self._sign(self._commitment())
+
+    def unmask(self, signatures: Sequence[Signed]) -> bytes:
+        """Exchange 4: one share a peer, of the mask key of who was lost, of the seed of who survived.
+
+        Returns:
+            The shares in the order of the names of those of whom this site holds some, 33 bytes each.
+
+        Raises:
+            SiteError: 422, fewer than the threshold have signed this very list of survivors.
+        """
+        statement = self._commitment()
+        agreed = [
+            s.site
+            for s in signatures
+            if s.site in self._survivors
+            and transcript.is_signed(self._keys[s.site], s.signature, statement)
+        ]
+        if len(agreed) < self._threshold:
+            raise deviates(
+                "signatures", f"be {self._threshold} or more on these survivors", len(agreed)
+            )
+        self._note()
+        given = []
+        for peer in sorted(self._held):
+            of_seed, of_mask = self._held[peer]
+            given.append(of_seed if peer in self._survivors else of_mask)
+        self.wipe()
+        return b"".join(given)
+
+    def wipe(self) -> None:
+        """Forget every secret, as far as Python lets one; no further step is possible."""
+        self._seed[:] = bytes(len(self._seed))
+        self._held, self._agreed = {}, {}
+        self._contribution = None
+        self._box = self._mask = key_agreement.Pair.generate()
+
+    def _take(self, sharer: Sharer) -> None:
+        if sharer.site == self.site:
+            own = self._shared
+            if own is None or (sharer.commitment, sharer.signature) != (
+                own.commitment,
+                own.signature,
+            ):
+                raise deviates("sharers", "hold what this site shared", "another")
+            return
+        statement = transcript.share_statement(self._t, sharer.site, sharer.commitment)
+        if not transcript.is_signed(self._keys[sharer.site], sharer.signature, statement):
+            raise PeerError(
+                DEVIATES, sharer.site, "must have signed its shares for the same job and sites"
+            )
+        if sharer.site in self._neighbours:
+            key = self._box_key(sharer.site, self.site)
+            try:
+                plain = share_encryption.open_box(key, sharer.box, self._t, sharer.site, self.site)
+            except SiteError as error:
+                raise PeerError(error.code, sharer.site, error.message) from None
+            self._held[sharer.site] = plain[:SHARE_BYTES], plain[SHARE_BYTES:]
+
+    def _agree(self, bundle: KeyAdvertisement) -> None:
+        try:
+            self._agreed[bundle.site] = (
+                key_agreement.shared(self._box, bundle.box_key),
+                key_agreement.shared(self._mask, bundle.mask_key),
+            )
+        except ValueError as error:
+            raise PeerError(DEVIATES, bundle.site, str(error)) from None
+
+    def _box_key(self, src: str, dst: str) -> bytes:
+        peer = dst if src == self.site else src
+        return key_agreement.box_key(self._agreed[peer][0], self._t, src, dst)
+
+    def _require_enough(self, count: int) -> None:
+        least = max(self._threshold, self._anchors.min_sites(), self._min_sites, FEWEST_SITES)
+        if count < least:
+            raise SiteError(TOO_FEW, f"sites: must be {least} or more, got {count}")
+
+    def _require_subset(
+        self, what: str, names: Sequence[str], of: Mapping[str, object] | frozenset[str]
+    ) -> None:
+        if self.site not in names:
+            raise deviates(what, "name this site", "a list without it")
+        if stranger := next((name for name in names if name not in of), None):
+            raise deviates(what, "be among those of the exchange before", stranger)
+
+    def _commitment(self) -> bytes:
+        return transcript.commit_statement(
+            self._t,
+            transcript.digest_of(self._sharers),
+            transcript.digest_of(self._survivors),
+        )
+
+    def _sign(self, statement: bytes) -> bytes:
+        return self._anchors.private.sign(statement)
+
+
+def deviates(what: str, wanted: str, got: object) -> SiteError:
+    """Error 422 in the project's wording."""
+    return SiteError(DEVIATES, f"{what}: must {wanted}, got {str(got)[:80]}")

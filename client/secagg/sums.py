@@ -1,0 +1,193 @@
+"""Between the worker and the exchanges: what the site computes becomes what it adds under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedge.client.requests import Address, Terms, Training
+from fedge.client.secagg import input_vector, participant
+from fedge.client.secagg.input_vector import Contribution, SiteNoise
+from fedge.client.secagg.participant import SecureAnswers
+from fedge.client.secagg.replay_guard import ReplayGuard
+from fedge.client.secagg.session import Anchors
+from fedge.shared import protocol
+from fedge.shared.errors import SiteError
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.secagg import messages, vector_layout
+from fedge.shared.secagg import request_digest as jobs
+from fedge.shared.tasks.standardised_columns import column_bounds
+from fedge.shared.tasks.task import Task
+from fedge.shared.wire.tensors import NDArrays
+
+_REFUSED: Final = 418
+#: Folder of a site's home that says which rounds were answered.
+FOLDER: Final = "secagg"
+
+
+class SecureWork:
+    """The secure sums of one worker.
+
+    Args:
+        task: what is learnt.
+        shapes: of the network's floating-point tensors, in its order.
+        parameters: names of those that are trained.
+        anchors: the site's own; without them it takes part in nothing.
+        home: folder of this site alone.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        shapes: Mapping[str, tuple[int, ...]],
+        parameters: Sequence[str],
+        anchors: Anchors | None,
+        home: Path,
+    ) -> None:
+        self._task, self._shapes, self._parameters = task, shapes, parameters
+        self._answers = SecureAnswers(anchors, ReplayGuard(home / FOLDER)) if anchors else None
+        self._trained: tuple[bytes, int, Contribution] | None = None
+
+    def require(self) -> SecureAnswers:
+        """The site's sums.
+
+        Raises:
+            SiteError: 418, the site has no roster, so it cannot take part.
+        """
+        if self._answers is None:
+            raise SiteError(_REFUSED, "secure aggregation: must have a roster here, got none")
+        return self._answers
+
+    def train(
+        self,
+        request: RecordDict,
+        terms: Terms,
+        what: Training,
+        received: NDArrays,
+        fit: Callable[[], tuple[NDArrays, float]] | None,
+        num_examples: int,
+        *,
+        private: bool = False,
+    ) -> ConfigRecord:
+        """Begin the sum of a round's updates; a further attempt at the same round trains nothing anew.
+
+        Args:
+            request: to train.
+            terms: of it.
+            what: it asks for.
+            received: its weights.
+            fit: trains, and gives weights and loss; None where the site has no examples.
+            num_examples: that it trains on.
+            private: the weights are noised, and neither loss nor number of examples may be told.
+        """
+        bounds = participant.bounds_of(request)
+        job = jobs.of(protocol.TRAIN, request)
+
+        def contribute() -> Contribution:
+            known = self._trained
+            if known is not None and known[:2] == (job, what.accepted_round):
+                return known[2]
+            of = vector_layout.of_training(
+                self._shapes, self._parameters, bounds, control=what.control
+            )
+            trained, loss = fit() if fit else (None, 0.0)
+            made = input_vector.training(
+                of, bounds, received, trained, num_examples, loss, private=private
+            )
+            self._trained = (job, what.accepted_round, made)
+            return made
+
+        return self.require().begin(protocol.TRAIN, request, terms.address, terms.seed, contribute)
+
+    def train_noised(
+        self,
+        request: RecordDict,
+        terms: Terms,
+        received: NDArrays,
+        fit: Callable[[], NDArrays] | None,
+        noise: SiteNoise,
+        charge: Callable[[], None],
+    ) -> ConfigRecord:
+        """Begin the sum of a round's updates with distributed noise.
+
+        Args:
+            request: to train.
+            terms: of it.
+            received: its weights.
+            fit: trains, and gives the weights; None where the site has no examples.
+            noise: the site's.
+            charge: pays for an attempt, each of which has noise of its own.
+
+        Raises:
+            SiteError: 427, the budget would be exceeded, and the site begins nothing.
+        """
+        of = vector_layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
+        job = jobs.of(protocol.TRAIN, request)
+        least = participant.min_sites_of(request)
+
+        def contribute() -> Contribution:
+            charge()
+            known = self._trained
+            if known is not None and known[:2] == (job, 0):
+                return known[2]
+            made = input_vector.noised(of, noise, received, fit() if fit else None)
+            self._trained = (job, 0, made)
+            return made
+
+        return self.require().begin(
+            protocol.TRAIN, request, terms.address, terms.seed, contribute, least
+        )
+
+    def evaluate(
+        self,
+        request: RecordDict,
+        terms: Terms,
+        kind: str,
+        names: Sequence[str],
+        count: Callable[[], Mapping[str, float]],
+        *,
+        noised: bool = False,
+        min_sites: int = 0,
+    ) -> ConfigRecord:
+        """Begin the sum of counters.
+
+        Args:
+            request: to evaluate, calibrate or qualify.
+            terms: of it.
+            kind: its message type.
+            names: of the counters, in the order of the vector.
+            count: the counters; with noise that is paid for, each time anew, where there is some.
+            noised: whether there is.
+            min_sites: fewest sites whose noise together hides each; 0 where there is none.
+
+        Raises:
+            SiteError: 427, the budget would be exceeded, and the site begins nothing.
+        """
+        of = vector_layout.of_evaluation(tuple(names), noised=noised)
+
+        def contribute() -> Contribution:
+            found = count()
+            return input_vector.evaluation(of, {n: found[n] for n in names})
+
+        return self.require().begin(kind, request, terms.address, terms.seed, contribute, min_sites)
+
+    def statistics(
+        self, request: RecordDict, address: Address, found: Statistics | None
+    ) -> ConfigRecord:
+        """Begin the sum over standardised columns."""
+        bounds = column_bounds(self._task)
+        of = vector_layout.of_statistics(len(bounds))
+        return self.require().begin(
+            messages.STATISTICS,
+            request,
+            address,
+            0,
+            lambda: input_vector.statistics(of, found, bounds),
+        )
+
+    def step(self, kind: str, request: RecordDict, address: Address) -> RecordDict:
+        """Exchanges 1 to 4."""
+        return self.require().step(kind, request, address)

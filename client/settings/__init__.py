@@ -1,0 +1,1 @@
+"""What the site's administrator wrote: site.toml and policy.toml."""

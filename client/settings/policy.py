@@ -1,0 +1,248 @@
+"""``policy.toml``: what a site's worker serves, by its owner's word alone.
+
+The worker holds every request against it before it looks at anything else. There is no default: a
+worker without this file does not start, and one whose file breaks while it runs refuses everything
+until the file is mended. A change takes effect at the next request.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Annotated, Final
+
+from flwr.app import ConfigRecord, RecordDict
+from pydantic import Field
+
+from fedge.client import requests
+from fedge.client.settings import privacy_policy
+from fedge.client.settings.privacy_policy import PrivacyPolicy
+from fedge.shared import protocol
+from fedge.shared.config import home_files
+from fedge.shared.config.section import Section
+from fedge.shared.errors import FedgeError, SiteError
+from fedge.shared.secagg import messages
+
+FILE: Final = "policy.toml"
+
+_REFUSED: Final = 418
+_NOT_APPROVED: Final = 419
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_COHORTS: Final = (protocol.TRAIN, protocol.EVALUATE, protocol.CALIBRATE, protocol.QUALIFY)
+#: What gives something of the data away unless it is masked.
+_IN_CLEAR: Final = (protocol.REGISTER, *_COHORTS)
+
+
+class SecurePolicy(Section):
+    """On which terms the site takes part in secure aggregation."""
+
+    required: bool = Field(
+        False, description="whether weights, metrics and counts leave the site under masks only"
+    )
+    min_sites: int = Field(5, ge=3, le=2048, description="fewest sites of a sum")
+    max_clipping_bound: float = Field(
+        100.0, gt=0, le=1e6, description="largest L2 norm to which an update is clipped"
+    )
+    max_value_bound: float = Field(
+        1_000.0, gt=0, le=1e6, description="largest bound of a single parameter's change"
+    )
+    max_state_bound: float = Field(
+        10_000.0,
+        gt=0,
+        le=1e6,
+        description="largest bound of the change of a value that is no parameter, which no norm clips",
+    )
+    max_weight_cap: int = Field(
+        2**23, ge=1, le=2**23, description="most examples that the site may weigh"
+    )
+
+
+class Policy(Section):
+    """What the worker serves and what it may take of the machine."""
+
+    tasks: tuple[Name, ...] = Field(description="tasks that may be trained and evaluated")
+    bundles: tuple[Digest, ...] = Field(
+        description="SHA-256 of the Flower bundles (FAB) that the site approved"
+    )
+    versions: tuple[Name, ...] = Field(description="versions of the server's fedge")
+    max_rounds: int = Field(
+        1_000, ge=1, le=1_000_000, description="highest round of a run that is served"
+    )
+    min_cohort: int = Field(
+        2, ge=0, le=100_000, description="fewest sites invited to a round that is served"
+    )
+    share_statistics: bool = Field(
+        True,
+        description="whether sums over each feature of the training data may go to the server in the clear",
+    )
+    share_ranges: bool | None = Field(
+        None,
+        description="whether the smallest and largest value of each input and activation over training examples, which"
+        " are single examples' own, may go to the server without noise, and in the clear; as share-statistics unless"
+        " given, but false where privacy is required",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(cpu|auto|cuda(:[0-9]{1,2})?)$",
+        description="cpu, cuda, cuda:N, or auto: a GPU where there is one",
+    )
+    memory_gib: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="most data of the worker's process, in GiB; only where it computes on the CPU",
+    )
+    gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="most of a GPU's memory, as a share"
+    )
+    max_request_mib: int = Field(
+        1024, ge=1, le=1_048_576, description="largest request that is read, in MiB"
+    )
+    secure_aggregation: SecurePolicy = SecurePolicy()
+    privacy: PrivacyPolicy = PrivacyPolicy()
+
+
+def approve(policy: Policy, bundle: str) -> None:
+    """Hold a Flower bundle against the policy.
+
+    Raises:
+        SiteError: 419, it is not one that the site approved.
+    """
+    if bundle not in policy.bundles:
+        raise SiteError(
+            _NOT_APPROVED,
+            f"bundle: must be one of {len(policy.bundles)} in {FILE}, got {bundle or 'none'}",
+        )
+
+
+def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
+    """Hold a request against the policy; what it does not name is not allowed.
+
+    ``min-cohort`` is not held against a request to register: its number counts the nodes that are asked at this moment,
+    and a late joiner is asked alone. What registering gives away is bounded by ``share-statistics``.
+
+    Args:
+        policy: the site's.
+        kind: the message type.
+        content: of the request.
+        bundle: SHA-256 of the Flower bundle that it came through.
+
+    Raises:
+        SiteError: 419, the bundle is not approved; 418, anything else is not allowed.
+    """
+    approve(policy, bundle)
+    found = content.get(protocol.CONFIG)
+    config = found if isinstance(found, ConfigRecord) else ConfigRecord()
+    for key, known in ((protocol.TASK, policy.tasks), (protocol.VERSION, policy.versions)):
+        value = config.get(key)
+        if not isinstance(value, str) or value not in known:
+            raise _refusal(key, f"one of {', '.join(known) or 'none'}", value)
+    number = config.get(protocol.SERVER_ROUND)
+    if type(number) is not int or number > policy.max_rounds:
+        raise _refusal(protocol.SERVER_ROUND, f"at most {policy.max_rounds}", number)
+    secure = content.get(messages.SECURE)
+    if isinstance(secure, ConfigRecord):
+        _allow_secure(policy.secure_aggregation, secure)
+    elif policy.secure_aggregation.required and kind in _IN_CLEAR:
+        raise _refusal(kind, "under secure aggregation", "in clear")
+    elif kind == protocol.REGISTER and not policy.share_statistics:
+        standardise = config.get(protocol.STANDARDISE)
+        if standardise != "site":
+            wanted = "site while share-statistics is false"
+            raise _refusal(protocol.STANDARDISE, wanted, standardise)
+    privacy_policy.allow(policy.privacy, kind, config)
+    if kind == protocol.CALIBRATE:
+        _allow_ranges(policy, config, masked=isinstance(secure, ConfigRecord))
+    if kind in _COHORTS:
+        cohort = config.get(protocol.COHORT, 0)
+        if type(cohort) is not int or cohort < policy.min_cohort:
+            raise _refusal(protocol.COHORT, f"at least {policy.min_cohort}", cohort)
+
+
+def shares_ranges(policy: Policy) -> bool:
+    """Whether ranges of activations over training data may leave as they are, where the owner says so or by default."""
+    if policy.share_ranges is not None:
+        return policy.share_ranges
+    return policy.share_statistics and not policy.privacy.required
+
+
+def _allow_ranges(policy: Policy, config: ConfigRecord, *, masked: bool) -> None:
+    """Hold a request for ranges against the policy: where privacy is required, masks do not make up for noise."""
+    if shares_ranges(policy) or requests.section_of(config).metrics == "noised":
+        return
+    if policy.privacy.required:
+        wanted = "with noise while privacy.required is true and share-ranges is not"
+        raise _refusal(protocol.CALIBRATE, wanted, "without")
+    if not masked:
+        wanted = "under masks or with noise while share-ranges is false"
+        raise _refusal(protocol.CALIBRATE, wanted, "in clear")
+
+
+def _allow_secure(policy: SecurePolicy, secure: ConfigRecord) -> None:
+    """Hold the bounds of a secure sum, where a request states them, against the policy."""
+    for key, most in (
+        (messages.CLIPPING_BOUND, policy.max_clipping_bound),
+        (messages.VALUE_BOUND, policy.max_value_bound),
+        (messages.STATE_BOUND, policy.max_state_bound),
+        (messages.WEIGHT_CAP, policy.max_weight_cap),
+    ):
+        value = secure.get(key, 0)
+        if not isinstance(value, int | float) or not value <= most:
+            raise _refusal(key, f"at most {most:g}", value)
+
+
+def _refusal(key: str, wanted: str, got: object) -> SiteError:
+    return SiteError(_REFUSED, f"{key}: must be {wanted} by {FILE}, got {str(got)[:80]!r}")
+
+
+def read(home: Path) -> Policy:
+    """Read a home's policy.
+
+    Raises:
+        DeployError: 901, there is none.
+        ConfigError: 201 to 204, its content is not allowed.
+    """
+    return home_files.read(home / FILE, Policy)
+
+
+class PolicyFile:
+    """A home's policy, read again when its file changes.
+
+    Raises:
+        DeployError: 901, there is none.
+        ConfigError: 201 to 204, its content is not allowed.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._lock = threading.Lock()
+        # Looked at before it is read: a change in between is then seen as one.
+        self._seen = self._mark()
+        self._policy: Policy | None = read(home)
+        self._problem = ""
+
+    def current(self) -> Policy:
+        """The policy as the file says now.
+
+        Raises:
+            SiteError: 418, the file is gone or broken, so nothing is allowed.
+        """
+        with self._lock:
+            mark = self._mark()
+            if mark != self._seen or mark is None:
+                self._seen = mark
+                try:
+                    self._policy, self._problem = read(self._home), ""
+                except FedgeError as error:
+                    self._policy, self._problem = None, str(error)
+            if self._policy is None:
+                raise SiteError(_REFUSED, f"{FILE}: must be readable, got {self._problem}")
+            return self._policy
+
+    def _mark(self) -> tuple[int, int, int, int] | None:
+        try:
+            found = (self._home / FILE).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size

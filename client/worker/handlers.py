@@ -1,0 +1,300 @@
+"""The site's worker: holds the data and the warm network, answers the server's requests, lets nothing else out.
+
+A failure travels as its number alone; its text, which may speak of paths and values, stays in the
+site's own log.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedge.client import requests
+from fedge.client.data.dataset import SiteData
+from fedge.client.privacy.charging import ChargedReplies
+from fedge.client.privacy.noised_evaluation import Evaluation, PrivateCounts
+from fedge.client.privacy.noising import PrivateWork, Round
+from fedge.client.privacy.rounds import PrivateRounds
+from fedge.client.requests import Address, Terms, section_of
+from fedge.client.secagg.participant import is_secure
+from fedge.client.secagg.session import Anchors
+from fedge.client.secagg.sums import SecureWork
+from fedge.client.settings.privacy_policy import PrivacyPolicy, simulated
+from fedge.client.training import counts
+from fedge.client.training import device as devices
+from fedge.client.training.calibration import SiteCalibration
+from fedge.client.training.counts import Figures
+from fedge.client.training.learner import Learner
+from fedge.shared import protocol
+from fedge.shared.config.privacy import PrivacySection
+from fedge.shared.errors import FedgeError, SiteError
+from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.secagg import messages
+from fedge.shared.tasks.task import Task
+from fedge.shared.wire.npy import encode
+
+log = logging.getLogger(__name__)
+
+TASK_FAILED = 413
+#: Metric of a reply to a probe: 1 while the site trains or evaluates, else 0.
+BUSY = "busy"
+#: Requests for counts over the site's examples.
+EVALUATIONS = (protocol.EVALUATE, protocol.CALIBRATE, protocol.QUALIFY)
+
+
+class SiteWorker:
+    """Answers register, train, evaluate and probe for one site and one task.
+
+    Args:
+        site: its name, part of every draw.
+        task: what is learnt.
+        data: the site's raw examples.
+        home: folder of this site alone, for what outlives the process.
+        device: where network and examples lie; replies are always of the CPU.
+        anchors: the site's own for secure aggregation; without them it takes part in none.
+        privacy: on which terms the site's data may be learnt from; those of a simulation where not given.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        task: Task,
+        data: SiteData,
+        home: Path,
+        device: torch.device = devices.CPU,
+        anchors: Anchors | None = None,
+        privacy: Callable[[], PrivacyPolicy] | None = None,
+    ) -> None:
+        self.site = site
+        self.task = task
+        self.home = home
+        self._lock = threading.Lock()
+        self.learner = Learner(site, task, data, home, device)
+        floats = {n: s.shape for n, s in self.learner.control_specs.items()}
+        self._secure = SecureWork(task, floats, self.learner.trained, anchors, home)
+        ledger = ChargedReplies(home, privacy or simulated)
+        work = PrivateWork(task, ledger)
+        self._private = PrivateRounds(self.learner, work, self._secure, self._reply)
+        self._counts = PrivateCounts(ledger)
+        self._calibration = SiteCalibration(self.learner)
+
+    def answer(self, kind: str, content: RecordDict) -> RecordDict:
+        """Answer a request; one at a time, except that a probe is answered at once.
+
+        Args:
+            kind: the message type, see ``fedge.shared.protocol``.
+            content: of the request.
+
+        Raises:
+            SiteError: 414, the request is refused; 401 or 415, the site's own; 416, memory ran out; 417, the
+                device failed; 413, any failure without a number of its own.
+            RunError: 504, SCAFFOLD's state is damaged.
+        """
+        try:
+            if kind == protocol.PROBE:
+                return self._probe(content)
+            with self._lock:
+                return self._answer(kind, content)
+        except FedgeError as error:
+            log.error("site %s: %s", self.site, error)
+            raise
+        except Exception as error:
+            code = devices.number_of(error) or TASK_FAILED
+            log.exception("site %s: FE-%d the task failed", self.site, code)
+        # Only here, as the exception's frames hold on to the tensors that were too many.
+        if code == devices.OUT_OF_MEMORY:
+            self._drop()
+        raise SiteError(code, "the task failed; its text is above")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request other than a probe is being answered."""
+        return self._lock.locked()
+
+    def _drop(self) -> None:
+        """Let go of all that the next request can make anew."""
+        with self._lock:
+            self.learner.drop()
+            self._calibration.drop()
+        devices.free()
+
+    def _answer(self, kind: str, content: RecordDict) -> RecordDict:
+        answers: dict[str, Callable[[RecordDict], RecordDict]] = {
+            protocol.REGISTER: self._register,
+            protocol.TRAIN: self._train,
+            **{kind: partial(self._evaluate, kind) for kind in EVALUATIONS},
+            messages.STATISTICS: self._sum_statistics,
+            **dict.fromkeys(messages.STEPS, partial(self._continue, kind)),
+        }
+        if kind not in answers:
+            raise requests.refuse("message type", f"one of {', '.join(answers)}", kind)
+        return answers[kind](content)
+
+    def _probe(self, request: RecordDict) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        return self._reply(address, MetricRecord({BUSY: int(self.busy)}))
+
+    def _register(self, request: RecordDict) -> RecordDict:
+        config = requests.config_of(request, self.task.name)
+        address, section = requests.address(config), section_of(config)
+        self.learner.hold_still(address.run_id)
+        if is_secure(request):
+            # Sizes and sums leave the site under masks alone.
+            self._secure.require()
+            return self._reply(address, MetricRecord({}))
+        # Sums leave the site only where all sites standardise alike.
+        summed = self.learner.statistics if requests.standardise(config) == "federated" else None
+        if summed is not None:
+            self._require_statistics(section)
+        shown = shown_of(section, self.learner.data, summed)
+        return self._reply(address, MetricRecord(shown))
+
+    def _require_statistics(self, section: PrivacySection) -> None:
+        """Mean and deviation have no noise, which a mechanism must say."""
+        if section.mechanism != "off" and section.statistics == "off":
+            raise requests.refuse(
+                "privacy.statistics", "unprotected for a task that standardises", "off"
+            )
+
+    def _train(self, request: RecordDict) -> RecordDict:
+        config = requests.config_of(request, self.task.name)
+        terms = requests.terms(config, self.learner.columns)
+        what = requests.training(config)
+        own_specs = self.learner.control_specs if what.control else {}
+        prefixed = {protocol.CONTROL_PREFIX + name: spec for name, spec in own_specs.items()}
+        received = requests.arrays(request, self.learner.specs | prefixed)
+        fit, _ = self.learner.prepare(terms)
+        section = section_of(config)
+        if section.mechanism != "off":
+            if self.learner.statistics is not None:
+                self._require_statistics(section)
+            round_ = Round(request, terms, section, config, what, fit)
+            return self._private.answer(round_, received)
+        if is_secure(request):
+            # A site that has no examples takes part with nothing: the others need not know.
+            fitted = partial(self.learner.fit, terms, what, received, fit) if len(fit.y) else None
+            bundle = self._secure.train(request, terms, what, received, fitted, len(fit.y))
+            return self._reply(terms.address, bundle)
+        trained, loss = self.learner.fit(terms, what, received, fit)
+        metrics: dict[str, int | float] = {
+            protocol.NUM_EXAMPLES: len(fit.y),
+            protocol.TRAIN_LOSS: loss,
+        }
+        return self._reply(terms.address, MetricRecord({**metrics}), trained)
+
+    def _evaluate(self, kind: str, request: RecordDict) -> RecordDict:
+        config = requests.config_of(request, self.task.name)
+        terms = requests.terms(config, self.learner.columns)
+        received = requests.arrays(request, self.learner.specs)
+        fit, held_out = self.learner.prepare(terms)
+        section = section_of(config)
+        if kind == protocol.EVALUATE:
+            count = partial(self.learner.count, received, held_out)
+            asked = counts.of_evaluation(self.task.counter_names, len(held_out.y), count)
+        else:
+            asked = self._calibration.figures(
+                kind, request, terms, received, (fit, held_out), section
+            )
+        noised = self._counts.evaluation(request, terms.address, section, asked)
+        if noised is not None:
+            return self._evaluate_noised(noised, terms)
+        if is_secure(request):
+            bundle = self._secure.evaluate(request, terms, asked.kind, asked.names, asked.count)
+            return self._reply(terms.address, bundle)
+        return self._told(asked, terms, MetricRecord({**asked.told()}))
+
+    def _evaluate_noised(self, of: Evaluation, terms: Terms) -> RecordDict:
+        if self.learner.statistics is not None:
+            self._require_statistics(section_of(requests.config_of(of.request, self.task.name)))
+        if is_secure(of.request):
+            bundle = self._secure.evaluate(
+                of.request,
+                terms,
+                of.figures.kind,
+                of.counts.told,
+                partial(self._counts.charged, of),
+                noised=True,
+                min_sites=of.min_sites,
+            )
+            return self._counts.vouch(self._reply(terms.address, bundle))
+        return self._counts.answer(of, partial(self._told, of.figures, terms))
+
+    def _told(self, asked: Figures, terms: Terms, metrics: MetricRecord) -> RecordDict:
+        reply = self._reply(terms.address, metrics)
+        config = reply[protocol.CONFIG]
+        if isinstance(config, ConfigRecord):
+            config.update({**asked.config()})
+        return reply
+
+    def _sum_statistics(self, request: RecordDict) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        self.learner.hold_still(address.run_id)
+        return self._reply(
+            address, self._secure.statistics(request, address, self.learner.statistics)
+        )
+
+    def _continue(self, kind: str, request: RecordDict) -> RecordDict:
+        address = requests.address(requests.config_of(request, self.task.name))
+        reply = self._reply(address)
+        reply.update(self._secure.step(kind, request, address))
+        return reply
+
+    def _reply(
+        self,
+        address: Address,
+        values: MetricRecord | ConfigRecord | None = None,
+        arrays: Mapping[str, Any] | None = None,
+    ) -> RecordDict:
+        """Who answers what, with metrics, or with the values of a secure exchange."""
+        config = ConfigRecord(
+            {
+                protocol.SITE: self.site,
+                protocol.RUN_ID: address.run_id,
+                protocol.SERVER_ROUND: address.server_round,
+                protocol.TASK: self.task.name,
+            }
+        )
+        content = RecordDict({protocol.CONFIG: config})
+        if isinstance(values, MetricRecord):
+            content[protocol.METRICS] = values
+        elif values is not None:
+            content[messages.SECURE] = values
+        if arrays is not None:
+            content[protocol.ARRAYS] = ArrayRecord(
+                {n: encode(np.asarray(a)) for n, a in arrays.items()}
+            )
+        return content
+
+
+Shown = dict[str, int | float | list[int] | list[float]]
+
+
+def shown_of(section: PrivacySection, data: SiteData, statistics: Statistics | None) -> Shown:
+    """How many examples the site has, and the sums over its standardised columns where they are asked for.
+
+    Under local noise nothing that leaves may depend on the data but what has noise, or was declared to have none: so
+    each site says that it has one example, which is also what it weighs, and gives means in place of sums.
+
+    Args:
+        section: the run's mechanism.
+        data: the site's.
+        statistics: of the training split, where they leave the site.
+    """
+    train, test, share = len(data.train_labels), len(data.test_labels), 1
+    if section.mechanism == "local":
+        share, train = max(train, 1), 1
+        if section.metrics != "unprotected":
+            test = int(section.metrics == "noised")
+    shown: Shown = {protocol.NUM_TRAIN_EXAMPLES: train, protocol.NUM_TEST_EXAMPLES: test}
+    if statistics is not None:
+        shown[protocol.FEATURE_TOTAL] = [v / share for v in statistics.total]
+        shown[protocol.FEATURE_TOTAL_OF_SQUARES] = [v / share for v in statistics.total_of_squares]
+    return shown
