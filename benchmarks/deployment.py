@@ -42,7 +42,7 @@ REST = 5.0
 #: fedge's server starts no ServerApp but its own; to compare on one SuperLink, this one starts Flower's too.
 OPEN_SERVER = """
 import sys
-from fedge.server import coordinators
+from fedge.server.deployment import run_scheduler as coordinators
 from fedge.shared.cli.main import main
 
 own = coordinators.Coordinators.launch

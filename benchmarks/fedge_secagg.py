@@ -29,10 +29,10 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from fedge.client.requests import Address
 from fedge.client.secagg.participant import SecureAnswers
 from fedge.client.secagg.replay_guard import ReplayGuard
-from fedge.server import results
-from fedge.server.secagg import mean
+from fedge.server.aggregation import updates
+from fedge.server.secagg import decoding
 from fedge.server.secagg.group import Group
-from fedge.server.secagg.outcome import Opened
+from fedge.server.secagg.outcome import UnmaskedSum
 from fedge.shared import protocol
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.secagg import messages, neighbour_graph, request_digest, transcript
@@ -222,9 +222,9 @@ def _hear_shares(group: Group, replies: Mapping[str, ConfigRecord]) -> None:
 
 def _decode(work: Work, total: Vector, sharers: int, sites: list[str]) -> ArrayRecord:
     """As ``SecureSums`` and FedAvg: counters, mean update, its norm, new weights, the next round's record."""
-    opened = Opened(tuple(sites), sharers, neighbour_graph.threshold(sharers), total)
-    found, _ = mean.mean_weights(work.of, opened, BOUNDS, work.received, AdmissionSection())
-    return results.record(found.mean)
+    opened = UnmaskedSum(tuple(sites), sharers, neighbour_graph.threshold(sharers), total)
+    found, _ = decoding.mean_weights(work.of, opened, BOUNDS, work.received, AdmissionSection())
+    return updates.record(found.mean)
 
 
 def _bytes(content: RecordDict) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
+from fedge.server.report.axes import spread
 from fedge.server.report.charts import CHARACTER, Frame
-from fedge.server.report.scales import spread
 
 #: Okabe and Ito's colours that read on white and on black, one for each place in the order.
 COLOURS: Final = ("#0a84c6", "#d98200", "#0a9a72", "#c7659c")

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 
 from fedge.client.data.dataset import site_shares
 from fedge.edge.runtime import EdgeModel
-from fedge.server import trained
-from fedge.server.compile import qualify
-from fedge.server.compile.build import Builder, Built, artefact
-from fedge.server.compile.stand_in import stand_in, statistics_options
-from fedge.server.trained import Trained
+from fedge.server.release import qualification
+from fedge.server.release.artefacts import Builder, Built, artefact
+from fedge.server.release.placeholder_manifest import stand_in, statistics_options
+from fedge.server.runs import trained_model
+from fedge.server.runs.trained_model import Trained
 from fedge.shared.bundle.bundle import open_bundle, write_bundle
 from fedge.shared.bundle.manifest import Parity
 from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS, Qualification
@@ -127,7 +127,7 @@ def measure(
     print(f"{name}: training", flush=True)
     config = configuration(name, arguments)
     run = simulate(config, folder / "run").path
-    model = trained.of_run(run)
+    model = trained_model.of_run(run)
     calibrated = calibration.load(run / "calibration.json")
     fp32 = export_onnx(model.network, model.shape)
     close = parity(model.network, fp32, model.shape)
@@ -188,8 +188,8 @@ def graph_rows(
     wanted = labels(EdgeModel.from_bundle(opened, artefact=graphs[0].artefact.name), held_out)
     rows, problems = [], []
     for built in graphs:
-        one = qualify.bench(bundle, public_path(key), built.artefact.name, options)
-        many = qualify.bench(
+        one = qualification.bench(bundle, public_path(key), built.artefact.name, options)
+        many = qualification.bench(
             bundle, public_path(key), built.artefact.name, [*options, "--batch", str(BATCH)]
         )
         agreement = None
@@ -198,7 +198,7 @@ def graph_rows(
                 own = EdgeModel.from_bundle(opened, artefact=built.artefact.name)
                 agreement = float(np.mean(labels(own, held_out) == wanted))
             except FedgeError as error:
-                one = qualify.Timed({}, str(error))
+                one = qualification.Timed({}, str(error))
         found = row(name, built, calibrated, one, many, one.failure, agreement)
         rows.append(found)
         problems += lost(found, rows[0])
@@ -215,8 +215,8 @@ def row(
     name: str,
     built: Built,
     calibrated: Calibration,
-    one: qualify.Timed | None,
-    many: qualify.Timed | None,
+    one: qualification.Timed | None,
+    many: qualification.Timed | None,
     note: str,
     agreement: float | None = None,
 ) -> Row:

@@ -26,7 +26,7 @@ from published_private import Run, run, versions
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedge.server.progress import Silent
+from fedge.server.runs.listener import Silent
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import DataError
 from fedge.shared.preprocessing.schema import InputSchema, OutputSchema

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedge.server.progress import Listener
+from fedge.server.runs.listener import Listener
 from fedge.shared.config.federation import Config
 from fedge.shared.privacy.accounting import epsilon as accounting
 from fedge.shared.privacy.accounting.charges import Entry

@@ -14,7 +14,7 @@ from typing import Any
 from fedge.client.settings.policy import Policy
 from fedge.client.settings.site_config import SiteFile
 from fedge.edge.cli import parser as edge_parser
-from fedge.server.server_file import ServerFile
+from fedge.server.deployment.server_config import ServerFile
 from fedge.shared import error_catalogue
 from fedge.shared.cli import command, main
 from fedge.shared.config.reader import LARGEST_FILE, schema

@@ -20,10 +20,11 @@ from types import FrameType
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedge.server import events, finish, progress
-from fedge.server.rounds import run
-from fedge.server.run_directory import RunDirectory
-from fedge.server.wrapped_grid import PackedGrid
+from fedge.server.runs import events, results
+from fedge.server.runs import listener as listeners
+from fedge.server.runs.directory import RunDirectory
+from fedge.server.training.run import run
+from fedge.server.transport.grids import PackedGrid
 from fedge.shared.errors import ConfigError, FedgeError
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         FedgeError: the run stopped; RUN/stopped.json says why.
     """
     directory = RunDirectory(Path(str(context.run_config["run-dir"])))
-    listener = progress.current()
+    listener = listeners.current()
     try:
         _require_ours(directory.path)
         with directory.lock(), _logged(directory, quiet=listener is not None), _terminable():
@@ -58,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
     except FedgeError as error:
         if error.code not in _NOT_OURS:
             _log.error("the run stopped: %s", error)
-            finish.stop(directory, error)
+            results.stop(directory, error)
         raise
 
 

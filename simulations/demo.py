@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedge.client.data.dataset import SiteData, site_shares
-from fedge.server.progress import Listener
-from fedge.server.release import ReleaseSummary, release
-from fedge.server.report.page import write as write_report
-from fedge.server.run_directory import RunDirectory
+from fedge.server.release.pipeline import ReleaseSummary, release
+from fedge.server.report.page.render import write as write_report
+from fedge.server.runs.directory import RunDirectory
+from fedge.server.runs.listener import Listener
 from fedge.shared.config.federation import Config
 from fedge.shared.config.reader import load
 from fedge.shared.crypto.dsse import new_key

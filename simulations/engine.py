@@ -18,11 +18,12 @@ from fedge.client.relay.forward import DirectLink
 from fedge.client.secagg.replay_guard import ReplayGuard
 from fedge.client.secagg.sums import FOLDER
 from fedge.client.worker.handlers import SiteWorker
-from fedge.server import finish, progress
 from fedge.server.app import app as server_app
-from fedge.server.progress import Listener, Silent
-from fedge.server.run_directory import RunDirectory, prepare
-from fedge.server.secagg.ledger import Ledger
+from fedge.server.runs import listener as listeners
+from fedge.server.runs import results
+from fedge.server.runs.directory import RunDirectory, prepare
+from fedge.server.runs.listener import Listener, Silent
+from fedge.server.secagg.recovery import RecoveryStore
 from fedge.shared.config.federation import Config
 from fedge.shared.privacy.checks.compatibility import require_fit
 from fedge.shared.tasks.dry_run import check
@@ -68,13 +69,13 @@ def simulate(
         shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:
-        finish.restore(directory)
+        results.restore(directory)
         return directory
     shares = shares or site_shares(config, task)
     with (
         directory.lock(),
         _workers(config, task, directory, shares) as sites,
-        progress.listening(listener or Silent()),
+        listeners.listening(listener or Silent()),
     ):
         flower_run_id = secrets.randbits(62)
         network = grid(dict(enumerate(sites, start=1)), app, flower_run_id)
@@ -92,7 +93,7 @@ def _workers(
     vouched = anchors(shares, secure.min_sites) if secure.enabled else {}
     if vouched:
         # Kept sums can be opened by the very sites that made them alone, and those have died with the server.
-        Ledger(directory.path).drop()
+        RecoveryStore(directory.path).drop()
     for site, data in shares.items():
         home = directory.sites / site
         if vouched:

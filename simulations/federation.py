@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from fedge.server.journal import Journal
-from fedge.server.run_directory import RunDirectory, state_of
+from fedge.server.runs.directory import RunDirectory, state_of
+from fedge.server.runs.journal import Journal
 from fedge.shared.config.federation import Config
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import process
@@ -38,7 +38,7 @@ _FLOWER: Final = (
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
     "fedge.client.deployment.daemon",
-    "fedge.server.daemon",
+    "fedge.server.deployment.daemon",
 )
 #: Times that a daemon may end at once before the federation is given up.
 MOST_FAILURES: Final = 4
@@ -92,7 +92,7 @@ def federate(
 
 def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
     from fedge.client.deployment import daemon as site_daemon
-    from fedge.server import daemon as server_daemon
+    from fedge.server.deployment import daemon as server_daemon
 
     out = directory.path
     supervisor = Supervisor(out / "federation")
@@ -174,7 +174,7 @@ def _let_watcher_finish(supervisor: Supervisor) -> None:
 
 def _watch(directory: RunDirectory, names: list[str]) -> None:
     """Show how the federation starts, then its rounds; a process of its own, as it has threads."""
-    from fedge.server import events
+    from fedge.server.runs import events
     from fedge.simulations.progress import Progress
 
     started = time.monotonic()
@@ -199,7 +199,7 @@ def _watch(directory: RunDirectory, names: list[str]) -> None:
 
 
 def _began(directory: RunDirectory) -> bool:
-    from fedge.server.events import NAME
+    from fedge.server.runs.events import NAME
 
     path = directory.path / NAME
     return path.is_file() and path.stat().st_size > 0

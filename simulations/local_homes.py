@@ -26,9 +26,9 @@ RUN: Final = "run"
 def make_homes(config: Config, out: Path) -> None:
     """Make the home of the server, and of every site that has none yet."""
     from fedge.client.deployment import operations as site
-    from fedge.server import operate as server
-    from fedge.server import register
-    from fedge.server.server_file import load
+    from fedge.server.deployment import operations as server
+    from fedge.server.deployment import site_registry
+    from fedge.server.deployment.server_config import load
 
     home = out / "server"
     if not (home / "server.toml").exists():
@@ -55,9 +55,9 @@ def make_homes(config: Config, out: Path) -> None:
             # As in a simulation: these sites have no owner who could raise a budget.
             privacy=simulated(),
         )
-        if place.name in register.roster(home):
-            register.expel(home, place.name)
-        register.admit(home, place.name, place / "site.pub")
+        if place.name in site_registry.roster(home):
+            site_registry.expel(home, place.name)
+        site_registry.admit(home, place.name, place / "site.pub")
     if secure.enabled:
         _install_roster(out)
 

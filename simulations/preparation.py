@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fedge.server.run_directory import RunDirectory, prepare
+from fedge.server.runs.directory import RunDirectory, prepare
 from fedge.shared.cli.command import unexpected
 from fedge.shared.config.federation import Config
 from fedge.shared.daemon import fork_server, process, sockets
@@ -32,7 +32,7 @@ _IMPORTS: Final = (
     "flwr.superlink.runtime.run_serverapp",
     "fedge.client.worker.process",
     "fedge.server.app",
-    "fedge.server.coordinators",
+    "fedge.server.deployment.run_scheduler",
     "fedge.shared.privacy.checks.compatibility",
     "fedge.shared.tasks.dry_run",
 )
@@ -81,8 +81,8 @@ def _finished(here: Connection) -> bool:
 def _main(config: Config, out: Path, resume: bool, there: Connection) -> None:
     """The process: imports, has the data divided, tells, serves."""
     from fedge.client.deployment.daemon import WORKER
-    from fedge.server import coordinators
-    from fedge.server.coordinators import COORDINATOR
+    from fedge.server.deployment import run_scheduler
+    from fedge.server.deployment.run_scheduler import COORDINATOR
 
     process.die_with_parent()
     process.entitle(f"fedge imports --out {out}")
@@ -100,7 +100,7 @@ def _main(config: Config, out: Path, resume: bool, there: Connection) -> None:
                 there.send_bytes(told)
                 there.close()
                 try:
-                    fork_server.serve(listener, {WORKER: _worker, COORDINATOR: coordinators.play})
+                    fork_server.serve(listener, {WORKER: _worker, COORDINATOR: run_scheduler.play})
                 except RuntimeError as error:
                     # A task's package has made a thread: every worker imports for itself, which takes longer.
                     _log.warning("nothing is forked: %s", error)
@@ -164,7 +164,7 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     """Make the run directory, and every site's share of the data; whether the run is finished already."""
     from fedge.client.data import npy_files
     from fedge.client.data.dataset import site_shares
-    from fedge.server import finish
+    from fedge.server.runs import results
     from fedge.shared.privacy.checks.compatibility import require_fit
     from fedge.shared.tasks.dry_run import check
     from fedge.shared.tasks.registry import get_task
@@ -176,7 +176,7 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:
-        finish.restore(directory)
+        results.restore(directory)
         return True
     for name, data in shares.items():
         place = out / "sites" / name

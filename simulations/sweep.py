@@ -19,9 +19,9 @@ from typing import Any, Final, TypeAlias
 
 import tomli_w
 
-from fedge.server.progress import Silent
-from fedge.server.report.page import write as write_report
-from fedge.server.run_directory import RunDirectory, state_of
+from fedge.server.report.page.render import write as write_report
+from fedge.server.runs.directory import RunDirectory, state_of
+from fedge.server.runs.listener import Silent
 from fedge.shared.config.federation import Config
 from fedge.shared.config.privacy import Unit
 from fedge.shared.config.reader import Tree, dump, from_tree

@@ -8,10 +8,10 @@ from textwrap import fill
 from typing import Final
 
 from fedge.server.report import format as fmt
-from fedge.server.report import sweep as drawing
-from fedge.server.report.epsilon import epsilon_text
 from fedge.server.report.format import esc, metric_name, metric_value
-from fedge.server.report.sweep import EXACT, UNITS, Point, Sweep, words
+from fedge.server.report.page import sweep as drawing
+from fedge.server.report.page.privacy_epsilon import epsilon_text
+from fedge.server.report.page.sweep import EXACT, UNITS, Point, Sweep, words
 
 _STYLE: Final = ".state.incomplete { background: var(--late); color: var(--late-text); }\n"
 _MEANING: Final = {

@@ -45,7 +45,7 @@ LONGEST = (
     "tests/test_packaging.py",
     "tests/shared/privacy/accounting/test_epsilon.py",
     "tests/shared/compile/test_onnx_export.py",
-    "tests/server/compile/test_compiler.py",
+    "tests/server/release/test_compiler.py",
     "tests/simulations/test_resume.py",
     "tests/simulations/test_calibration_resume.py",
     "tests/simulations/test_poison.py",

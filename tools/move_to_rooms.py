@@ -21,7 +21,7 @@ import tempfile
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 COMPONENTS = ("shared", "client", "server", "edge", "simulations")
 #: The last commit before the move.
@@ -386,6 +386,7 @@ _DOTTED = re.compile(
     r"\bfrom (?P<package>fedge(?:\.\w+)*) import (?P<names>[a-z]\w*(?:, ?\w+)*)|\bfedge(?:\.\w+)+"
 )
 _PARENTS = re.compile(r"(Path\(__file__\)(?:\.resolve\(\))?\.parents\[)(\d+)")
+_BESIDE = re.compile(r"(?m)^from \.(\w+) import")
 _PATH = re.compile(
     r"\b(?:tests/)?(?:server|client|shared|edge|simulations)/[\w/]+\.(?:py|service)\b"
 )
@@ -667,7 +668,8 @@ def move(root: Path, components: tuple[str, ...]) -> None:
         if path.suffix == ".py":
             module = next((m for m, p in modules.items() if p == path), "")
             new = Rewrite(old, module, moves, set(modules)).text()
-            new = _deeper(new, path.relative_to(root).as_posix(), moves)
+            name = path.relative_to(root).as_posix()
+            new = _beside(_deeper(new, name, moves), name, moves)
         else:
             new = moves.text(old)
         if new != old:
@@ -696,6 +698,23 @@ def _deeper(text: str, old: str, moves: Table) -> str:
     """``Path(__file__).parents[2]`` of a file that is now one folder deeper."""
     more = moves.files.get(old, old).count("/") - old.count("/")
     return _PARENTS.sub(lambda m: f"{m[1]}{int(m[2]) + more}", text)
+
+
+def _beside(text: str, old: str, moves: Table) -> str:
+    """``from .test_page import`` where one of the two files is elsewhere now."""
+    home = PurePosixPath(moves.files.get(old, old)).parent
+
+    def place(found: re.Match[str]) -> str:
+        other = f"{PurePosixPath(old).parent}/{found[1]}.py"
+        parts = list(PurePosixPath(moves.files.get(other, other)).with_suffix("").parts)
+        up = 1
+        for folder in [home, *home.parents]:
+            if parts[: len(folder.parts)] == list(folder.parts):
+                return f"from {'.' * up}{'.'.join(parts[len(folder.parts) :])} import"
+            up += 1
+        return found[0]
+
+    return _BESIDE.sub(place, text)
 
 
 def _texts(root: Path) -> Iterator[Path]:

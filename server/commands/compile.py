@@ -14,7 +14,7 @@ from fedge.shared.cli.command import Command
 from fedge.shared.compile.targets import CPU_FP32, NAMES, RTX_CAPABILITIES
 
 if TYPE_CHECKING:
-    from fedge.server.compile.record import Compiled
+    from fedge.server.release.compile_record import Compiled
     from fedge.shared.bundle.manifest_artefacts import Qualification
 
 #: What happens to an artefact besides being built.
@@ -51,7 +51,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.server.compile.compiler import compile_model
+    from fedge.server.release.compiler import compile_model
     from fedge.shared.compile import targets
     from fedge.shared.errors import ReleaseError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
-    from fedge.server.release import ReleaseSummary
+    from fedge.server.release.pipeline import ReleaseSummary
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    from fedge.server.release import release
+    from fedge.server.release.pipeline import release
 
     summary = release(
         arguments.run_dir, arguments.key, arguments.out, artifacts=arguments.artifacts

@@ -80,7 +80,7 @@ def _run(arguments: Namespace) -> int:
     import json
     import sys
 
-    from fedge.server import operate
+    from fedge.server.deployment import operations
 
     def say(value: Any, text: str) -> None:
         as_json = getattr(arguments, "json", False)
@@ -88,40 +88,42 @@ def _run(arguments: Namespace) -> int:
 
     match arguments.action:
         case "start":
-            from fedge.server import daemon
+            from fedge.server.deployment import daemon
 
             return daemon.run(arguments.home)
         case "init":
-            found = operate.init(
+            found = operations.init(
                 arguments.home, arguments.address, arguments.listen, arguments.front
             )
             say(None, found)
         case "submit":
-            name = operate.submit(arguments.home, arguments.config, arguments.set, arguments.name)
+            name = operations.submit(
+                arguments.home, arguments.config, arguments.set, arguments.name
+            )
             say({"run": name}, name)
         case "status":
-            status = operate.status(arguments.home)
-            say(status, operate.status_text(status))
+            status = operations.status(arguments.home)
+            say(status, operations.status_text(status))
             # As `fedge site status` does, so that one monitor fits both.
             return 0 if status["healthy"] else 1
         case "runs":
-            runs = operate.runs(arguments.home)
-            say(runs, operate.runs_text(runs))
+            runs = operations.runs(arguments.home)
+            say(runs, operations.runs_text(runs))
         case "resume":
-            say(None, operate.resume(arguments.home, arguments.run))
+            say(None, operations.resume(arguments.home, arguments.run))
         case "stop":
-            say(None, operate.stop(arguments.home, arguments.run))
+            say(None, operations.stop(arguments.home, arguments.run))
         case "admit" | "expel":
-            from fedge.server import register
+            from fedge.server.deployment import site_registry
 
             if arguments.action == "admit":
-                register.admit(arguments.home, arguments.site, arguments.key)
+                site_registry.admit(arguments.home, arguments.site, arguments.key)
                 say(None, f"{arguments.site} admitted; it may connect within half a minute")
             else:
-                register.expel(arguments.home, arguments.site)
+                site_registry.expel(arguments.home, arguments.site)
                 say(None, f"{arguments.site} expelled; its connection ends within half a minute")
         case "renew":
-            from fedge.server import certificates
+            from fedge.server.deployment import certificates
 
             certificates.renew(arguments.home)
             say(None, "new certificate written; it counts from the server's next start")
@@ -131,9 +133,9 @@ def _run(arguments: Namespace) -> int:
             digest = app_bundle.sha256()
             say({"sha256": digest}, digest)
         case "units":
-            from fedge.server.units import units
+            from fedge.server.deployment import systemd
 
-            for path in units.write(arguments.out, bin=arguments.bin):
+            for path in systemd.write(arguments.out, bin=arguments.bin):
                 say(None, str(path))
     return 0
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fedge.server.report.axes import Point, nice_ticks, round_ticks, spread, thin, tick_texts
 from fedge.server.report.format import esc
-from fedge.server.report.scales import Point, nice_ticks, round_ticks, spread, thin, tick_texts
 
 #: Mean advance of a character of the 12 px chart text, in px; errs on the wide side.
 CHARACTER: Final = 6.7

@@ -10,8 +10,8 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from fedge.server.members import Member
-from fedge.server.verdicts import Rejection
+from fedge.server.admission.validation_result import Rejection
+from fedge.server.participants.members import Member
 from fedge.shared.secagg import messages
 from fedge.shared.secagg.transcript import Purpose
 
@@ -27,7 +27,7 @@ SAMPLE: Final = 1024
 
 
 @dataclass(frozen=True)
-class Begin:
+class SumRequest:
     """How a sum begins.
 
     Attributes:
@@ -44,7 +44,7 @@ class Begin:
 
 
 @dataclass(frozen=True)
-class Opened:
+class UnmaskedSum:
     """A sum that was opened.
 
     Attributes:
@@ -74,7 +74,7 @@ class Outcome:
         ledgers: SHA-256 (hex) of each site's privacy ledger, where they say it.
     """
 
-    opened: list[Opened] = field(default_factory=list)
+    opened: list[UnmaskedSum] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     lost: list[dict[str, Any]] = field(default_factory=list)
     attempts: int = 0

@@ -23,8 +23,8 @@ from fedge.client.privacy.noise_calibration import Noise, release_of
 from fedge.client.secagg import input_vector
 from fedge.client.secagg.input_vector import SiteNoise
 from fedge.client.training.local_steps import Examples, train
-from fedge.server.secagg import mean
-from fedge.server.secagg.outcome import Opened
+from fedge.server.secagg import decoding
+from fedge.server.secagg.outcome import UnmaskedSum
 from fedge.shared.config.federation import Config
 from fedge.shared.config.privacy import CENTRAL
 from fedge.shared.config.sections import TrainSection
@@ -137,7 +137,7 @@ def _opened_sum(
             masking.add_vectors(total, waiting)
             waiting = []
     sites = tuple(f"site-{i}" for i in range(count))
-    summed = mean.noised_mean(of, Opened(sites, count, count, total), still)
+    summed = decoding.noised_mean(of, UnmaskedSum(sites, count, count, total), still)
     found: NDArray[np.float64] = summed.mean[NAME].astype(np.float64) * count
     return found
 

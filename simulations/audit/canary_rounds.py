@@ -17,8 +17,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.server.central import Central
-from fedge.server.results import Update
+from fedge.server.aggregation.central_noise import CentralNoise
+from fedge.server.aggregation.updates import Update
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.mechanisms import local, toeplitz
@@ -71,7 +71,7 @@ def central(
         }
     )
     still = canaries.still()
-    server = Central(less, rounds, still, entropy=entropy)
+    server = CentralNoise(less, rounds, still, entropy=entropy)
     # Only the first of each round of turns is a canary; nobody else has an update.
     names = [f"site-{i:06d}" for i in range(canaries.inside.size * apart)]
     coming = {

@@ -28,10 +28,10 @@ from fedge.client.privacy.noise_calibration import Noise
 from fedge.client.secagg import input_vector
 from fedge.client.secagg.input_vector import SiteNoise
 from fedge.client.training.local_steps import Examples, train
-from fedge.server.central import Central
-from fedge.server.results import Update
-from fedge.server.secagg import mean
-from fedge.server.secagg.outcome import Opened
+from fedge.server.aggregation.central_noise import CentralNoise
+from fedge.server.aggregation.updates import Update
+from fedge.server.secagg import decoding
+from fedge.server.secagg.outcome import UnmaskedSum
 from fedge.shared.config.federation import Config
 from fedge.shared.config.privacy import CENTRAL
 from fedge.shared.config.sections import TrainSection
@@ -239,13 +239,13 @@ class _Site:
         sites = tuple(f"site-{i}" for i in range(honest))
         # Before decoding reuses their memory.
         still = {name: a.copy() for name, a in received.items()}
-        opened = mean.noised_mean(of, Opened(sites, honest, honest, total), received).mean
+        opened = decoding.noised_mean(of, UnmaskedSum(sites, honest, honest, total), received).mean
         return {name: opened[name] - still[name] for name in still}
 
     def noised_mean(self, trained: NDArrays) -> NDArrays:
         """What readers of the model compute from a first round with the server's noise, in which this site is alone."""
         config, received = self.config, self.received
-        server = Central(config.privacy, config.run.rounds, received, entropy=self.entropy)
+        server = CentralNoise(config.privacy, config.run.rounds, received, entropy=self.entropy)
         update = Update("site-1", trained, 1, None)
         return server.release(1, [update], received, config.sites.count).result.mean
 

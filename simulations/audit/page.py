@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedge.server.report import format as fmt
 from fedge.server.report.charts import Column, column_chart, responsive
 from fedge.server.report.format import esc
-from fedge.server.report.pictures import greys, picture
+from fedge.server.report.heatmap import greys, picture
 from fedge.simulations.audit import wording
 from fedge.simulations.audit.canaries import Finding, P
 from fedge.simulations.audit.inversion import Inversion, View

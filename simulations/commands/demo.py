@@ -42,7 +42,7 @@ def _run(arguments: Namespace) -> int:
     import sys
     import time
 
-    from fedge.server.run_directory import require_free
+    from fedge.server.runs.directory import require_free
     from fedge.simulations import device
 
     started = time.monotonic()

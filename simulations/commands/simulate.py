@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
-    from fedge.server.run_directory import RunDirectory
+    from fedge.server.runs.directory import RunDirectory
     from fedge.shared.config.federation import Config
 
 
@@ -35,7 +35,7 @@ def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Con
         ConfigError: 201 to 211, the configuration or the run directory.
         DataError: 304, there is no such task.
     """
-    from fedge.server.run_directory import require_free
+    from fedge.server.runs.directory import require_free
     from fedge.shared.config.reader import load
     from fedge.shared.tasks.registry import require_task
 

@@ -68,8 +68,8 @@ def _run(arguments: Namespace) -> int:
     require_task(config.task.name)
     # Here, as these import torch.
     from fedge.client.data.dataset import site_shares
-    from fedge.server.report.sweep import parse
-    from fedge.server.run_directory import RunDirectory
+    from fedge.server.report.page.sweep import parse
+    from fedge.server.runs.directory import RunDirectory
     from fedge.shared.privacy.checks.compatibility import require_fit
     from fedge.shared.tasks.dry_run import check
     from fedge.simulations import sweep_page

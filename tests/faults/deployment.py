@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from fedge.client.deployment import operations
-from fedge.server.run_directory import state_of
+from fedge.server.runs.directory import state_of
 from fedge.shared.daemon import home as homes
 from fedge.shared.flower import app_bundle
 

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from fedge.server.results import Update
+from fedge.server.aggregation.updates import Update
 from fedge.simulations import flower_private
 
 

@@ -17,10 +17,10 @@ from fedge.client.data.dataset import site_shares
 from fedge.client.relay import forward
 from fedge.client.relay.forward import DirectLink
 from fedge.client.worker.handlers import SiteWorker
-from fedge.server import progress
 from fedge.server.app import app
-from fedge.server.journal import Journal
-from fedge.server.run_directory import RunDirectory, prepare, state_of
+from fedge.server.runs import listener
+from fedge.server.runs.directory import RunDirectory, prepare, state_of
+from fedge.server.runs.journal import Journal
 from fedge.shared.errors import ConfigError, RunError
 from fedge.shared.tasks.registry import get_task
 from fedge.simulations.grid import InProcessGrid
@@ -28,7 +28,7 @@ from fedge.simulations.grid import InProcessGrid
 CONFIG = config("breast-cancer", sites={"count": 3})
 
 
-class Heard(progress.Silent):
+class Heard(listener.Silent):
     def __init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
         self.sites: list[tuple[int, str]] = []
@@ -62,7 +62,7 @@ def serve(directory: RunDirectory, flower_run: int) -> None:
 def test_it_plays_the_run_of_its_directory_and_tells_who_listens(tmp_path: Path):
     directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
     heard = Heard()
-    with progress.listening(heard):
+    with listener.listening(heard):
         serve(directory, 501)
     assert heard.starts == [(2, 0)]
     assert heard.rounds == [1, 2]
@@ -73,7 +73,7 @@ def test_it_plays_the_run_of_its_directory_and_tells_who_listens(tmp_path: Path)
     # Another Flower run on the finished directory changes nothing, and plays nothing.
     before = directory.model.stat().st_mtime_ns
     again = Heard()
-    with progress.listening(again):
+    with listener.listening(again):
         serve(directory, 502)
     assert again.rounds == []
     assert directory.model.stat().st_mtime_ns == before
@@ -91,12 +91,12 @@ def test_without_a_run_directory_it_refuses(tmp_path: Path):
 
 def test_nobody_listens_outside_the_block():
     heard = Heard()
-    with progress.listening(heard):
-        assert progress.current() is heard
-        with progress.listening(progress.Silent()):
-            assert progress.current() is not heard
-        assert progress.current() is heard
-    assert progress.current() is None
+    with listener.listening(heard):
+        assert listener.current() is heard
+        with listener.listening(listener.Silent()):
+            assert listener.current() is not heard
+        assert listener.current() is heard
+    assert listener.current() is None
 
 
 def _serve_alone(directory: RunDirectory) -> None:
@@ -137,14 +137,14 @@ def test_a_directory_that_is_missing_is_refused_and_not_made(tmp_path: Path):
 
 
 def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path: Path):
-    class Ended(progress.Silent):
+    class Ended(listener.Silent):
         def round(self, line: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with pytest.raises(KeyboardInterrupt), progress.listening(Ended()):
+        with pytest.raises(KeyboardInterrupt), listener.listening(Ended()):
             serve(directory, 501)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.server.units import units
+from fedge.server.deployment import systemd
 from fedge.shared.errors import ConfigError, UsageError
 
 BIN = Path("/opt/fedge/bin")
@@ -31,39 +31,39 @@ def test_systemd_accepts_the_unit(tmp_path):
     command.parent.mkdir()
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
-    written = units.write(tmp_path / "units", bin=command.parent)
-    assert [path.name for path in written] == [units.UNIT, units.USERS]
+    written = systemd.write(tmp_path / "units", bin=command.parent)
+    assert [path.name for path in written] == [systemd.UNIT, systemd.USERS]
     done = analyze("verify", written[0])
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @needs_systemd
 def test_the_unit_is_closed(tmp_path):
-    units.write(tmp_path, bin=BIN)
-    done = analyze("security", "--offline=true", tmp_path / units.UNIT)
+    systemd.write(tmp_path, bin=BIN)
+    done = analyze("security", "--offline=true", tmp_path / systemd.UNIT)
     found = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
     assert float(found[1]) <= 2.0
 
 
 def test_the_command_and_the_user():
-    found = units.texts(bin=BIN)
+    found = systemd.texts(bin=BIN)
     command = "ExecStart=/opt/fedge/bin/fedge server start --home /var/lib/fedge-server\n"
-    assert command in found[units.UNIT]
-    assert "Environment=PATH=/opt/fedge/bin:" in found[units.UNIT]
-    assert "User=fedge-server\n" in found[units.UNIT]
-    assert "u fedge-server - " in found[units.USERS]
+    assert command in found[systemd.UNIT]
+    assert "Environment=PATH=/opt/fedge/bin:" in found[systemd.UNIT]
+    assert "User=fedge-server\n" in found[systemd.UNIT]
+    assert "u fedge-server - " in found[systemd.USERS]
 
 
 @pytest.mark.parametrize("path", ["bin", "/a b", "/a%n", "/a\nb", "/a;b", "/$a", "/a/../b", "/"])
 def test_a_path_that_a_unit_cannot_hold_is_refused(path):
     with pytest.raises(ConfigError) as caught:
-        units.texts(bin=Path(path))
+        systemd.texts(bin=Path(path))
     assert caught.value.code == 201
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file") as caught:
-        units.write(tmp_path / "file", bin=BIN)
+        systemd.write(tmp_path / "file", bin=BIN)
     assert caught.value.code == 107

@@ -16,8 +16,8 @@ from flwr.app import Message
 from onnxruntime.quantization.calibrate import create_calibrator
 
 from fedge.client.data.dataset import site_shares
-from fedge.server.progress import Silent
-from fedge.server.run_directory import RunDirectory
+from fedge.server.runs.directory import RunDirectory
+from fedge.server.runs.listener import Silent
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_INT8, ONNX_KINDS
 from fedge.shared.compile import calibration, candidates

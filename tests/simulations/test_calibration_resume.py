@@ -23,8 +23,8 @@ from fedge.client.relay.forward import DirectLink
 from fedge.client.secagg import input_vector
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
-from fedge.server.progress import Silent, listening
-from fedge.server.run_directory import RunDirectory, prepare
+from fedge.server.runs.directory import RunDirectory, prepare
+from fedge.server.runs.listener import Silent, listening
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_KINDS
 from fedge.shared.compile import calibration

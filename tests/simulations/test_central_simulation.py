@@ -14,9 +14,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedge.client.relay import forward
-from fedge.server.journal import Journal
-from fedge.server.release import release
-from fedge.server.run_directory import RunDirectory
+from fedge.server.release.pipeline import release
+from fedge.server.runs.directory import RunDirectory
+from fedge.server.runs.journal import Journal
 from fedge.shared.bundle import bundle
 from fedge.shared.config import reader
 from fedge.shared.config.federation import Config

@@ -11,7 +11,7 @@ import builders
 import pytest
 
 from fedge.client.relay import forward
-from fedge.server.journal import Journal
+from fedge.server.runs.journal import Journal
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, DataError, RunError
 from fedge.shared.tasks.registry import get_task

@@ -13,7 +13,7 @@ from fedge.client.data import npy_files
 from fedge.client.data.dataset import site_shares
 from fedge.client.secagg import trusted_roster
 from fedge.client.settings import policy
-from fedge.server import register
+from fedge.server.deployment import site_registry
 from fedge.shared.config.federation import Config
 from fedge.shared.flower import app_bundle
 from fedge.shared.tasks.registry import get_task
@@ -51,7 +51,7 @@ def test_every_site_has_the_roster_of_all_and_trusts_one_consortium(out: Path) -
         trusted_roster.require_own(rosters[place.name], place.name, own, TODAY)
         assert (place / trusted_roster.KEY).stat().st_mode & 0o777 == 0o600
     assert len({trusted_roster.own_key(place).private_bytes_raw() for place in homes}) == 4
-    assert sorted(register.roster(out / "server")) == [place.name for place in homes]
+    assert sorted(site_registry.roster(out / "server")) == [place.name for place in homes]
 
 
 def test_the_policy_asks_for_masks_and_for_what_the_run_has(out: Path) -> None:

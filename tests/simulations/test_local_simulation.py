@@ -15,8 +15,8 @@ from fedge.client.data.dataset import site_shares
 from fedge.client.privacy import charging
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.client.worker import handlers
-from fedge.server.release import release
-from fedge.server.run_directory import RunDirectory
+from fedge.server.release.pipeline import release
+from fedge.server.runs.directory import RunDirectory
 from fedge.shared.bundle import bundle
 from fedge.shared.config import reader
 from fedge.shared.crypto import dsse

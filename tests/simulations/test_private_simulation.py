@@ -7,8 +7,8 @@ import json
 import builders
 import pytest
 
-from fedge.server.release import release
-from fedge.server.run_directory import RunDirectory
+from fedge.server.release.pipeline import release
+from fedge.server.runs.directory import RunDirectory
 from fedge.shared.bundle import bundle
 from fedge.shared.crypto import dsse
 from fedge.shared.errors import ConfigError

@@ -20,8 +20,8 @@ from fedge.client.relay.forward import DirectLink
 from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
-from fedge.server.progress import Silent, listening
-from fedge.server.run_directory import prepare
+from fedge.server.runs.directory import prepare
+from fedge.server.runs.listener import Silent, listening
 from fedge.shared.config import reader
 from fedge.shared.config.federation import Config
 from fedge.shared.failpoints import MASKED

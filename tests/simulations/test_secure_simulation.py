@@ -15,9 +15,9 @@ from flwr.app import Error, Message
 
 from fedge.client.data.dataset import site_shares
 from fedge.client.training.learner import Learner
-from fedge.server.journal import Journal
-from fedge.server.progress import Silent
-from fedge.server.report.page import write as write_report
+from fedge.server.report.page.render import write as write_report
+from fedge.server.runs.journal import Journal
+from fedge.server.runs.listener import Silent
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import RunError
 from fedge.shared.secagg import fixed_point, messages

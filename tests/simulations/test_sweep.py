@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from fedge.client.settings.privacy_policy import simulated
-from fedge.server.run_directory import RunDirectory, state_of
+from fedge.server.runs.directory import RunDirectory, state_of
 from fedge.shared.errors import ConfigError
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 from fedge.shared.privacy.ledger.ledger import FILE, Ledger

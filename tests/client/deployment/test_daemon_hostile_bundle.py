@@ -40,9 +40,9 @@ from fedge.client.data import npy_files
 from fedge.client.deployment import node_key, operations
 from fedge.client.relay.worker_client import STATUS
 from fedge.client.settings import policy_writer, site_config
-from fedge.server import operate as server_operate
-from fedge.server import register
-from fedge.server.run_directory import state_of
+from fedge.server.deployment import operations as server_operate
+from fedge.server.deployment import site_registry
+from fedge.server.runs.directory import state_of
 from fedge.shared import protocol
 from fedge.shared.config import reader
 from fedge.shared.daemon import home as homes
@@ -260,7 +260,7 @@ def frames(bundle: str) -> dict[str, bytes]:
 #: fedge's own server starts no app but its own, so an attacker who has the server changes just that.
 HOSTILE_SERVER = """
 import sys
-from fedge.server import coordinators
+from fedge.server.deployment import run_scheduler as coordinators
 from fedge.shared.cli.main import main
 
 honest = coordinators.Coordinators.launch
@@ -523,7 +523,7 @@ def _admit(deployment: Deployment, site: str) -> Path:
     home = deployment.folder / site
     address, ca = f"127.0.0.1:{deployment.port}", deployment.server / "ca" / "ca.crt"
     operations.init(home, site, task=TASK, server=address, ca=ca, bundle=honest_bundle())
-    register.admit(deployment.server, site, home / "site.pub")
+    site_registry.admit(deployment.server, site, home / "site.pub")
     return home
 
 
@@ -532,7 +532,7 @@ def plain_node(scene: Scene) -> Iterator[None]:
     """Flower's own SuperNode, started by the owner of the data."""
     deployment, home = scene.deployment, scene.folder / "plain"
     node_key.create(home)
-    register.admit(deployment.server, "plain", home / "site.pub")
+    site_registry.admit(deployment.server, "plain", home / "site.pub")
     deployment.wait(lambda: "plain" in told(deployment.server).get("registered", ()), 30, "the key")
     command = [
         str(BIN / "flower-supernode"),
@@ -557,7 +557,7 @@ def plain_node(scene: Scene) -> Iterator[None]:
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         node.wait(PATIENCE * 30)
-        register.expel(deployment.server, "plain")
+        site_registry.expel(deployment.server, "plain")
 
 
 def test_a_bundle_with_its_own_fedge_does_not_run_where_nobody_approved_it(scene: Scene) -> None:

@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedge.server.report.axes import LABEL_PITCH, nice_ticks, round_ticks, spread, thin, tick_texts
 from fedge.server.report.charts import Band, Column, Line, bar, column_chart, line_chart, sparkline
-from fedge.server.report.scales import (
-    LABEL_PITCH,
-    nice_ticks,
-    round_ticks,
-    spread,
-    thin,
-    tick_texts,
-)
-from fedge.server.report.sites import histogram
+from fedge.server.report.page.sites import histogram
 
 finite = st.floats(-1e6, 1e6)
 

@@ -21,17 +21,18 @@ from fedge.client.relay.forward import DirectLink
 from fedge.client.secagg.session import Anchors
 from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
-from fedge.server import requests, strategies
-from fedge.server.attendance import Attendance
-from fedge.server.census import Census
-from fedge.server.journal import Journal
-from fedge.server.link import Link
-from fedge.server.liveness import Liveness
-from fedge.server.members import Member
-from fedge.server.progress import Silent
-from fedge.server.secagg.ledger import Ledger
-from fedge.server.secagg.sums import SecureSums
-from fedge.server.talk import Talk
+from fedge.server.aggregation import strategies
+from fedge.server.participants import messages as requests
+from fedge.server.participants.availability import Availability
+from fedge.server.participants.member_exchange import MemberExchange
+from fedge.server.participants.members import Member
+from fedge.server.participants.registration import Registry
+from fedge.server.runs.journal import Journal
+from fedge.server.runs.listener import Silent
+from fedge.server.secagg.aggregator import SecureSums
+from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.transport.grid_calls import GridClient
+from fedge.server.transport.node_status import NodeStatus
 from fedge.shared import protocol
 from fedge.shared.models.fnn import FNN
 from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
@@ -164,8 +165,8 @@ class Rig:
     config: Any
     workers: dict[str, SiteWorker]
     grid: LosingGrid
-    talk: Talk
-    ledger: Ledger
+    talk: MemberExchange
+    ledger: RecoveryStore
     sums: SecureSums
     arrays: dict[str, Any]
     members: list[Member]
@@ -300,13 +301,13 @@ def rig(
             forward.connect(name, DirectLink(worker))
             connected.append(name)
         grid = LosingGrid(dict(enumerate(names, start=1)), app)
-        live = Liveness(Link(grid, clock=fake_time))
+        live = NodeStatus(GridClient(grid, clock=fake_time))
         journal = Journal(folder / "journal.db")
-        census = Census(live, config, task, RUN_ID, journal, Silent())
+        census = Registry(live, config, task, RUN_ID, journal, Silent())
         members, _ = census.take(1)
         journal.close()
-        talk = Talk(RUN_ID, config, live, Attendance(census, members, []), Silent())
-        ledger = Ledger(folder / "run")
+        talk = MemberExchange(RUN_ID, config, live, Availability(census, members, []), Silent())
+        ledger = RecoveryStore(folder / "run")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             arrays = {k: t.numpy().copy() for k, t in task.network().state_dict().items()}

@@ -1,0 +1,1 @@
+"""Updates in, model out: strategies, the server's noise and what it costs. No network."""

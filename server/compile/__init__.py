@@ -1,1 +1,0 @@
-"""A finished run's model, compiled for its targets and qualified: what `fedge compile` does."""

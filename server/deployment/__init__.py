@@ -1,0 +1,1 @@
+"""The resident server: its processes, certificates, known sites and queue of runs."""

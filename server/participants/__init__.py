@@ -1,0 +1,1 @@
+"""Which sites there are, which are there, and asking them."""

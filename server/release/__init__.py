@@ -1,0 +1,1 @@
+"""From a finished run to compiled artefacts and a signed bundle."""

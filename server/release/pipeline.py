@@ -1,0 +1,243 @@
+"""From a finished run to a signed bundle: load, export, compare, time, sign."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from fedge.server.aggregation.privacy_cost import secret_sample
+from fedge.server.release import compile_record, qualification
+from fedge.server.release.compile_record import Compiled
+from fedge.server.release.placeholder_manifest import statistics_options
+from fedge.server.report.noise import lost
+from fedge.server.report.page.render import write as write_report
+from fedge.server.runs import trained_model
+from fedge.server.runs.directory import RunDirectory
+from fedge.server.runs.trained_model import Trained
+from fedge.shared.bundle.bundle import Part, write_bundle
+from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, Artefact, Latency
+from fedge.shared.bundle.manifest_privacy import Privacy
+from fedge.shared.crypto.dsse import key_id, load_private, new_key, public_path
+from fedge.shared.errors import BundleError, ReleaseError, RunError
+
+MODEL: Final = "model.onnx"
+RELEASE: Final = "release.json"
+
+
+@dataclass(frozen=True)
+class ReleaseSummary:
+    """What a release made.
+
+    Attributes:
+        bundle: name, size and hash of the file.
+        key_id: of the key that signed.
+        manifest: as signed.
+    """
+
+    bundle: Part
+    key_id: str
+    manifest: Manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as plain JSON values, as release.json holds it."""
+        return {
+            "bundle": {
+                "file": self.bundle.name,
+                "bytes": self.bundle.bytes,
+                "sha256": self.bundle.sha256,
+            },
+            "key_id": self.key_id,
+            "manifest": self.manifest.to_json(),
+        }
+
+
+def release(
+    run_dir: Path,
+    key: Path,
+    out: Path,
+    *,
+    artifacts: Path | None = None,
+    replace_out: bool = False,
+) -> ReleaseSummary:
+    """Release the model of a finished run.
+
+    Writes ``out`` and the run directory's release.json, and renders the run's report again.
+
+    Args:
+        run_dir: as `fedge simulate` has written it.
+        key: private key in PEM.
+        out: the bundle.
+        artifacts: output of `fedge compile` for this run; its artefacts go into the bundle.
+        replace_out: whether an existing ``out`` may be replaced.
+
+    Raises:
+        ConfigError: 209, not a run directory.
+        RunError: 504, the run's files are damaged; 505, it is not finished.
+        ReleaseError: 602 to 607; 610, ``artifacts`` are of another model, or were changed.
+        BundleError: 705, together they are larger than a device takes.
+    """
+    directory = RunDirectory(run_dir)
+    private = load_private(key)
+    if out.exists() and not replace_out:
+        raise ReleaseError(605, f"{out}: must not exist yet")
+    if not out.parent.is_dir():
+        raise ReleaseError(606, f"{out}: must lie in a folder that exists")
+    model = trained_model.of_run(run_dir)
+    config = directory.load_config()
+    contributors = _contributors(model.run, secret=secret_sample(config.privacy))
+    manifest, onnx = _prepare(directory, model, contributors)
+    manifest = replace(manifest, latency=_timed(manifest, onnx))
+    contents = {MODEL: onnx}
+    if artifacts is not None:
+        compiled, contents = _compiled(artifacts, manifest)
+        manifest = replace(manifest, artefacts=compiled.kept)
+    part = write_bundle(out, manifest, contents, private, replace=replace_out)
+    if artifacts is not None:
+        # The report shows what was released, not what was compiled last.
+        directory.write_json(run_dir / compile_record.FILE, compiled.to_json())
+    summary = ReleaseSummary(part, key_id(private.public_key()), manifest)
+    directory.write_json(run_dir / RELEASE, summary.to_json())
+    write_report(run_dir)
+    return summary
+
+
+def _compiled(folder: Path, manifest: Manifest) -> tuple[Compiled, dict[str, bytes]]:
+    """What `fedge compile` kept for this very model, and its bytes.
+
+    Raises:
+        ReleaseError: 610, it is of another model, or was changed.
+    """
+    compiled = compile_record.load(folder)
+    if compiled.model_sha256 != manifest.model_sha256:
+        raise ReleaseError(610, f"{folder}: must be of the run's model, got another")
+    (own,) = manifest.artefacts
+    if not any(a.name == own.name and a.sha256 == own.sha256 for a in compiled.kept):
+        raise ReleaseError(610, f"{folder}: must hold the {own.name} of this model, got another")
+    return compiled, {a.name: compile_record.content(folder, a) for a in compiled.kept}
+
+
+def _contributors(run: dict[str, Any], *, secret: bool = False) -> tuple[str, ...]:
+    """Names of the sites whose update counted in a round at least.
+
+    Args:
+        run: of run.json.
+        secret: whose updates counted must not be told, as epsilon rests on that; then all registered sites.
+
+    Raises:
+        RunError: 504, run.json does not tell; 505, there is none.
+    """
+    try:
+        names = tuple(
+            sorted(s for s, told in run["sites"].items() if secret or int(told["rounds"]) > 0)
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(504, f"{trained_model.RUN}: sites cannot be read ({error!r})") from None
+    if not names:
+        raise RunError(505, f"{trained_model.RUN}: must name a site whose update counted, got none")
+    return names
+
+
+def _prepare(
+    directory: RunDirectory, model: Trained, contributors: tuple[str, ...]
+) -> tuple[Manifest, bytes]:
+    """The manifest without latency, and the exported model."""
+    # Here, as what is wrong with a path or a key is told without torch.
+    from fedge.shared.compile.onnx_export import export_onnx, opset_of
+    from fedge.shared.compile.parity import parity
+
+    task, run = model.task, model.run
+    config = trained_model.read(directory.config)
+    metrics = _metrics(trained_model.read_json(directory.metrics))
+    try:
+        onnx = export_onnx(model.network, model.shape)
+        sha256 = hashlib.sha256(onnx).hexdigest()
+        manifest = Manifest(
+            task=task.name,
+            run=run["run"],
+            strategy=run["strategy"],
+            rounds=run["rounds_done"],
+            sites=contributors,
+            created=run["finished"],
+            fedge=version("fedge"),
+            config_sha256=hashlib.sha256(config).hexdigest(),
+            model_sha256=run["model_sha256"],
+            artefacts=(Artefact(MODEL, ONNX_FP32, sha256, len(onnx), opset_of(onnx)),),
+            input=task.input,
+            output=task.output,
+            preprocessing=model.steps,
+            metrics=metrics,
+            parity=parity(model.network, onnx, model.shape),
+            privacy=_privacy(directory, contributors),
+        )
+        return Manifest.from_bytes(manifest.to_bytes()), onnx
+    except BundleError as error:
+        raise RunError(504, f"{trained_model.RUN}: {error.message}") from None
+    except (KeyError, TypeError) as error:
+        raise RunError(504, f"{trained_model.RUN}: does not parse ({error!r})") from error
+
+
+def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
+    """What the run's configuration and the sites' last words say of differential privacy."""
+    section = directory.load_config().privacy
+    if section.mechanism == "off":
+        return None
+    last: dict[str, str] = {}
+    try:
+        for line in directory.rounds.read_text(encoding="utf-8").splitlines():
+            last |= json.loads(line).get("privacy_ledgers", {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(504, f"{directory.rounds.name}: cannot be read ({error!r})") from None
+    # A digest comes with an update, so that to have one tells that a site was drawn.
+    told = () if secret_sample(section) else sites
+    return Privacy(
+        section.mechanism,
+        section.noise_multiplier,
+        section.clipping_bound,
+        {site: last[site] for site in told if site in last},
+        section.epsilon,
+        section.delta if section.epsilon is not None else None,
+        section.unit,
+        section.sampling_rate if section.mechanism == "central" else None,
+        section.min_separation if section.mechanism == "central-mf" else None,
+        section.corrupt_sites if section.mechanism == "distributed" else None,
+        section.metrics,
+        section.metrics_noise_multiplier,
+        section.statistics,
+    )
+
+
+def _metrics(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The last round's metrics, those that could be computed and that noise leaves something of."""
+    try:
+        noise = metrics["final"].get("noise")
+        return {
+            kind: {
+                name: float(value)
+                for name, value in metrics["final"][kind].items()
+                if value is not None and not (noise and lost(noise[kind].get(name, math.inf)))
+            }
+            for kind in ("pooled", "site_mean")
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(504, f"metrics.json: does not parse ({error!r})") from None
+
+
+def _timed(manifest: Manifest, onnx: bytes) -> Latency:
+    """Time the model as a device would: `fedge-edge bench` in a process of its own, on a bundle of its own."""
+    with tempfile.TemporaryDirectory(prefix="fedge-release-") as name:
+        folder = Path(name)
+        key, bundle = folder / "key", folder / "model.fedge"
+        new_key(key)
+        write_bundle(bundle, manifest, {MODEL: onnx}, load_private(key))
+        options = statistics_options(manifest, folder)
+        timed = qualification.bench(bundle, public_path(key), MODEL, options)
+    if timed.failure:
+        raise ReleaseError(604, f"{MODEL}: fedge-edge bench failed ({timed.failure})")
+    return qualification.latency_of(timed)

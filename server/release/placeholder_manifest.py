@@ -1,0 +1,44 @@
+"""A manifest that lets a device open artefacts before there is a release: it says nothing of where they come from."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from fedge.server.runs.trained_model import Trained
+from fedge.shared.bundle import generated_examples
+from fedge.shared.bundle.manifest import Manifest, Parity
+from fedge.shared.bundle.manifest_artefacts import Artefact
+from fedge.shared.preprocessing.steps import Standardise
+
+
+def stand_in(model: Trained, parity: Parity, artefacts: tuple[Artefact, ...]) -> Manifest:
+    """A manifest with these artefacts, for a bundle that is signed by a key of the moment and thrown away."""
+    return Manifest(
+        task=model.task.name,
+        run="compile",
+        strategy="none",
+        rounds=0,
+        sites=(),
+        created="1970-01-01T00:00:00Z",
+        fedge=version("fedge"),
+        config_sha256="0" * 64,
+        model_sha256=model.sha256,
+        artefacts=artefacts,
+        input=model.task.input,
+        output=model.task.output,
+        preprocessing=model.steps,
+        metrics={},
+        parity=parity,
+    )
+
+
+def statistics_options(manifest: Manifest, folder: Path) -> list[str]:
+    """Options with statistics of made-up examples, where a site's own belong."""
+    if not manifest.site_statistics:
+        return []
+    (step,) = (s for s in generated_examples.stand_in(manifest) if isinstance(s, Standardise))
+    path = folder / "statistics.json"
+    path.write_text(json.dumps({"mean": list(step.mean), "std": list(step.std)}))
+    return ["--statistics", str(path)]

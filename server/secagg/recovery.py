@@ -1,0 +1,117 @@
+"""What of a secure sum outlives the coordinator: the number of the last attempt, and sums that are about to be opened.
+
+A site answers the last exchange of a round once. So what the coordinator needs to open the sum is on disk before
+that exchange begins, and stays there until the round is committed; a coordinator that starts anew asks for the very
+same, which sites answer as they did before. The files hold nothing that anybody can read: the sums are masked, and the
+shares that open them are not written down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from fedge.server.secagg import group
+from fedge.server.secagg.group import Group
+from fedge.shared.errors import RunError
+from fedge.shared.files import write_atomically
+from fedge.shared.secagg.transcript import Purpose
+from fedge.shared.wire import tensors
+
+_log = logging.getLogger(__name__)
+
+FOLDER: Final = "secagg"
+_SUMS: Final = ".safetensors"
+#: What reading a damaged file raises.
+_DAMAGED: Final = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, RunError)
+
+
+class RecoveryStore:
+    """The files of a run's secure sums.
+
+    Args:
+        run_directory: made already.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self._folder = run_directory / FOLDER
+
+    def attempts(self, purpose: Purpose, server_round: int) -> int:
+        """The number of a round's last attempt; 0 where there was none.
+
+        Raises:
+            RunError: 504, the record of attempts is damaged.
+        """
+        return self._last(purpose, server_round)[1]
+
+    def _last(self, purpose: Purpose, server_round: int) -> tuple[dict[str, list[int]], int]:
+        path = self._folder / "attempts.json"
+        last: dict[str, list[int]] = {}
+        try:
+            last = json.loads(path.read_bytes())
+            before, number = map(int, last.get(purpose, (-1, 0)))
+        except FileNotFoundError:
+            before, number = -1, 0
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            raise RunError(
+                504, f"{path.name}: must say which attempt was last, is damaged"
+            ) from None
+        return last, number if before == server_round else 0
+
+    def next_attempt(self, purpose: Purpose, server_round: int) -> int:
+        """The number of a new attempt, written down before it is returned.
+
+        Raises:
+            RunError: 504, the record of attempts is damaged.
+        """
+        path = self._folder / "attempts.json"
+        last, number = self._last(purpose, server_round)
+        number += 1
+        self._folder.mkdir(exist_ok=True)
+        text = json.dumps({**last, purpose: [server_round, number]}, sort_keys=True)
+        write_atomically(path, text.encode())
+        return number
+
+    def keep(self, groups: Sequence[Group]) -> None:
+        """Write down sums of one attempt that are about to be opened, beside those of attempts before."""
+        of = groups[0].attempt
+        path = self._folder / f"{of.purpose}-{of.number}.json"
+        totals = {f"group-{i}": g.total for i, g in enumerate(groups)}
+        # What is there under this name is of another round, and is not read for this one.
+        self._folder.mkdir(exist_ok=True)
+        data = tensors.encode(totals)
+        write_atomically(path.with_suffix(_SUMS), data)
+        told = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "groups": [group.to_json(g) for g in groups],
+        }
+        write_atomically(path, json.dumps(told).encode())
+
+    def kept(self, run_id: str, purpose: Purpose, server_round: int) -> list[Group]:
+        """The sums of this round that were about to be opened when the coordinator ended; none that is damaged."""
+        found: list[Group] = []
+        for path in sorted(self._folder.glob(f"{purpose}-*.json")):
+            try:
+                told = json.loads(path.read_bytes())
+                attempts = [g["attempt"][1:4] for g in told["groups"]]
+                if any(a != [run_id, purpose, server_round] for a in attempts):
+                    continue
+                totals = tensors.read(path.with_suffix(_SUMS), told["sha256"])
+                found += [
+                    group.from_json(one, np.array(totals[f"group-{i}"]))
+                    for i, one in enumerate(told["groups"])
+                ]
+            except _DAMAGED as error:
+                _log.warning("%s: a kept sum cannot be read (%s)", path.name, type(error).__name__)
+        return found
+
+    def drop(self) -> None:
+        """Forget kept sums: what they gave is in the journal, or is lost."""
+        for path in (*self._folder.glob("*-*.json"), *self._folder.glob(f"*{_SUMS}")):
+            path.unlink(missing_ok=True)

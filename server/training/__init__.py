@@ -1,0 +1,1 @@
+"""The round loop: select, train, aggregate, evaluate, commit."""

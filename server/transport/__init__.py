@@ -1,0 +1,1 @@
+"""Flower's Grid, with deadlines and resends; nothing about learning."""

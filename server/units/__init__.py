@@ -1,1 +1,0 @@
-"""systemd units of the server."""

@@ -1,0 +1,128 @@
+"""What is kept: proved equal, proved on the task, and worth its place; a crash is a result."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedge.server.release import qualification
+from fedge.server.release.qualification import (
+    METRIC_BUDGET,
+    Timed,
+    faster,
+    qualified,
+    split,
+    verdict,
+)
+from fedge.shared.bundle.manifest_artefacts import Artefact, Engine, Score
+from fedge.shared.errors import ReleaseError
+
+RESULT = {
+    "p50_ms": 1.0, "p99_ms": 2.0, "batch": 1, "threads": 1, "device": "a CPU", "peak_rss_mb": 50.0,
+    "max_abs_difference": 0.0, "largest_logit": 10.0, "agreement": 1.0,
+}  # fmt: skip
+
+
+def artefact(kind="onnx-int8", score=None, failure="", **result):
+    engine = Engine("tensorrt-rtx", "1.7", (86,)) if "rtx" in kind else None
+    plain = Artefact(f"{kind}.onnx", kind, "a" * 64, 10, 20, engine)
+    return qualified(plain, Timed({} if failure else RESULT | result, failure), score)
+
+
+FP32 = artefact("onnx-fp32")
+SAME = Score("accuracy", 0.9, 0.9, 400)
+
+
+def test_int8_that_is_faster_and_as_good_is_kept():
+    fast = artefact(score=SAME, p50_ms=0.5, max_abs_difference=1.0, agreement=0.99)
+    assert verdict(fast, FP32) == ""
+    assert fast.qualification.tolerance == 2.5, "a quarter of the largest logit"
+    assert split([FP32, fast]) == ((FP32, fast), ())
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (artefact(score=SAME, p50_ms=1.0), "is no faster than fp32 here (1 ms, fp32 1 ms)"),
+        (artefact(p50_ms=0.5), "no site counted its metric"),
+        (artefact(score=replace(SAME, value=0.889), p50_ms=0.5), "loses 1.1 points of accuracy"),
+        (artefact(score=SAME, p50_ms=0.5, max_abs_difference=2.6), "differs by 2.6"),
+        (artefact(score=SAME, failure="crashed (SIGSEGV)"), "does not run here: crashed (SIGSEGV)"),
+        (artefact("onnx-fp16", max_abs_difference=0.2), "differs by 0.2 from fp32, more than 0.1"),
+        (artefact("onnx-fp16", replace(SAME, value=0.8), "FE-710 x"), "loses 10.0 points"),
+        (artefact("onnx-fp16", failure="FE-709 x"), "gives NaN or infinity"),
+        (artefact("onnx-int8-symmetric"), "no site counted its metric"),
+    ],
+)
+def test_what_is_not_worth_it_is_left_out_with_its_reason(found, reason):
+    assert reason in verdict(found, FP32)
+    kept, dropped = split([FP32, found])
+    assert kept == (FP32,)
+    assert reason in dropped[0].reason
+    assert dropped[0].qualification == found.qualification
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        artefact("tensorrt-rtx-fp16", failure="FE-710 no CUDA driver"),
+        # The same graph may run on a GPU: onnxruntime crashes on some in half precision on a CPU.
+        artefact("onnx-fp16", failure="crashed (SIGSEGV)"),
+        artefact("onnx-int8-symmetric", score=SAME, p50_ms=9.0),
+    ],
+)
+def test_what_is_for_another_machine_ships(found):
+    assert verdict(found, FP32) == ""
+    executed = found.qualification.executed
+    assert executed == (found.kind == "onnx-int8-symmetric")
+    assert bool(found.qualification.reason) != executed
+
+
+ENGINE = artefact("tensorrt-rtx-int8", failure="FE-710 fails to run")
+
+
+def test_an_engine_goes_with_its_graph():
+    good = artefact("onnx-int8-symmetric", SAME)
+    assert split([FP32, good, ENGINE]) == ((FP32, good, ENGINE), ())
+    # Its own metric was counted nowhere: 50 points lost are told by the graph.
+    bad = artefact("onnx-int8-symmetric", replace(SAME, value=0.4))
+    kept, dropped = split([FP32, bad, ENGINE])
+    assert kept == (FP32,)
+    assert dropped[1].name == ENGINE.name
+    assert "its graph is not kept: loses 50.0 points" in dropped[1].reason
+    assert split([FP32, ENGINE])[0] == (FP32,)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "own"),
+    [(86, "1.7", True), (89, "1.7", False), (86, "1.8", False), (None, "1.7", False)],
+)
+def test_an_engine_that_fails_where_it_should_run_is_left_out(
+    monkeypatch, capability, version, own
+):
+    monkeypatch.setattr(qualification.gpu, "capability", lambda: capability)
+    monkeypatch.setattr(qualification.tensorrt, "version", lambda runtime: version)
+    assert bool(verdict(ENGINE, FP32)) == own
+
+
+def test_slower_int8_is_kept_where_somebody_asks_for_it():
+    slow = artefact(score=SAME, p50_ms=2.0)
+    assert split([FP32, slow])[0] == (FP32,)
+    assert split([FP32, slow], keep_slower=True)[0] == (FP32, slow)
+    worse = artefact(score=replace(SAME, value=0.8), p50_ms=2.0)
+    assert split([FP32, worse], keep_slower=True)[0] == (FP32,), "its metric still counts"
+
+
+def test_the_less_disturbed_of_two_passes_counts():
+    quiet, busy, dead = Timed({"p50_ms": 1.0}), Timed({"p50_ms": 3.0}), Timed({}, "crashed")
+    assert faster(quiet, busy) is faster(busy, quiet) is quiet
+    assert faster(quiet, dead) is faster(dead, quiet) is dead
+
+
+def test_a_loss_of_just_one_point_is_allowed():
+    score = Score("accuracy", 0.75, 0.75 + METRIC_BUDGET, 400)
+    assert verdict(artefact(score=score, p50_ms=0.5), FP32) == ""
+
+
+def test_nothing_is_compiled_where_the_source_itself_does_not_run():
+    with pytest.raises(ReleaseError, match="FE-604"):
+        split([artefact("onnx-fp32", failure="crashed (SIGILL)")])

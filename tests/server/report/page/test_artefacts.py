@@ -1,0 +1,94 @@
+"""The report's section on compiled artefacts."""
+
+import json
+import re
+
+import pytest
+
+from fedge.server.report.page.render import render
+
+MODEL = "b" * 64
+EXECUTED = {
+    "executed": True, "reason": "", "max_abs_difference": 0.1, "tolerance": 1.0, "agreement": 0.995,
+    "peak_rss_mb": 52.0, "latency": {"p50_ms": 0.5, "p99_ms": 1, "batch": 1, "threads": 1, "device": "x"},
+    "score": {"metric": "accuracy", "value": 0.9, "reference": 0.905, "num_examples": 400},
+}  # fmt: skip
+
+
+def artefact(name, kind, **more):
+    return {"name": name, "kind": kind, "bytes": 1000, "sha256": "a" * 64, "opset": 20, **more}
+
+
+COMPILED = {
+    "format": "fedge.compile/1", "task": "digits", "model_sha256": MODEL, "device": "a CPU",
+    "targets": ["cpu-int8", "tensorrt-rtx:sm86+sm89"],
+    "kept": [
+        artefact("model.onnx", "onnx-fp32", qualification=EXECUTED),
+        artefact("model.engine", "tensorrt-rtx-fp16",
+                 qualification={"executed": False, "reason": "no <b>GPU</b> here"}),
+    ],
+    "dropped": [artefact("model.int8.onnx", "onnx-int8", reason="is no faster", qualification=EXECUTED)],
+}  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path):
+    def rendered(compiled):
+        (tmp_path / "run.json").write_text(json.dumps({"run": "r", "model_sha256": MODEL}))
+        text = compiled if isinstance(compiled, str) else json.dumps(compiled)
+        (tmp_path / "compile.json").write_text(text)
+        return render(tmp_path)
+
+    return rendered
+
+
+def test_it_says_which_is_proved_and_which_is_not(page):
+    found = page(COMPILED)
+    assert 'href="#compiled"' in found
+    for words in (">source<", ">unproven<", "left out", "is no faster"):
+        assert words in found
+    assert "99.50" in found
+    assert "(-0.50)" in found, "half a point less than the fp32 graph"
+    assert "tensorrt-rtx:sm86+sm89" in found
+    assert "no &lt;b&gt;GPU" in found
+
+
+def test_on_a_narrow_page_every_figure_tells_what_it_is(page):
+    """A row is a block there, without the table's head; what has no value takes no room."""
+    found = page(COMPILED)
+    table = found[found.index('<table class="stacked">') :].partition("</table>")[0]
+    source, engine, _ = (row.partition("</tr>")[0] for row in table.split("<tr>")[2:])
+    assert re.findall('data-label="([^"]+)"', source) == [
+        "size", "one inference, median", "memory", "agreement", "accuracy",
+    ]  # fmt: skip
+    hidden = re.findall('<td class="([^"]*)" data-label="([^"]+)">', engine)
+    assert [label for css, label in hidden if "none" not in css.split()] == ["size"]
+    assert "none" not in re.findall('class="([^"]*)"', source)
+    assert 'data-label="size">1.00' in source
+    assert "attr(data-label)" in found
+    assert found.count('<table class="stacked">') == 1, "other tables keep their heads"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**COMPILED, "model_sha256": "c" * 64},
+        {},
+        [],
+        {**COMPILED, "kept": 3},
+        {**COMPILED, "kept": []},
+    ],
+)
+def test_what_is_of_another_model_is_not_shown(page, other):
+    assert 'id="compiled"' not in page(other)
+
+
+@pytest.mark.parametrize(
+    "kept", [[{}], [3], [{"qualification": 3}], [{"bytes": "x", "qualification": {"latency": []}}]]
+)
+def test_damaged_values_are_left_out(page, kept):
+    assert 'id="compiled"' in page({**COMPILED, "kept": kept})
+
+
+def test_a_damaged_file_is_named(page):
+    assert "What could not be read" in page("{")
