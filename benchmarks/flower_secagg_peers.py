@@ -37,7 +37,7 @@ from flwr.supercore.primitives.asymmetric import (
     public_key_to_bytes,
 )
 
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 #: Flower's defaults.
 CLIP: Final = 8.0
@@ -125,7 +125,7 @@ def prepare_server(n: int, degree: int, d: int, dropped: float, seed: int) -> Se
 
     Masks between two clients that both upload cancel in the sum, so they are left out of the uploads.
     """
-    flower_private.identify(1, 0)
+    flower_patches.identify(1, 0)
     np.random.seed(seed)
     random = np.random.default_rng(seed)
     nodes = range(1, n + 1)

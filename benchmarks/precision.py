@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.client.data.dataset import site_shares
-from fedge.edge.runtime import EdgeModel
+from fedge.edge.runtime.model import EdgeModel
 from fedge.server.release import qualification
 from fedge.server.release.artefacts import Builder, Built, artefact
 from fedge.server.release.placeholder_manifest import stand_in, statistics_options

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from fedge.edge import bench, install, predict, verify
+from fedge.edge.commands import bench, install, predict, verify
 from fedge.edge.serving import command as serve
 from fedge.shared.cli.command import Parser, guarded, missing_extra
 

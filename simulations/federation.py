@@ -175,7 +175,7 @@ def _let_watcher_finish(supervisor: Supervisor) -> None:
 def _watch(directory: RunDirectory, names: list[str]) -> None:
     """Show how the federation starts, then its rounds; a process of its own, as it has threads."""
     from fedge.server.runs import events
-    from fedge.simulations.progress import Progress
+    from fedge.simulations.terminal.progress import Progress
 
     started = time.monotonic()
     out = directory.path

@@ -18,7 +18,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._seconds: dict[str, float] = {}
         self._ids = itertools.count(1)
-        flower_private.identify(run_id, 0)
+        flower_patches.identify(run_id, 0)
 
     def set_run(self, run: Any) -> None:
         """Take the run's number.
@@ -54,7 +54,7 @@ class InProcessGrid(Grid):
             run: Flower's Run.
         """
         self._run_id = run.run_id
-        flower_private.identify(self._run_id, 0)
+        flower_patches.identify(self._run_id, 0)
 
     @property
     def run(self) -> Any:
@@ -83,7 +83,7 @@ class InProcessGrid(Grid):
         ids = []
         for message in messages:
             message_id = f"m-{next(self._ids)}"
-            flower_private.number(message, message_id)
+            flower_patches.number(message, message_id)
             self._waiting[message_id] = message
             ids.append(message_id)
         return ids
@@ -130,7 +130,7 @@ class InProcessGrid(Grid):
             reply = Message(
                 Error(code=_CLIENT_APP_RAISED, reason="the ClientApp raised"), reply_to=message
             )
-        flower_private.number(reply, f"{message_id}-reply")
+        flower_patches.number(reply, f"{message_id}-reply")
         self._seconds[message_id] = time.monotonic() - started
         return reply
 

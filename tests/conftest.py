@@ -46,9 +46,9 @@ LONGEST = (
     "tests/shared/privacy/accounting/test_epsilon.py",
     "tests/shared/compile/test_onnx_export.py",
     "tests/server/release/test_compiler.py",
-    "tests/simulations/test_resume.py",
-    "tests/simulations/test_calibration_resume.py",
-    "tests/simulations/test_poison.py",
+    "tests/simulations/test_engine_resume.py",
+    "tests/simulations/test_engine_calibration_resume.py",
+    "tests/simulations/test_engine_poison.py",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedge.edge.backends.backend import CPU, CUDA, OPENVINO, PROVIDERS, Array, Shapes, first_line
-from fedge.edge.graph import refuse_external_data
+from fedge.edge.backends.graph_file import refuse_external_data
 from fedge.shared.bundle.manifest import GRAPH_INPUT, GRAPH_OUTPUT
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, Artefact
 from fedge.shared.bundle.onnx_session import load_onnxruntime

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedge.edge.backends.backend import Shapes
 from fedge.edge.backends.opening import open_artefact
-from fedge.edge.timing import peak_rss_mb, percentile, timed
+from fedge.edge.backends.timing import peak_rss_mb, percentile, timed
 from fedge.shared.bundle.manifest_artefacts import Artefact
 from fedge.shared.errors import FedgeError, brief
 from fedge.shared.files import read_exactly

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from fedge.edge.decision import decide
+from fedge.edge.outputs.decision import decide
 from fedge.edge.serving.protocol import message, varint
 from fedge.shared.errors import InputError
 from fedge.shared.preprocessing.schema import OutputSchema

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
-from fedge.edge.arguments import open_trusted
+from fedge.edge.commands.arguments import open_trusted
 from fedge.edge.serving.options import add_options, limits_of
 from fedge.shared.cli.command import Command
 
@@ -31,7 +31,7 @@ LOOK: Final = 1.0
 def _run(arguments: Namespace) -> int:
     # Otherwise whoever connects can fill the log with grpc's lines on each failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from fedge.edge.installed import watched
+    from fedge.edge.installation.folder import watched
     from fedge.edge.serving import credentials
     from fedge.edge.serving.counts import Counts
     from fedge.edge.serving.reload import Background, Reloader, look
@@ -126,8 +126,8 @@ def _until_told_to_stop(
 
 def _loader(arguments: Namespace, limits: Limits, counts: Counts) -> Callable[[], Served]:
     """What verifies and loads the bundle that is there when it is called."""
-    from fedge.edge.inputs import read_statistics
-    from fedge.edge.runtime import EdgeModel
+    from fedge.edge.inputs.reader import read_statistics
+    from fedge.edge.runtime.model import EdgeModel
     from fedge.edge.serving.served import Served
     from fedge.shared.errors import BundleError
 

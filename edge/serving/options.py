@@ -7,7 +7,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fedge.edge.arguments import MAX_THREADS, add_bundle, add_statistics, add_threads, real, whole
+from fedge.edge.commands.arguments import (
+    MAX_THREADS,
+    add_bundle,
+    add_statistics,
+    add_threads,
+    real,
+    whole,
+)
 
 if TYPE_CHECKING:
     from fedge.edge.serving.served import Limits

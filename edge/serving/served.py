@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedge.edge.row_rules import RowRules
-from fedge.edge.runtime import EdgeModel
+from fedge.edge.inputs.row_rules import RowRules
+from fedge.edge.runtime.model import EdgeModel
 from fedge.edge.serving import codec
 from fedge.edge.serving.batching import Batcher
 from fedge.edge.serving.codec import DATATYPES, INPUT, OUTPUTS, Signature

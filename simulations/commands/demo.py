@@ -56,8 +56,8 @@ def _run(arguments: Namespace) -> int:
     require_free(out, resume=False)
     # Here, as these import torch and Flower.
     from fedge.simulations import demo
-    from fedge.simulations.progress import Progress
-    from fedge.simulations.summary import summary_table
+    from fedge.simulations.terminal.progress import Progress
+    from fedge.simulations.terminal.summary import summary_table
 
     config = demo.configuration()
     say(

@@ -50,7 +50,7 @@ def show(directory: RunDirectory, *, as_json: bool) -> None:
     import json
     import sys
 
-    from fedge.simulations.summary import summary_table
+    from fedge.simulations.terminal.summary import summary_table
 
     metrics = directory.metrics.read_text(encoding="utf-8")
     if as_json:
@@ -67,7 +67,7 @@ def _run(arguments: Namespace) -> int:
     config = settled(arguments.config, arguments.set, arguments.out, resume=arguments.resume)
     # Here, as these import torch and Flower, and what is refused above should be refused at once.
     from fedge.simulations.engine import simulate
-    from fedge.simulations.progress import Progress
+    from fedge.simulations.terminal.progress import Progress
 
     with Progress(quiet=arguments.quiet) as progress:
         directory = simulate(config, arguments.out, resume=arguments.resume, listener=progress)

@@ -33,7 +33,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 Vector = list[np.ndarray]
 Keys = dict[int, list[bytes]]
@@ -120,7 +120,7 @@ def make_sites(seed: int, count: int = 6) -> dict[int, Site]:
 
     Flower rounds with NumPy's global generator, so that is seeded too.
     """
-    flower_private.identify(1, 0)
+    flower_patches.identify(1, 0)
     np.random.seed(seed)
     random = np.random.default_rng(seed)
     return {

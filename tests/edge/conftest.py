@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from onnx import TensorProto, helper, numpy_helper
 
-from fedge.edge import rehearsal
 from fedge.edge.backends import trial
 from fedge.edge.backends.cuda import Driver
+from fedge.edge.runtime import rehearsal
 from fedge.shared.bundle.bundle import write_bundle
 from fedge.shared.bundle.manifest import Manifest, Parity
 from fedge.shared.bundle.manifest_artefacts import Artefact, Engine, Latency, Qualification

@@ -12,13 +12,13 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedge.server.aggregation.updates import Update
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 
 @pytest.fixture(autouse=True)
 def flower_identity() -> None:
     """Messages of the tests are the server's, as within a ServerApp."""
-    flower_private.identify(1, 0)
+    flower_patches.identify(1, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ class SuperLink(Grid):
                 ids.append("")
                 continue
             ids.append(f"m{len(self.pushed)}")
-            flower_private.number(message, ids[-1])
+            flower_patches.number(message, ids[-1])
             self.pushed.append(message)
             self.where[ids[-1]] = message.metadata.dst_node_id
             self.queues[message.metadata.dst_node_id].append((self.time.time, message))

@@ -30,7 +30,7 @@ COMMAND, IMPORTS, ENDING = 300.0, 300.0, 60.0
 MODULES = (
     "fedge.simulations.commands.simulate",
     "fedge.simulations.engine",
-    "fedge.simulations.progress",
+    "fedge.simulations.terminal.progress",
     "fedge.shared.tasks.breast_cancer",
     "fedge.shared.tasks.digits",
 )

@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
-from fedge.edge.runtime import EdgeModel
+from fedge.edge.runtime.model import EdgeModel
 from fedge.edge.serving.counts import Counts
 from fedge.edge.serving.credentials import Address
 from fedge.edge.serving.served import Limits, Served

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from fedge.edge import rehearsal
+from fedge.edge.runtime import rehearsal
 from fedge.edge.serving.reload import Background, Reloader, look
 from fedge.shared.preprocessing.schema import OutputSchema
 

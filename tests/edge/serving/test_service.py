@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from fedge.edge.runtime import EdgeModel
+from fedge.edge.runtime.model import EdgeModel
 from fedge.shared.bundle.bundle import open_bundle
 from fedge.shared.crypto.dsse import load_public
 from fedge.shared.errors import BundleError, InputError, one_line

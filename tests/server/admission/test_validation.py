@@ -28,7 +28,7 @@ from fedge.server.participants.members import admit_registration
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.error_catalogue import CATALOGUE
 from fedge.shared.tasks.standardised_columns import Bound
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 RUN, SITE, REGISTERED = "r-1", "site-1", 100
 REFERENCE = {
@@ -42,7 +42,7 @@ EXPECTED = Expected(RUN, 3, REFERENCE, AdmissionSection(), counters=COUNTERS)
 
 @pytest.fixture(autouse=True, scope="module")
 def _identity() -> None:
-    flower_private.identify(1, 0)
+    flower_patches.identify(1, 0)
 
 
 def _request() -> Message:

@@ -16,7 +16,7 @@ from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.privacy.mechanisms import local, noised_counts
 from fedge.shared.privacy.mechanisms.csprng import Entropy
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 RUN, SITE, REGISTERED = "r-1", "site-1", 100
 NAMES = ("correct", "examples", "loss-sum")
@@ -25,7 +25,7 @@ LEDGER = "ab" * 32
 
 @pytest.fixture(autouse=True, scope="module")
 def _identity() -> None:
-    flower_private.identify(1, 0)
+    flower_patches.identify(1, 0)
 
 
 def reply(metrics: dict[str, Any], **records: Any) -> Message:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedge.edge.runtime import EdgeModel
+from fedge.edge.runtime.model import EdgeModel
 from fedge.server.release import pipeline as release_module
 from fedge.server.release import qualification
 from fedge.server.release.pipeline import release

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedge.server.report.noise import parsed, shown, spread
-from fedge.simulations.summary import summary_table
-from fedge.simulations.wording import round_facts
+from fedge.simulations.terminal.summary import summary_table
+from fedge.simulations.terminal.text import round_facts
 
 from .page.test_render import Page, Run, page, run_files
 from .page.test_secure_aggregation import masked_files

@@ -40,7 +40,7 @@ from fedge.shared.preprocessing.steps import Standardise
 from fedge.shared.secagg import messages
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
 from fedge.shared.tasks.task import Task
-from fedge.simulations import consortium, flower_private
+from fedge.simulations import consortium, flower_patches
 from fedge.simulations.grid import InProcessGrid
 
 #: The exchanges by the names that a round's line has for them.
@@ -102,7 +102,7 @@ class LosingGrid(InProcessGrid):
         elif callable(what):
             what(reply.content)
         if what in ("error", "garbage"):
-            flower_private.number(reply, f"{message_id}-reply")
+            flower_patches.number(reply, f"{message_id}-reply")
         self.log.append((site, kind, message.content, reply))
         return reply
 

@@ -23,7 +23,7 @@ from fedge.server.transport.delivery import DeliveryEvents, payload_bytes
 from fedge.server.transport.exchange import exchange
 from fedge.server.transport.grid_calls import TimedGrid
 from fedge.shared import protocol
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 # What a node does with a request: (seconds from the push, reply) pairs.
 Behaviour = Callable[[Message], list[tuple[float, Message]]]
@@ -58,7 +58,7 @@ class Network(Grid):
         ids = []
         for message in messages:
             ids.append(f"id-{message.metadata.dst_node_id}")
-            flower_private.number(message, ids[-1])
+            flower_patches.number(message, ids[-1])
             for delay, reply in self.nodes[message.metadata.dst_node_id](message):
                 self.under_way.append((time.monotonic() + delay, reply))
         return ids
@@ -195,7 +195,7 @@ def test_the_first_of_two_replies_counts():
 def test_a_reply_to_nothing_that_was_asked_is_stray():
     def confused(request: Message) -> list[tuple[float, Message]]:
         unasked = ask(1)
-        flower_private.number(unasked, "of-yesterday")
+        flower_patches.number(unasked, "of-yesterday")
         return [(0.0, reply(unasked, 66)), (0.0, reply(request))]
 
     got = exchange(Network({1: confused}), asked(1), 60.0)
@@ -227,7 +227,7 @@ def test_a_flood_of_strays_does_not_outlive_the_deadline():
             if self.pulls > 1000:
                 raise AssertionError("polls without end")
             unasked = ask(1)
-            flower_private.number(unasked, "of-yesterday")
+            flower_patches.number(unasked, "of-yesterday")
             return [reply(unasked)]
 
     started = time.monotonic()

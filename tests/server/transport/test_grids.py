@@ -16,7 +16,7 @@ from fedge.server.transport.grids import PackedGrid
 from fedge.shared import protocol
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.wire import packed
-from fedge.simulations import flower_private
+from fedge.simulations import flower_patches
 
 SENT = np.zeros((2, 3), dtype=np.float32)
 
@@ -47,7 +47,7 @@ class Scripted(Grid):
         ids = []
         for message in messages:
             ids.append(f"id-{len(self.pushed)}")
-            flower_private.number(message, ids[-1])
+            flower_patches.number(message, ids[-1])
             self.pushed.append(message)
         return ids
 
@@ -207,7 +207,7 @@ def test_a_message_without_content_goes_as_it_is(grid: PackedGrid, inner: Script
 
 
 def _numbered(message: Message) -> Message:
-    flower_private.number(message, "before")
+    flower_patches.number(message, "before")
     return message
 
 

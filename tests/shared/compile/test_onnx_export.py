@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedge.edge.graph import refuse_external_data
+from fedge.edge.backends.graph_file import refuse_external_data
 from fedge.shared.compile import onnx_export
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.compile.onnx_export import export_onnx, opset_of, parity

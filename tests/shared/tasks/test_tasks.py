@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedge.edge.row_rules import RowRules
+from fedge.edge.inputs.row_rules import RowRules
 from fedge.shared.preprocessing import steps as preprocessing
 from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
 from fedge.shared.tasks.registry import get_task

@@ -14,7 +14,7 @@ from fedge.server.report.page.privacy import MAX_ROWS, certainty
 from fedge.server.report.page.privacy_epsilon import epsilon_text, spent
 from fedge.server.report.page.render import render
 from fedge.server.report.run_data import read
-from fedge.simulations.summary import summary_table
+from fedge.simulations.terminal.summary import summary_table
 
 from .test_render import Page, Run, page, put, run_files
 

@@ -10,7 +10,7 @@ import pytest
 from fedge.server.report.page.privacy_central import UNBOUNDED
 from fedge.server.report.page.privacy_epsilon import spent
 from fedge.server.report.run_data import read
-from fedge.simulations.summary import summary_table
+from fedge.simulations.terminal.summary import summary_table
 
 from .test_render import Page, Run, page, put, run_files
 

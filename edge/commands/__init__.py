@@ -1,0 +1,1 @@
+"""The sub-commands of `fedge-edge` but `serve`."""

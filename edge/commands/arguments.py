@@ -1,0 +1,91 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from fedge.edge.installation.record import DeviceRecord
+    from fedge.shared.bundle.bundle import Bundle
+
+MAX_THREADS: Final = 256
+
+_Number = TypeVar("_Number", int, float)
+
+
+def add_bundle(parser: ArgumentParser) -> None:
+    """The arguments that every command on a bundle has."""
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="a .fedge file, or a folder that `install` made",
+    )
+    parser.add_argument(
+        "--trust",
+        type=Path,
+        required=True,
+        metavar="KEY.pub",
+        help="public key that must have signed it",
+    )
+
+
+def open_trusted(arguments: Namespace) -> tuple[Bundle, DeviceRecord | None]:
+    """Open the bundle that the arguments name, with the record of its installation where it has one.
+
+    Raises:
+        BundleError: 701 to 707, 711.
+    """
+    from fedge.edge.installation.folder import open_installed
+    from fedge.shared.crypto.dsse import load_public
+
+    return open_installed(arguments.bundle, load_public(arguments.trust))
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers from ``low`` to ``high``."""
+    return _within(int, low, high)
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` to ``high``."""
+    return _within(float, low, high)
+
+
+def _within(
+    read: Callable[[str], _Number], low: _Number, high: _Number
+) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        try:
+            value = read(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"must be {low} to {high}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_threads(parser: ArgumentParser) -> None:
+    """The option --threads."""
+    parser.add_argument(
+        "--threads",
+        type=whole(1, MAX_THREADS),
+        default=1,
+        metavar="N",
+        help=f"CPU threads of one inference, 1 to {MAX_THREADS} (default 1)",
+    )
+
+
+def add_statistics(parser: ArgumentParser) -> None:
+    """The option --statistics."""
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE.json",
+        help="the site's own mean and std, where verify says so",
+    )

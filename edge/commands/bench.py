@@ -1,0 +1,143 @@
+"""`fedge-edge bench`: how fast the model is on this device, and what it takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from fedge.edge.commands.arguments import (
+    add_bundle,
+    add_statistics,
+    add_threads,
+    open_trusted,
+    whole,
+)
+from fedge.shared.cli.command import Command
+
+if TYPE_CHECKING:
+    from fedge.edge.runtime.model import EdgeModel
+    from fedge.shared.bundle.bundle import Bundle
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument(
+        "--artefact", metavar="NAME", help="this one of the bundle alone (default: the best here)"
+    )
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="then compare it with the fp32 graph, on made-up inputs",
+    )
+    parser.add_argument(
+        "--runs",
+        type=whole(1, 1_000_000),
+        default=200,
+        metavar="N",
+        help="timed runs (default 200)",
+    )
+    parser.add_argument(
+        "--batch", type=whole(1, 65_536), default=1, metavar="N", help="examples a run (default 1)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=whole(1, 3600),
+        default=20,
+        metavar="S",
+        help="end then, if 10 runs are timed (default 20)",
+    )
+    add_statistics(parser)
+    add_threads(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: Namespace) -> int:
+    from fedge.edge.inputs.reader import read_statistics
+    from fedge.edge.runtime.model import EdgeModel
+
+    start = time.perf_counter()
+    bundle, record = open_trusted(arguments)
+    verified = time.perf_counter()
+    statistics = read_statistics(arguments.statistics) if arguments.statistics else None
+    model = EdgeModel.from_bundle(
+        bundle,
+        threads=arguments.threads,
+        statistics=statistics,
+        artefact=arguments.artefact,
+        record=record,
+    )
+    loaded = time.perf_counter()
+
+    from fedge.edge.backends.timing import peak_rss_mb, percentile, timed
+    from fedge.shared.bundle import generated_examples
+
+    x = generated_examples.example(model.manifest.input, arguments.batch, model.steps)
+    ready = model.prepare(x)
+    inference = timed(lambda: model.logits(ready), arguments.runs, arguments.seconds)
+    whole = timed(lambda: model.predict(x), arguments.runs, arguments.seconds)
+    result = {
+        "p50_ms": percentile(inference, 50),
+        "p99_ms": percentile(inference, 99),
+        "items_per_second": round(arguments.batch * len(inference) / sum(inference) * 1e3, 1),
+        "predict_p50_ms": percentile(whole, 50),
+        "predict_p99_ms": percentile(whole, 99),
+        "verify_ms": round((verified - start) * 1e3, 3),
+        "load_ms": round((loaded - verified) * 1e3, 3),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "runs": len(inference),
+        "batch": arguments.batch,
+        "threads": arguments.threads,
+        "device": model.device,
+        "artefact": model.artefact,
+        "backend": model.backend,
+    }
+    if arguments.parity:
+        result |= _compared(bundle, model, arguments.threads)
+    sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _text(result))
+    return 0
+
+
+def _compared(bundle: Bundle, model: EdgeModel, threads: int) -> dict[str, float]:
+    """How far the model is from the fp32 graph on the CPU, on batches of several sizes."""
+    from fedge.edge.outputs import parity
+    from fedge.edge.runtime.choice import reference
+
+    graph = reference(bundle, model.shapes, threads)
+    batches = parity.examples(model.manifest, model.steps, parity.BATCH_SIZES)
+    found = parity.difference(
+        [model.logits(batch) for batch in batches],
+        [graph.run(batch) for batch in batches],
+        model.manifest.output,
+        model.artefact,
+    )
+    return dict(vars(found))
+
+
+def _text(result: dict[str, Any]) -> str:
+    batch, threads = result["batch"], result["threads"]
+    return (
+        f"inference  p50 {result['p50_ms']:.3f} ms, p99 {result['p99_ms']:.3f} ms,"
+        f" {result['items_per_second']:,.0f} items/s (batch {batch}, threads {threads}, {result['runs']} runs)\n"
+        f"predict    p50 {result['predict_p50_ms']:.3f} ms, p99 {result['predict_p99_ms']:.3f} ms"
+        " (with preprocessing and probabilities)\n"
+        f"start      {result['verify_ms']:.1f} ms to verify, {result['load_ms']:.1f} ms to load\n"
+        f"memory     {result['peak_rss_mb']:.0f} MB at its peak\n"
+        f"backend    {result['backend']}, {result['device']}\n"
+    ) + (
+        f"parity     within {result['max_abs_difference']:.3g} of fp32, whose largest logit is"
+        f" {result['largest_logit']:.3g}; {100 * result['agreement']:.4g} % the same labels\n"
+        if "agreement" in result
+        else ""
+    )
+
+
+COMMAND = Command(
+    summary="time the model on this device",
+    extra="edge",
+    arguments=_arguments,
+    run=_run,
+    epilog="example:\n  fedge-edge bench model.fedge --trust release.key.pub --batch 32 --threads 2",
+)

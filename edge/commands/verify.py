@@ -1,0 +1,141 @@
+"""`fedge-edge verify`: check a bundle, and show what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from fedge.edge.commands.arguments import add_bundle, open_trusted
+from fedge.shared.bundle.manifest_artefacts import ONNX_FP32
+from fedge.shared.cli.command import Command
+
+if TYPE_CHECKING:
+    from fedge.edge.installation.record import DeviceRecord
+    from fedge.shared.bundle.bundle import Bundle
+    from fedge.shared.bundle.manifest_artefacts import Artefact
+
+_SHOWN = 8
+_STATISTICS = {
+    False: [],
+    True: [("statistics", "each site's own: pass --statistics to predict and bench")],
+}
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+
+
+def _run(arguments: Namespace) -> int:
+    bundle, record = open_trusted(arguments)
+    if arguments.json:
+        text = json.dumps(report(bundle, record), allow_nan=False) + "\n"
+    else:
+        text = summary(bundle, arguments.bundle.name, record)
+    sys.stdout.write(text)
+    return 0
+
+
+def report(bundle: Bundle, record: DeviceRecord | None = None) -> dict[str, Any]:
+    """All that a verified bundle says of itself, and its installation of it, as JSON values."""
+    return {
+        "verified": True,
+        "key_id": bundle.key_id,
+        "site_statistics": bundle.manifest.site_statistics,
+        "parts": [dict(vars(part)) for part in bundle.parts],
+        "manifest": bundle.manifest.to_json(),
+        "statement": bundle.statement,
+        **({"installed": record.to_json()} if record else {}),
+    }
+
+
+def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> str:
+    """The same for people, a line a topic."""
+    m = bundle.manifest
+    sites = ", ".join(m.sites[:_SHOWN]) + (", …" if len(m.sites) > _SHOWN else "")
+    labels = ", ".join(m.output.labels[:_SHOWN]) + (", …" if len(m.output.labels) > _SHOWN else "")
+    lines = [
+        ("verified", f"{name}: signature and every hash"),
+        ("key", bundle.key_id),
+        ("task", m.task),
+        ("run", f"{m.run}, {m.strategy}, {m.rounds} rounds, finished {m.created}"),
+        ("sites", f"{len(m.sites)}: {sites}"),
+    ]
+    for metric in sorted({metric for values in m.metrics.values() for metric in values}):
+        found = [
+            f"{values[metric]:.4g} {kind.replace('_', ' ')}"
+            for kind, values in sorted(m.metrics.items())
+            if metric in values
+        ]
+        lines.append((metric, ", ".join(found)))
+    batches = ", ".join(map(str, m.parity.batch_sizes))
+    lines += [
+        ("input", f"{' x '.join(map(str, m.input.shape))} {m.input.dtype}"),
+        *_STATISTICS[m.site_statistics],
+        ("output", f"{m.output.activation}, {len(m.output.labels)} labels: {labels}"),
+        (
+            "parity",
+            f"within {m.parity.max_abs_difference:.2g} of the trained model"
+            f" (allowed {m.parity.tolerance:.2g}; batches of {batches})",
+        ),
+        ("privacy", m.privacy.words() if m.privacy else "none"),
+    ]
+    if m.latency:
+        where = f"batch {m.latency.batch}, threads {m.latency.threads}, {m.latency.device}"
+        lines.append(
+            ("latency", f"p50 {m.latency.p50_ms:.3g} ms, p99 {m.latency.p99_ms:.3g} ms ({where})")
+        )
+    lines += [(part.name, f"{part.bytes:,} bytes, sha256 {part.sha256}") for part in bundle.parts]
+    lines += [("artefact", artefact_line(artefact)) for artefact in m.artefacts]
+    if record:
+        lines += installed_lines(record)
+    width = max(len(key) for key, _ in lines)
+    return "".join(f"{key:{width}}  {value}\n" for key, value in lines)
+
+
+def artefact_line(artefact: Artefact) -> str:
+    """What the release says of an artefact, in one line."""
+    told = [f"{artefact.name}: {artefact.kind}", f"{artefact.bytes:,} bytes"]
+    if artefact.engine:
+        built = " ".join(f"sm{c}" for c in artefact.engine.capabilities)
+        told.append(f"for {built} by {artefact.engine.runtime} {artefact.engine.version}")
+    found = artefact.qualification
+    if found is None:
+        source = artefact.kind == ONNX_FP32
+        told.append("the graph that others are compared with" if source else "not executed")
+    elif not found.executed:
+        told.append(f"not executed ({found.reason})")
+    else:
+        told.append(
+            f"executed, within {found.max_abs_difference:.2g} (allowed {found.tolerance:.2g})"
+        )
+    if found and found.agreement is not None:
+        told.append(f"{100 * found.agreement:.4g} % the same labels")
+    if found and found.score:
+        score = found.score
+        told.append(f"{score.metric} {score.value:.4g} at the sites (fp32 {score.reference:.4g})")
+    if found and found.latency:
+        told.append(f"p50 {found.latency.p50_ms:.3g} ms, p99 {found.latency.p99_ms:.3g} ms")
+    return ", ".join(told)
+
+
+def installed_lines(record: DeviceRecord) -> list[tuple[str, str]]:
+    """What an installation has found, a line an artefact, in the order in which they are taken."""
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    where = ", ".join(part for part in (record.cpu, record.gpu, versions) if part)
+    lines = [("installed", where)]
+    for entry in record.entries:
+        p50 = "" if entry.p50_ms is None else f", p50 {entry.p50_ms:.3g} ms"
+        lines.append(("runs", f"{entry.candidate.name}{p50}, {entry.reason}"))
+    return lines
+
+
+COMMAND = Command(
+    summary="check a bundle's signature and every hash, and show what it holds",
+    extra="edge",
+    arguments=_arguments,
+    run=_run,
+    epilog="example:\n  fedge-edge verify model.fedge --trust release.key.pub",
+)

@@ -1,0 +1,1 @@
+"""Examples from files: bounded and checked against the schema."""

@@ -1,0 +1,1 @@
+"""Qualified on this device, and noted: what `fedge-edge install` writes."""

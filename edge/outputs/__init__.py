@@ -1,0 +1,1 @@
+"""From logits to labels, and how far two graphs' logits are apart."""
