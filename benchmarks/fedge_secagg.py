@@ -27,7 +27,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedge.client.requests import Address
-from fedge.client.secagg.participant import SecureAnswers
+from fedge.client.secagg.participant import Participant
 from fedge.client.secagg.replay_guard import ReplayGuard
 from fedge.server.aggregation import updates
 from fedge.server.secagg import decoding
@@ -109,7 +109,7 @@ def client_once(n: int, degree: int | None, d: int, seed: int = 0) -> Timing:
     peers = [Site.new(name, work.attempt) for name in names]
     anchors = anchors_of(own, peers)
     with forced(degree), tempfile.TemporaryDirectory() as folder:
-        answers = SecureAnswers(anchors, ReplayGuard(Path(folder)))
+        answers = Participant(anchors, ReplayGuard(Path(folder)))
         address = Address(RUN, 1)
         begun = clock.time(
             "begin",
@@ -156,7 +156,7 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         alive = [name for name in sites if name not in lost]
         plain = work.contribute().encode(n, os.urandom(32))
         # What every site was asked for goes into T.
-        clock.time("begin", lambda: request_digest.of(protocol.TRAIN, work.request))
+        clock.time("begin", lambda: request_digest.digest(protocol.TRAIN, work.request))
         group = clock.time("begin", lambda: _group(work, sites))
         shares = shares_of(group, sites, lost)
         for name in sites:

@@ -32,7 +32,7 @@ from fedge.shared.secagg import (
     vector_layout,
 )
 from fedge.shared.secagg.messages import Sharer, Signed
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
+from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 from fedge.shared.secagg.vector_layout import Bounds
 
 RUN: Final = "timed"
@@ -82,7 +82,7 @@ class Work:
     request: RecordDict
     attempt: Attempt
 
-    def contribute(self) -> input_vector.Contribution:
+    def contribute(self) -> input_vector.InputVector:
         """The part of a site that trained."""
         return input_vector.training(
             self.of, BOUNDS, self.received, self.trained, EXAMPLES, loss=0.5
@@ -111,7 +111,7 @@ def work_of(d: int, seed: int) -> Work:
     request = RecordDict(
         {protocol.CONFIG: config, messages.SECURE: secure, protocol.ARRAYS: arrays}
     )
-    attempt = Attempt(request_digest.of(protocol.TRAIN, request), RUN, "train", 1, 1)
+    attempt = Attempt(request_digest.digest(protocol.TRAIN, request), RUN, "train", 1, 1)
     of = vector_layout.of_training({"weight": (d,)}, ["weight"], BOUNDS, control=False)
     return Work(of, received, trained, request, attempt)
 
@@ -145,7 +145,9 @@ class Peers:
             if p.name in self._near:
                 # What a share says is for the others; the client only keeps it.
                 key = self._box_key(p, p.name, self._own.site)
-                box = share_encryption.seal(key, os.urandom(66), self._t, p.name, self._own.site)
+                box = share_encryption.encrypt_share(
+                    key, os.urandom(66), self._t, p.name, self._own.site
+                )
             hashed = hashlib.sha256(p.seed).digest()
             statement = transcript.share_statement(self._t, p.name, hashed)
             found.append(Sharer(p.name, hashed, p.private.sign(statement), box))
@@ -163,7 +165,7 @@ class Peers:
         return {messages.SIGNATURES: messages.joined(signed)}
 
     def require_opened(
-        self, replies: Mapping[str, RecordDict], given: input_vector.Contribution
+        self, replies: Mapping[str, RecordDict], given: input_vector.InputVector
     ) -> None:
         """Open the client's vector with the shares it gave the peers, and the one it gave out in the end."""
         raw = replies[messages.SHARE][messages.SECURE][messages.BOXES]
@@ -176,7 +178,7 @@ class Peers:
         for i, name in enumerate(sorted(self._near)):
             peer = by_name[name]
             key, sealed = self._box_key(peer, own, name), raw[i * size : (i + 1) * size]
-            opened = share_encryption.open_box(key, sealed, self._t, own, name)
+            opened = share_encryption.decrypt_share(key, sealed, self._t, own, name)
             shares[self._xs[name]] = opened[: messages.SHARE_BYTES]
             agreed = key_agreement.shared(peer.mask, self._own.mask_key)
             sign = -1 if own < name else 1
@@ -192,7 +194,7 @@ class Peers:
 
     def _box_key(self, peer: Site, src: str, dst: str) -> bytes:
         shared = key_agreement.shared(peer.box, self._own.box_key)
-        return key_agreement.box_key(shared, self._t, src, dst)
+        return key_agreement.share_encryption_key(shared, self._t, src, dst)
 
 
 def shares_of(
@@ -254,4 +256,4 @@ def anchors_of(own: str, peers: list[Site]) -> Anchors:
     keys = {peer.name: peer.private for peer in peers} | {own: private}
     raw = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
     roster = Roster("timed", 1, {name: entry_of(raw[name], date.max) for name in raw})
-    return Anchors(own, private, lambda: roster, lambda: FEWEST_SITES)
+    return Anchors(own, private, lambda: roster, lambda: MIN_SITES)

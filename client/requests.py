@@ -265,7 +265,7 @@ def _number(value: object) -> float | None:
     return None
 
 
-_LARGEST_SECTION: Final = 10_000
+_MAX_SECTION: Final = 10_000
 
 
 def section_of(config: ConfigRecord) -> PrivacySection:
@@ -277,7 +277,7 @@ def section_of(config: ConfigRecord) -> PrivacySection:
     text = config.get(protocol.PRIVACY)
     if text is None:
         return PrivacySection()
-    if not isinstance(text, str) or len(text) > _LARGEST_SECTION:
+    if not isinstance(text, str) or len(text) > _MAX_SECTION:
         raise refuse(protocol.PRIVACY, "a section as JSON", type(text).__name__)
     try:
         return PrivacySection.model_validate_json(text)

@@ -17,7 +17,7 @@ from fedge.edge.cli import parser as edge_parser
 from fedge.server.deployment.server_config import ServerFile
 from fedge.shared import error_catalogue
 from fedge.shared.cli import command, main
-from fedge.shared.config.reader import LARGEST_FILE, schema
+from fedge.shared.config.reader import MAX_FILE, schema
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 NOTE = "<!-- Written by docs/generate.py from the code. -->\n"
@@ -67,7 +67,7 @@ def configuration_page() -> str:
     lines = [
         NOTE,
         "# Configuration\n",
-        f"One TOML file of at most {LARGEST_FILE // 1024} KiB describes a federation. `fedge config schema` prints its",
+        f"One TOML file of at most {MAX_FILE // 1024} KiB describes a federation. `fedge config schema` prints its",
         "JSON Schema, `fedge config check FILE` the file with every default filled in. `--set section.key=VALUE`",
         "replaces a value: VALUE is TOML, and a bare word is text. Paths are relative to the working directory, in the",
         "file and in `--set` alike. A key that is not listed here is refused.",

@@ -24,9 +24,9 @@ from typing import Final
 from fedge.shared.error_catalogue import CATALOGUE
 
 #: Longest message that ``one_line`` prints, in characters.
-LONGEST_MESSAGE: Final = 1000
+MAX_MESSAGE: Final = 1000
 #: Longest account of a foreign exception that ``brief`` gives, in characters.
-LONGEST_BRIEF: Final = 200
+MAX_BRIEF: Final = 200
 
 
 class FedgeError(Exception):
@@ -96,9 +96,9 @@ def one_line(error: FedgeError) -> str:
     """The error as both command lines print it: number, message and remedy on exactly one line.
 
     Line ends become spaces, other characters that do not print are escaped (a message may quote a
-    file's name or content), and a message beyond ``LONGEST_MESSAGE`` characters is cut.
+    file's name or content), and a message beyond ``MAX_MESSAGE`` characters is cut.
     """
-    text = _printable(error.message, LONGEST_MESSAGE)
+    text = _printable(error.message, MAX_MESSAGE)
     stop = "" if text.endswith((".", "…", "?", "!")) else "."
     return f"{error.label} {text}{stop} Remedy: {error.remedy}"
 
@@ -106,11 +106,11 @@ def one_line(error: FedgeError) -> str:
 def brief(error: BaseException) -> str:
     """What foreign code raised, as a message quotes it: its type and the first line of its text.
 
-    Printable, and cut beyond ``LONGEST_BRIEF`` characters.
+    Printable, and cut beyond ``MAX_BRIEF`` characters.
     """
     first = next(iter(str(error).strip().splitlines()), "")
     name = type(error).__name__
-    return _printable(f"{name}: {first}" if first else name, LONGEST_BRIEF)
+    return _printable(f"{name}: {first}" if first else name, MAX_BRIEF)
 
 
 def _printable(text: str, longest: int) -> str:

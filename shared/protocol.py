@@ -89,4 +89,4 @@ CONTROL_PREFIX: Final = "control/"
 #: What a site may be called.
 SITE_NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 #: Sites of one secure sum: as many as exact counters can add up.
-MOST_SITES: Final = 2048
+MAX_SITES: Final = 2048

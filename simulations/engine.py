@@ -25,7 +25,7 @@ from fedge.server.runs.directory import RunDirectory, prepare
 from fedge.server.runs.listener import Listener, Silent
 from fedge.server.secagg.recovery import RecoveryStore
 from fedge.shared.config.federation import Config
-from fedge.shared.privacy.checks.compatibility import require_fit
+from fedge.shared.privacy.checks.compatibility import require_compatible
 from fedge.shared.tasks.dry_run import check
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
@@ -65,7 +65,7 @@ def simulate(
     if not RunDirectory(out).says_finished():
         # Task and data come first: where they fail, no directory is begun that a second try would find in use.
         check(task)
-        require_fit(config.privacy, task, config.secure_aggregation.min_sites)
+        require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
         shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:

@@ -41,7 +41,7 @@ _FLOWER: Final = (
     "fedge.server.deployment.daemon",
 )
 #: Times that a daemon may end at once before the federation is given up.
-MOST_FAILURES: Final = 4
+MAX_FAILURES: Final = 4
 #: Seconds in which the server must be ready, from the beginning and after a restart.
 READY_WITHIN: Final = 120.0
 #: Seconds that a daemon has to end, as it ends its own services one layer after the other.
@@ -127,7 +127,7 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
             _let_watcher_finish(supervisor)
             supervisor.stop()
         for service in supervisor.services.values():
-            if service.failures >= MOST_FAILURES and not service.is_ready:
+            if service.failures >= MAX_FAILURES and not service.is_ready:
                 supervisor.facts["failed"] = service.name
                 supervisor.stop()
         if supervisor.services["server"].is_ready:

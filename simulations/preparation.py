@@ -36,7 +36,7 @@ _IMPORTS: Final = (
     "fedge.shared.privacy.checks.compatibility",
     "fedge.shared.tasks.dry_run",
 )
-_LARGEST: Final = 1 << 20
+_MAX_ANSWER: Final = 1 << 20
 _BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: DeployError}
 
 
@@ -70,7 +70,7 @@ def prepared(config: Config, out: Path, *, resume: bool) -> Iterator[bool]:
 
 def _finished(here: Connection) -> bool:
     try:
-        told = json.loads(here.recv_bytes(_LARGEST))
+        told = json.loads(here.recv_bytes(_MAX_ANSWER))
     except EOFError:
         told = {"code": 104, "message": "the preparation ended without a word"}
     if "code" in told:
@@ -134,7 +134,7 @@ def _in_a_fork(work: Callable[[], bool]) -> bytes:
         _report(work, there)
     os.close(there)
     with os.fdopen(here, "rb") as pipe:
-        told = pipe.read(_LARGEST)
+        told = pipe.read(_MAX_ANSWER)
     os.waitpid(pid, 0)
     return told
 
@@ -165,14 +165,14 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     from fedge.client.data import npy_files
     from fedge.client.data.dataset import site_shares
     from fedge.server.runs import results
-    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.privacy.checks.compatibility import require_compatible
     from fedge.shared.tasks.dry_run import check
     from fedge.shared.tasks.registry import get_task
 
     task = get_task(config.task.name)
     if not RunDirectory(out).says_finished():
         check(task)
-        require_fit(config.privacy, task, config.secure_aggregation.min_sites)
+        require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
     shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)
     if finished:

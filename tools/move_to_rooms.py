@@ -510,9 +510,14 @@ class Rewrite:
             for name in _defined(node):
                 if (new := self._moves.name(self._module, name)) != name:
                     self._locals[name] = new
-                    if isinstance(node, ast.ClassDef):
-                        start = self._source.encode().index(name.encode(), self._at(node))
+                    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                        word = " " + name  # After `class` or `def`.
+                        start = self._source.encode().index(word.encode(), self._at(node)) + 1
                         self._edits.add((start, start + len(name.encode()), new))
+            if "__all__" in _defined(node) and isinstance(node, ast.Assign):
+                for text in ast.walk(node.value):
+                    if isinstance(text, ast.Constant) and text.value in self._locals:
+                        self._replace(text, f'"{self._locals[text.value]}"')
         for node in self._tree.body:
             self._visit(node, frozenset())
         data = self._source.encode()

@@ -74,7 +74,7 @@ def own_examples(task: Task, site: str, section: OwnData) -> SiteData:
     return _share(site, rows, table, section.test_fraction, section.seed)
 
 
-def require_fit(task: Task, data: SiteData) -> None:
+def require_task_data(task: Task, data: SiteData) -> None:
     """Hold examples that came as arrays against the task.
 
     Raises:

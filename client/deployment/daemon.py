@@ -92,10 +92,10 @@ class SiteDaemon:
         self._fork_server = fork_server
         self._socket = home / site.worker.socket
         self._port = 0
-        self._node_log = supernode_log.NodeLog(home / "log" / "supernode.log")
+        self._node_log = supernode_log.SupernodeLog(home / "log" / "supernode.log")
         self._owed: list[tuple[float, int]] = []
         self._next_link = self._next_deaf = 0.0
-        self._good_byes: dict[str, tuple[int, float]] = {}
+        self._shutdown_deadlines: dict[str, tuple[int, float]] = {}
         self.supervisor = Supervisor(home)
         self.supervisor.facts |= {"site": site.site.name, "server": site.server.address}
         if part != "relay":
@@ -144,16 +144,16 @@ class SiteDaemon:
             Service("superexec", self._superexec, after=("supernode",), on_exit=self._exec_ended)
         )
         self.supervisor.ticks += [
-            self._watch_debts,
-            self._watch_deaf,
-            self._watch_good_byes,
+            self._watch_pending_restarts,
+            self._restart_disconnected,
+            self._watch_shutdown_deadlines,
             self._watch_link,
         ]
 
     def _supernode(self) -> Program:
         self._port = homes.free_port()
         log = self.supervisor.log_of("supernode")
-        self._node_log = supernode_log.NodeLog(log)
+        self._node_log = supernode_log.SupernodeLog(log)
         server = self._site.server
         arguments = [
             "--root-certificates", str(self._home / server.root_certificates),
@@ -241,7 +241,7 @@ class SiteDaemon:
         elif os.WEXITSTATUS(status):
             self._owed.append((time.monotonic() + TAKEN_WITHIN, log_size))
 
-    def _watch_debts(self) -> None:
+    def _watch_pending_restarts(self) -> None:
         """A process that ended with an error has usually answered; a node that neither sends nor takes is stuck."""
         now = time.monotonic()
         due = [size for deadline, size in self._owed if now > deadline]
@@ -252,29 +252,31 @@ class SiteDaemon:
             _log.error("flwr-clientapp ended without an answer; its node is started again")
             self._stop("supernode")
 
-    def _watch_deaf(self) -> None:
+    def _restart_disconnected(self) -> None:
         """A node that has given up its line is ended."""
         now = time.monotonic()
         # Between two nodes the log still ends with the words of the former.
         if now < self._next_deaf or not self.supervisor.services["supernode"].pid:
             return
         self._next_deaf = now + DEAF_EVERY
-        if "supernode" not in self._good_byes and self._node_log.said(supernode_log.DEAF):
+        if "supernode" not in self._shutdown_deadlines and self._node_log.said(
+            supernode_log.DISCONNECTED
+        ):
             _log.error("the node has given up the line to the server and is started again")
             self._stop("supernode")
 
     def _stop(self, name: str) -> None:
-        """End a service; ``_watch_good_byes`` sees to it that it does end."""
+        """End a service; ``_watch_shutdown_deadlines`` sees to it that it does end."""
         pid = self.supervisor.services[name].pid
-        if pid and self._good_byes.get(name, (0, 0.0))[0] != pid:
-            self._good_byes[name] = pid, time.monotonic() + GOOD_BYE
+        if pid and self._shutdown_deadlines.get(name, (0, 0.0))[0] != pid:
+            self._shutdown_deadlines[name] = pid, time.monotonic() + GOOD_BYE
             self.supervisor.kill(pid, signal.SIGTERM)
 
-    def _watch_good_byes(self) -> None:
+    def _watch_shutdown_deadlines(self) -> None:
         """A service whose good-bye hangs is ended by SIGKILL."""
-        for name, (pid, until) in list(self._good_byes.items()):
+        for name, (pid, until) in list(self._shutdown_deadlines.items()):
             if self.supervisor.services[name].pid != pid:
-                del self._good_byes[name]
+                del self._shutdown_deadlines[name]
             elif time.monotonic() > until:
                 self.supervisor.kill(pid, signal.SIGKILL)
 

@@ -20,7 +20,7 @@ from fedge.shared.daemon import home as homes
 from fedge.shared.errors import BundleError, DeployError, FedgeError
 from fedge.shared.files import read_bounded, reason, write_atomically
 from fedge.shared.flower import app_bundle
-from fedge.shared.roster.roster import LARGEST_FILE, Roster, open_roster
+from fedge.shared.roster.roster import MAX_FILE, Roster, open_roster
 from fedge.shared.tasks.registry import get_task, require_task
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ def _vouched(home: Path, name: str, trust: Trust) -> _Vouched:
     """
     try:
         signed_by = dsse.load_public(trust.consortium)
-        key = read_bounded(trust.consortium, LARGEST_FILE)
-        data = read_bounded(trust.roster, LARGEST_FILE)
+        key = read_bounded(trust.consortium, MAX_FILE)
+        data = read_bounded(trust.roster, MAX_FILE)
     except BundleError as error:
         raise DeployError(917, error.message) from None
     except OSError as error:

@@ -12,13 +12,13 @@ CONNECTED = "SuperNode ID:"
 #: node whose process ended without a reply goes on so.
 MOVES_ON = ("Sending:", "Receiving:")
 #: That it will not call again; that the server does not know its key.
-DEAF = ("Giving up reconnection", "SSL/TLS handshake error detected")
+DISCONNECTED = ("Giving up reconnection", "SSL/TLS handshake error detected")
 UNKNOWN = ("Failed to activate SuperNode", "[code: 2004]")
 #: Most of a log that one look reads, and what it reads again of the look before, as words may lie across both.
 LOG_PIECE, _OVERLAP = 1 << 20, 256
 
 
-class NodeLog:
+class SupernodeLog:
     """What a node has written to its log since its start, each part read once.
 
     Args:
@@ -42,7 +42,7 @@ class NodeLog:
             words: some of those that the module names above; a look reads the log once for all.
         """
         text = self._new()
-        self._said.update(w for w in (CONNECTED, *DEAF, *UNKNOWN) if w in text)
+        self._said.update(w for w in (CONNECTED, *DISCONNECTED, *UNKNOWN) if w in text)
         return not self._said.isdisjoint(words)
 
     def _new(self) -> str:

@@ -52,7 +52,7 @@ class ReleaseRequest:
         Raises:
             SiteError: 414, a value in it has no canonical text.
         """
-        return cls(kind, address, request_digest.of(kind, request))
+        return cls(kind, address, request_digest.digest(kind, request))
 
 
 _PURPOSES: Final[Mapping[str, Purpose]] = {

@@ -12,7 +12,7 @@ from fedge.client import requests
 from fedge.client.privacy.charging import ChargedReplies, ReleaseRequest
 from fedge.client.requests import Address
 from fedge.client.secagg.participant import is_secure, min_sites_of
-from fedge.client.training.counts import Figures, Told
+from fedge.client.training.counts import Reported, RequestedCounts
 from fedge.shared import protocol
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import SiteError
@@ -39,7 +39,7 @@ class Evaluation:
 
     request: RecordDict
     address: Address
-    figures: Figures
+    figures: RequestedCounts
     counts: NoisedCounts
     min_sites: int = 0
 
@@ -55,7 +55,11 @@ class PrivateCounts:
         self._privacy = privacy
 
     def evaluation(
-        self, request: RecordDict, address: Address, section: PrivacySection, figures: Figures
+        self,
+        request: RecordDict,
+        address: Address,
+        section: PrivacySection,
+        figures: RequestedCounts,
     ) -> Evaluation | None:
         """How figures leave the site; None where they leave it without noise.
 
@@ -78,7 +82,7 @@ class PrivateCounts:
                     "privacy.corrupt-sites", f"below {least}", section.corrupt_sites
                 )
         names = figures.names if figures.noised is None else figures.noised
-        counts = noised_counts.of(section, names, honest, figures.sensitivity)
+        counts = noised_counts.plan(section, names, honest, figures.sensitivity)
         if counts is None:
             return None
         try:
@@ -101,7 +105,7 @@ class PrivateCounts:
         def make(spent: Spent) -> RecordDict:
             # Where the unit is an example their number is told, as when the site registered.
             whole = of.counts.unit == "site"
-            metrics: Told = {
+            metrics: Reported = {
                 protocol.NUM_EXAMPLES: 1 if whole else of.figures.num_examples,
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,

@@ -23,7 +23,7 @@ from fedge.shared.privacy.accounting.epsilon import Release
 from fedge.shared.privacy.accounting.run_releases import RunTerms, run_terms
 from fedge.shared.privacy.checks import compatibility
 from fedge.shared.privacy.mechanisms import distributed, local
-from fedge.shared.protocol import MOST_SITES
+from fedge.shared.protocol import MAX_SITES
 from fedge.shared.tasks.task import Task
 from fedge.shared.wire.tensors import NDArrays
 
@@ -70,7 +70,7 @@ class PrivateWork:
         if section in self._fit:
             return
         try:
-            compatibility.require_fit(section, self._task)
+            compatibility.require_compatible(section, self._task)
         except ConfigError as error:
             raise SiteError(414, error.message) from None
         self._fit.add(section)
@@ -135,7 +135,7 @@ class PrivateWork:
                 "privacy.corrupt-sites", f"below {least}", of.section.corrupt_sites
             )
         try:
-            distributed.deviation(terms.noise_multiplier, _size(received), honest, MOST_SITES)
+            distributed.stddev(terms.noise_multiplier, _size(received), honest, MAX_SITES)
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
         entropy = self._privacy.entropy
@@ -156,7 +156,7 @@ class PrivateWork:
         """
         noise = _noise(of.section)
         try:
-            local.deviation(noise.noise_multiplier, _size(received))
+            local.stddev(noise.noise_multiplier, _size(received))
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
         entropy = self._privacy.entropy

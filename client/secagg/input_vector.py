@@ -45,16 +45,14 @@ class SiteNoise:
             SiteError: 414, the noise does not fit the grid or the ring.
         """
         try:
-            deviation = distributed.deviation(
-                self.noise_multiplier, update.size, self.honest, sites
-            )
+            deviation = distributed.stddev(self.noise_multiplier, update.size, self.honest, sites)
             return distributed.encode(update, self.clipping_bound, deviation, self.entropy)
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
 
 
 @dataclass(frozen=True)
-class Contribution:
+class InputVector:
     """A site's part of one sum.
 
     Attributes:
@@ -121,7 +119,7 @@ def training(
     loss: float,
     *,
     private: bool = False,
-) -> Contribution:
+) -> InputVector:
     """The contribution of a training round.
 
     Args:
@@ -147,7 +145,7 @@ def training(
         vector_layout.CAPPED: int(num_examples > bounds.weight_cap),
     }
     if trained is None:
-        return Contribution(of, np.zeros(of.values, np.float32), 0.0, counters)
+        return InputVector(of, np.zeros(of.values, np.float32), 0.0, counters)
     _require_tensors(of, trained)
     flat = of.flatten(trained)
     for t in of.tensors:
@@ -163,12 +161,12 @@ def training(
     if norm > bounds.clipping_bound:
         update *= bounds.clipping_bound / norm
         counters[vector_layout.CLIPPED] = 1
-    return Contribution(of, flat, capped / bounds.weight_cap, counters)
+    return InputVector(of, flat, capped / bounds.weight_cap, counters)
 
 
 def noised(
     of: Layout, noise: SiteNoise, received: NDArrays, trained: NDArrays | None
-) -> Contribution:
+) -> InputVector:
     """The contribution of a training round with distributed noise: every site weighs the same, and counts as one.
 
     Args:
@@ -188,15 +186,15 @@ def noised(
         if not np.isfinite(norm):
             raise SiteError(401, "update: must be finite, got NaN or infinity")
         update *= min(1.0, noise.clipping_bound / max(norm, 1e-300))
-    return Contribution(of, update, 1.0, {vector_layout.SITES: 1}, noise)
+    return InputVector(of, update, 1.0, {vector_layout.SITES: 1}, noise)
 
 
-def evaluation(of: Layout, counters: Mapping[str, float]) -> Contribution:
+def evaluation(of: Layout, counters: Mapping[str, float]) -> InputVector:
     """The contribution of an evaluation: the task's counters over the site's test examples, with noise or without."""
     return _counted(of, vector_layout.task_counters(counters))
 
 
-def statistics(of: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> Contribution:
+def statistics(of: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> InputVector:
     """The contribution of the sums over standardised columns, in units of each column's bound; None counts nothing."""
     counters: dict[str, float] = {c.name: 0 for c in of.counters}
     if found is not None:
@@ -225,5 +223,5 @@ def _require_tensors(of: Layout, trained: NDArrays) -> None:
             )
 
 
-def _counted(of: Layout, counters: Mapping[str, float]) -> Contribution:
-    return Contribution(of, np.zeros(0, np.float32), 1.0, {**counters, vector_layout.SITES: 1})
+def _counted(of: Layout, counters: Mapping[str, float]) -> InputVector:
+    return InputVector(of, np.zeros(0, np.float32), 1.0, {**counters, vector_layout.SITES: 1})

@@ -19,9 +19,15 @@ from flwr.app import ConfigRecord, RecordDict
 from fedge.client import requests
 from fedge.client.requests import Address
 from fedge.client.secagg import input_vector as contributions
-from fedge.client.secagg.input_vector import Contribution
+from fedge.client.secagg.input_vector import InputVector
 from fedge.client.secagg.replay_guard import ReplayGuard
-from fedge.client.secagg.session import DEVIATES, Anchors, PeerError, Session, deviates
+from fedge.client.secagg.session import (
+    PROTOCOL_VIOLATION,
+    Anchors,
+    PeerError,
+    Session,
+    protocol_violation,
+)
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
 from fedge.shared.secagg import messages, request_digest, transcript
@@ -33,7 +39,7 @@ _NO_KEYS: Final = 426
 log = logging.getLogger(__name__)
 
 _PURPOSE_OF: Final[Mapping[str, Purpose]] = {kind: purpose for purpose, kind in BEGIN.items()}
-_MOST_BOUND: Final = 1e6
+_MAX_BOUND: Final = 1e6
 
 
 @dataclass
@@ -61,8 +67,8 @@ def bounds_of(content: RecordDict) -> Bounds:
 
     def bound(key: str) -> float:
         value = values.get(key)
-        if not isinstance(value, float) or not 0 < value <= _MOST_BOUND:
-            raise requests.refuse(key, f"a number above 0, at most {_MOST_BOUND:g}", value)
+        if not isinstance(value, float) or not 0 < value <= _MAX_BOUND:
+            raise requests.refuse(key, f"a number above 0, at most {_MAX_BOUND:g}", value)
         return value
 
     return Bounds(
@@ -79,12 +85,10 @@ def min_sites_of(content: RecordDict) -> int:
     Raises:
         SiteError: 414, it says none.
     """
-    return _integer(
-        _values(content), messages.MIN_SITES, transcript.FEWEST_SITES, protocol.MOST_SITES
-    )
+    return _integer(_values(content), messages.MIN_SITES, transcript.MIN_SITES, protocol.MAX_SITES)
 
 
-class SecureAnswers:
+class Participant:
     """The secure sums of one site.
 
     Args:
@@ -102,7 +106,7 @@ class SecureAnswers:
         content: RecordDict,
         address: Address,
         seed: int,
-        contribution: Callable[[], Contribution],
+        contribution: Callable[[], InputVector],
         min_sites: int = 0,
     ) -> ConfigRecord:
         """Exchange 0: take part in a sum.
@@ -132,11 +136,11 @@ class SecureAnswers:
         if last is not None and last.session.attempt.run_id == address.run_id:
             before = (last.session.attempt.server_round, last.session.attempt.number)
             if (server_round, number) <= before:
-                raise deviates(
+                raise protocol_violation(
                     "attempt", f"come after {before}, as each has new keys", (server_round, number)
                 )
         attempt = Attempt(
-            request_digest.of(kind, content), address.run_id, purpose, server_round, number
+            request_digest.digest(kind, content), address.run_id, purpose, server_round, number
         )
         given = contribution()
         # Whatever was open is over: a server that asks for the next sum has had, or has lost, the one before. What was
@@ -177,7 +181,7 @@ class SecureAnswers:
                 f"{purpose}: must have been begun by this worker, got {asked[0]} {asked[1:]}",
             )
         if asked != _identity(opened.session.attempt):
-            raise deviates("attempt", "be the one that this site has begun", asked)
+            raise protocol_violation("attempt", "be the one that this site has begun", asked)
         digest = hashlib.sha256(
             json.dumps(dict(values), sort_keys=True, default=request_digest.no_json).encode()
         ).digest()
@@ -187,7 +191,9 @@ class SecureAnswers:
             return opened.reply
         try:
             if at != opened.step + 1:
-                raise deviates("exchange", f"be number {opened.step + 1} of this attempt", at)
+                raise protocol_violation(
+                    "exchange", f"be number {opened.step + 1} of this attempt", at
+                )
             reply = _STEPS[kind](opened.session, values)
         except PeerError as error:
             opened.session.wipe()
@@ -203,7 +209,7 @@ class SecureAnswers:
         except ValueError as error:
             opened.session.wipe()
             opened.step = len(STEPS) + 1
-            raise SiteError(DEVIATES, f"{kind}: {error}") from None
+            raise SiteError(PROTOCOL_VIOLATION, f"{kind}: {error}") from None
         except SiteError:
             opened.session.wipe()
             opened.step = len(STEPS) + 1
@@ -236,7 +242,7 @@ def _masked(session: Session, values: ConfigRecord) -> RecordDict:
 
 
 def _commit(session: Session, values: ConfigRecord) -> RecordDict:
-    most = protocol.MOST_SITES * 65
+    most = protocol.MAX_SITES * 65
     survivors = transcript.unpack_sites(messages.data(values, messages.SURVIVORS, most))
     return _reply({messages.SIGNATURE: session.commit(survivors)})
 

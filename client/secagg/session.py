@@ -19,7 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 
-from fedge.client.secagg.input_vector import Contribution
+from fedge.client.secagg.input_vector import InputVector
 from fedge.shared.errors import SiteError
 from fedge.shared.roster.roster import Roster
 from fedge.shared.secagg import (
@@ -31,9 +31,9 @@ from fedge.shared.secagg import (
     transcript,
 )
 from fedge.shared.secagg.messages import SHARE_BYTES, Sharer, Signed
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
+from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 
-DEVIATES: Final = 422
+PROTOCOL_VIOLATION: Final = 422
 TOO_FEW: Final = 424
 
 
@@ -102,14 +102,14 @@ class Session:
         self,
         anchors: Anchors,
         attempt: Attempt,
-        contribution: Contribution,
+        contribution: InputVector,
         rounding_key: bytes,
         note: Callable[[], None],
         min_sites: int = 0,
     ) -> None:
         self.attempt = attempt
         self._anchors, self._note = anchors, note
-        self._contribution: Contribution | None = contribution
+        self._contribution: InputVector | None = contribution
         self._rounding_key, self._min_sites = rounding_key, min_sites
         self._box, self._mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
         self._seed = bytearray(os.urandom(32))
@@ -145,7 +145,7 @@ class Session:
         """
         names, own = [b.site for b in bundles], self.site
         if self.bundle not in bundles:
-            raise deviates("bundles", "hold this site's own", "none or another")
+            raise protocol_violation("bundles", "hold this site's own", "none or another")
         self._require_enough(len(bundles))
         roster, today = self._anchors.roster(), self._anchors.today()
         keys: dict[str, Ed25519PublicKey] = {}
@@ -156,7 +156,9 @@ class Session:
                 raise PeerError(error.code, bundle.site, error.message) from None
             if not transcript.verifies(self.attempt, bundle, keys[bundle.site]):
                 raise PeerError(
-                    DEVIATES, bundle.site, "the bundle must carry its signature for this job"
+                    PROTOCOL_VIOLATION,
+                    bundle.site,
+                    "the bundle must carry its signature for this job",
                 )
         self._bundles, self._keys = dict(zip(names, bundles, strict=True)), keys
         self._t = transcript.transcript(self.attempt, bundles)
@@ -172,7 +174,7 @@ class Session:
         of_mask = shamir.split(self._mask.private_bytes(), least, xs)
         self._held = {own: (of_seed[at + 1], of_mask[at + 1])}
         sealed = [
-            share_encryption.seal(
+            share_encryption.encrypt_share(
                 self._box_key(own, names[i]),
                 of_seed[i + 1] + of_mask[i + 1],
                 self._t,
@@ -201,7 +203,7 @@ class Session:
             self._take(sharer)
         self._sharers = frozenset(names)
         if self._contribution is None:
-            raise deviates("exchange", "be taken once", "a second")
+            raise protocol_violation("exchange", "be taken once", "a second")
         vector = self._contribution.encode(len(names), self._rounding_key)
         self._contribution = None
         masks = [(key_agreement.self_mask_key(bytes(self._seed), self._t), 1)]
@@ -244,7 +246,7 @@ class Session:
             and transcript.is_signed(self._keys[s.site], s.signature, statement)
         ]
         if len(agreed) < self._threshold:
-            raise deviates(
+            raise protocol_violation(
                 "signatures", f"be {self._threshold} or more on these survivors", len(agreed)
             )
         self._note()
@@ -269,17 +271,21 @@ class Session:
                 own.commitment,
                 own.signature,
             ):
-                raise deviates("sharers", "hold what this site shared", "another")
+                raise protocol_violation("sharers", "hold what this site shared", "another")
             return
         statement = transcript.share_statement(self._t, sharer.site, sharer.commitment)
         if not transcript.is_signed(self._keys[sharer.site], sharer.signature, statement):
             raise PeerError(
-                DEVIATES, sharer.site, "must have signed its shares for the same job and sites"
+                PROTOCOL_VIOLATION,
+                sharer.site,
+                "must have signed its shares for the same job and sites",
             )
         if sharer.site in self._neighbours:
             key = self._box_key(sharer.site, self.site)
             try:
-                plain = share_encryption.open_box(key, sharer.box, self._t, sharer.site, self.site)
+                plain = share_encryption.decrypt_share(
+                    key, sharer.box, self._t, sharer.site, self.site
+                )
             except SiteError as error:
                 raise PeerError(error.code, sharer.site, error.message) from None
             self._held[sharer.site] = plain[:SHARE_BYTES], plain[SHARE_BYTES:]
@@ -291,14 +297,14 @@ class Session:
                 key_agreement.shared(self._mask, bundle.mask_key),
             )
         except ValueError as error:
-            raise PeerError(DEVIATES, bundle.site, str(error)) from None
+            raise PeerError(PROTOCOL_VIOLATION, bundle.site, str(error)) from None
 
     def _box_key(self, src: str, dst: str) -> bytes:
         peer = dst if src == self.site else src
-        return key_agreement.box_key(self._agreed[peer][0], self._t, src, dst)
+        return key_agreement.share_encryption_key(self._agreed[peer][0], self._t, src, dst)
 
     def _require_enough(self, count: int) -> None:
-        least = max(self._threshold, self._anchors.min_sites(), self._min_sites, FEWEST_SITES)
+        least = max(self._threshold, self._anchors.min_sites(), self._min_sites, MIN_SITES)
         if count < least:
             raise SiteError(TOO_FEW, f"sites: must be {least} or more, got {count}")
 
@@ -306,9 +312,9 @@ class Session:
         self, what: str, names: Sequence[str], of: Mapping[str, object] | frozenset[str]
     ) -> None:
         if self.site not in names:
-            raise deviates(what, "name this site", "a list without it")
+            raise protocol_violation(what, "name this site", "a list without it")
         if stranger := next((name for name in names if name not in of), None):
-            raise deviates(what, "be among those of the exchange before", stranger)
+            raise protocol_violation(what, "be among those of the exchange before", stranger)
 
     def _commitment(self) -> bytes:
         return transcript.commit_statement(
@@ -321,6 +327,6 @@ class Session:
         return self._anchors.private.sign(statement)
 
 
-def deviates(what: str, wanted: str, got: object) -> SiteError:
+def protocol_violation(what: str, wanted: str, got: object) -> SiteError:
     """Error 422 in the project's wording."""
-    return SiteError(DEVIATES, f"{what}: must {wanted}, got {str(got)[:80]}")
+    return SiteError(PROTOCOL_VIOLATION, f"{what}: must {wanted}, got {str(got)[:80]}")

@@ -10,8 +10,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedge.client.requests import Address, Terms, Training
 from fedge.client.secagg import input_vector, participant
-from fedge.client.secagg.input_vector import Contribution, SiteNoise
-from fedge.client.secagg.participant import SecureAnswers
+from fedge.client.secagg.input_vector import InputVector, SiteNoise
+from fedge.client.secagg.participant import Participant
 from fedge.client.secagg.replay_guard import ReplayGuard
 from fedge.client.secagg.session import Anchors
 from fedge.shared import protocol
@@ -48,10 +48,10 @@ class SecureWork:
         home: Path,
     ) -> None:
         self._task, self._shapes, self._parameters = task, shapes, parameters
-        self._answers = SecureAnswers(anchors, ReplayGuard(home / FOLDER)) if anchors else None
-        self._trained: tuple[bytes, int, Contribution] | None = None
+        self._answers = Participant(anchors, ReplayGuard(home / FOLDER)) if anchors else None
+        self._trained: tuple[bytes, int, InputVector] | None = None
 
-    def require(self) -> SecureAnswers:
+    def require(self) -> Participant:
         """The site's sums.
 
         Raises:
@@ -84,9 +84,9 @@ class SecureWork:
             private: the weights are noised, and neither loss nor number of examples may be told.
         """
         bounds = participant.bounds_of(request)
-        job = jobs.of(protocol.TRAIN, request)
+        job = jobs.digest(protocol.TRAIN, request)
 
-        def contribute() -> Contribution:
+        def contribute() -> InputVector:
             known = self._trained
             if known is not None and known[:2] == (job, what.accepted_round):
                 return known[2]
@@ -125,10 +125,10 @@ class SecureWork:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
         of = vector_layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
-        job = jobs.of(protocol.TRAIN, request)
+        job = jobs.digest(protocol.TRAIN, request)
         least = participant.min_sites_of(request)
 
-        def contribute() -> Contribution:
+        def contribute() -> InputVector:
             charge()
             known = self._trained
             if known is not None and known[:2] == (job, 0):
@@ -168,7 +168,7 @@ class SecureWork:
         """
         of = vector_layout.of_evaluation(tuple(names), noised=noised)
 
-        def contribute() -> Contribution:
+        def contribute() -> InputVector:
             found = count()
             return input_vector.evaluation(of, {n: found[n] for n in names})
 

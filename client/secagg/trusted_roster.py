@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedge.shared.crypto import dsse
 from fedge.shared.errors import BundleError, DeployError, FedgeError, ReleaseError, SiteError
 from fedge.shared.files import read_bounded, reason, write_atomically
-from fedge.shared.roster.roster import LARGEST_FILE, Roster, open_roster
+from fedge.shared.roster.roster import MAX_FILE, Roster, open_roster
 
 FILE: Final = "roster.json"
 TRUST: Final = "consortium.pub"
@@ -50,7 +50,7 @@ def read(home: Path) -> Roster:
     except BundleError as error:
         raise DeployError(_UNUSABLE, error.message) from None
     try:
-        data = read_bounded(path, LARGEST_FILE)
+        data = read_bounded(path, MAX_FILE)
     except OSError as error:
         raise DeployError(_UNUSABLE, f"{path}: cannot be read ({reason(error)})") from None
     roster = open_roster(data, trusted)

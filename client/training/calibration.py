@@ -22,8 +22,8 @@ from fedge.client import requests
 from fedge.client.requests import Terms
 from fedge.client.training import calibration_ranges, calibration_replay_guard, graph_runs
 from fedge.client.training.calibration_ranges import Seen
-from fedge.client.training.calibration_request import Asked
-from fedge.client.training.counts import Figures, Told
+from fedge.client.training.calibration_request import CalibrationRequest
+from fedge.client.training.counts import Reported, RequestedCounts
 from fedge.client.training.graph_runs import GraphFailedError
 from fedge.client.training.learner import CHUNK, Learner
 from fedge.client.training.local_steps import Examples
@@ -71,7 +71,7 @@ class SiteCalibration:
         received: NDArrays,
         examples: tuple[Examples, Examples],
         section: PrivacySection,
-    ) -> Figures:
+    ) -> RequestedCounts:
         """What a request to calibrate or to qualify asks for.
 
         Args:
@@ -86,18 +86,20 @@ class SiteCalibration:
             SiteError: 414, the request is refused, or this run asked for other ranges before; 429, it is about another
                 graph than this site's; 413, the site cannot make the graph.
         """
-        asked = Asked.of(request, self._task.name, terms, received)
+        asked = CalibrationRequest.of(request, self._task.name, terms, received)
         fit, held_out = examples
         if kind == protocol.CALIBRATE:
             return self._ranges(asked, fit, section)
         return self._scores(asked, held_out)
 
-    def _ranges(self, asked: Asked, fit: Examples, section: PrivacySection) -> Figures:
+    def _ranges(
+        self, asked: CalibrationRequest, fit: Examples, section: PrivacySection
+    ) -> RequestedCounts:
         graph, tensors = self._graph(asked, fit)
         calibration_replay_guard.require_same(
             self._learner.home,
             asked.terms.address.run_id,
-            request_digest.of(protocol.CALIBRATE, asked.request),
+            request_digest.digest(protocol.CALIBRATE, asked.request),
         )
         rows = calibration_ranges.rows(
             len(fit.y),
@@ -110,7 +112,7 @@ class SiteCalibration:
         hidden = section.mechanism == "local"
         look = partial(self._seen, asked, graph, tensors, fit, rows)
 
-        def told() -> Told:
+        def told() -> Reported:
             both = look().both
             return {
                 protocol.NUM_EXAMPLES: 1 if hidden else len(rows),
@@ -125,7 +127,7 @@ class SiteCalibration:
             return {**dict(zip(names, counts.tolist(), strict=True)), EXAMPLES: float(len(rows))}
 
         digest = hashlib.sha256(graph).hexdigest()
-        return Figures(
+        return RequestedCounts(
             kind=protocol.CALIBRATE,
             names=(*names, EXAMPLES),
             told=told,
@@ -137,7 +139,7 @@ class SiteCalibration:
             config=lambda: {protocol.GRAPH: digest},
         )
 
-    def _scores(self, asked: Asked, held_out: Examples) -> Figures:
+    def _scores(self, asked: CalibrationRequest, held_out: Examples) -> RequestedCounts:
         graph, tensors = self._graph(asked, held_out)
         wanted = asked.candidates()
         found = asked.ranges(tensors)
@@ -155,12 +157,12 @@ class SiteCalibration:
                 EXAMPLES: float(len(held_out.y)),
             }
 
-        def told() -> Told:
+        def told() -> Reported:
             counted = count()
             listed = [counted[name] for name in names]
             return {protocol.NUM_EXAMPLES: len(held_out.y), protocol.COUNTS: listed}
 
-        return Figures(
+        return RequestedCounts(
             kind=protocol.QUALIFY,
             names=names,
             told=told,
@@ -171,7 +173,9 @@ class SiteCalibration:
             config=lambda: {protocol.CANDIDATE_DIGESTS: score().digests},
         )
 
-    def _graph(self, asked: Asked, examples: Examples) -> tuple[bytes, tuple[str, ...]]:
+    def _graph(
+        self, asked: CalibrationRequest, examples: Examples
+    ) -> tuple[bytes, tuple[str, ...]]:
         """The site's own fp32 graph, which must be the one that the server speaks of, and its tensors."""
         try:
             graph = candidates.fp32(self._task, asked.received, tuple(examples.x.shape[1:]))
@@ -188,7 +192,12 @@ class SiteCalibration:
         return graph, tensors
 
     def _seen(
-        self, asked: Asked, graph: bytes, tensors: tuple[str, ...], fit: Examples, rows: Any
+        self,
+        asked: CalibrationRequest,
+        graph: bytes,
+        tensors: tuple[str, ...],
+        fit: Examples,
+        rows: Any,
     ) -> Seen:
         """How far the activations go in those examples."""
 
@@ -200,7 +209,7 @@ class SiteCalibration:
 
     def _scored(
         self,
-        asked: Asked,
+        asked: CalibrationRequest,
         graph: bytes,
         wanted: Mapping[str, str],
         found: candidates.Ranges | None,
@@ -233,7 +242,11 @@ class SiteCalibration:
             return b""
 
     def _ran(
-        self, asked: Asked, graphs: Mapping[str, bytes], held_out: Examples, own: tuple[str, ...]
+        self,
+        asked: CalibrationRequest,
+        graphs: Mapping[str, bytes],
+        held_out: Examples,
+        own: tuple[str, ...],
     ) -> dict[str, dict[str, float]]:
         """Counters of the candidates that run here."""
         if not len(held_out.y):
@@ -263,9 +276,9 @@ class SiteCalibration:
         total[EXAMPLES] = float(len(labels))
         return total
 
-    def _once(self, kind: str, asked: Asked, compute: Callable[[], _T]) -> _T:
+    def _once(self, kind: str, asked: CalibrationRequest, compute: Callable[[], _T]) -> _T:
         """What a request asks for, computed once: another attempt at a masked sum asks for the same."""
-        key = request_digest.of(kind, asked.request)
+        key = request_digest.digest(kind, asked.request)
         if self._last is None or self._last[0] != key:
             self._last = (key, compute())
         found: _T = self._last[1]

@@ -22,12 +22,12 @@ from fedge.shared.wire.tensors import NDArrays
 
 _REFUSED: Final = 414
 _RECORDS: Final = frozenset((protocol.CONFIG, protocol.ARRAYS, messages.SECURE))
-_LARGEST_SECTION: Final = 1000
+_MAX_SECTION: Final = 1000
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalibrationRequest:
     """A request about the final model.
 
     Attributes:
@@ -47,7 +47,9 @@ class Asked:
     graph: str
 
     @classmethod
-    def of(cls, request: RecordDict, task: str, terms: Terms, received: NDArrays) -> Asked:
+    def of(
+        cls, request: RecordDict, task: str, terms: Terms, received: NDArrays
+    ) -> CalibrationRequest:
         """Read what both kinds of request have in common.
 
         Raises:
@@ -64,7 +66,7 @@ class Asked:
     @property
     def running(self) -> graph_runs.Terms:
         """How graphs are run."""
-        longest = min(self.section.deadline, graph_runs.LONGEST_DEADLINE)
+        longest = min(self.section.deadline, graph_runs.MAX_DEADLINE)
         return graph_runs.Terms(longest, self.terms.threads)
 
     def candidates(self) -> dict[str, str]:
@@ -108,7 +110,7 @@ class Asked:
 
 def _section_of(config: ConfigRecord) -> CalibrationSection:
     text = config.get(protocol.CALIBRATION)
-    if not isinstance(text, str) or len(text) > _LARGEST_SECTION:
+    if not isinstance(text, str) or len(text) > _MAX_SECTION:
         raise requests.refuse(protocol.CALIBRATION, "a section as JSON", type(text).__name__)
     try:
         return CalibrationSection.model_validate_json(text)

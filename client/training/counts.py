@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 from fedge.shared import protocol
 
-Told: TypeAlias = dict[str, int | float | list[int] | list[float]]
+Reported: TypeAlias = dict[str, int | float | list[int] | list[float]]
 
 
 @dataclass(frozen=True)
-class Figures:
+class RequestedCounts:
     """The figures of one request.
 
     Attributes:
@@ -29,7 +29,7 @@ class Figures:
 
     kind: str
     names: tuple[str, ...]
-    told: Callable[[], Told]
+    told: Callable[[], Reported]
     count: Callable[[], Mapping[str, float]]
     num_examples: int
     noised: tuple[str, ...] | None = None
@@ -40,11 +40,11 @@ class Figures:
 
 def of_evaluation(
     names: tuple[str, ...], num_examples: int, count: Callable[[], Mapping[str, float]]
-) -> Figures:
+) -> RequestedCounts:
     """The task's counters over held-out examples."""
 
-    def told() -> Told:
+    def told() -> Reported:
         found = count()
         return {protocol.NUM_EXAMPLES: num_examples, **{name: found[name] for name in names}}
 
-    return Figures(protocol.EVALUATE, names, told, count, num_examples)
+    return RequestedCounts(protocol.EVALUATE, names, told, count, num_examples)

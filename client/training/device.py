@@ -23,7 +23,7 @@ OUT_OF_MEMORY: Final = 416
 DEVICE_GONE: Final = 417
 
 #: What the memory bound must leave beyond the worker's own start, in GiB.
-LEAST_ROOM: Final = 0.25
+MIN_ROOM: Final = 0.25
 _GIB: Final = 2**30
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Torch reports these as RuntimeError, told apart by their text alone.
@@ -79,7 +79,7 @@ def bound(device: torch.device, memory_gib: float | None, gpu_fraction: float) -
             )
         torch.cuda.set_per_process_memory_fraction(gpu_fraction, device)
     elif memory_gib is not None:
-        least = _held_gib() + LEAST_ROOM
+        least = _held_gib() + MIN_ROOM
         if memory_gib < least:
             raise ConfigError(
                 201, f"policy.memory-gib: must be at least {least:.2f}, got {memory_gib:g}"

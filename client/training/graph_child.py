@@ -25,7 +25,7 @@ from fedge.shared.failpoints import reach
 HEADER: Final = struct.Struct(">I")
 #: Where a test may kill: over the graph of that number.
 FAIL_POINT: Final = "graph-run"
-_LONGEST: Final = 300
+_MAX_TEXT: Final = 300
 
 
 def run(
@@ -77,7 +77,7 @@ def main(given: BinaryIO, out: BinaryIO) -> None:
             body = np.ascontiguousarray(found).tobytes()
         except Exception as error:  # onnxruntime's exceptions share no base class
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            told = {"error": lines[0][:_LONGEST]}
+            told = {"error": lines[0][:_MAX_TEXT]}
         signal.setitimer(signal.ITIMER_REAL, 0)
         head = json.dumps(told).encode()
         out.write(HEADER.pack(len(head)) + head + body)

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from fedge.client.training.graph_child import HEADER
 
 #: Seconds that a graph gets here at most, whatever a request says: meanwhile the site answers nothing else.
-LONGEST_DEADLINE: Final = 300.0
+MAX_DEADLINE: Final = 300.0
 #: Examples at a time where it makes no difference.
 BATCH: Final = 64
 _COMMAND: Final = (sys.executable, "-P", "-m", "fedge.client.training.graph_child")
 #: Seconds beyond the graphs' own, in which the child starts and reads.
 _START: Final = 60.0
-_LONGEST: Final = 300
+_MAX_TEXT: Final = 300
 
 
 class GraphFailedError(Exception):
@@ -131,7 +131,7 @@ def _frames(data: bytes, most: int) -> list[Result]:
             told = json.loads(data[at + HEADER.size : at + HEADER.size + size])
             at += HEADER.size + size
             if "error" in told:
-                found.append(GraphFailedError(str(told["error"])[:_LONGEST]))
+                found.append(GraphFailedError(str(told["error"])[:_MAX_TEXT]))
                 continue
             shape = [int(n) for n in told["shape"]]
             values = np.frombuffer(data, np.float32, math.prod(shape), at).reshape(shape)
@@ -153,4 +153,4 @@ def _why(status: int, stderr: bytes) -> GraphFailedError:
             f"crashed ({signal.Signals(-status).name if -status in known else -status})"
         )
     lines = stderr.decode(errors="replace").strip().splitlines() or [f"exit status {status}"]
-    return GraphFailedError(f"failed ({lines[-1][:_LONGEST]})")
+    return GraphFailedError(f"failed ({lines[-1][:_MAX_TEXT]})")

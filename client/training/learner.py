@@ -76,7 +76,7 @@ class Learner:
         """Of the tensors that SCAFFOLD has a variate of: those in floating point."""
         return {n: s for n, s in self.specs.items() if np.dtype(s.dtype).kind == "f"}
 
-    def hold_still(self, run_id: str) -> None:
+    def check_data_unchanged(self, run_id: str) -> None:
         """Note the data's digest when a run begins; later it must be the same, as redone rounds rely on it.
 
         The digest never leaves the site.

@@ -31,7 +31,7 @@ from fedge.client.settings.privacy_policy import PrivacyPolicy, simulated
 from fedge.client.training import counts
 from fedge.client.training import device as devices
 from fedge.client.training.calibration import SiteCalibration
-from fedge.client.training.counts import Figures
+from fedge.client.training.counts import RequestedCounts
 from fedge.client.training.learner import Learner
 from fedge.shared import protocol
 from fedge.shared.config.privacy import PrivacySection
@@ -145,7 +145,7 @@ class SiteWorker:
     def _register(self, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
         address, section = requests.address(config), section_of(config)
-        self.learner.hold_still(address.run_id)
+        self.learner.check_data_unchanged(address.run_id)
         if is_secure(request):
             # Sizes and sums leave the site under masks alone.
             self._secure.require()
@@ -227,7 +227,7 @@ class SiteWorker:
             return self._counts.vouch(self._reply(terms.address, bundle))
         return self._counts.answer(of, partial(self._told, of.figures, terms))
 
-    def _told(self, asked: Figures, terms: Terms, metrics: MetricRecord) -> RecordDict:
+    def _told(self, asked: RequestedCounts, terms: Terms, metrics: MetricRecord) -> RecordDict:
         reply = self._reply(terms.address, metrics)
         config = reply[protocol.CONFIG]
         if isinstance(config, ConfigRecord):
@@ -236,7 +236,7 @@ class SiteWorker:
 
     def _sum_statistics(self, request: RecordDict) -> RecordDict:
         address = requests.address(requests.config_of(request, self.task.name))
-        self.learner.hold_still(address.run_id)
+        self.learner.check_data_unchanged(address.run_id)
         return self._reply(
             address, self._secure.statistics(request, address, self.learner.statistics)
         )

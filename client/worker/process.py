@@ -122,7 +122,7 @@ def _data(site: SiteFile, task: Task) -> SiteData:
     if site.data.share is None:
         return own_data.own_examples(task, site.site.name, site.data)
     found = npy_files.read(site.data.share)
-    own_data.require_fit(task, found)
+    own_data.require_task_data(task, found)
     return found
 
 

@@ -15,7 +15,7 @@ from fedge.shared.bundle.manifest_artefacts import ENGINE_KINDS, Artefact
 from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.errors import BundleError
 
-_LONGEST_NAME: Final = 100
+_MAX_NAME: Final = 100
 _CPUINFO_BYTES: Final = 64 * 1024
 #: The distributions that bring the module onnxruntime.
 _ONNXRUNTIME: Final = (
@@ -76,7 +76,7 @@ def cpu_name() -> str:
     except OSError:
         pass
     name = name or platform.processor() or platform.machine() or CPU
-    return "".join(c for c in " ".join(name.split()) if c.isprintable())[:_LONGEST_NAME]
+    return "".join(c for c in " ".join(name.split()) if c.isprintable())[:_MAX_NAME]
 
 
 def runtime_versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from fedge.shared.errors import BundleError
 MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 TITLES: Final = {"tensorrt-rtx": RTX, "tensorrt": TRT}
 #: Largest input or output of one call, in bytes; larger batches go in several.
-_MOST_BYTES: Final = 2**28
+_MAX_BYTES: Final = 2**28
 _NOTHING_SAID: Final = "no reason given"
 
 _logs: list[tuple[Any, Any]] = []
@@ -187,7 +187,7 @@ class EngineBackend:
                 raise BundleError(710, f"{self.artefact}: {name} must be float32")
         profile = engine.get_tensor_profile_shape(GRAPH_INPUT, 0)
         row = 4 * max(int(np.prod(shapes.input)), shapes.logits)
-        return max(1, min(int(next(iter(profile[2]))), _MOST_BYTES // row))
+        return max(1, min(int(next(iter(profile[2]))), _MAX_BYTES // row))
 
     def _call(self, cuda: Context, x: Array, logits: Array) -> None:
         """One call of the engine; ``logits`` is filled in."""

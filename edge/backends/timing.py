@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-_FEWEST_RUNS: Final = 10
+_MIN_RUNS: Final = 10
 
 
 def timed(work: Callable[[], object], runs: int, seconds: float) -> list[float]:
@@ -28,7 +28,7 @@ def timed(work: Callable[[], object], runs: int, seconds: float) -> list[float]:
         work()
         now = time.perf_counter()
         times.append((now - start) * 1e3)
-        if now > end and len(times) >= _FEWEST_RUNS:
+        if now > end and len(times) >= _MIN_RUNS:
             break
     return times
 

@@ -25,7 +25,7 @@ from fedge.shared.errors import BundleError
 #: installation allows more.
 DEADLINE: Final = 1.6
 _CHILD: Final = "fedge.edge.backends.trial_child"
-_LONGEST: Final = 300
+_MAX_REASON: Final = 300
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _answer(candidate: Candidate, data: bytes, sizes: list[int], logits: int) ->
     try:
         told: dict[str, Any] = json.loads(line)
         if "failure" in told:
-            raise _refused(candidate, str(told["failure"])[:_LONGEST])
+            raise _refused(candidate, str(told["failure"])[:_MAX_REASON])
         p50, p99 = told["p50_ms"], told["p99_ms"]
         flat = np.frombuffer(body, "<f4").reshape(sum(sizes), logits)
         return Trial(

@@ -23,7 +23,7 @@ _MAX_BATCH: Final = 4096
 _MAX_QUEUE: Final = 4096
 _MAX_REQUEST: Final = 2**30
 #: Runs at once without `--parallel`: beyond a few, what they gain in requests a second each pays in time.
-_MOST_PARALLEL: Final = 4
+_MAX_PARALLEL: Final = 4
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -92,7 +92,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--parallel",
         type=whole(1, MAX_THREADS),
         metavar="N",
-        help=f"most inferences at once, each with --threads (default: fill the cores, at most {_MOST_PARALLEL})",
+        help=f"most inferences at once, each with --threads (default: fill the cores, at most {_MAX_PARALLEL})",
     )
     add_statistics(parser)
     parser.add_argument(
@@ -123,4 +123,4 @@ def limits_of(arguments: Namespace) -> Limits:
 def _parallel(threads: int) -> int:
     """Runs of ``threads`` each that this process' cores hold."""
     own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return max(1, min(_MOST_PARALLEL, len(own(0)) // threads))
+    return max(1, min(_MAX_PARALLEL, len(own(0)) // threads))

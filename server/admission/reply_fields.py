@@ -29,7 +29,7 @@ from fedge.shared.wire.tensors import NDArrays
 
 #: More values than any task reports; and the farthest that an integer tensor may move in a round.
 _MOST_METRICS, _COUNTER_STEP = 64, 1e9
-_MOST_EPSILON = 1e9
+_MAX_EPSILON = 1e9
 _SPENT = (protocol.EPSILON_CONSUMERS, protocol.EPSILON_SERVER)
 _PRIVATE = (protocol.NUM_EXAMPLES, *_SPENT)
 
@@ -169,10 +169,10 @@ def epsilon_of(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | 
         # It got updates without noise.
         server = math.inf
     if consumers is not None and server is not None:
-        bounded = 0 <= server <= _MOST_EPSILON or server == math.inf
-        if 0 <= consumers <= _MOST_EPSILON and bounded:
+        bounded = 0 <= server <= _MAX_EPSILON or server == math.inf
+        if 0 <= consumers <= _MAX_EPSILON and bounded:
             return (consumers, server), []
-    reason = f"must be 0 to {_MOST_EPSILON:g}"
+    reason = f"must be 0 to {_MAX_EPSILON:g}"
     return None, [Drop(site, key, reason) for key in _SPENT]
 
 

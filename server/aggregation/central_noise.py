@@ -48,15 +48,15 @@ from fedge.shared.wire.tensors import NDArrays
 _log = logging.getLogger(__name__)
 
 #: A bound that follows a quantile stays within these.
-LEAST_BOUND: Final = 1e-9
-LARGEST_BOUND: Final = 1e9
+MIN_BOUND: Final = 1e-9
+MAX_BOUND: Final = 1e9
 
 _DAMAGED: Final = 504
 _SLOT: Final = "central/"
 #: Sites drawn on average for each standard deviation of the noise on their bits (Andrew et al., section 3).
-_A_TWENTIETH: Final = 20.0
+_SITES_PER_SIGMA: Final = 20.0
 #: Beyond it a noisy share tells nothing more.
-_FARTHEST_SHARE: Final = 10.0
+_MAX_SHARE: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class CentralNoise:
             return self._multiplier, None
         count = self._section.count_noise_multiplier
         if count is None:
-            count = max(expected / _A_TWENTIETH, self._multiplier)
+            count = max(expected / _SITES_PER_SIGMA, self._multiplier)
         count = min(
             max(count, adaptive_clipping.MIN_COUNT_NOISE), adaptive_clipping.MAX_COUNT_NOISE
         )
@@ -273,9 +273,9 @@ class CentralNoise:
         fraction = adaptive_clipping.noisy_fraction(
             within, sites, count_noise, self._entropy, expected
         )
-        near = min(max(fraction, -_FARTHEST_SHARE), _FARTHEST_SHARE)
+        near = min(max(fraction, -_MAX_SHARE), _MAX_SHARE)
         bound = adaptive_clipping.update(self.clipping_bound, near, target, rate)
-        self.clipping_bound = min(max(bound, LEAST_BOUND), LARGEST_BOUND)
+        self.clipping_bound = min(max(bound, MIN_BOUND), MAX_BOUND)
         return fraction
 
     def _facts(

@@ -21,8 +21,8 @@ from fedge.shared.wire.tensors import NDArrays
 
 #: Steps of the grid in a standard deviation of the noise: below the first, the accountant's Gaussian and the discrete
 #: one begin to differ; beyond the last, its table takes long to make, and much memory.
-LEAST_DEVIATION: Final = 2.0**12
-MOST_DEVIATION: Final = 2.0**18
+MIN_STDDEV: Final = 2.0**12
+MAX_STDDEV: Final = 2.0**18
 #: Steps in the mean coordinate of an update at the bound.
 _FINE: Final = 16.0
 #: After so many tries nothing is left of an update that does not become short enough.
@@ -59,7 +59,7 @@ def grid(clipping_bound: float, noise_multiplier: float, size: int) -> IntegerGr
     """
     wanted = _FINE * noise_multiplier * math.sqrt(max(size, 1))
     # A power of two, so that the table of one round serves the next.
-    deviation = 2.0 ** math.ceil(math.log2(min(max(wanted, LEAST_DEVIATION), MOST_DEVIATION)))
+    deviation = 2.0 ** math.ceil(math.log2(min(max(wanted, MIN_STDDEV), MAX_STDDEV)))
     return IntegerGrid(clipping_bound, deviation, noise_multiplier * clipping_bound / deviation)
 
 

@@ -8,14 +8,14 @@ from typing import Any, Final
 
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.privacy.accounting import epsilon
-from fedge.shared.privacy.accounting.adversaries import reckon
+from fedge.shared.privacy.accounting.adversaries import account
 from fedge.shared.privacy.accounting.epsilon import Release
 
 #: At which the server reckons epsilon; each site's ledger has its owner's.
 DELTA: Final = 1e-5
 
 
-def secret_sample(section: PrivacySection) -> bool:
+def is_secret_sample(section: PrivacySection) -> bool:
     """Whether epsilon rests on nobody's knowing who was drawn."""
     return section.mechanism == "central" and section.sampling_rate < 1
 
@@ -88,7 +88,7 @@ def masked_spent(
         if noise is not None and steps
     ]
     consumers, server = (
-        e if math.isfinite(e) else None for e in reckon(releases, DELTA, section.unit)
+        e if math.isfinite(e) else None for e in account(releases, DELTA, section.unit)
     )
     return {
         "delta": DELTA,

@@ -40,7 +40,7 @@ ROSTER_EVERY, NODES_EVERY = 1.0, 20.0
 #: Seconds after which a key that Flower did not take is offered again.
 ASK_AGAIN = 70.0
 #: Ends of the SuperLink in a row after which its database is held to be the cause.
-MOST_FAILURES = 4
+MAX_FAILURES = 4
 
 
 def run(home: Path, *, fork_server: Path | None = None) -> int:
@@ -141,7 +141,7 @@ class ServerDaemon:
         self.supervisor.ticks += [self._tick]
 
     def _superlink(self) -> Program:
-        if self._anew or self.supervisor.services["superlink"].failures >= MOST_FAILURES:
+        if self._anew or self.supervisor.services["superlink"].failures >= MAX_FAILURES:
             self._make_database_anew()
         # Without a front the SuperLink itself takes the sites; server_file allows that on a loopback address only.
         host = "127.0.0.1"

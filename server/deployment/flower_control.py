@@ -23,7 +23,7 @@ DEADLINE = 60.0
 #: Name of the connection in Flower's config.toml.
 CONNECTION = "local"
 #: Largest answer that is read, in bytes.
-LARGEST = 16 * 2**20
+MAX_ANSWER = 16 * 2**20
 
 #: Told what a call answered, None where it failed; and what it said otherwise, for people.
 Done: TypeAlias = Callable[[dict[str, Any] | None, str], None]
@@ -76,7 +76,9 @@ class Control:
 
         def on_exit(status: int) -> None:
             self._busy = False
-            text = output.read_bytes()[:LARGEST].decode(errors="replace") if output.exists() else ""
+            text = (
+                output.read_bytes()[:MAX_ANSWER].decode(errors="replace") if output.exists() else ""
+            )
             answer = _answer(text)
             if status or answer is None or answer.get("success") is False:
                 said = " ".join(text.split())[-300:]

@@ -69,9 +69,11 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
     if not re.fullmatch(SITE_NAME, name):
         raise DeployError(914, f"--name: must match {SITE_NAME}, got {name[:80]!r}")
     # Only here: it imports torch, which those who look, and whom the above refuses, need not wait for.
-    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.privacy.checks.compatibility import require_compatible
 
-    require_fit(config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites)
+    require_compatible(
+        config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites
+    )
     prepare(home / "runs" / name, config, resume=False)
     return name
 

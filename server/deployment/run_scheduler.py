@@ -34,9 +34,9 @@ STARTS_WITHIN = 60.0
 #: Seconds that a coordinator has to end after an operator's request; a SIGKILL costs it a round at most.
 STOPS_WITHIN = 30.0
 #: Crashes in a row, without a round between them, after which a run is stopped.
-MOST_CRASHES = 5
+MAX_CRASHES = 5
 #: Submissions in a row that Flower may refuse before a run is stopped.
-MOST_REFUSALS = 12
+MAX_REFUSALS = 12
 FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
 #: Seconds between two looks at the directories.
 LOOK_EVERY = 0.5
@@ -190,7 +190,7 @@ class Coordinators:
         run.refused += 1
         run.due = time.monotonic() + min(FIRST_PAUSE * 2**run.refused, LAST_PAUSE)
         _log.error("run %s: could not be submitted: %s", run.path.name, said)
-        if run.refused >= MOST_REFUSALS:
+        if run.refused >= MAX_REFUSALS:
             self._give_up(run, f"coordinator: must be started by Flower, got {said[-200:]!r}")
 
     def _give_up(self, run: _Run, why: str) -> None:
@@ -219,7 +219,7 @@ class Coordinators:
             words(status),
             max(rounds, 0),
         )
-        if run.crashes >= MOST_CRASHES:
+        if run.crashes >= MAX_CRASHES:
             self._give_up(
                 run, f"coordinator: must play round {rounds + 1}, got {run.crashes} crashes"
             )

@@ -28,7 +28,7 @@ from fedge.shared.files import flush_folder, read_bounded, reason, write_atomica
 from fedge.shared.protocol import SITE_NAME
 
 #: Most sites that one server knows.
-MOST_SITES: Final = 10_000
+MAX_SITES: Final = 10_000
 
 # An EC P-384 key in OpenSSH's format takes about 210 bytes, and a comment may follow.
 _FILE_LIMIT: Final = 4096
@@ -60,8 +60,8 @@ def admit(home: Path, name: str, key_file: Path) -> Path:
                 raise DeployError(
                     916, f"site {name}: must bring a key of its own, got the key of site {other}"
                 )
-        if len(known) >= MOST_SITES:
-            raise DeployError(916, f"site {name}: must be one of at most {MOST_SITES} sites")
+        if len(known) >= MAX_SITES:
+            raise DeployError(916, f"site {name}: must be one of at most {MAX_SITES} sites")
         path = _folder(home) / f"{name}.pub"
         try:
             write_atomically(path, line + b"\n")
@@ -167,4 +167,4 @@ def _locked(home: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-__all__ = ["MOST_SITES", "admit", "expel", "roster"]
+__all__ = ["MAX_SITES", "admit", "expel", "roster"]

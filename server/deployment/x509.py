@@ -25,7 +25,7 @@ AUTHORITY_DAYS: Final = 3650
 #: Days that a server certificate lasts; some clients refuse more than 825.
 SERVER_DAYS: Final = 825
 #: Most names and addresses in one certificate.
-MOST_HOSTS: Final = 100
+MAX_HOSTS: Final = 100
 #: In every certificate: the SuperLink behind the front uses the same one.
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
@@ -41,8 +41,8 @@ def subject_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
     Raises:
         DeployError: 904, too many hosts, or one that is neither a DNS name nor an IP address.
     """
-    if len(hosts) > MOST_HOSTS:
-        raise DeployError(904, f"hosts: must be at most {MOST_HOSTS}, got {len(hosts)}")
+    if len(hosts) > MAX_HOSTS:
+        raise DeployError(904, f"hosts: must be at most {MAX_HOSTS}, got {len(hosts)}")
     names: list[x509.GeneralName] = []
     for host in dict.fromkeys((*hosts, *LOOPBACK)):
         try:
@@ -152,7 +152,7 @@ def _now() -> datetime:
 __all__ = [
     "AUTHORITY_DAYS",
     "LOOPBACK",
-    "MOST_HOSTS",
+    "MAX_HOSTS",
     "SERVER_DAYS",
     "authority",
     "issue",

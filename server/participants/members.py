@@ -65,7 +65,7 @@ def dominant(
     return found
 
 
-def seated(
+def admit_node(
     registration: Registration, node: int, seats: Mapping[str, str]
 ) -> Registration | Rejection:
     """The registration, or a refusal where the name is not the one under which this node's key was admitted.
@@ -85,7 +85,7 @@ def seated(
     )
 
 
-def known(
+def admit_again(
     registration: Registration,
     before: dict[str, tuple[int, int]],
     admitted: dict[str, tuple[int, Registration]],

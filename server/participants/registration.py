@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 from fedge.server.admission.validation_result import Registration, Rejection
 from fedge.server.participants import messages
-from fedge.server.participants.members import Member, admit_registration, dominant, known, seated
+from fedge.server.participants.members import (
+    Member,
+    admit_again,
+    admit_node,
+    admit_registration,
+    dominant,
+)
 from fedge.server.runs.journal import Journal
 from fedge.server.runs.listener import Listener
 from fedge.server.transport.delivery import DeliveryEvents
@@ -25,9 +31,9 @@ from fedge.shared.tasks.task import Task
 _log = logging.getLogger(__name__)
 _PAUSE = 0.5
 #: How often the pause until a silent node is asked again doubles, at most.
-_MOST_DOUBLED = 4
+_MAX_PAUSE_DOUBLINGS = 4
 #: How often the time for its answer doubles, at most; the round waits for it.
-_MOST_LONGER = 2
+_MAX_DEADLINE_DOUBLINGS = 2
 
 
 @dataclass
@@ -118,7 +124,7 @@ class Registry:
             self.refused.pop(node, None)
         # Over a slow line an answer takes a minute: who was asked in vain has more time with each attempt.
         times = max(self._asked.get(node, (0, 0.0))[0] for node in new)
-        bound = patience.joining * 2.0 ** min(times, _MOST_LONGER)
+        bound = patience.joining * 2.0 ** min(times, _MAX_DEADLINE_DOUBLINGS)
         self._register(server_round, new, min(bound, self.config.round.deadline))
         joined = {site: self.admitted[site] for site in set(self.admitted) - before}
         self._weigh(joined)
@@ -145,7 +151,9 @@ class Registry:
 
     def _pause(self, node: int) -> float:
         times = self._asked.get(node, (0, 0.0))[0]
-        return self.live.link.patience.joining_again * 2.0 ** min(max(times - 1, 0), _MOST_DOUBLED)
+        return self.live.link.patience.joining_again * 2.0 ** min(
+            max(times - 1, 0), _MAX_PAUSE_DOUBLINGS
+        )
 
     def _new(self, until: float, phase: str, started: float) -> list[int]:
         self.live.look((), until, lambda: self._tell(0, phase, started))
@@ -201,9 +209,9 @@ class Registry:
                 sizes=not secure,
             )
             if isinstance(result, Registration) and self.seats is not None:
-                result = seated(result, node, self.seats())
+                result = admit_node(result, node, self.seats())
             if isinstance(result, Registration):
-                result = known(result, before, self.admitted)
+                result = admit_again(result, before, self.admitted)
             if isinstance(result, Rejection):
                 self._refuse(node, result)
                 continue

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from fedge.server.aggregation.privacy_cost import secret_sample
+from fedge.server.aggregation.privacy_cost import is_secret_sample
 from fedge.server.release import compile_record, qualification
 from fedge.server.release.compile_record import Compiled
 from fedge.server.release.placeholder_manifest import statistics_options
-from fedge.server.report.noise import lost
+from fedge.server.report.noise import below_noise_floor
 from fedge.server.report.page.render import write as write_report
 from fedge.server.runs import trained_model
 from fedge.server.runs.directory import RunDirectory
@@ -91,7 +91,7 @@ def release(
         raise ReleaseError(606, f"{out}: must lie in a folder that exists")
     model = trained_model.of_run(run_dir)
     config = directory.load_config()
-    contributors = _contributors(model.run, secret=secret_sample(config.privacy))
+    contributors = _contributors(model.run, secret=is_secret_sample(config.privacy))
     manifest, onnx = _prepare(directory, model, contributors)
     manifest = replace(manifest, latency=_timed(manifest, onnx))
     contents = {MODEL: onnx}
@@ -195,7 +195,7 @@ def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(504, f"{directory.rounds.name}: cannot be read ({error!r})") from None
     # A digest comes with an update, so that to have one tells that a site was drawn.
-    told = () if secret_sample(section) else sites
+    told = () if is_secret_sample(section) else sites
     return Privacy(
         section.mechanism,
         section.noise_multiplier,
@@ -221,7 +221,8 @@ def _metrics(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
             kind: {
                 name: float(value)
                 for name, value in metrics["final"][kind].items()
-                if value is not None and not (noise and lost(noise[kind].get(name, math.inf)))
+                if value is not None
+                and not (noise and below_noise_floor(noise[kind].get(name, math.inf)))
             }
             for kind in ("pooled", "site_mean")
         }

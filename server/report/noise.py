@@ -11,7 +11,7 @@ from fedge.server.report.json_values import mapping, numbers, text
 from fedge.server.report.records import Round, Run
 
 #: Standard deviation beyond which a share between 0 and 1 says nothing; the terminal and the release have the same.
-LOST: Final = 0.25
+NOISE_FLOOR: Final = 0.25
 WORDS: Final = "lost in noise"
 #: What the figure after the sign is.
 SIGN: Final = "± is the standard deviation of the noise"
@@ -59,9 +59,9 @@ def of_round(r: Round) -> Noise:
     return parsed(r.noise)
 
 
-def lost(deviation: float | None) -> bool:
+def below_noise_floor(deviation: float | None) -> bool:
     """Whether a figure says nothing."""
-    return deviation is not None and not deviation <= LOST
+    return deviation is not None and not deviation <= NOISE_FLOOR
 
 
 def spread(metric: str, deviation: float) -> str:
@@ -77,7 +77,7 @@ def shown(metric: str, value: float | None, deviation: float | None) -> str:
         return MISSING
     if deviation is None:
         return metric_value(metric, value)
-    if lost(deviation):
+    if below_noise_floor(deviation):
         return WORDS
     return f"{metric_value(metric, value)}{THIN}±{THIN}{spread(metric, deviation)}"
 
@@ -94,7 +94,11 @@ def outcome(run: Run) -> str:
     if alike:
         views = [(run.pooled, "pooled", "")]
     found = [(values[lead], noise.of(v, lead), w) for values, v, w in views if lead in values]
-    told = [f"{shown(lead, value, sd)}{words}" for value, sd, words in found if not lost(sd)]
+    told = [
+        f"{shown(lead, value, sd)}{words}"
+        for value, sd, words in found
+        if not below_noise_floor(sd)
+    ]
     if not told:
         return f"{metric_name(lead)} {WORDS}" if found else ""
     sign = f" ({SIGN})" if noise.unit else ""
@@ -108,7 +112,9 @@ def over_all(run: Run) -> list[str]:
     how = ", every site alike" if sites_alike(run) else ""
     value = shown(lead, run.pooled[lead], deviation)
     value = (
-        f"{metric_name(lead)} is {WORDS}" if lost(deviation) else f"{metric_name(lead)} of {value}"
+        f"{metric_name(lead)} is {WORDS}"
+        if below_noise_floor(deviation)
+        else f"{metric_name(lead)} of {value}"
     )
-    sign = f" ({SIGN})" if noise.unit and not lost(deviation) else ""
+    sign = f" ({SIGN})" if noise.unit and not below_noise_floor(deviation) else ""
     return [f"Measured over all sites' held-out examples together{how}: {value}{sign}."]

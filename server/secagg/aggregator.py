@@ -238,7 +238,7 @@ class SecureSums:
             )
             honest = max(1, least - corrupt)
         names = self._task.counter_names if names is None else names
-        return noised_counts.of(self._config.privacy, names, honest, sensitivity)
+        return noised_counts.plan(self._config.privacy, names, honest, sensitivity)
 
     def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
         """How many were made at a round's sum, those before a coordinator was started anew too."""

@@ -26,7 +26,7 @@ from fedge.server.transport.exchange import Exchange, absence
 from fedge.shared import protocol
 from fedge.shared.failpoints import reach
 from fedge.shared.secagg import messages, request_digest, transcript
-from fedge.shared.secagg.transcript import FEWEST_SITES, Attempt, KeyAdvertisement
+from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class SecureSum:
         deadline: float,
     ) -> None:
         self._talk, self._ledger = talk, ledger
-        self._min_sites = max(min_sites, FEWEST_SITES)
+        self._min_sites = max(min_sites, MIN_SITES)
         self._attempts, self._deadline = attempts, deadline
         # For whom the sites' rosters do not vouch: that does not change from one sum to the next.
         self._unvouched: set[str] = set()
@@ -151,7 +151,7 @@ class SecureSum:
         asked = begin.messages(everybody, number)
         purpose, server_round = begin.purpose, begin.server_round
         attempt = Attempt(
-            request_digest.of(messages.BEGIN[purpose], asked[0].content),
+            request_digest.digest(messages.BEGIN[purpose], asked[0].content),
             self._talk.run_id,
             purpose,
             server_round,

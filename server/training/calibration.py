@@ -35,7 +35,7 @@ from fedge.shared.wire.tensors import NDArrays, digest
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_REASON = 600
+_MAX_REASON = 600
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Calibrator:
                 _log.warning("calibration: %s", found.reason)
             return found
         _log.warning("not calibrated: %s", reason)
-        return replace(nothing, reason=reason[:_LONGEST_REASON])
+        return replace(nothing, reason=reason[:_MAX_REASON])
 
     def line(self, last: Line, found: Calibration, seconds: float) -> Line:
         """The last round's line with what this has cost and spent.
@@ -138,7 +138,7 @@ class Calibrator:
             _log.warning("%s: %s is not counted: FE-%d %s", one.of, one.site, one.code, one.reason)
         return replace(
             found,
-            reason="; ".join(filter(None, (found.reason, *reasons, reason)))[:_LONGEST_REASON],
+            reason="; ".join(filter(None, (found.reason, *reasons, reason)))[:_MAX_REASON],
             candidates=scored,
             absent=(*found.absent, *more),
         )
@@ -154,7 +154,7 @@ class Calibrator:
                 nothing,
                 sites=merged.sites,
                 examples=merged.examples,
-                reason=f"no ranges: {merged.reason}"[:_LONGEST_REASON],
+                reason=f"no ranges: {merged.reason}"[:_MAX_REASON],
                 clipped=merged.clipped,
                 absent=absent,
             )

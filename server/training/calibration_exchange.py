@@ -111,7 +111,7 @@ class Exchanges:
         """How each site's counters get noise; None where they have none."""
         if self.sums is not None:
             return self.sums.noised_counts(names, sensitivity)
-        return noised_counts.of(self.config.privacy, names, 1, sensitivity)
+        return noised_counts.plan(self.config.privacy, names, 1, sensitivity)
 
     def told(self, of: Model, asked: Asked) -> Iterator[tuple[Member, Message, Expected]]:
         """Replies in clear, each with who sent it and what it must look like."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fedge.server.admission.calibration import RAN
-from fedge.server.report.noise import lost
+from fedge.server.report.noise import below_noise_floor
 from fedge.server.training.metrics import deviations, ratios
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP32
 from fedge.shared.compile.calibration import Counted
@@ -73,7 +73,7 @@ def _counted(
         # Here the number of examples has noise whatever the unit.
         of = replace(noised, unit="example", told=tuple(sorted(total)))
         noise = deviations(task.metrics, total, of, each * len(own))
-        metrics = {name: v for name, v in metrics.items() if not lost(noise[name])}
+        metrics = {name: v for name, v in metrics.items() if not below_noise_floor(noise[name])}
     return Counted(
         sha256=sha256,
         sites=None if ran is None else int(ran),

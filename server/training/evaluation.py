@@ -77,14 +77,14 @@ class Evaluator:
         out |= self.attendance.gone()
         present = [m for m in self.attendance.members.values() if m.site not in out]
         if self.sums is not None:
-            self._evaluate_in_secret(self.sums, of, present, tally)
+            self._evaluate_securely(self.sums, of, present, tally)
             return
         asked = [m for m in present if m.test_examples]
         common = requests.settings(
             self.config, self.run_id, of.server_round, self.steps, len(asked)
         )
         messages = requests.evaluate(of.arrays, common, asked, self.config)
-        noised = noised_counts.of(self.config.privacy, self.task.counter_names)
+        noised = noised_counts.plan(self.config.privacy, self.task.counter_names)
         counters = self.task.counter_names if noised is None else noised.told
         expected = Expected(
             self.run_id,
@@ -108,7 +108,7 @@ class Evaluator:
                     tally.told(verdict.evaluation)
         tally.metrics |= summary(self.task.metrics, admitted, noise=noised)
 
-    def _evaluate_in_secret(
+    def _evaluate_securely(
         self, sums: SecureSums, of: _Model, asked: list[Member], tally: RoundRecord
     ) -> None:
         """Only the pooled metrics: no site's own leaves it."""

@@ -21,7 +21,7 @@ from fedge.server.admission.validation_result import Expected
 from fedge.server.aggregation import privacy_cost, strategies
 from fedge.server.aggregation import updates as site_updates
 from fedge.server.aggregation.central_noise import CentralNoise
-from fedge.server.aggregation.privacy_cost import secret_sample
+from fedge.server.aggregation.privacy_cost import is_secret_sample
 from fedge.server.aggregation.step import aggregate
 from fedge.server.aggregation.updates import RoundResult, Singles, Update
 from fedge.server.participants import messages as requests
@@ -78,7 +78,7 @@ class Loop:
     accepted: dict[str, int] = field(default_factory=dict)
     counted: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
-    barren: int = 0
+    consecutive_failed_rounds: int = 0
     spent: dict[str, float | None] = field(default_factory=dict)
 
     def remember(self, lines: list[Line]) -> None:
@@ -93,9 +93,9 @@ class Loop:
             self.accepted |= dict.fromkeys(line["trained"], line["round"])
             self.skipped = 0
             if line["trained"]:
-                self.barren = 0
+                self.consecutive_failed_rounds = 0
             elif line["invited"]:
-                self.barren += 1
+                self.consecutive_failed_rounds += 1
         else:
             self.skipped += 1
 
@@ -114,7 +114,7 @@ class Loop:
         tally = RoundRecord(invited=names, rejections=absent)
         result: RoundResult
         if self.sums is not None:
-            result, reason = self._train_in_secret(self.sums, server_round, names, tally)
+            result, reason = self._train_securely(self.sums, server_round, names, tally)
             reason = reason or self._aggregate(server_round, result)
         elif self.central is not None:
             result, reason = self._train_for_noise(
@@ -126,7 +126,7 @@ class Loop:
             reason = reason or self._aggregate(server_round, result)
         if self.central is None:
             self._measure(server_round, set(site_updates.sites(result)), tally)
-        tally.masked_epsilon = self._spent_in_secret(server_round)
+        tally.masked_epsilon = self._secure_epsilon(server_round)
         line = tally.line(
             server_round, reason, result, digest(self.arrays), time.monotonic() - started
         )
@@ -144,10 +144,11 @@ class Loop:
         checkpoints.prune(self.directory.checkpoints, server_round, kept)
         run_results.write_run(self.directory, self.journal, self.config, self.counted)
         self.listener.round(line)
-        if self.barren >= self.config.round.max_skipped:
+        failed = self.consecutive_failed_rounds
+        if failed >= self.config.round.max_skipped:
             raise RunError(
                 503,
-                f"round {server_round}: must have an update among the noise, got none that counts in the {self.barren}."
+                f"round {server_round}: must have an update among the noise, got none that counts in the {failed}."
                 f" round in a row in which sites were asked ({_first(line)})",
             )
         if self.skipped >= self.config.round.max_skipped:
@@ -297,7 +298,7 @@ class Loop:
             tally.central = central.skip(server_round)
             return Singles(()), reason
         # Where the sample is secret, nobody is told its size.
-        among = len(present) if secret_sample(self.config.privacy) else None
+        among = len(present) if is_secret_sample(self.config.privacy) else None
         if not tally.invited:
             # A strategy learns the round's weights as it composes requests; this one is not sent.
             self._compose(server_round, present[:1], among=among)
@@ -315,9 +316,9 @@ class Loop:
         if privacy.mechanism != "local":
             return 0.0
         size = sum(a.size for a in self.arrays.values() if a.dtype.kind == "f")
-        return local.farthest(privacy.clipping_bound, privacy.noise_multiplier or 0.0, size)
+        return local.max_update_norm(privacy.clipping_bound, privacy.noise_multiplier or 0.0, size)
 
-    def _train_in_secret(
+    def _train_securely(
         self, sums: SecureSums, server_round: int, names: list[str], tally: RoundRecord
     ) -> tuple[RoundResult, str | None]:
         """The sum of the updates under masks; the reason where there is none."""
@@ -346,7 +347,7 @@ class Loop:
             reason = f"FE-501 updates: must be at least {least}, got {len(trained)}"
         return result, reason
 
-    def _spent_in_secret(self, server_round: int) -> dict[str, float | None] | None:
+    def _secure_epsilon(self, server_round: int) -> dict[str, float | None] | None:
         """What the run has cost a site at most, where distributed noise lets the server reckon it."""
         if self.sums is None or self.config.privacy.mechanism != "distributed":
             return None

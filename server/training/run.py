@@ -150,7 +150,7 @@ def _prepare(
     if config.secure_aggregation.enabled:
         sums = SecureSums(talk, RecoveryStore(directory.path), config, task)
     if journal.run_preprocessing_missing():
-        fix(journal, task, config, census, sums)
+        fit_preprocessing(journal, task, config, census, sums)
         if sums is not None:
             sums.settled()
     steps = from_json(results.begun(journal).preprocessing)
@@ -175,7 +175,7 @@ def _prepare(
     return loop
 
 
-def fix(
+def fit_preprocessing(
     journal: Journal, task: Task, config: Config, census: Registry, sums: SecureSums | None = None
 ) -> None:
     """Write down the preprocessing with mean and deviation over all registered sites, where they are to be had.

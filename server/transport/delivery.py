@@ -30,7 +30,7 @@ _PUSH_PAUSE = 2.0
 #: How often in a row Flower may refuse to store a node's request, until nobody waits for that node any more.
 _REFUSALS = 3
 #: How much longer than the first an unanswered probe may live, at most.
-_LONGEST_PROBE = 8
+_MAX_PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Delivery:
                 self._push_again(node, asked)
                 continue
             asked.answered = False
-            life = self.patience.probe_life * min(2**asked.probes_lost, _LONGEST_PROBE)
+            life = self.patience.probe_life * min(2**asked.probes_lost, _MAX_PROBE)
             if asked.probe is not None and now - asked.probed_at > life:
                 asked.probe, asked.probes_lost = None, asked.probes_lost + 1
             silent_for = now - max(asked.asked_at, asked.probed_at)

@@ -171,10 +171,10 @@ def _check_newer(out: Path, draft: Draft, private: Ed25519PrivateKey) -> None:
     """
     from fedge.shared.errors import DeployError, ReleaseError
     from fedge.shared.files import read_bounded, reason
-    from fedge.shared.roster.roster import LARGEST_FILE, content, open_roster
+    from fedge.shared.roster.roster import MAX_FILE, content, open_roster
 
     try:
-        before = open_roster(read_bounded(out, LARGEST_FILE), private.public_key())
+        before = open_roster(read_bounded(out, MAX_FILE), private.public_key())
     except FileNotFoundError:
         return
     except OSError as error:
@@ -202,11 +202,11 @@ def _verify(arguments: Namespace, today: date) -> dict[str, Any]:
     from fedge.shared.crypto.dsse import key_id, load_public
     from fedge.shared.errors import DeployError
     from fedge.shared.files import read_bounded, reason
-    from fedge.shared.roster.roster import LARGEST_FILE, open_roster
+    from fedge.shared.roster.roster import MAX_FILE, open_roster
 
     trusted = load_public(arguments.trust)
     try:
-        data = read_bounded(arguments.path, LARGEST_FILE)
+        data = read_bounded(arguments.path, MAX_FILE)
     except OSError as error:
         raise DeployError(917, f"{arguments.path}: cannot be read ({reason(error)})") from None
     return {**shown(open_roster(data, trusted), today), "signed_by": key_id(trusted)}

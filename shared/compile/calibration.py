@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS, whole
-from fedge.shared.compile.ranges import MOST_TENSORS
+from fedge.shared.compile.ranges import MAX_TENSORS
 from fedge.shared.crypto.dsse import canonical_json
 from fedge.shared.errors import RunError
 from fedge.shared.files import read_bounded, reason
@@ -21,15 +21,15 @@ FORMAT: Final = 1
 MODES: Final = ("exact", "histogram", "noised")
 MAX_BYTES: Final = 16 * 2**20
 #: Of what was left out; beyond it only the first are told.
-MOST_ABSENT: Final = 1000
+MAX_ABSENT: Final = 1000
 #: To what ``Absent.of`` refers besides a candidate.
 RANGES: Final = "ranges"
 CANDIDATES: Final = "candidates"
 
-_MOST_SITES: Final = 100_000
-_LONGEST_NAME: Final = 1024
-_LONGEST_REASON: Final = 1000
-_MOST_FIGURES: Final = 256
+_MAX_SITES: Final = 100_000
+_MAX_NAME: Final = 1024
+_MAX_REASON: Final = 1000
+_MAX_FIGURES: Final = 256
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -113,8 +113,8 @@ def dump(of: Calibration) -> bytes:
     """Canonical JSON: the same for the same figures."""
     plain = {**vars(of), "format": FORMAT}
     plain["absent"] = [
-        {**vars(a), "code": f"FE-{a.code}", "reason": a.reason[:_LONGEST_REASON]}
-        for a in of.absent[:MOST_ABSENT]
+        {**vars(a), "code": f"FE-{a.code}", "reason": a.reason[:_MAX_REASON]}
+        for a in of.absent[:MAX_ABSENT]
     ]
     plain["candidates"] = {kind: dict(vars(c)) for kind, c in of.candidates.items()}
     return canonical_json(plain)
@@ -158,8 +158,8 @@ def _checked(value: Mapping[str, Any]) -> Calibration:
     for kind in _bounded(value["candidates"], len(ONNX_KINDS)):
         if kind not in ONNX_KINDS:
             raise ValueError(f"candidates: must be of {', '.join(ONNX_KINDS)}, got {kind!r:.40}")
-    if len(value["absent"]) > MOST_ABSENT:
-        raise ValueError(f"absent: must hold at most {MOST_ABSENT} entries")
+    if len(value["absent"]) > MAX_ABSENT:
+        raise ValueError(f"absent: must hold at most {MAX_ABSENT} entries")
     return Calibration(
         run=_text(value["run"]),
         model_sha256=_digest(value["model_sha256"]),
@@ -168,7 +168,7 @@ def _checked(value: Mapping[str, Any]) -> Calibration:
         sites=_names(value["sites"]),
         examples=None if examples is None else _count(examples),
         ranges=None if value["ranges"] is None else _ranges(value["ranges"]),
-        reason=_text(value["reason"], _LONGEST_REASON),
+        reason=_text(value["reason"], _MAX_REASON),
         candidates={kind: _counted(told) for kind, told in value["candidates"].items()},
         clipped=_names(value["clipped"]),
         absent=tuple(
@@ -176,7 +176,7 @@ def _checked(value: Mapping[str, Any]) -> Calibration:
                 _text(told["site"]),
                 _text(told["of"]),
                 int(_text(told["code"]).removeprefix("FE-")),
-                _text(told["reason"], _LONGEST_REASON),
+                _text(told["reason"], _MAX_REASON),
             )
             for told in value["absent"]
         ),
@@ -197,7 +197,7 @@ def _counted(told: Mapping[str, Any]) -> Counted:
 
 def _ranges(told: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     found = {}
-    for name, (low, high) in _bounded(told, MOST_TENSORS).items():
+    for name, (low, high) in _bounded(told, MAX_TENSORS).items():
         pair = _number(low), _number(high)
         if pair[0] > pair[1]:
             raise ValueError(f"ranges: must go from low to high, got {pair} of {name[:80]!r}")
@@ -206,7 +206,7 @@ def _ranges(told: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def _figures(told: Mapping[str, Any]) -> dict[str, float]:
-    return {_text(name): _number(value) for name, value in _bounded(told, _MOST_FIGURES).items()}
+    return {_text(name): _number(value) for name, value in _bounded(told, _MAX_FIGURES).items()}
 
 
 def _bounded(told: Any, most: int) -> dict[str, Any]:
@@ -216,12 +216,12 @@ def _bounded(told: Any, most: int) -> dict[str, Any]:
 
 
 def _names(told: Any) -> tuple[str, ...]:
-    if not isinstance(told, list) or len(told) > _MOST_SITES:
-        raise ValueError(f"sites: must be a list of at most {_MOST_SITES}")
+    if not isinstance(told, list) or len(told) > _MAX_SITES:
+        raise ValueError(f"sites: must be a list of at most {_MAX_SITES}")
     return tuple(_text(name) for name in told)
 
 
-def _text(value: Any, longest: int = _LONGEST_NAME) -> str:
+def _text(value: Any, longest: int = _MAX_NAME) -> str:
     if not isinstance(value, str) or len(value) > longest:
         raise ValueError(f"must be text of at most {longest} characters, got {value!r:.40}")
     return value

@@ -17,7 +17,7 @@ from fedge.shared.bundle.manifest_artefacts import (
     ONNX_INT8,
     ONNX_INT8_SYMMETRIC,
 )
-from fedge.shared.compile.ranges import MOST_TENSORS
+from fedge.shared.compile.ranges import MAX_TENSORS
 from fedge.shared.errors import ReleaseError
 from fedge.shared.wire.tensors import NDArrays, digest
 
@@ -31,7 +31,7 @@ QUANTISED: Final = (ONNX_INT8, ONNX_INT8_SYMMETRIC)
 #: What is said where the converters are not installed.
 EXTRA: Final = "install fedge with its extra `export`"
 #: Larger graphs are made anew each time.
-MOST_KEPT: Final = 64 * 2**20
+MAX_KEPT: Final = 64 * 2**20
 
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -67,7 +67,7 @@ def fp32(task: Task, arrays: NDArrays, shape: tuple[int, ...]) -> bytes:
         made = export_onnx(network, shape)
         # One model's at a time: whoever asks for another is done with the one before.
         _kept.clear()
-        if len(made) <= MOST_KEPT // len(CANDIDATES):
+        if len(made) <= MAX_KEPT // len(CANDIDATES):
             _kept[key] = made
         return made
 
@@ -104,7 +104,7 @@ def derived(kind: str, graph: bytes, ranges: Ranges | None) -> bytes:
         stale = [k for k in _kept if k[0] == kind]
         for old in stale:
             del _kept[old]
-        if len(made) <= MOST_KEPT // len(CANDIDATES):
+        if len(made) <= MAX_KEPT // len(CANDIDATES):
             _kept[key] = made
         return made
 
@@ -124,8 +124,8 @@ def tensors(graph: bytes) -> tuple[str, ...]:
             _tensors.clear()
             _tensors[key] = activations(graph)
         found = _tensors[key]
-    if not 1 <= len(found) <= MOST_TENSORS:
-        raise ReleaseError(609, f"tensors: must be 1 to {MOST_TENSORS}, got {len(found)}")
+    if not 1 <= len(found) <= MAX_TENSORS:
+        raise ReleaseError(609, f"tensors: must be 1 to {MAX_TENSORS}, got {len(found)}")
     return found
 
 

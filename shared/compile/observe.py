@@ -8,7 +8,7 @@ from typing import Final
 #: The one output: ``(1, 2 * tensors)``, the smallest value of each, then the largest of each.
 EXTREMES: Final = "extremes"
 #: For which axes need not be named to reduce over all of them.
-_LEAST_OPSET: Final = 11
+_MIN_OPSET: Final = 11
 
 
 def observed(onnx: bytes, tensors: Sequence[str]) -> bytes:
@@ -33,8 +33,8 @@ def observed(onnx: bytes, tensors: Sequence[str]) -> bytes:
     if not tensors or not set(tensors) <= known:
         raise ValueError(f"tensors: must be of the graph, got {sorted(set(tensors) - known)[:3]}")
     version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    if version < _LEAST_OPSET:
-        raise ValueError(f"graph: must have opset {_LEAST_OPSET} or newer, got {version}")
+    if version < _MIN_OPSET:
+        raise ValueError(f"graph: must have opset {_MIN_OPSET} or newer, got {version}")
     column, row = f"{EXTREMES}/column", f"{EXTREMES}/row"
     graph.initializer.append(helper.make_tensor(column, TensorProto.INT64, [1], [1]))
     graph.initializer.append(helper.make_tensor(row, TensorProto.INT64, [2], [1, -1]))

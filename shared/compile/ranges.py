@@ -30,7 +30,7 @@ SIDES: Final = 2
 #: Chance that noise alone moves any end of any range outwards.
 FALSE_ALARM: Final = 1e-3
 #: More tensors than any network has whose ranges are asked for.
-MOST_TENSORS: Final = 2048
+MAX_TENSORS: Final = 2048
 
 
 class HiddenError(ValueError):

@@ -31,9 +31,9 @@ REQUEST: Final = "request.json"
 #: Timing for TensorRT on a small device takes minutes.
 DEADLINE: Final = 1800.0
 #: Largest engine or timing cache that is taken, largest account of a failure, longest line.
-_MOST_BYTES: Final = 1536 * 2**20
-_MOST_WORDS: Final = 64 * 2**10
-_LONGEST_LINE: Final = 2**16
+_MAX_BYTES: Final = 1536 * 2**20
+_MAX_WORDS: Final = 64 * 2**10
+_MAX_LINE: Final = 2**16
 
 
 def build_in_child(
@@ -83,9 +83,9 @@ def build_in_child(
             raise ReleaseError(611, f"{runtime}: must give an engine, got no word from the builder")
         if "message" in outcome:
             _raise(outcome)
-        cache = read_bounded(folder / CACHE, _MOST_BYTES) if outcome["timing_cache"] else None
+        cache = read_bounded(folder / CACHE, _MAX_BYTES) if outcome["timing_cache"] else None
         return Built(
-            read_bounded(folder / ENGINE, _MOST_BYTES),
+            read_bounded(folder / ENGINE, _MAX_BYTES),
             cache,
             str(outcome["version"]),
             tuple(int(number) for number in outcome["capabilities"]),
@@ -122,10 +122,10 @@ def _lines(
                 raise ReleaseError(
                     611, f"{runtime}: must be built within {deadline:g} s, got no engine by then"
                 )
-            data = child.stdout.read1(_LONGEST_LINE)  # type: ignore[attr-defined]
+            data = child.stdout.read1(_MAX_LINE)  # type: ignore[attr-defined]
             *whole, rest = (rest + data).split(b"\n")
             yield from (found for line in whole if (found := _object(line)) is not None)
-            if len(rest) > _LONGEST_LINE:
+            if len(rest) > _MAX_LINE:
                 rest = b""
             if not data:
                 break
@@ -163,10 +163,8 @@ def _end(code: int, errors: Path) -> str:
             name = f"signal {-code}"
         return f"its process ended by {name}"
     with errors.open("rb") as file:
-        file.seek(max(0, errors.stat().st_size - _MOST_WORDS))
-        lines = file.read(_MOST_WORDS).decode("utf-8", "replace").strip().splitlines() or [
-            "no word"
-        ]
+        file.seek(max(0, errors.stat().st_size - _MAX_WORDS))
+        lines = file.read(_MAX_WORDS).decode("utf-8", "replace").strip().splitlines() or ["no word"]
     return f"its process ended with {code} ({lines[-1][:200]})"
 
 

@@ -20,7 +20,7 @@ from fedge.shared.config.strategies import (
     QFedAvg,
     least_replies,
 )
-from fedge.shared.protocol import MOST_SITES
+from fedge.shared.protocol import MAX_SITES
 
 
 class Config(Sections):
@@ -32,7 +32,7 @@ class Config(Sections):
             *self._momentum_without_use(),
             *self._numbers_beyond_the_sites(),
             *self._unfit_for_sums(),
-            *privacy_rules.unfit(self),
+            *privacy_rules.incompatible(self),
         ]
         if found:
             raise ValueError("; ".join(found))
@@ -72,8 +72,8 @@ class Config(Sections):
                     f"secure-aggregation.min-sites: must be at most {most}{each} with {self.sites.count} sites,"
                     f" got {secure.min_sites}"
                 )
-            if most > MOST_SITES:
-                yield f"sites.count: must be at most {MOST_SITES} in a secure sum, got {most}"
+            if most > MAX_SITES:
+                yield f"sites.count: must be at most {MAX_SITES} in a secure sum, got {most}"
 
     def _numbers_beyond_the_sites(self) -> Iterator[str]:
         """What no run could fulfil; natural sites are known only once the data is read."""

@@ -15,7 +15,7 @@ from fedge.shared.config.section import Section
 from fedge.shared.errors import ConfigError, DeployError
 from fedge.shared.files import read_bounded, reason
 
-LARGEST_FILE: Final = 1 << 20
+MAX_FILE: Final = 1 << 20
 
 _S = TypeVar("_S", bound=Section)
 
@@ -34,7 +34,7 @@ def read(path: Path, model: type[_S]) -> _S:
     """
     name = path.name
     try:
-        text = read_bounded(path, LARGEST_FILE).decode("utf-8")
+        text = read_bounded(path, MAX_FILE).decode("utf-8")
     except FileNotFoundError:
         raise DeployError(901, f"{path.parent}: must hold {name}, got none") from None
     except OSError as error:

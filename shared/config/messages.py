@@ -22,9 +22,9 @@ from fedge.shared.errors import ConfigError
 
 #: Longest message that lists every failure, in characters; beyond it the first is given and the
 #: rest counted.
-LONGEST_LIST: Final = 400
+MAX_LIST: Final = 400
 #: Longest value quoted, in characters.
-LONGEST_VALUE: Final = 60
+MAX_VALUE: Final = 60
 #: Similarity from which a known key is offered for an unknown one, 0 to 1.
 NEAR: Final = 0.6
 
@@ -67,7 +67,7 @@ def worded(error: ValidationError) -> ConfigError:
     wrong = [_wrong_value(d) for d in details if d["type"] != "extra_forbidden"]
     lines = unknown + wrong
     message = "; ".join(lines)
-    if len(message) > LONGEST_LIST and len(lines) > 1:
+    if len(message) > MAX_LIST and len(lines) > 1:
         message = f"{lines[0]} (and {len(lines) - 1} more)"
     return ConfigError(202 if unknown else 201, message)
 
@@ -94,7 +94,7 @@ def shown(value: Any) -> str:
             text = f"the date or time {value.isoformat()}"
         case _:
             text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+    return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 1] + "…"
 
 
 def keys(model: type[BaseModel] = Config) -> Iterator[tuple[str, ...]]:
@@ -224,7 +224,7 @@ def _dotted(path: Sequence[int | str]) -> str:
 def _plain(key: str) -> str:
     """A key as TOML allows it bare, otherwise quoted and short."""
     bare = key.replace("-", "").replace("_", "")
-    return key if bare.isascii() and bare.isalnum() and len(key) <= LONGEST_VALUE else shown(key)
+    return key if bare.isascii() and bare.isalnum() and len(key) <= MAX_VALUE else shown(key)
 
 
 def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:

@@ -9,10 +9,10 @@ from fedge.shared.config.privacy import CENTRAL
 from fedge.shared.config.sections import Sections
 from fedge.shared.config.strategies import COMPARING, QFedAvg, Scaffold
 
-_LEAST_CENTRAL: Final = 1e-6
+_MIN_CENTRAL: Final = 1e-6
 
 
-def unfit(config: Sections) -> Iterator[str]:
+def incompatible(config: Sections) -> Iterator[str]:
     """One text for each key that cannot be as it is: what it must be, why, and what it is."""
     if config.privacy.mechanism == "off":
         return
@@ -94,9 +94,9 @@ def _of_cohort(config: Sections) -> Iterator[str]:
     if config.privacy.mechanism not in CENTRAL:
         return
     noise = config.privacy.noise_multiplier
-    if noise is not None and noise < _LEAST_CENTRAL:
+    if noise is not None and noise < _MIN_CENTRAL:
         yield (
-            f"privacy.noise-multiplier: must be at least {_LEAST_CENTRAL:g} with {config.privacy.mechanism}, as the"
+            f"privacy.noise-multiplier: must be at least {_MIN_CENTRAL:g} with {config.privacy.mechanism}, as the"
             f" grid of the updates would be too fine for whole numbers, got {noise:g}"
         )
     if config.round.fraction_train != 1:

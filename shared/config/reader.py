@@ -22,7 +22,7 @@ from fedge.shared.config.strategies import StrategySection
 from fedge.shared.errors import ConfigError
 
 #: Largest configuration file read, in bytes.
-LARGEST_FILE: Final = 1 << 20
+MAX_FILE: Final = 1 << 20
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}")
 _PLACE: Final = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
@@ -155,14 +155,14 @@ def _read(path: Path) -> str:
             kind = "a directory" if stat.S_ISDIR(mode) else "a device, socket or pipe"
             raise ConfigError(203, f"{path}: must be a file, got {kind}")
         with path.open("rb") as file:
-            data = file.read(LARGEST_FILE + 1)
+            data = file.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(203, f"{path}: must be a file, got nothing of that name") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(203, f"{path}: must be readable, got {reason}") from None
-    if len(data) > LARGEST_FILE:
-        raise ConfigError(203, f"{path}: must be at most {LARGEST_FILE} bytes, got more")
+    if len(data) > MAX_FILE:
+        raise ConfigError(203, f"{path}: must be at most {MAX_FILE} bytes, got more")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

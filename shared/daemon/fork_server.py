@@ -34,7 +34,7 @@ Run: TypeAlias = Callable[[Sequence[str]], int | None]
 
 #: Seconds that a daemon waits for the fork, and this process for a daemon's request.
 _FORKED_WITHIN, _READ_WITHIN = 8.0, 5.0
-_LARGEST: Final = 256 * 1024
+_MAX_REQUEST: Final = 256 * 1024
 #: Answers: the process id, and later the wait status.
 _NUMBER: Final = struct.Struct("<q")
 
@@ -205,9 +205,9 @@ class _Server:
 def _line(connection: socket.socket) -> dict[str, Any]:
     received = b""
     while not received.endswith(b"\n"):
-        part = connection.recv(_LARGEST)
+        part = connection.recv(_MAX_REQUEST)
         received += part
-        if not part or len(received) > _LARGEST:
+        if not part or len(received) > _MAX_REQUEST:
             raise ValueError("must be one line of JSON")
     found = json.loads(received)
     if not isinstance(found, dict):

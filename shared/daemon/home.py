@@ -20,7 +20,7 @@ from fedge.shared.daemon import process
 from fedge.shared.errors import DeployError
 
 #: Longest status.json that is read, in bytes.
-LARGEST_STATUS = 4 * 2**20
+MAX_STATUS = 4 * 2**20
 
 
 def log_to_stderr() -> None:
@@ -85,7 +85,7 @@ def status(home: Path) -> dict[str, Any] | None:
     """What the daemon last said of itself, None where it never did."""
     try:
         with (home / "status.json").open("rb") as file:
-            found = json.loads(file.read(LARGEST_STATUS))
+            found = json.loads(file.read(MAX_STATUS))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -22,7 +22,7 @@ from fedge.shared.daemon.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 
-_LARGEST: Final = 64 * 1024
+_MAX_REQUEST: Final = 64 * 1024
 
 # -I -S: no site packages, no environment: it starts in some 15 ms. Folders may be deeper than a socket's path may be
 # long, so it goes there first.
@@ -70,9 +70,9 @@ def install(
     def serve(connection: socket.socket) -> None:
         received = b""
         while not received.endswith(b"\n"):
-            part = connection.recv(_LARGEST)
+            part = connection.recv(_MAX_REQUEST)
             received += part
-            if not part or len(received) > _LARGEST:
+            if not part or len(received) > _MAX_REQUEST:
                 raise ValueError("a launch request must be one line of JSON")
         words = json.loads(received)
         if not isinstance(words, list) or not words or words[0] not in names:

@@ -17,7 +17,7 @@ from typing import Final
 from fedge.shared.errors import DeployError
 
 #: Longest name of a socket in its folder, in bytes; with the descriptor's path it fits the kernel's 107.
-LONGEST_NAME: Final = 64
+MAX_NAME: Final = 64
 BACKLOG: Final = 64
 
 
@@ -37,10 +37,8 @@ def listen(path: Path, *, mode: int = 0o600, group: int | None = None) -> socket
     Raises:
         DeployError: 904, the socket cannot be made there, or something else has its name.
     """
-    if not 0 < len(os.fsencode(path.name)) <= LONGEST_NAME:
-        raise DeployError(
-            904, f"{path}: must have a name of at most {LONGEST_NAME} bytes, got another"
-        )
+    if not 0 < len(os.fsencode(path.name)) <= MAX_NAME:
+        raise DeployError(904, f"{path}: must have a name of at most {MAX_NAME} bytes, got another")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _folder(path.parent) as folder:

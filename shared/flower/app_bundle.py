@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedge.shared.errors import DeployError
 
-_LARGEST = 64 * 1024
+_MAX_BUNDLE = 64 * 1024
 _PYPROJECT = """\
 [project]
 name = "relay"
@@ -56,7 +56,7 @@ def require_ours(content: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = {name for name in archive.namelist() if not name.startswith(".info/")}
-            small = all(entry.file_size < _LARGEST for entry in archive.infolist())
+            small = all(entry.file_size < _MAX_BUNDLE for entry in archive.infolist())
             ours = names == {"pyproject.toml"} and small
             text = archive.read("pyproject.toml") if ours else b""
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error):

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 GROUPS = 4
 #: The smallest image inside the networks is below this side: 4 pixels for 32 or 64, 7 for 28.
-_LARGEST_START = 8
+_MAX_START = 8
 
 
 def _halvings(side: int) -> tuple[int, int]:
     """Side of the smallest image, and how often it is doubled to reach ``side``."""
     start, count = side, 0
-    while start >= _LARGEST_START and start % 2 == 0:
+    while start >= _MAX_START and start % 2 == 0:
         start, count = start // 2, count + 1
-    if start >= _LARGEST_START or count == 0:
+    if start >= _MAX_START or count == 0:
         raise ValueError(f"side: must be 4 to 7 pixels doubled once or more, got {side}")
     return start, count
 

@@ -21,12 +21,12 @@ from fedge.shared.errors import ConfigError, ReleaseError
 from fedge.shared.files import read_bounded, reason, write_atomically
 from fedge.shared.protocol import SITE_NAME
 
-MOST_SITES: Final = 10_000
+MAX_SITES: Final = 10_000
 #: Of a draft and of a signed roster, in bytes; 10 000 sites with the longest names take 3.3 MB.
-LARGEST_FILE: Final = 4 << 20
+MAX_FILE: Final = 4 << 20
 #: The largest whole number that every reader of JSON holds exactly.
 HIGHEST_VERSION: Final = 2**53 - 1
-LONGEST_NAME: Final = 100
+MAX_NAME: Final = 100
 
 _ROSTER_KEYS: Final = ("consortium", "sites", "version")
 _SITE_KEYS: Final = ("expires", "key", "revoked")
@@ -69,16 +69,16 @@ class Listing:
 
     def __post_init__(self) -> None:
         name = self.consortium
-        if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable() or name != name.strip():
+        if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
             raise ConfigError(
                 201,
-                f"consortium: must be 1 to {LONGEST_NAME} printable characters, got {name[:80]!r}",
+                f"consortium: must be 1 to {MAX_NAME} printable characters, got {name[:80]!r}",
             )
         if not 1 <= self.version <= HIGHEST_VERSION:
             # Not quoted: TOML's hexadecimal numbers may be longer than Python prints.
             raise ConfigError(201, "version: must be 1 to 2^53 - 1, got a number out of range")
-        if len(self.sites) > MOST_SITES:
-            raise ConfigError(201, f"sites: must be at most {MOST_SITES}, got {len(self.sites)}")
+        if len(self.sites) > MAX_SITES:
+            raise ConfigError(201, f"sites: must be at most {MAX_SITES}, got {len(self.sites)}")
         holders: dict[bytes, str] = {}
         for site, entry in self.sites.items():
             check_name(site)
@@ -142,8 +142,8 @@ def parts_of(
     consortium = _typed(table["consortium"], str, "consortium", "text")
     version = _typed(table["version"], int, "version", "a whole number")
     sites = _typed(table["sites"], dict, "sites", "a table")
-    if len(sites) > MOST_SITES:
-        raise ConfigError(201, f"sites: must be at most {MOST_SITES}, got {len(sites)}")
+    if len(sites) > MAX_SITES:
+        raise ConfigError(201, f"sites: must be at most {MAX_SITES}, got {len(sites)}")
     return (
         consortium,
         version,
@@ -188,7 +188,7 @@ def read_draft(path: Path) -> Draft:
             cannot be read; 204 it is not TOML.
     """
     try:
-        text = read_bounded(path, LARGEST_FILE).decode("utf-8")
+        text = read_bounded(path, MAX_FILE).decode("utf-8")
     except OSError as error:
         raise ConfigError(203, f"{path}: must be readable, got {reason(error)}") from None
     except UnicodeDecodeError:
@@ -258,9 +258,9 @@ def _toml_date(value: Any, path: str) -> date:
 
 __all__ = [
     "Draft",
-    "LARGEST_FILE",
+    "MAX_FILE",
     "Listing",
-    "MOST_SITES",
+    "MAX_SITES",
     "RosterSite",
     "check_name",
     "entry_of",

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fedge.shared.crypto import dsse
 from fedge.shared.errors import BundleError, ConfigError, DeployError, SiteError, UsageError
 from fedge.shared.roster.draft import (
-    LARGEST_FILE,
+    MAX_FILE,
     Draft,
     Listing,
     RosterSite,
@@ -170,8 +170,8 @@ def open_roster(data: bytes, trusted: Ed25519PublicKey) -> Roster:
     Raises:
         DeployError: 917, it is not signed by that key, is damaged, or holds what is not allowed.
     """
-    if len(data) > LARGEST_FILE:
-        raise DeployError(_UNUSABLE, f"roster: must hold at most {LARGEST_FILE} bytes, got more")
+    if len(data) > MAX_FILE:
+        raise DeployError(_UNUSABLE, f"roster: must hold at most {MAX_FILE} bytes, got more")
     try:
         payload = dsse.open_envelope(data, trusted, "roster", payload_type=PAYLOAD_TYPE)
         return Roster(*parts_of(dsse.parse_canonical(payload, "roster"), iso_date))
@@ -187,7 +187,7 @@ def _next(draft: Draft, site: str, entry: RosterSite) -> Draft:
 
 __all__ = [
     "Draft",
-    "LARGEST_FILE",
+    "MAX_FILE",
     "PAYLOAD_TYPE",
     "Roster",
     "RosterSite",

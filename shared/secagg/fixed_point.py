@@ -26,7 +26,7 @@ from fedge.shared.secagg.masking import MAX_VALUES
 #: Most sites whose sum can be encoded; 2 046 steps each are left at that many.
 MAX_SITES: Final = 2**20
 
-_LARGEST: Final = 2**31 - 1
+_MAX_INT32: Final = 2**31 - 1
 _FRACTION: Final = 2.0**16
 _FRACTION_BITS: Final = 16
 #: Added to a float64, it leaves the nearest whole number in the low bits, in two's complement; the part above bit 48 is
@@ -183,7 +183,7 @@ def _steps(sites: int) -> int:
     """Most steps of one site: ``sites`` times one step more is still within the ring's positive half."""
     if type(sites) is not int or not 1 <= sites <= MAX_SITES:
         raise ValueError(f"sites: must be 1 to {MAX_SITES}, got {sites}")
-    return _LARGEST // sites - 1
+    return _MAX_INT32 // sites - 1
 
 
 def _require_sizes(segments: Sequence[Segment], size: int) -> None:

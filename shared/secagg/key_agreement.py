@@ -70,7 +70,7 @@ def shared(own: Pair, public: bytes) -> bytes:
         raise ValueError("public key: must not be a point of small order, got one") from None
 
 
-def box_key(shared: bytes, transcript: bytes, src: str, dst: str) -> bytes:
+def share_encryption_key(shared: bytes, transcript: bytes, src: str, dst: str) -> bytes:
     """The key of the one box from ``src`` to ``dst``; the way back has another.
 
     Args:

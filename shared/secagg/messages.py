@@ -164,7 +164,7 @@ def bundles_of(values: ConfigRecord) -> list[KeyAdvertisement]:
     Raises:
         ValueError: malformed, see ``transcript.unpack_bundles``.
     """
-    return transcript.unpack_bundles(data(values, BUNDLES, protocol.MOST_SITES * 256))
+    return transcript.unpack_bundles(data(values, BUNDLES, protocol.MAX_SITES * 256))
 
 
 def sharers_of(values: ConfigRecord) -> list[Sharer]:
@@ -173,7 +173,7 @@ def sharers_of(values: ConfigRecord) -> list[Sharer]:
     Raises:
         ValueError: malformed.
     """
-    raw = data(values, SHARERS, protocol.MOST_SITES * 256)
+    raw = data(values, SHARERS, protocol.MAX_SITES * 256)
     found: list[Sharer] = []
     at = 0
     while at < len(raw):
@@ -195,7 +195,7 @@ def signatures_of(values: ConfigRecord) -> list[Signed]:
     Raises:
         ValueError: malformed.
     """
-    raw = data(values, SIGNATURES, protocol.MOST_SITES * 256)
+    raw = data(values, SIGNATURES, protocol.MAX_SITES * 256)
     found: list[Signed] = []
     at = 0
     while at < len(raw):
@@ -219,7 +219,7 @@ def vector_record(vector: NDArray[np.uint32]) -> ArrayRecord:
     )
 
 
-@lru_cache(maxsize=protocol.MOST_SITES)
+@lru_cache(maxsize=protocol.MAX_SITES)
 def _head(site: str, commitment: bytes, signature: bytes) -> bytes:
     """What of a sharer is the same for every reader."""
     name = site.encode()

@@ -22,7 +22,7 @@ _LEAF_BYTES: Final = 2**20
 _OWN: Final = (protocol.ACCEPTED_ROUND, protocol.COHORT, messages.ATTEMPT)
 
 
-def of(kind: str, content: RecordDict) -> bytes:
+def digest(kind: str, content: RecordDict) -> bytes:
     """SHA-256 of all that a request asks of every site alike: settings and weights, but not the attempt.
 
     Args:

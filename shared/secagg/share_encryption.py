@@ -22,7 +22,7 @@ _NONCE: Final = bytes(12)
 _UNOPENED: Final = 425
 
 
-def seal(key: bytes, plain: bytes, transcript: bytes, src: str, dst: str) -> bytes:
+def encrypt_share(key: bytes, plain: bytes, transcript: bytes, src: str, dst: str) -> bytes:
     """Encrypt and authenticate ``plain``, with T, sender and receiver as associated data.
 
     Args:
@@ -41,7 +41,7 @@ def seal(key: bytes, plain: bytes, transcript: bytes, src: str, dst: str) -> byt
     return _cipher(key).encrypt(_NONCE, plain, _associated(transcript, src, dst))
 
 
-def open_box(key: bytes, box: bytes, transcript: bytes, src: str, dst: str) -> bytes:
+def decrypt_share(key: bytes, box: bytes, transcript: bytes, src: str, dst: str) -> bytes:
     """The content of a box.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Final, Literal, TypeAlias
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedge.shared.protocol import MOST_SITES, SITE_NAME
+from fedge.shared.protocol import MAX_SITES, SITE_NAME
 from fedge.shared.secagg.key_agreement import framed
 
 Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qualify"]
@@ -25,7 +25,7 @@ Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qu
 #: Of the protocol; a site serves only its own.
 VERSION: Final = 1
 #: Fewest sites of which a sum hides one; and the most that exact counters can add up.
-FEWEST_SITES: Final = 3
+MIN_SITES: Final = 3
 KEY_BYTES, SIGNATURE_BYTES, HASH_BYTES = 32, 64, 32
 
 _DOMAIN: Final = b"fedge secure aggregation"
@@ -149,8 +149,8 @@ def unpack_sites(data: bytes) -> list[str]:
     Raises:
         ValueError: too many, not sorted, twice, or not a name.
     """
-    if len(data) > MOST_SITES * 65:
-        raise ValueError(f"must name at most {MOST_SITES} sites, got {len(data)} bytes")
+    if len(data) > MAX_SITES * 65:
+        raise ValueError(f"must name at most {MAX_SITES} sites, got {len(data)} bytes")
     names = data.decode("ascii", errors="replace").split(",") if data else []
     return require_names(names)
 
@@ -161,8 +161,8 @@ def require_names(names: list[str]) -> list[str]:
     Raises:
         ValueError: too many, not sorted, twice, or not a name.
     """
-    if len(names) > MOST_SITES:
-        raise ValueError(f"must name at most {MOST_SITES} sites, got {len(names)}")
+    if len(names) > MAX_SITES:
+        raise ValueError(f"must name at most {MAX_SITES} sites, got {len(names)}")
     if any(_SITE.fullmatch(name) is None for name in names):
         raise ValueError("must be names of sites, got another text")
     if any(a >= b for a, b in itertools.pairwise(names)):
@@ -179,8 +179,8 @@ def unpack_bundles(data: bytes) -> list[KeyAdvertisement]:
     found: list[KeyAdvertisement] = []
     at = 0
     while at < len(data):
-        if len(found) == MOST_SITES:
-            raise ValueError(f"must be at most {MOST_SITES} bundles, got more")
+        if len(found) == MAX_SITES:
+            raise ValueError(f"must be at most {MAX_SITES} bundles, got more")
         name_end = at + 1 + data[at]
         end = name_end + 2 * KEY_BYTES + SIGNATURE_BYTES
         if end > len(data):

@@ -23,7 +23,7 @@ from fedge.shared.wire.tensors import NDArrays
 
 #: Losses and task counters are added in steps of 2^-20; sums over standardised columns in steps of 2^-36.
 _FRACTION, _FINE = 20, 36
-_MOST: Final = 2**39
+_MAX_COUNTER: Final = 2**39
 
 # Counters of a training sum.
 SITES: Final = "sites"
@@ -127,8 +127,8 @@ def of_training(
     counters = (
         Counter(SITES, 0, 1),
         Counter(EXAMPLES, 0, bounds.weight_cap),
-        Counter(LOSS, 0, _MOST, _FRACTION),
-        Counter(SATURATED, 0, _MOST),
+        Counter(LOSS, 0, _MAX_COUNTER, _FRACTION),
+        Counter(SATURATED, 0, _MAX_COUNTER),
         Counter(CLIPPED, 0, 1),
         Counter(CAPPED, 0, 1),
     )
@@ -167,8 +167,8 @@ def of_evaluation(counters: Sequence[str], *, noised: bool = False) -> Layout:
         counters: their names.
         noised: they have noise, which may carry them below 0. Its grid is this one's, or a coarser one.
     """
-    low = -_MOST if noised else 0
-    own = (Counter(_own(name), low, _MOST, _FRACTION) for name in counters)
+    low = -_MAX_COUNTER if noised else 0
+    own = (Counter(_own(name), low, _MAX_COUNTER, _FRACTION) for name in counters)
     return Layout((), (), (Counter(SITES, 0, 1), *own))
 
 

@@ -38,7 +38,7 @@ ACTIVITIES: Final = (
     "use_telephone", "walk",
 )  # fmt: skip
 AXES: Final = 3
-LARGEST_CODE: Final = 63
+MAX_CODE: Final = 63
 #: The sensor's range in either direction, in g.
 RANGE: Final = 1.5
 #: Samples of a window, 4 s, and from one window's start to the next's.
@@ -108,7 +108,7 @@ def load(path: Path | None = None) -> Table:
 
 def acceleration(codes: NDArray[Any]) -> NDArray[np.float32]:
     """Codes 0 to 63 in g, -1.5 to 1.5, by the rule of the data's manual."""
-    return codes.astype(np.float32) * np.float32(2 * RANGE / LARGEST_CODE) - np.float32(RANGE)
+    return codes.astype(np.float32) * np.float32(2 * RANGE / MAX_CODE) - np.float32(RANGE)
 
 
 def windows(samples: NDArray[Any]) -> NDArray[Any]:
@@ -192,7 +192,7 @@ def _samples(data: bytes, where: str) -> NDArray[np.uint8]:
     """Codes ``(n, 3)`` of a recording's lines."""
     if _LINES.fullmatch(data):
         codes = np.asarray(data.split(), dtype="S2").astype(np.uint8).reshape(-1, AXES)
-        if not codes.size or codes.max() <= LARGEST_CODE:
+        if not codes.size or codes.max() <= MAX_CODE:
             return codes
     rows = []
     for number, line in enumerate(data.splitlines(), start=1):
@@ -200,10 +200,10 @@ def _samples(data: bytes, where: str) -> NDArray[np.uint8]:
             continue
         match = _LINE.fullmatch(line)
         row = [int(code) for code in match.groups()] if match else []
-        if not row or max(row) > LARGEST_CODE:
+        if not row or max(row) > MAX_CODE:
             raise DataError(
                 302,
-                f"{where} line {number}: must hold {AXES} codes 0 to {LARGEST_CODE},"
+                f"{where} line {number}: must hold {AXES} codes 0 to {MAX_CODE},"
                 f" got {line[:40].decode('ascii', 'replace')!r}",
             )
         rows.append(row)

@@ -85,4 +85,4 @@ def _require(canaries: int, guesses: int, correct: int, delta: float) -> None:
 
 
 #: Least share of the noise that is left by the check of the check.
-LEAST_FACTOR: Final = 0.01
+MIN_FACTOR: Final = 0.01

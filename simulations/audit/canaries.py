@@ -17,7 +17,7 @@ from fedge.shared.config.federation import Config
 from fedge.shared.privacy.accounting import epsilon
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.task import Task
-from fedge.simulations.audit.bound import LEAST_FACTOR, lower_bound
+from fedge.simulations.audit.bound import MIN_FACTOR, lower_bound
 from fedge.simulations.audit.canary_releases import given_out
 from fedge.simulations.audit.canary_rounds import parameters
 from fedge.simulations.audit.canary_vectors import Canaries, Listener
@@ -125,8 +125,8 @@ def audit(
         ConfigError: 201, the noise does not fit its grid, or the ring of a secure sum.
         ValueError: the factor is out of its range.
     """
-    if not LEAST_FACTOR <= noise_factor <= 1:
-        raise ValueError(f"noise_factor: must be {LEAST_FACTOR:g} to 1, got {noise_factor:g}")
+    if not MIN_FACTOR <= noise_factor <= 1:
+        raise ValueError(f"noise_factor: must be {MIN_FACTOR:g} to 1, got {noise_factor:g}")
     section = config.privacy
     sizes = replace(sizes, parameters=parameters(section, config.run.rounds, sizes.parameters))
     bits = np.frombuffer(entropy.bytes(sizes.canaries), np.uint8) & 1

@@ -116,7 +116,7 @@ def _opened_sum(
     still = canaries.still()
     total, waiting = masking.zeros(of.length), []
     try:
-        deviation = distributed.deviation(noise.noise_multiplier, size, noise.honest, count)
+        deviation = distributed.stddev(noise.noise_multiplier, size, noise.honest, count)
     except ValueError as error:
         raise ConfigError(201, f"privacy: {error}") from None
     for site in range(count):

@@ -30,7 +30,7 @@ from fedge.simulations.audit.canary_vectors import NAME, Canaries, Listener
 _LONG: Final = 3
 _QUIET: Final = 8
 #: Not fewer than these: with what canaries have in common, little noise would look like more.
-_LEAST_PARAMETERS: Final = 20_000
+_MIN_PARAMETERS: Final = 20_000
 
 
 def parameters(section: PrivacySection, rounds: int, wanted: int) -> int:
@@ -38,7 +38,7 @@ def parameters(section: PrivacySection, rounds: int, wanted: int) -> int:
     if section.mechanism != "central-mf":
         return wanted
     turns = max(-(-rounds // section.min_separation), -(-rounds // _QUIET), _LONG)
-    return min(wanted, max(wanted * _LONG // turns, _LEAST_PARAMETERS))
+    return min(wanted, max(wanted * _LONG // turns, _MIN_PARAMETERS))
 
 
 def central(

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 #: Values of an example, and inputs of the layer, up to which the example itself is looked for.
-MOST_VALUES: Final = 256
-MOST_INPUTS: Final = 2048
+MAX_VALUES: Final = 256
+MAX_INPUTS: Final = 2048
 
 _STARTS: Final = 4
 _TURNS: Final = 15

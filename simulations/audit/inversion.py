@@ -44,7 +44,7 @@ from fedge.shared.secagg import fixed_point, masking, vector_layout
 from fedge.shared.secagg.vector_layout import Bounds
 from fedge.shared.tasks.task import Task
 from fedge.shared.wire.tensors import NDArrays
-from fedge.simulations.audit.example_search import MOST_INPUTS, MOST_VALUES, Search
+from fedge.simulations.audit.example_search import MAX_INPUTS, MAX_VALUES, Search
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _inverted(config: Config, task: Task, data: SiteData, entropy: Entropy) -> I
     truth, example = inputs[0].double().numpy(), x.reshape(-1).astype(np.float64)
     direct = truth.shape == example.shape and bool(np.array_equal(truth, example))
     look = None
-    if not direct and example.size <= MOST_VALUES and truth.size <= MOST_INPUTS:
+    if not direct and example.size <= MAX_VALUES and truth.size <= MAX_INPUTS:
         look = Search(network, name, tuple(x.shape[1:]))
     made = []
     for kind, layer in views:

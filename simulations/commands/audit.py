@@ -79,11 +79,11 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     from fedge.shared.config.reader import dump, load
     from fedge.shared.errors import UsageError
     from fedge.shared.tasks.registry import get_task, require_task
-    from fedge.simulations.audit.bound import LEAST_FACTOR
+    from fedge.simulations.audit.bound import MIN_FACTOR
 
     began, factor = time.monotonic(), arguments.noise_factor
-    if not LEAST_FACTOR <= factor <= 1:
-        raise UsageError(102, f"--noise-factor: must be {LEAST_FACTOR:g} to 1, got {factor:g}")
+    if not MIN_FACTOR <= factor <= 1:
+        raise UsageError(102, f"--noise-factor: must be {MIN_FACTOR:g} to 1, got {factor:g}")
     config = load(arguments.config, arguments.set)
     if config.privacy.mechanism == "off" and factor != 1:
         raise UsageError(
@@ -98,7 +98,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     require_task(config.task.name)
     # Here, as these import torch.
     from fedge.client.data.dataset import site_shares
-    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.privacy.checks.compatibility import require_compatible
     from fedge.shared.privacy.mechanisms.csprng import Entropy
     from fedge.shared.tasks.dry_run import check
     from fedge.simulations.audit import page
@@ -107,7 +107,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
 
     task = get_task(config.task.name)
     check(task)
-    require_fit(config.privacy, task, config.secure_aggregation.min_sites)
+    require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
     shares = site_shares(config, task)
     out = folder(arguments.out, Path("runs/audit"))
     told, entropy = Told(), Entropy()

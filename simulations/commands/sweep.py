@@ -9,8 +9,8 @@ from typing import Final
 from fedge.shared.cli.command import Command
 
 #: Most noise multipliers, and most seeds, of a sweep; the largest multiplier is that of the configuration.
-MOST: Final = 100
-LARGEST_NOISE: Final = 1e4
+MAX_VALUES: Final = 100
+MAX_NOISE: Final = 1e4
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def _run(arguments: Namespace) -> int:
     from fedge.client.data.dataset import site_shares
     from fedge.server.report.page.sweep import parse
     from fedge.server.runs.directory import RunDirectory
-    from fedge.shared.privacy.checks.compatibility import require_fit
+    from fedge.shared.privacy.checks.compatibility import require_compatible
     from fedge.shared.tasks.dry_run import check
     from fedge.simulations import sweep_page
     from fedge.simulations.commands.audit import Told, folder, write
@@ -81,7 +81,7 @@ def _run(arguments: Namespace) -> int:
     refusals = []
     for job in jobs[1:]:
         try:
-            require_fit(job.config.privacy, task, job.config.secure_aggregation.min_sites)
+            require_compatible(job.config.privacy, task, job.config.secure_aggregation.min_sites)
             break
         except ConfigError as error:
             # Another run may have noise that fits; then this one is listed with what is wrong.
@@ -124,13 +124,13 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         found = []
     if (
-        not 1 <= len(found) <= MOST
-        or not all(0 < number <= LARGEST_NOISE for number in found)
+        not 1 <= len(found) <= MAX_VALUES
+        or not all(0 < number <= MAX_NOISE for number in found)
         or len(set(found)) < len(found)
     ):
         raise UsageError(
             102,
-            f"--noise-multiplier: must be up to {MOST} numbers above 0 and up to {LARGEST_NOISE:g}, each once, "
+            f"--noise-multiplier: must be up to {MAX_VALUES} numbers above 0 and up to {MAX_NOISE:g}, each once, "
             f"with commas, got {text[:100]!r}",
         )
     return found
@@ -138,14 +138,12 @@ def _numbers(text: str) -> list[float]:
 
 def _require(arguments: Namespace) -> None:
     from fedge.shared.errors import UsageError
-    from fedge.shared.privacy.accounting.epsilon import LEAST_DELTA
+    from fedge.shared.privacy.accounting.epsilon import MIN_DELTA
 
-    if not 1 <= arguments.seeds <= MOST:
-        raise UsageError(102, f"--seeds: must be 1 to {MOST}, got {arguments.seeds}")
-    if not LEAST_DELTA <= arguments.delta < 1:
-        raise UsageError(
-            102, f"--delta: must be {LEAST_DELTA:g} to below 1, got {arguments.delta:g}"
-        )
+    if not 1 <= arguments.seeds <= MAX_VALUES:
+        raise UsageError(102, f"--seeds: must be 1 to {MAX_VALUES}, got {arguments.seeds}")
+    if not MIN_DELTA <= arguments.delta < 1:
+        raise UsageError(102, f"--delta: must be {MIN_DELTA:g} to below 1, got {arguments.delta:g}")
 
 
 def _begin(out: Path, base: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedge.simulations.terminal.text import (
-    LOST_TEXT,
+    BELOW_NOISE_FLOOR,
     finite,
     lead_metric,
     member,
@@ -25,7 +25,7 @@ EXTREMES: Final = 4
 MAX_ABSENCES: Final = 12
 REASON_WIDTH: Final = 52
 #: Largest epsilon that the server takes from a site.
-MOST_EPSILON: Final = 1e9
+MAX_EPSILON: Final = 1e9
 
 
 def _history(rounds: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[float]]:
@@ -111,8 +111,8 @@ def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
                 server = math.inf
             if consumers is None or server is None:
                 continue
-            bounded = 0 <= server <= MOST_EPSILON or server == math.inf
-            if 0 <= consumers <= MOST_EPSILON and bounded:
+            bounded = 0 <= server <= MAX_EPSILON or server == math.inf
+            if 0 <= consumers <= MAX_EPSILON and bounded:
                 latest[site] = consumers, server
     if not latest:
         return _reckoned(rounds)
@@ -143,7 +143,7 @@ def _reckoned(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     for line in reversed(rounds):
         told = line.get("masked_epsilon")
         epsilon, delta = (finite(member(told, key)) for key in ("consumers", "delta"))
-        if epsilon is not None and delta is not None and 0 <= epsilon <= MOST_EPSILON:
+        if epsilon is not None and delta is not None and 0 <= epsilon <= MAX_EPSILON:
             return [
                 f"epsilon  {epsilon:.4f} at delta {delta:g}, of this run alone, for either reader"
             ]
@@ -191,7 +191,7 @@ class _Columns:
         cells = f"{name:<{self.width}}  {count:>10}  {shown:>{self._wide}}"
         if self._with_loss:
             cells += f"  {metric_text('loss', finite(member(values, 'loss'))):>8}"
-        return f"{cells}  {'' if shown == LOST_TEXT else spark}".rstrip()
+        return f"{cells}  {'' if shown == BELOW_NOISE_FLOOR else spark}".rstrip()
 
 
 def _own_scale(values: Sequence[float]) -> str:

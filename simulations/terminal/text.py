@@ -15,8 +15,8 @@ BLOCKS: Final = "▁▂▃▄▅▆▇█"
 NAME_WIDTH: Final = 24
 SPARK_WIDTH: Final = 20
 #: Standard deviation of noise beyond which a share between 0 and 1 says nothing.
-LOST: Final = 0.25
-LOST_TEXT: Final = "lost in noise"
+NOISE_FLOOR: Final = 0.25
+BELOW_NOISE_FLOOR: Final = "lost in noise"
 
 
 def printable(name: str, width: int = NAME_WIDTH) -> str:
@@ -59,8 +59,8 @@ def noised_text(name: str, value: float | None, metrics: Any, *view: str) -> str
     if value is None or not isinstance(noise, Mapping):
         return metric_text(name, value)
     deviation = finite(member(noise, *view, name))
-    if deviation is None or not deviation <= LOST:
-        return LOST_TEXT
+    if deviation is None or not deviation <= NOISE_FLOOR:
+        return BELOW_NOISE_FLOOR
     tenths = math.ceil(1000 * deviation - 1e-9)
     share = name.endswith("accuracy")
     spread = f"{tenths / 10:.1f}" if share else f"{tenths / 1000:.3f}"

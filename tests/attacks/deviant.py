@@ -126,9 +126,9 @@ class Server:
             if values is not None:
                 (bundle,) = transcript.unpack_bundles(values[messages.SECURE][messages.BUNDLE])
                 found[site] = bundles(bundle)
-        if len(found) >= transcript.FEWEST_SITES:
+        if len(found) >= transcript.MIN_SITES:
             attempt = Attempt(
-                request_digest.of(protocol.TRAIN, honest),
+                request_digest.digest(protocol.TRAIN, honest),
                 self.run_id,
                 "train",
                 self.server_round,

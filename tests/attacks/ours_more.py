@@ -169,8 +169,8 @@ def garbage(home: Path) -> Attack:
     """Bytes that are no list, lists without end, other types, nothing at all."""
     made: dict[str, Any] = {
         NAMES[0]: b"\xff" * 1000,
-        NAMES[1]: bytes(protocol.MOST_SITES * 256 + 1),
-        NAMES[2]: bytes(protocol.MOST_SITES * 256),
+        NAMES[1]: bytes(protocol.MAX_SITES * 256 + 1),
+        NAMES[2]: bytes(protocol.MAX_SITES * 256),
         NAMES[3]: 7,
         NAMES[4]: b"",
         NAMES[5]: [b"\x06site-1"],

@@ -82,7 +82,7 @@ def test_one_line_is_one_printable_line_whatever_the_message_quotes(hostile):
 
 def test_one_line_is_bounded():
     line = one_line(BundleError(702, "x" * 100_000))
-    assert len(line) < errors.LONGEST_MESSAGE + 200
+    assert len(line) < errors.MAX_MESSAGE + 200
     assert "…" in line and line.endswith(CATALOGUE[702].remedy)
 
 

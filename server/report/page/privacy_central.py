@@ -18,7 +18,7 @@ from fedge.server.report.records import Run
 #: Epsilon against who runs the server (text).
 UNBOUNDED: Final = "unbounded: it gets the updates before the noise"
 #: Largest epsilon that is drawn.
-_MOST: Final = 1e9
+_MAX_EPSILON: Final = 1e9
 _DRAWN: Final = "who also learns who was drawn"
 
 
@@ -44,7 +44,7 @@ def reached(run: Run) -> list[Reached]:
     for r in run.rounds:
         told = mapping(r.central.get("epsilon")) or r.masked_epsilon
         both = [number(told.get(key)) for key in ("consumers", "sample_known", "delta")]
-        values = [value for value in both if value is not None and 0 <= value <= _MOST]
+        values = [value for value in both if value is not None and 0 <= value <= _MAX_EPSILON]
         if len(values) == len(both):
             found.append(Reached(r.number, *values))
     return found

@@ -16,7 +16,7 @@ from fedge.server.report.records import Run
 
 ROWS_OF_A_SHORT_TABLE: Final = 12
 #: Largest epsilon that the server takes from a site; what is beyond is no figure.
-MOST: Final = 1e9
+MAX_EPSILON: Final = 1e9
 #: From this ratio of the two readers' figures on, the smaller ones get a chart of their own.
 FAR_APART: Final = 4.0
 
@@ -60,8 +60,8 @@ def spent(run: Run) -> Spent:
         found = {
             site: Told(r.number, values["consumers"], values["server"])
             for site, values in r.privacy.items()
-            if 0 <= values.get("consumers", -1.0) <= MOST
-            and (0 <= values.get("server", -1.0) <= MOST or values.get("server") == math.inf)
+            if 0 <= values.get("consumers", -1.0) <= MAX_EPSILON
+            and (0 <= values.get("server", -1.0) <= MAX_EPSILON or values.get("server") == math.inf)
         }
         latest |= found
         for site, told in found.items():

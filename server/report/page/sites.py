@@ -58,7 +58,7 @@ def _site_rows(run: Run, names: Sequence[str], metrics: Sequence[str]) -> list[l
         value = values.get(lead)
         shown = noise_figures.shown(lead, value, noise.of_site(name, lead))
         # A bar of a figure that is lost in noise would show it all the same.
-        clear = value is not None and not noise_figures.lost(noise.of_site(name, lead))
+        clear = value is not None and not noise_figures.below_noise_floor(noise.of_site(name, lead))
         drawn = bar(f"{name}: {shown}", value / whole, mark) if value is not None and clear else ""
         row = [fmt.site_name(name), drawn, f"<b>{shown}</b>"]
         row += [metric_value(m, values.get(m)) for m in metrics[1:]]
@@ -147,7 +147,7 @@ def site_results(run: Run) -> str:
         ranked.reverse()
     worst, top = measured[ranked[0]], measured[ranked[-1]]
     noise = noise_figures.last(run)
-    gone = [s for s in measured if noise_figures.lost(noise.of_site(s, lead))]
+    gone = [s for s in measured if noise_figures.below_noise_floor(noise.of_site(s, lead))]
     if gone:
         lead_text = (
             f"Each site's own held-out examples after round {run.final_round}; at {len(gone)} of {len(measured)} the "

@@ -158,7 +158,11 @@ def _clinical(run: Run) -> list[str]:
         return ["No site has been evaluated yet."]
     name = metric_name(lead)
     noise = noise_figures.last(run)
-    clear = {s: v for s, v in measured.items() if not noise_figures.lost(noise.of_site(s, lead))}
+    clear = {
+        s: v
+        for s, v in measured.items()
+        if not noise_figures.below_noise_floor(noise.of_site(s, lead))
+    }
     if not clear:
         said = noise_figures.over_all(run) if lead in run.pooled else []
         return [*said, f"Each site's own result is {noise_figures.WORDS}.", *_agreement(run)]

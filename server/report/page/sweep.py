@@ -15,7 +15,7 @@ from fedge.server.report.charts import Band, Line, line_chart, responsive
 from fedge.server.report.format import MISSING, esc, metric_name, metric_value
 from fedge.server.report.json_values import mapping, number, sequence, text
 from fedge.server.report.page.learning import axis_name, scaled
-from fedge.server.report.page.privacy_epsilon import MOST, epsilon_text
+from fedge.server.report.page.privacy_epsilon import MAX_EPSILON, epsilon_text
 from fedge.server.report.records import Run
 
 #: Points of a sweep that are shown, runs of a point, and runs that failed.
@@ -23,7 +23,7 @@ MAX_POINTS: Final = 100
 MAX_RUNS: Final = 1000
 MAX_FAILED: Final = 50
 #: A smaller epsilon has no place on a logarithmic axis.
-LEAST_DRAWN: Final = 1e-9
+MIN_DRAWN: Final = 1e-9
 #: Labels of the axis of epsilon, on a wide page and on a phone.
 _TICKS: Final = {False: 8, True: 6}
 #: What the noise hides.
@@ -127,7 +127,9 @@ def _point(found: Mapping[str, Any]) -> Point | None:
     if noise is None:
         return None
     consumers, server = (
-        value if (value := number(epsilon.get(reader))) is not None and 0 <= value <= MOST else None
+        value
+        if (value := number(epsilon.get(reader))) is not None and 0 <= value <= MAX_EPSILON
+        else None
         for reader in ("consumers", "server")
     )
     mean, lowest, highest = (number(found.get(key)) for key in ("mean", "lowest", "highest"))
@@ -163,7 +165,7 @@ def _curve(sweep: Sweep, reader: str, name: str, label: str, css: str) -> Line:
     said = []
     for p in sweep.measured:
         epsilon: float | None = getattr(p, reader)
-        if epsilon is None or epsilon < LEAST_DRAWN or p.mean is None:
+        if epsilon is None or epsilon < MIN_DRAWN or p.mean is None:
             continue
         x = math.log10(epsilon)
         points.append((x, scaled(sweep.metric, p.mean)))
@@ -189,7 +191,7 @@ def _lines(sweep: Sweep, run: str) -> list[Line]:
     if len(lines) == 1 and (own := _own(sweep, run)):
         noise, trial = own
         at = next((p.consumers for p in sweep.measured if p.noise_multiplier == noise), None)
-        if at is not None and at >= LEAST_DRAWN and trial.value is not None:
+        if at is not None and at >= MIN_DRAWN and trial.value is not None:
             point = (math.log10(at), scaled(sweep.metric, trial.value))
             lines.append(Line("this run", [point], "pooled", ringed=True))
     return lines
@@ -266,7 +268,7 @@ def _how_drawn(sweep: Sweep, *, ringed: bool) -> str:
         note += " Rings: against the server."
     if sweep.baseline.value is not None:
         note += " Dashes: one run without noise."
-    if any((p.consumers or 0) < LEAST_DRAWN for p in sweep.measured):
+    if any((p.consumers or 0) < MIN_DRAWN for p in sweep.measured):
         note += " An epsilon of 0 has no place on this axis; the table has it."
     return note + (" The orange ring is this run." if ringed else "")
 

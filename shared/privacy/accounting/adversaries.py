@@ -16,7 +16,7 @@ from fedge.shared.privacy.accounting.epsilon import Release
 Part: TypeAlias = tuple[float, float, bool, int]
 
 
-def reckon(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[float, float]:
+def account(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[float, float]:
     """Epsilon of these releases together, against the model's consumers and against the server.
 
     The server sees which sites are sampled, so for it sampling hides no site. Which examples a site draws it sees as
@@ -26,7 +26,7 @@ def reckon(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[float
         ValueError: ``delta`` is not within (0, 1).
     """
     parts = list(map(part_of, releases))
-    return reckon_parts(parts, [], delta) if unit == "example" else reckon_parts([], parts, delta)
+    return account_parts(parts, [], delta) if unit == "example" else account_parts([], parts, delta)
 
 
 def of_study(
@@ -47,7 +47,7 @@ def of_study(
     if unit == "site" and examples:
         return math.inf, math.inf
     sites = [part for of, _, part in every if of == "site"]
-    consumers, server = reckon_parts(examples, sites, delta)
+    consumers, server = account_parts(examples, sites, delta)
     return consumers, math.inf if any(name in CENTRAL for _, name, _ in every) else server
 
 
@@ -63,7 +63,7 @@ def of_entries(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[floa
     return of_study(kept, unit, delta)
 
 
-def reckon_parts(
+def account_parts(
     of_examples: Iterable[Part], of_sites: Iterable[Part], delta: float
 ) -> tuple[float, float]:
     """As ``reckon``, of releases as the ledger keeps them.

@@ -13,7 +13,7 @@ from fedge.shared.privacy.accounting.epsilon import Release
 Purpose: TypeAlias = Literal["train", "evaluate", "statistics", "calibrate", "qualify"]
 
 
-_MOST_STEPS: Final = 10**9
+_MAX_STEPS: Final = 10**9
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -61,8 +61,8 @@ class Charge:
             number = getattr(self, name)
             if type(number) is not int or not 0 <= number < 2**31:
                 raise ValueError(f"{name}: must be 0 to 2^31 - 1, got {number!r:.80}")
-        if not 1 <= self.release.steps <= _MOST_STEPS:
-            raise ValueError(f"steps: must be 1 to {_MOST_STEPS}, got {self.release.steps}")
+        if not 1 <= self.release.steps <= _MAX_STEPS:
+            raise ValueError(f"steps: must be 1 to {_MAX_STEPS}, got {self.release.steps}")
         check_delta(self.delta)
         if not _DIGEST.fullmatch(self.digest):
             raise ValueError(f"digest: must be SHA-256 in hexadecimal, got {self.digest!r:.80}")

@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Below it, rounding in PLD's Fourier transforms is no longer small against delta.
-LEAST_DELTA: Final = 1e-10
+MIN_DELTA: Final = 1e-10
 #: Bounds of the search for a noise multiplier.
-LEAST_NOISE: Final = 0.01
-LARGEST_NOISE: Final = 1e4
+MIN_NOISE: Final = 0.01
+MAX_NOISE: Final = 1e4
 
 #: With less noise a release counts without sampling: its epsilon is in the hundreds either way, and PLD overflows.
-_LEAST_SAMPLED: Final = 0.05
+_MIN_SAMPLED: Final = 0.05
 #: More noise than this, and a smaller sampling rate, count as these.
-_LARGEST_SAMPLED: Final = 1e6
-_LEAST_RATE: Final = 1e-9
+_MAX_SAMPLED: Final = 1e6
+_MIN_RATE: Final = 1e-9
 #: Of delta for each step, what rounding may do to PLD's tails; where that is more than delta, sampling counts nothing.
 _ROUNDING: Final = 1e-14
 #: What the grid of PLD may add to epsilon, up to an epsilon of 10; beyond, in proportion.
 _TOLERANCE: Final = 1e-4
 #: Grid steps across the losses of one release, and of all together, about; a finer grid takes seconds.
-_MOST_OF_ONE: Final = 1e5
-_MOST_TOGETHER: Final = 3e5
+_GRID_STEPS_OF_ONE: Final = 1e5
+_GRID_STEPS_TOGETHER: Final = 3e5
 #: Standard deviations of the noise on either side that PLD looks at, about: it drops e^-50 of the mass.
 _WIDTH: Final = 10.0
 _PRECISION: Final = 1.001
@@ -146,11 +146,11 @@ def calibrate(
     # What is enough without sampling is enough with it; the little more covers the rounding of the search.
     room = _gaussian_noise(epsilon, delta) ** -2
     room -= math.fsum(one.steps / one.noise_multiplier**2 for one in beside)
-    enough = math.sqrt(steps / room) * (1 + 1e-9) if room > 0 else LARGEST_NOISE
-    start = min(max(enough, LEAST_NOISE), LARGEST_NOISE)
+    enough = math.sqrt(steps / room) * (1 + 1e-9) if room > 0 else MAX_NOISE
+    start = min(max(enough, MIN_NOISE), MAX_NOISE)
     if spent(start) > epsilon:
         raise ValueError(
-            f"epsilon: must be reachable with a noise multiplier up to {LARGEST_NOISE:g}, got {epsilon}"
+            f"epsilon: must be reachable with a noise multiplier up to {MAX_NOISE:g}, got {epsilon}"
         )
     return start if sampling_rate == 1 else _least(spent, epsilon, start)
 
@@ -208,8 +208,8 @@ def _log_tail(x: float) -> float:
 
 
 def _require_delta(delta: float) -> None:
-    if not LEAST_DELTA <= delta < 1:
-        raise ValueError(f"delta: must be {LEAST_DELTA:g} to below 1, got {delta}")
+    if not MIN_DELTA <= delta < 1:
+        raise ValueError(f"delta: must be {MIN_DELTA:g} to below 1, got {delta}")
 
 
 def _gaussian_noise(epsilon: float, delta: float) -> float:
@@ -232,8 +232,8 @@ def _least(spent: Callable[[float], float], budget: float, high: float) -> float
     at_high = spent(high)
     low, at_low = high / 2, spent(high / 2)
     while at_low <= budget:
-        if low <= LEAST_NOISE:
-            return LEAST_NOISE
+        if low <= MIN_NOISE:
+            return MIN_NOISE
         high, at_high = low, at_low
         low, at_low = low / 2, spent(low / 2)
     for turn in itertools.count(1):
@@ -259,10 +259,10 @@ def _merged(releases: Iterable[Release]) -> tuple[Release, ...]:
     kinds: Counter[tuple[float, float, bool]] = Counter()
     for release in releases:
         noise, rate, fixed = release.noise_multiplier, release.sampling_rate, release.fixed_size
-        if rate == 1 or noise < _LEAST_SAMPLED:
+        if rate == 1 or noise < _MIN_SAMPLED:
             rate, fixed = 1.0, False
         else:
-            noise, rate = min(noise, _LARGEST_SAMPLED), max(rate, _LEAST_RATE)
+            noise, rate = min(noise, _MAX_SAMPLED), max(rate, _MIN_RATE)
         kinds[noise, rate, fixed] += release.steps
     ordered = sorted(kinds.items())
     plain = [(noise, steps) for (noise, rate, _), steps in ordered if rate == 1]
@@ -348,7 +348,7 @@ def _interval(parts: tuple[Release, ...], delta: float) -> float:
     tolerance = _TOLERANCE * max(1, (mean + quantile * deviation) / 10)
     steps = sum(part.steps for part in parts)
     fine = math.sqrt(12 * tolerance * deviation / ((quantile + deviation) * steps))
-    coarse = max(widest / _MOST_OF_ONE, 16 * deviation / _MOST_TOGETHER)
+    coarse = max(widest / _GRID_STEPS_OF_ONE, 16 * deviation / _GRID_STEPS_TOGETHER)
     return 2.0 ** math.floor(math.log2(max(fine, coarse)))
 
 

@@ -11,13 +11,13 @@ from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import ConfigError
 from fedge.shared.preprocessing import steps
 from fedge.shared.privacy.mechanisms import distributed, local, noised_counts
-from fedge.shared.protocol import MOST_SITES
+from fedge.shared.protocol import MAX_SITES
 from fedge.shared.tasks.task import Task
 
 _UNFIT: Final = 211
 
 
-def require_fit(section: PrivacySection, task: Task, min_sites: int = 0) -> None:
+def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) -> None:
     """Hold a task against the mechanism.
 
     Args:
@@ -80,10 +80,10 @@ def _require_noise(section: PrivacySection, task: Task, network: nn.Module, min_
     size = sum(t.numel() for t in network.state_dict().values() if t.is_floating_point())
     try:
         if section.mechanism == "distributed" and multiplier is not None:
-            distributed.deviation(multiplier, size, honest, MOST_SITES)
+            distributed.stddev(multiplier, size, honest, MAX_SITES)
         if section.mechanism == "local" and multiplier is not None:
-            local.deviation(multiplier, size)
-        counts = noised_counts.of(section, task.counter_names, honest)
+            local.stddev(multiplier, size)
+        counts = noised_counts.plan(section, task.counter_names, honest)
         if counts is not None:
             counts.require_grid()
     except ValueError as error:

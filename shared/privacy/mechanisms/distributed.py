@@ -25,12 +25,12 @@ from fedge.shared.privacy.mechanisms.discrete_gaussian import MAX_SIGMA, table
 #: Steps of the grid in a clipping bound.
 STEPS: Final = 2**16
 #: Below so many steps a standard deviation, the accountant's Gaussian and the discrete one begin to differ.
-LEAST_DEVIATION: Final = 1000.0
+MIN_STDDEV: Final = 1000.0
 
 _BITS: Final = 53
 _TRIES: Final = 200
 #: Standard deviations that no sum of noise is beyond, but for once in 10^30 coordinates.
-_FARTHEST: Final = 12.0
+_TAIL_STDDEVS: Final = 12.0
 
 
 def steps_a_unit(clipping_bound: float) -> float:
@@ -53,7 +53,7 @@ def sensitivity(size: int, steps: int = STEPS) -> float:
     return math.sqrt(min(loose, tight))
 
 
-def deviation(noise_multiplier: float, size: int, honest: int, sites: int) -> float:
+def stddev(noise_multiplier: float, size: int, honest: int, sites: int) -> float:
     """Standard deviation of one site's noise, in steps.
 
     Args:
@@ -68,12 +68,12 @@ def deviation(noise_multiplier: float, size: int, honest: int, sites: int) -> fl
     if not 1 <= honest <= sites:
         raise ValueError(f"honest sites: must be 1 to {sites}, got {honest}")
     found = noise_multiplier * sensitivity(size) / math.sqrt(honest)
-    if not LEAST_DEVIATION <= found <= MAX_SIGMA:
+    if not MIN_STDDEV <= found <= MAX_SIGMA:
         raise ValueError(
-            f"noise of one site: must be {LEAST_DEVIATION:g} to {MAX_SIGMA:g} steps, got {found:.0f};"
+            f"noise of one site: must be {MIN_STDDEV:g} to {MAX_SIGMA:g} steps, got {found:.0f};"
             " change noise-multiplier"
         )
-    farthest = sites * (STEPS + 1) + _FARTHEST * found * math.sqrt(sites)
+    farthest = sites * (STEPS + 1) + _TAIL_STDDEVS * found * math.sqrt(sites)
     if farthest >= 2**31:
         raise ValueError(
             f"sum: must stay within 2^31 steps, got up to {farthest:.3g}; use fewer sites"

@@ -25,7 +25,7 @@ from fedge.shared.privacy.mechanisms.discrete_gaussian import MAX_SIGMA, table
 #: By how much rounding may lengthen an update, and so enlarge its noise, where the noise's table allows it.
 _LENGTHENED: Final = 1.001
 #: Standard deviations of a coordinate by which the noise's norm is above the usual one, once in 10^14 updates.
-_FARTHEST: Final = 8.0
+_TAIL_STDDEVS: Final = 8.0
 
 
 def steps(noise_multiplier: float, size: int) -> int:
@@ -39,27 +39,27 @@ def steps(noise_multiplier: float, size: int) -> int:
     """
 
     def coarse(grid: int) -> bool:
-        few = _deviation(noise_multiplier, size, grid) < distributed.LEAST_DEVIATION
+        few = _stddev(noise_multiplier, size, grid) < distributed.MIN_STDDEV
         return few or distributed.sensitivity(size, grid) > _LENGTHENED * grid
 
     found = 1
     while found < distributed.STEPS and coarse(found):
-        if _deviation(noise_multiplier, size, 2 * found) > MAX_SIGMA:
+        if _stddev(noise_multiplier, size, 2 * found) > MAX_SIGMA:
             break
         found *= 2
     return found
 
 
-def deviation(noise_multiplier: float, size: int) -> float:
+def stddev(noise_multiplier: float, size: int) -> float:
     """Standard deviation of the noise on a coordinate, in steps.
 
     Raises:
         ValueError: the noise is so little that the accountant's Gaussian differs from the discrete one, or too much.
     """
-    found = _deviation(noise_multiplier, size, steps(noise_multiplier, size))
-    if not distributed.LEAST_DEVIATION <= found <= MAX_SIGMA:
+    found = _stddev(noise_multiplier, size, steps(noise_multiplier, size))
+    if not distributed.MIN_STDDEV <= found <= MAX_SIGMA:
         raise ValueError(
-            f"noise: must be {distributed.LEAST_DEVIATION:g} to {MAX_SIGMA:g} steps, got {found:.0f};"
+            f"noise: must be {distributed.MIN_STDDEV:g} to {MAX_SIGMA:g} steps, got {found:.0f};"
             " change noise-multiplier"
         )
     return found
@@ -89,7 +89,7 @@ def noised(
     norm = float(np.linalg.norm(exact))
     if not math.isfinite(norm):
         raise ValueError("update: must be finite, got NaN or infinity")
-    wide = deviation(noise_multiplier, exact.size)
+    wide = stddev(noise_multiplier, exact.size)
     grid = steps(noise_multiplier, exact.size)
     exact *= min(1.0, clipping_bound / max(norm, 1e-300)) * (grid / clipping_bound)
     found = distributed.rounded(exact, distributed.sensitivity(exact.size, grid), entropy)
@@ -139,15 +139,15 @@ def noised_weights(
     return found
 
 
-def farthest(clipping_bound: float, noise_multiplier: float, size: int) -> float:
+def max_update_norm(clipping_bound: float, noise_multiplier: float, size: int) -> float:
     """The L2 norm that noise of so many coordinates does not exceed, but for once in 10^14 updates.
 
     Without the update itself, which adds ``clipping_bound`` at most.
     """
     grid = steps(noise_multiplier, size)
-    one = _deviation(noise_multiplier, size, grid) * clipping_bound / grid
-    return one * (math.sqrt(size) + _FARTHEST)
+    one = _stddev(noise_multiplier, size, grid) * clipping_bound / grid
+    return one * (math.sqrt(size) + _TAIL_STDDEVS)
 
 
-def _deviation(noise_multiplier: float, size: int, grid: int) -> float:
+def _stddev(noise_multiplier: float, size: int, grid: int) -> float:
     return noise_multiplier * 2 * distributed.sensitivity(size, grid)

@@ -33,13 +33,13 @@ from fedge.shared.privacy.mechanisms.discrete_gaussian import MAX_SIGMA, table
 EXAMPLES: Final = "examples"
 LOSS: Final = "loss-sum"
 #: Most bits of the grid, which are those of exact counters under masks.
-MOST_BITS: Final = 20
+MAX_BITS: Final = 20
 
 #: Below so many steps a standard deviation, the accountant's Gaussian and the discrete one begin to differ.
-_LEAST_DEVIATION: Final = 1000.0
+_MIN_STDDEV: Final = 1000.0
 _GRID_BITS: Final = 10
 #: Standard deviations that no noise is beyond, but for once in 10^15 counters.
-_FARTHEST: Final = 8.0
+_TAIL_STDDEVS: Final = 8.0
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class NoisedCounts:
     def bits(self) -> int:
         """Of the grid: the fewest that give 2^10 steps a standard deviation."""
         _, exponent = math.frexp(self.deviation)
-        return min(max(0, _GRID_BITS + 1 - exponent), MOST_BITS)
+        return min(max(0, _GRID_BITS + 1 - exponent), MAX_BITS)
 
     @property
     def reach(self) -> float:
         """How far beyond its range noise may carry a counter."""
-        return _FARTHEST * self.deviation
+        return _TAIL_STDDEVS * self.deviation
 
     def require_grid(self) -> None:
         """Hold the noise against the grid.
@@ -81,7 +81,7 @@ class NoisedCounts:
             ValueError: it is so little that the accountant's Gaussian differs from the discrete one, or too much.
         """
         steps = 2.0**self.bits
-        low, high = _LEAST_DEVIATION / steps, MAX_SIGMA / steps
+        low, high = _MIN_STDDEV / steps, MAX_SIGMA / steps
         if not low <= self.deviation <= high:
             raise ValueError(
                 f"noise on counters: must be {low:g} to {high:g}, got {self.deviation:.3g};"
@@ -116,7 +116,7 @@ class NoisedCounts:
         return told | {n: float(v) / steps for n, v in zip(self.noised, whole, strict=True)}
 
 
-def of(
+def plan(
     section: PrivacySection,
     counter_names: Iterable[str],
     honest: int = 1,

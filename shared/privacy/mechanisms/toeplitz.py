@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: Rounds that noise is correlated over at most where nobody says how many: each is a vector in memory and on the disk.
-MOST_BANDS: Final = 1000
+MAX_BANDS: Final = 1000
 
 #: Numbers of bands that are tried first: each larger by this factor, and so many multiples of the separation.
 _GROWTH: Final = 1.15
@@ -123,7 +123,7 @@ def best_bands(rounds: int, participations: int, min_separation: int) -> int:
     Raises:
         ValueError: as ``sensitivity``.
     """
-    most = min(rounds, MOST_BANDS)
+    most = min(rounds, MAX_BANDS)
 
     def of(bands: int) -> float:
         return error(coefficients(rounds, bands), rounds, participations, min_separation)

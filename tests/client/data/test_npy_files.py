@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.client.data import npy_files
-from fedge.client.data.dataset import require_fit
+from fedge.client.data.dataset import require_task_data
 from fedge.shared.errors import DataError
 
 
@@ -80,11 +80,11 @@ def test_any_header_is_read_or_refused(folder, position, value):
 
 
 def test_examples_must_fit_the_task(task, data):
-    require_fit(task, data)
+    require_task_data(task, data)
     wide = replace(data, train_features=np.zeros((37, 3), np.float32))
-    assert "must have shape (2,)" in refused(302, require_fit, task, wide)
+    assert "must have shape (2,)" in refused(302, require_task_data, task, wide)
     assert "0 to 1" in refused(
-        302, require_fit, task, replace(data, test_labels=data.test_labels + 1)
+        302, require_task_data, task, replace(data, test_labels=data.test_labels + 1)
     )
     empty = replace(data, test_features=data.test_features[:0], test_labels=data.test_labels[:0])
-    refused(303, require_fit, task, empty)
+    refused(303, require_task_data, task, empty)

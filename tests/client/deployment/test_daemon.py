@@ -250,7 +250,7 @@ def test_a_node_that_hangs_in_its_good_bye_is_killed_whatever_ended_it(site: Sit
             dies,
             waits(lambda: len(site.nodes) == 2 and (exits.append(site.node.last_exit) or True)),
             # The one after it is nobody's debt.
-            waits(lambda: site.ready() and not site.daemon._good_byes),
+            waits(lambda: site.ready() and not site.daemon._shutdown_deadlines),
         )
     )
     assert exits == ["killed by SIGKILL"]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fedge.client.deployment.supernode_log import LOG_PIECE, NodeLog
+from fedge.client.deployment.supernode_log import LOG_PIECE, SupernodeLog
 
 DEAF = "INFO: Giving up reconnection after 7 tries\n"
 FINE = "SuperNode ID: 17\n"
@@ -11,7 +11,7 @@ FINE = "SuperNode ID: 17\n"
 def test_what_a_log_says_after_weeks_is_heard(tmp_path: Path) -> None:
     path = tmp_path / "supernode.log"
     path.write_text(DEAF)
-    log = NodeLog(path)
+    log = SupernodeLog(path)
     deaf = ["Giving up reconnection"]
     with path.open("a") as file:
         for _ in range(3):
@@ -31,7 +31,7 @@ def test_what_a_log_says_after_weeks_is_heard(tmp_path: Path) -> None:
 
 def test_of_much_that_is_new_the_end_is_read(tmp_path: Path) -> None:
     path = tmp_path / "supernode.log"
-    log = NodeLog(path)
+    log = SupernodeLog(path)
     assert not log.said(["[code: 2004]"])
     path.write_text("\n" * (3 * LOG_PIECE) + "[code: 2004]\n")
     assert log.said(["[code: 2004]"])
@@ -43,7 +43,7 @@ def test_a_log_that_was_moved_or_truncated_is_read_from_its_beginning(
 ) -> None:
     path = tmp_path / "supernode.log"
     path.write_text(DEAF * 3)
-    log = NodeLog(path)
+    log = SupernodeLog(path)
     if moved:
         path.rename(tmp_path / "supernode.log.1")
         path.write_text(FINE + "\n" * 1000)

@@ -5,7 +5,7 @@ import pytest
 from builders import refused
 
 from fedge.client.secagg import input_vector
-from fedge.client.secagg.input_vector import Contribution, rounding_key
+from fedge.client.secagg.input_vector import InputVector, rounding_key
 from fedge.shared.preprocessing.steps import Statistics
 from fedge.shared.secagg import exact_counters, fixed_point, vector_layout
 from fedge.shared.secagg.vector_layout import Bounds
@@ -26,7 +26,7 @@ def trained(*args, received=None, examples=100, loss=0.5, of=LAYOUT):
     return input_vector.training(of, BOUNDS, received or tensors(), *args, examples, loss)
 
 
-def decoded(made: Contribution, sites=3):
+def decoded(made: InputVector, sites=3):
     """The values and counters of one site's vector, as a server reads a sum of one."""
     of, vector = made.layout, made.encode(sites, KEY)
     counted = exact_counters.decode_counters(vector[of.values :], of.counters, 1)
@@ -167,7 +167,7 @@ def test_scaffolds_changes_are_no_difference_to_what_was_received():
 def test_the_rounding_is_right_on_average_and_the_same_again():
     of = vector_layout.of_training({"w": (20_000,)}, ["w"], BOUNDS, control=False)
     step = 1 / fixed_point.scale(5.0, 3)
-    made = Contribution(
+    made = InputVector(
         of,
         np.full(20_000, 10.3 * step, np.float64),
         1.0,

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedge.client.requests import Address
-from fedge.client.secagg.input_vector import Contribution
-from fedge.client.secagg.participant import SecureAnswers, bounds_of, is_secure
+from fedge.client.secagg.input_vector import InputVector
+from fedge.client.secagg.participant import Participant, bounds_of, is_secure
 from fedge.client.secagg.replay_guard import ReplayGuard
 from fedge.client.secagg.session import Anchors
 from fedge.server.secagg.group import Group
@@ -42,7 +42,7 @@ ROSTER = known()
 
 def made():
     counters = {"sites": 1, "task/correct": 3, "task/examples": 5}
-    return Contribution(OF, np.zeros(0, np.float32), 1.0, counters)
+    return InputVector(OF, np.zeros(0, np.float32), 1.0, counters)
 
 
 def begins(number=1, **changes):
@@ -59,7 +59,7 @@ class Sites:
 
     def of(self, name):
         anchors = Anchors(name, KEYS[name], lambda: ROSTER, lambda: 3)
-        return SecureAnswers(anchors, ReplayGuard(self.home / name))
+        return Participant(anchors, ReplayGuard(self.home / name))
 
     def begin(self, number=1, address=ADDRESS, names=NAMES):
         content = begins(number)
@@ -69,7 +69,7 @@ class Sites:
             (found[n],) = transcript.unpack_bundles(values[messages.BUNDLE])
         purpose = {k: p for p, k in messages.BEGIN.items()}[self.kind]
         attempt = Attempt(
-            request_digest.of(self.kind, content),
+            request_digest.digest(self.kind, content),
             address.run_id,
             purpose,
             address.server_round,

@@ -12,7 +12,7 @@ import pytest
 from builders import refusal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.client.secagg.input_vector import Contribution, rounding_key
+from fedge.client.secagg.input_vector import InputVector, rounding_key
 from fedge.client.secagg.session import Anchors, PeerError, Session
 from fedge.server.secagg.group import Group, LostError
 from fedge.shared.roster import roster
@@ -57,7 +57,7 @@ def contribution(name, of=LAYOUT):
     values = np.array([draw.uniform(-3, 3) for _ in range(of.values)], np.float32)
     examples = draw.randint(0, 100)
     counters = {"sites": 1, "examples": examples, "loss": draw.uniform(0, 1e6)}
-    return Contribution(of, values, examples / 100, counters | {"clipped": 1, "capped": 0})
+    return InputVector(of, values, examples / 100, counters | {"clipped": 1, "capped": 0})
 
 
 class Round:

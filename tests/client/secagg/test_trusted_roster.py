@@ -135,7 +135,7 @@ def break_folder(home):
 
 
 def break_large(home):
-    write_atomically(home / "roster.json", bytes(roster.LARGEST_FILE + 1))
+    write_atomically(home / "roster.json", bytes(roster.MAX_FILE + 1))
 
 
 def break_trust_missing(home):

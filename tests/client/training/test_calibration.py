@@ -18,7 +18,7 @@ from fedge.client.settings.policy import Policy
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.client.training import calibration_ranges, graph_runs
 from fedge.client.training.calibration import SiteCalibration
-from fedge.client.training.calibration_request import Asked
+from fedge.client.training.calibration_request import CalibrationRequest
 from fedge.client.training.graph_runs import Terms
 from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
@@ -205,7 +205,7 @@ def test_a_graph_gets_five_minutes_at_most_whatever_is_asked(about, task, weight
     for deadline, granted in ((3600, 300.0), (7, 7.0)):
         content = about(CALIBRATE, section={"deadline": deadline}).content
         terms = requests.terms(content[protocol.CONFIG], 2)
-        asked = Asked.of(content, task.name, terms, weights)
+        asked = CalibrationRequest.of(content, task.name, terms, weights)
         assert asked.running == Terms(granted, 1)
 
 

@@ -44,7 +44,7 @@ def counts(mechanism: str, noise: float = 2.0) -> noised_counts.NoisedCounts:
             "metrics-noise-multiplier": noise,
         }
     )
-    found = noised_counts.of(section, NAMES)
+    found = noised_counts.plan(section, NAMES)
     assert found is not None
     return found
 
@@ -130,7 +130,7 @@ def test_an_update_with_its_site_s_noise_passes_and_one_without_must_be_as_short
     source = Entropy(key=bytes(32))
     found = local.noised(np.ones(2000), 1.0, 5.0, source)
     assert np.linalg.norm(found) > 4 * AdmissionSection().max_update_norm
-    allowed = local.farthest(1.0, 5.0, 2000)
+    allowed = local.max_update_norm(1.0, 5.0, 2000)
     assert trained(allowed, found).update is not None
     assert trained(0.0, found).rejection.code == 402
     beyond = found * (1.01 * (100 + allowed) / np.linalg.norm(found))

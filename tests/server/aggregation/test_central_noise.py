@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedge.server.aggregation.central_noise import CentralNoise, Noised, for_run
-from fedge.server.aggregation.privacy_cost import DELTA, central_spent, secret_sample
+from fedge.server.aggregation.privacy_cost import DELTA, central_spent, is_secret_sample
 from fedge.server.aggregation.updates import Update
 from fedge.server.runs.checkpoints import checkpoints_kept
 from fedge.shared.config.privacy import PrivacySection
@@ -470,7 +470,7 @@ def test_a_round_counts_the_evaluations_up_to_its_own() -> None:
 
 
 def test_only_a_sample_that_is_drawn_is_secret() -> None:
-    assert secret_sample(section(**{"sampling-rate": 0.5}))
-    assert not secret_sample(section())
-    assert not secret_sample(section("central-mf", **{"min-separation": 2}))
-    assert not secret_sample(PrivacySection())
+    assert is_secret_sample(section(**{"sampling-rate": 0.5}))
+    assert not is_secret_sample(section())
+    assert not is_secret_sample(section("central-mf", **{"min-separation": 2}))
+    assert not is_secret_sample(PrivacySection())

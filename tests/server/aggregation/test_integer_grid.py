@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as vectors
 
 from fedge.server.aggregation.integer_grid import (
-    LEAST_DEVIATION,
-    MOST_DEVIATION,
+    MAX_STDDEV,
+    MIN_STDDEV,
     IntegerGrid,
     difference,
     floating,
@@ -32,7 +32,7 @@ def placed(update: np.ndarray[Any, Any], of: IntegerGrid) -> np.ndarray[Any, Any
 @pytest.mark.parametrize("noise_multiplier", [1e-6, 0.1, 1.0, 5.0, 1e4])
 def test_the_noise_is_what_was_asked_for_on_any_grid(noise_multiplier: float, size: int) -> None:
     of = grid(2.0, noise_multiplier, size)
-    assert LEAST_DEVIATION <= of.deviation <= MOST_DEVIATION
+    assert MIN_STDDEV <= of.deviation <= MAX_STDDEV
     assert of.deviation * of.step == pytest.approx(noise_multiplier * 2.0, rel=1e-12)
     assert of.reach * of.step == pytest.approx(2.0, rel=1e-12)
     if noise_multiplier <= 5:

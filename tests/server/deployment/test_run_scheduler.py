@@ -18,7 +18,7 @@ import pytest
 
 from fedge.server.deployment import run_scheduler
 from fedge.server.deployment.flower_control import CONNECTION, Done
-from fedge.server.deployment.run_scheduler import MOST_CRASHES, STOP_REQUEST, Coordinators
+from fedge.server.deployment.run_scheduler import MAX_CRASHES, STOP_REQUEST, Coordinators
 from fedge.server.runs.directory import prepare, state_of
 from fedge.shared.config.federation import Config
 from fedge.shared.daemon.supervisor import Supervisor
@@ -226,10 +226,10 @@ def test_crashes_without_progress_stop_the_run(server: Server, coordinator: Any)
     coordinator(crashes)
     path = server.submit("one")
     server.until(lambda: state_of(path) == "stopped" and server.pids == {})
-    assert len(starts(path)) == MOST_CRASHES
+    assert len(starts(path)) == MAX_CRASHES
     assert stopped(path)["code"] == "FE-509"
-    assert f"{MOST_CRASHES} crashes" in stopped(path)["message"]
-    assert ["stop", str(100 + MOST_CRASHES), CONNECTION] in server.flower.calls
+    assert f"{MAX_CRASHES} crashes" in stopped(path)["message"]
+    assert ["stop", str(100 + MAX_CRASHES), CONNECTION] in server.flower.calls
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_a_round_between_crashes_starts_the_count_anew(server: Server, coordinat
     def crashes(arguments: list[str]) -> None:
         path = began(arguments)
         count = len(starts(path))
-        if count > 2 * MOST_CRASHES:
+        if count > 2 * MAX_CRASHES:
             finish(path)
             return
         play(path, count // 2)
@@ -248,7 +248,7 @@ def test_a_round_between_crashes_starts_the_count_anew(server: Server, coordinat
     coordinator(crashes)
     path = server.submit("one")
     server.until(lambda: state_of(path) == "finished" and server.pids == {})
-    assert len(starts(path)) == 2 * MOST_CRASHES + 1
+    assert len(starts(path)) == 2 * MAX_CRASHES + 1
 
 
 def test_an_error_of_fedge_stops_the_run_at_once(server: Server, coordinator: Any) -> None:

@@ -111,7 +111,7 @@ def take(
     live = NodeStatus(GridClient(of, clock or still()))
     registry = registration.Registry(live, given, task, RUN, journal, Silent())
     taken = registry.take(7)
-    run.fix(journal, task, given, registry)
+    run.fit_preprocessing(journal, task, given, registry)
     return taken
 
 

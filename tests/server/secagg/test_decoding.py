@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.client.secagg.input_vector import Contribution, SiteNoise, noised
+from fedge.client.secagg.input_vector import InputVector, SiteNoise, noised
 from fedge.server.secagg import decoding
 from fedge.server.secagg.outcome import UnmaskedSum
 from fedge.shared.config.sections import AdmissionSection
@@ -43,7 +43,7 @@ def of_training(bounds=BOUNDS, *, control=False):
 def contribution(of, update, **counters):
     flat = np.full(of.values, update, np.float32)
     values = {"sites": 1, "examples": 50, "loss": 25.0, "clipped": 0, "capped": 0, **counters}
-    return Contribution(of, flat, min(values["examples"], 100) / 100, values)
+    return InputVector(of, flat, min(values["examples"], 100) / 100, values)
 
 
 def opened(some, sharers=None):

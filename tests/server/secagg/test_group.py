@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.client.secagg.input_vector import Contribution
+from fedge.client.secagg.input_vector import InputVector
 from fedge.client.secagg.session import Anchors, Session
 from fedge.server.secagg import group as groups
 from fedge.server.secagg.group import Group, LostError
@@ -41,7 +41,7 @@ class Sites:
         self.sessions = {}
         for i, (n, key) in enumerate(KEYS.items()):
             counters = {"sites": 1, "task/correct": i, "task/examples": 10}
-            made = Contribution(OF, np.zeros(0, np.float32), 1.0, counters)
+            made = InputVector(OF, np.zeros(0, np.float32), 1.0, counters)
             anchors = Anchors(n, key, lambda: trusted, lambda: 3)
             self.sessions[n] = Session(anchors, ATTEMPT, made, bytes(32), lambda: None)
         # Given in another order: the books sort them.

@@ -60,7 +60,7 @@ def test_one_that_ran_nowhere_is_left_out_and_noise_leaves_no_reference():
         }
     )
     names = tuple(f"{kind}/{name}" for kind in DIGESTS for name in ("correct", "examples"))
-    noised = noised_counts.of(section, names)
+    noised = noised_counts.plan(section, names)
     part = {kind: {"correct": 900.0, "examples": 1000.0} for kind in DIGESTS}
     found = scores.counted(TASK, DIGESTS, [part], noised, 1)
     assert found[ONNX_INT8].metrics == {"accuracy": 0.9}

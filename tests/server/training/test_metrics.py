@@ -103,7 +103,7 @@ def noise(mechanism: str, names=("examples", "correct")) -> NoisedCounts:
             "metrics-noise-multiplier": 2.0,
         }
     )
-    found = noised_counts.of(section, names)
+    found = noised_counts.plan(section, names)
     assert found is not None
     return found
 

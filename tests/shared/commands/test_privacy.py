@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fedge.shared.cli import main
-from fedge.shared.privacy.accounting.adversaries import reckon
+from fedge.shared.privacy.accounting.adversaries import account
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 
 EPSILON = "--noise-multiplier 1 --sampling-rate 0.1 --steps 100 --delta 1e-5"
@@ -58,7 +58,7 @@ def test_sampling_hides_an_example_from_the_server_and_no_site(fedge):
     assert (example["unit"], site["unit"]) == ("example", "site")
     for found in (example, site):
         released = [Release(1.0, 0.1, 100)]
-        consumers, server = reckon(released, 1e-5, found["unit"])
+        consumers, server = account(released, 1e-5, found["unit"])
         assert (found["epsilon"], found["epsilon_server"]) == (consumers, server)
     assert example["epsilon_server"] < site["epsilon_server"]
 

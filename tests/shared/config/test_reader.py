@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedge.shared.config.federation import Config
 from fedge.shared.config.messages import keys, shown
 from fedge.shared.config.reader import (
-    LARGEST_FILE,
+    MAX_FILE,
     dump,
     from_tree,
     load,
@@ -150,7 +150,7 @@ def test_many_failures_are_counted(tmp_path):
     [
         (b"\xff\xfe", 203, "must be UTF-8, got byte 0xff in line 1"),
         (b"# fine\n[task]\nname = '\xe9'\n", 203, "got byte 0xe9 in line 3"),
-        (b"#" * (LARGEST_FILE + 1), 203, "must be at most 1048576 bytes"),
+        (b"#" * (MAX_FILE + 1), 203, "must be at most 1048576 bytes"),
         (b"[task]\nname = \n", 204, "line 2, column 8"),
         (b"[task", 204, "line 1, column 6"),
         (b"[task]\nname = [", 204, "line 2, column 9"),
@@ -170,7 +170,7 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path, content, code, said):
 
 
 def test_the_largest_file_is_read(tmp_path):
-    text = MINIMAL + "#" * (LARGEST_FILE - len(MINIMAL))
+    text = MINIMAL + "#" * (MAX_FILE - len(MINIMAL))
     assert read(tmp_path, text).task.name == "digits"
 
 

@@ -73,7 +73,7 @@ def test_what_is_no_readable_file_is_refused(tmp_path):
     refused(203, roster_draft.read_draft, tmp_path)
     (tmp_path / "bytes").write_bytes(b"\xff")
     refused(203, roster_draft.read_draft, tmp_path / "bytes")
-    (tmp_path / "large").write_bytes(b"#" * (roster.LARGEST_FILE + 1))
+    (tmp_path / "large").write_bytes(b"#" * (roster.MAX_FILE + 1))
     refused(203, roster_draft.read_draft, tmp_path / "large")
     (tmp_path / "deep").write_text("a = " + "[" * 100_000)
     refused(204, roster_draft.read_draft, tmp_path / "deep")

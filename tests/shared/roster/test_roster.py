@@ -198,7 +198,7 @@ def test_every_byte_counts():
     for at in range(0, len(data), 7):
         broken = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         refused(917, roster.open_roster, broken, TRUSTED)
-    for broken in (b"", data[:-1], data + b"\n", data + data, bytes(roster.LARGEST_FILE + 1)):
+    for broken in (b"", data[:-1], data + b"\n", data + data, bytes(roster.MAX_FILE + 1)):
         refused(917, roster.open_roster, broken, TRUSTED)
 
 
@@ -264,7 +264,7 @@ def test_ten_thousand_sites_with_long_names_fit_and_one_more_does_not():
     refused(201, roster.Draft, "c", 1, made)
     made.popitem()
     data = roster.sign(roster.Draft("c" * 100, 2**53 - 1, made), CONSORTIUM)
-    assert len(data) < roster.LARGEST_FILE
+    assert len(data) < roster.MAX_FILE
     assert len(opened(roster.Draft("c", 1, made)).sites) == 10_000
 
 

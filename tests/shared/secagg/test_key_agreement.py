@@ -96,8 +96,8 @@ def test_other_lengths_are_refused(length: int) -> None:
     for call in (
         lambda: Pair.from_private(wrong),
         lambda: key_agreement.shared(pair, wrong),
-        lambda: key_agreement.box_key(wrong, T, "a", "b"),
-        lambda: key_agreement.box_key(SECRET, wrong, "a", "b"),
+        lambda: key_agreement.share_encryption_key(wrong, T, "a", "b"),
+        lambda: key_agreement.share_encryption_key(SECRET, wrong, "a", "b"),
         lambda: key_agreement.mask_key(wrong, T, "a", "b"),
         lambda: key_agreement.mask_key(SECRET, wrong, "a", "b"),
         lambda: key_agreement.self_mask_key(wrong, T),
@@ -153,7 +153,7 @@ def test_each_key_is_the_derivation_that_the_docstring_says() -> None:
         parts = [f"fedge secure aggregation 1: {purpose}".encode(), *(s.encode() for s in sites)]
         return b"".join(len(p).to_bytes(4, "big") + p for p in parts)
 
-    box = key_agreement.box_key(SECRET, T, "a", "b")
+    box = key_agreement.share_encryption_key(SECRET, T, "a", "b")
     mask = key_agreement.mask_key(SECRET, T, "b", "a")
     own = key_agreement.self_mask_key(SECRET, T)
     assert box == hkdf(SECRET, T, info("box", "a", "b"), 32)
@@ -172,7 +172,7 @@ def test_no_two_purposes_rounds_directions_or_pairs_share_a_key() -> None:
         for secret in (SECRET, bytes(32)):
             keys.append(key_agreement.self_mask_key(secret, t))
             for a in sites:
-                keys += [key_agreement.box_key(secret, t, a, b) for b in sites]
+                keys += [key_agreement.share_encryption_key(secret, t, a, b) for b in sites]
                 keys += [key_agreement.mask_key(secret, t, a, b) for b in sites if a < b]
     assert len(set(keys)) == len(keys)
     assert {len(key) for key in keys} == {32}

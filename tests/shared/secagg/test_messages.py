@@ -30,7 +30,7 @@ def test_signatures_are_read_as_they_were_written():
 
 
 def test_a_full_list_fits_the_bound():
-    names = sorted("x" * 57 + f"{i:07}" for i in range(protocol.MOST_SITES))
+    names = sorted("x" * 57 + f"{i:07}" for i in range(protocol.MAX_SITES))
     sharers = [Sharer(n, bytes(32), bytes(64), bytes(BOX_BYTES)) for n in names]
     assert len(messages.sharers_of(of("sharers", messages.joined(sharers)))) == 2048
     signed = [Signed(n, bytes(64)) for n in names]

@@ -31,10 +31,10 @@ def request(config=(), secure=(), weights=None, **replaced):
 
 
 def test_what_differs_from_site_to_site_or_try_to_try_is_no_part_of_it():
-    first = request_digest.of("train", request())
+    first = request_digest.digest("train", request())
     assert len(first) == 32
     assert (
-        request_digest.of("train", request({"accepted-round": 2, "cohort": 9}, {"attempt": 4}))
+        request_digest.digest("train", request({"accepted-round": 2, "cohort": 9}, {"attempt": 4}))
         == first
     )
     # Neither is the order in which records and keys were written.
@@ -46,7 +46,7 @@ def test_what_differs_from_site_to_site_or_try_to_try_is_no_part_of_it():
             "config": ConfigRecord(dict(reversed(other["config"].items()))),
         }
     )
-    assert request_digest.of("train", turned) == first
+    assert request_digest.digest("train", turned) == first
 
 
 def moved():
@@ -78,24 +78,24 @@ CHANGED = {
 @pytest.mark.parametrize("name", CHANGED)
 def test_everything_else_is(name):
     kind, content = CHANGED[name]
-    assert request_digest.of(kind, content) != request_digest.of("train", request())
+    assert request_digest.digest(kind, content) != request_digest.digest("train", request())
 
 
 def test_all_these_differ_from_each_other():
-    assert len({request_digest.of(*asked) for asked in CHANGED.values()}) == len(CHANGED)
+    assert len({request_digest.digest(*asked) for asked in CHANGED.values()}) == len(CHANGED)
 
 
 def test_requests_without_weights_have_a_job():
     content = RecordDict({"config": ConfigRecord({"run-id": "run-1"})})
     other = RecordDict({"config": ConfigRecord({"run-id": "run-2"})})
-    assert request_digest.of("query.secagg_statistics", content) != request_digest.of(
+    assert request_digest.digest("query.secagg_statistics", content) != request_digest.digest(
         "query.secagg_statistics", other
     )
 
 
 def test_values_that_are_no_json_are_refused():
     with pytest.raises(SiteError, match="FE-414 config: must hold finite numbers, got NaN"):
-        request_digest.of("train", request({"seed": float("nan")}))
+        request_digest.digest("train", request({"seed": float("nan")}))
     with pytest.raises(
         SiteError, match="FE-414 request: must hold numbers, text and bytes, got set"
     ):

@@ -144,7 +144,7 @@ def test_a_list_that_is_not_in_order_is_refused(data):
 
 
 def test_the_largest_list_is_read():
-    names = [f"s{i:06}" for i in range(protocol.MOST_SITES)]
+    names = [f"s{i:06}" for i in range(protocol.MAX_SITES)]
     assert transcript.unpack_sites(transcript.pack_sites(names)) == names
 
 
@@ -173,4 +173,4 @@ def test_bundles_out_of_order_are_refused(names):
 def test_bundles_without_end_are_refused():
     one = bytes([1]) + b"a" + bytes(128)
     with pytest.raises(ValueError, match="at most 2048 bundles"):
-        transcript.unpack_bundles(one * (protocol.MOST_SITES + 1))
+        transcript.unpack_bundles(one * (protocol.MAX_SITES + 1))

@@ -13,8 +13,8 @@ from dp_accounting.rdp import RdpAccountant
 
 from fedge.shared.privacy.accounting import epsilon as accounting
 from fedge.shared.privacy.accounting.epsilon import (
-    LARGEST_NOISE,
-    LEAST_NOISE,
+    MAX_NOISE,
+    MIN_NOISE,
     Release,
     accountant,
     calibrate,
@@ -316,11 +316,11 @@ def test_calibrate_leaves_room_for_what_is_beside(rate):
 
 
 def test_calibrate_at_its_ends():
-    assert calibrate(1e7, 1e-5, 0.5, 1) == LEAST_NOISE
-    assert calibrate(1e7, 1e-5, 1.0, 1) == LEAST_NOISE
+    assert calibrate(1e7, 1e-5, 0.5, 1) == MIN_NOISE
+    assert calibrate(1e7, 1e-5, 1.0, 1) == MIN_NOISE
     with pytest.raises(ValueError, match="noise multiplier up to 10000, got 1e-06"):
         calibrate(1e-6, 1e-5, 1.0, 100)
-    assert calibrate(0.01, 1e-5, 1.0, 1000) < LARGEST_NOISE
+    assert calibrate(0.01, 1e-5, 1.0, 1000) < MAX_NOISE
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import ConfigError
-from fedge.shared.privacy.checks.compatibility import require_fit
+from fedge.shared.privacy.checks.compatibility import require_compatible
 from fedge.shared.tasks.registry import get_task
 
 OF_SITES = ("distributed", "central", "central-mf", "local")
@@ -31,21 +31,21 @@ def normed(norm: nn.Module) -> Any:
 @pytest.mark.parametrize("mechanism", OF_SITES)
 def test_state_that_no_noise_covers_is_refused(mechanism: str) -> None:
     with pytest.raises(ConfigError, match="no state besides its parameters") as caught:
-        require_fit(of(mechanism), normed(nn.BatchNorm1d(8)))
+        require_compatible(of(mechanism), normed(nn.BatchNorm1d(8)))
     assert caught.value.code == 211
 
 
 @pytest.mark.parametrize("mechanism", OF_SITES)
 def test_where_sites_are_hidden_examples_may_mix(mechanism: str) -> None:
     mixing = nn.BatchNorm1d(8, track_running_stats=False)
-    require_fit(of(mechanism), normed(mixing))
-    require_fit(of(mechanism), get_task("digits"))
+    require_compatible(of(mechanism), normed(mixing))
+    require_compatible(of(mechanism), get_task("digits"))
 
 
 def test_where_examples_are_hidden_they_may_not() -> None:
     with pytest.raises(ConfigError, match="keep examples apart"):
-        require_fit(of("example"), normed(nn.BatchNorm1d(8)))
-    require_fit(PrivacySection(), normed(nn.BatchNorm1d(8)))
+        require_compatible(of("example"), normed(nn.BatchNorm1d(8)))
+    require_compatible(PrivacySection(), normed(nn.BatchNorm1d(8)))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_noise_that_fits_no_grid_is_refused(
 ) -> None:
     section = PrivacySection.model_validate({"noise-multiplier": 1.0, **values})
     if says is None:
-        require_fit(section, get_task("digits"), min_sites)
+        require_compatible(section, get_task("digits"), min_sites)
         return
     with pytest.raises(ConfigError, match=says) as caught:
-        require_fit(section, get_task("digits"), min_sites)
+        require_compatible(section, get_task("digits"), min_sites)
     assert caught.value.code == 211

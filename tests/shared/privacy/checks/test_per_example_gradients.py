@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.models.transformer import TransformerClassifier
 from fedge.shared.preprocessing.schema import InputSchema
-from fedge.shared.privacy.checks.compatibility import require_fit
+from fedge.shared.privacy.checks.compatibility import require_compatible
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 
@@ -80,13 +80,13 @@ def of_tokens(network: Callable[[], nn.Module], length: int) -> Task:
 
 
 def refused(task: Task) -> str:
-    return builders.refused(211, require_fit, BY_EXAMPLE, task)
+    return builders.refused(211, require_compatible, BY_EXAMPLE, task)
 
 
 # Three examples are tried: of three tokens each, so many positions look like so many examples.
 @pytest.mark.parametrize("length", [3, 7])
 def test_positions_of_all_examples_together_are_refused(length: int) -> None:
-    require_fit(BY_EXAMPLE, of_tokens(lambda: Tokens(length), length))
+    require_compatible(BY_EXAMPLE, of_tokens(lambda: Tokens(length), length))
     assert "place.weight: must have" in refused(of_tokens(lambda: Places(length), length))
 
 
@@ -111,20 +111,20 @@ def test_a_weight_without_a_gradient_is_refused() -> None:
 
 def test_what_draws_is_let_through() -> None:
     layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, 10))
-    require_fit(BY_EXAMPLE, replace(BUILT, network=lambda: layer))
-    require_fit(BY_EXAMPLE, replace(BUILT, network=Drawing))
+    require_compatible(BY_EXAMPLE, replace(BUILT, network=lambda: layer))
+    require_compatible(BY_EXAMPLE, replace(BUILT, network=Drawing))
 
 
 def test_nothing_is_left_behind() -> None:
     network = BUILT.network()
     before = torch.random.get_rng_state()
-    require_fit(BY_EXAMPLE, replace(BUILT, network=lambda: network))
+    require_compatible(BY_EXAMPLE, replace(BUILT, network=lambda: network))
     assert torch.equal(before, torch.random.get_rng_state())
     assert not any(hasattr(p, "grad_sample") for p in network.parameters())
 
 
 def test_it_is_quick() -> None:
-    require_fit(BY_EXAMPLE, BUILT)
+    require_compatible(BY_EXAMPLE, BUILT)
     began = time.process_time()
-    require_fit(BY_EXAMPLE, BUILT)
+    require_compatible(BY_EXAMPLE, BUILT)
     assert time.process_time() - began < 6

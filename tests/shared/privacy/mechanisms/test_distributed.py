@@ -20,7 +20,7 @@ def signed(total):
 
 def summed(sites, honest, size=20_000, noise_multiplier=1.0, update=None):
     entropy = Entropy(key=KEY)
-    deviation = distributed.deviation(noise_multiplier, size, honest, sites)
+    deviation = distributed.stddev(noise_multiplier, size, honest, sites)
     update = np.zeros(size) if update is None else update
     total = np.zeros(size, np.uint32)
     for _ in range(sites):
@@ -96,7 +96,7 @@ def test_the_grid_costs_next_to_nothing():
 )
 def test_what_does_not_fit_is_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
-        distributed.deviation(*arguments)
+        distributed.stddev(*arguments)
 
 
 @pytest.mark.parametrize("bad", [2.1, math.nan, math.inf])

@@ -38,15 +38,15 @@ def test_the_variance_is_that_of_twice_the_bound(noise_multiplier, bound):
 
 
 def test_at_a_real_network_s_size_rounding_costs_nothing_to_speak_of():
-    sd = local.deviation(1.0, 5_000) / local.steps(1.0, 5_000)
+    sd = local.stddev(1.0, 5_000) / local.steps(1.0, 5_000)
     assert 2 <= sd < 2 * 1.001
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.02, 1.0, 3.0, 60.0])
 @pytest.mark.parametrize("size", [1, 100, 1_000_000])
 def test_the_grid_is_fine_enough_for_the_accountant_and_the_table(noise_multiplier, size):
-    deviation = local.deviation(noise_multiplier, size)
-    assert distributed.LEAST_DEVIATION <= deviation <= MAX_SIGMA
+    deviation = local.stddev(noise_multiplier, size)
+    assert distributed.MIN_STDDEV <= deviation <= MAX_SIGMA
     grid = local.steps(noise_multiplier, size)
     assert grid <= distributed.STEPS
     # What two sites' updates can be apart, and what it is reckoned with.
@@ -56,7 +56,7 @@ def test_the_grid_is_fine_enough_for_the_accountant_and_the_table(noise_multipli
 @pytest.mark.parametrize("noise_multiplier", [1e-4, 1e4])
 def test_noise_off_the_grid_is_refused(noise_multiplier):
     with pytest.raises(ValueError, match="noise: must be 1000 to 1.04858e"):
-        local.deviation(noise_multiplier, 10**9 if noise_multiplier > 1 else 10)
+        local.stddev(noise_multiplier, 10**9 if noise_multiplier > 1 else 10)
 
 
 def test_what_leaves_is_a_whole_number_of_steps():
@@ -145,7 +145,7 @@ def test_an_update_that_is_not_finite_is_refused(bad):
 
 @pytest.mark.parametrize("size", [1, 50, 5_000])
 def test_the_noise_s_norm_stays_within_what_the_gate_allows(size):
-    farthest = local.farthest(0.5, 2.0, size)
+    farthest = local.max_update_norm(0.5, 2.0, size)
     source = entropy()
     norms = [np.linalg.norm(local.noised(np.zeros(size), 0.5, 2.0, source)) for _ in range(200)]
     assert max(norms) < farthest

@@ -35,7 +35,7 @@ def within(values, mean, deviation):
 
 
 def test_single_examples_are_hidden_in_every_counter_but_the_loss():
-    counts = noised_counts.of(section(), NAMES)
+    counts = noised_counts.plan(section(), NAMES)
     assert counts.told == counts.noised == ("correct", "examples", "positive", "true-positive")
     for name, values in drawn(counts).items():
         # One example changes all four by 1.
@@ -44,7 +44,7 @@ def test_single_examples_are_hidden_in_every_counter_but_the_loss():
 
 @pytest.mark.parametrize("mechanism", ["local", "central", "central-mf"])
 def test_whole_sites_are_hidden_in_shares_and_each_counts_as_one(mechanism):
-    counts = noised_counts.of(section(mechanism), NAMES)
+    counts = noised_counts.plan(section(mechanism), NAMES)
     assert counts.unit == "site"
     assert counts.noised == ("correct", "positive", "true-positive")
     values = drawn(counts)
@@ -55,7 +55,7 @@ def test_whole_sites_are_hidden_in_shares_and_each_counts_as_one(mechanism):
 
 @pytest.mark.slow
 def test_under_masks_the_sites_noise_is_as_much_together():
-    counts = noised_counts.of(section("distributed"), NAMES, honest=5)
+    counts = noised_counts.plan(section("distributed"), NAMES, honest=5)
     source = Entropy(key=bytes(32))
     sums = np.array(
         [sum(counts.make(FOUND, source)["correct"] for _ in range(5)) for _ in range(2000)]
@@ -68,23 +68,23 @@ def test_under_masks_the_sites_noise_is_as_much_together():
 
 @pytest.mark.parametrize("noise", [0.002, 0.1, 1.0, 30.0, 5000.0])
 def test_the_noise_is_on_a_grid_that_is_fine_enough(noise):
-    counts = noised_counts.of(section("local", noise), NAMES)
+    counts = noised_counts.plan(section("local", noise), NAMES)
     steps = 2**counts.bits
-    assert 0 <= counts.bits <= noised_counts.MOST_BITS
+    assert 0 <= counts.bits <= noised_counts.MAX_BITS
     assert counts.deviation * steps >= 1000
     for value in counts.make(FOUND, Entropy()).values():
         assert (value * steps).is_integer()
 
 
 def test_noise_below_the_grid_is_refused():
-    counts = noised_counts.of(section("local", 1e-5), NAMES)
+    counts = noised_counts.plan(section("local", 1e-5), NAMES)
     with pytest.raises(ValueError, match="noise on counters: must be"):
         counts.make(FOUND, Entropy())
 
 
 def test_a_site_s_shares_stay_within_0_and_1_before_the_noise():
     # A task that counts wrongly must not move a mean by more than is hidden.
-    counts = noised_counts.of(section("local", 0.01), NAMES)
+    counts = noised_counts.plan(section("local", 0.01), NAMES)
     odd = FOUND | {"correct": 1e9, "positive": -5.0}
     values = drawn(counts, 200, odd)
     assert abs(values["correct"].mean() - 1) < 0.01
@@ -93,14 +93,14 @@ def test_a_site_s_shares_stay_within_0_and_1_before_the_noise():
 
 def test_a_site_without_examples_is_noise_alone():
     nothing = dict.fromkeys(NAMES, 0.0)
-    values = drawn(noised_counts.of(section("local"), NAMES), found=nothing)
+    values = drawn(noised_counts.plan(section("local"), NAMES), found=nothing)
     within(values["correct"], 0.0, 2.0 * math.sqrt(3))
     assert set(values["examples"]) == {1.0}
 
 
 @pytest.mark.parametrize("name", ["correct", "examples"])
 def test_counters_that_are_not_finite_are_refused(name):
-    counts = noised_counts.of(section(), NAMES)
+    counts = noised_counts.plan(section(), NAMES)
     with pytest.raises(ValueError, match="counters: must be finite"):
         counts.make(FOUND | {name: math.nan}, Entropy())
 
@@ -114,9 +114,9 @@ def test_counters_that_are_not_finite_are_refused(name):
 )
 def test_counters_without_noise_are_none_of_this(off):
     given = {"mechanism": "local", "noise-multiplier": 1.0, **off}
-    assert noised_counts.of(PrivacySection.model_validate(given), NAMES) is None
+    assert noised_counts.plan(PrivacySection.model_validate(given), NAMES) is None
 
 
 def test_a_task_with_the_loss_alone_still_tells_how_many():
-    counts = noised_counts.of(section("local"), ("examples", "loss-sum"))
+    counts = noised_counts.plan(section("local"), ("examples", "loss-sum"))
     assert counts.make(FOUND, Entropy()) == {"examples": 1.0}

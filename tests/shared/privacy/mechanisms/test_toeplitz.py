@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.privacy.mechanisms.gaussian import normal
 from fedge.shared.privacy.mechanisms.toeplitz import (
-    MOST_BANDS,
+    MAX_BANDS,
     Correlated,
     best_bands,
     coefficients,
@@ -206,7 +206,7 @@ def test_whoever_is_asked_every_round_gains_nothing_by_bands() -> None:
 
 
 def test_the_memory_of_a_long_run_is_bounded() -> None:
-    assert best_bands(5000, 1, 5000) == MOST_BANDS
+    assert best_bands(5000, 1, 5000) == MAX_BANDS
 
 
 @pytest.mark.parametrize("bands", [1, 2, 5, 12])
