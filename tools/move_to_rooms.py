@@ -255,10 +255,12 @@ client
     test_local_noise             worker/test_handlers_local_noise
     test_operate_secure          deployment/test_operations_secagg
     test_private_central         worker/test_handlers_central_noise
+    test_units                   deployment/test_systemd
 server
     test_masked_terms            aggregation/test_privacy_cost
     test_noised_replies          admission/test_validation_noise
     test_packed_grid             transport/test_grids
+    test_units                   deployment/test_systemd
     report/test_style            report/page/test_render_style
     secagg/test_noised_sums      secagg/test_aggregator_noise
     secagg/test_secure_again     secagg/test_coordinator_restart

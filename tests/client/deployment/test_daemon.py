@@ -475,7 +475,7 @@ def test_an_old_look_at_the_server_is_none_where_the_next_one_hangs(
             path.write_text(json.dumps(old))
             raise ValueError("a check that fails")
 
-    monkeypatch.setattr(daemon.link_check, "write", write)
+    monkeypatch.setattr(daemon.server_probe, "write", write)
     # Only the look that hangs may meet the deadline, however busy the machine is.
     monkeypatch.setattr(daemon, "LINK_WITHIN", 0.3 if how == "hangs" else 120.0)
     made = SiteDaemon(home, site_config.load(home), "worker")

@@ -16,7 +16,7 @@ TRAINING = """
 import sys
 import torch
 from fedge.client.training.local_steps import optimizer
-from fedge.shared.config.federation import TrainSection
+from fedge.shared.config.sections import TrainSection
 for name in ("sgd", "adam"):
     network = torch.nn.Linear(2, 1)
     steps = optimizer(TrainSection(optimizer=name), network)
