@@ -1,13 +1,14 @@
 """Moves a tree from before the rooms to the layout of docs/explanation/architecture.md; goes with the next release.
 
 Files, names that changed and whoever imports them are moved; comments, messages and the shape of the code are not. A
-branch from before is merged so::
+branch from before is merged so, with BEFORE the constant below::
 
-    git checkout -b old-branch-moved old-branch && git merge BEFORE      # BEFORE: the constant below
-    python tools/move_to_rooms.py merge old-branch-moved                 # on the branch at hand, which has the rooms
+    git checkout old-branch && git merge BEFORE
+    git checkout main && python tools/move_to_rooms.py merge old-branch
 
-It moves that branch and the commit BEFORE alike and merges the one with the other as its base, so that what conflicts
-is what both sides have changed. ``python tools/move_to_rooms.py tree FOLDER [COMPONENT ...]`` moves a tree in place.
+This moves that branch and the commit BEFORE alike and applies what lies between them: what conflicts is what both
+have changed. Commit it when `make check` is green. ``python tools/move_to_rooms.py tree FOLDER [COMPONENT ...]``
+moves a tree in place.
 """
 
 from __future__ import annotations
@@ -689,7 +690,7 @@ def move(root: Path, components: tuple[str, ...]) -> None:
         new.parent.mkdir(parents=True, exist_ok=True)
         old.with_suffix(".moving").rename(new)
     for room, purpose in ROOMS.items():
-        if room.split("/")[0] in components:
+        if room.split("/")[0] in components and (root / room).is_dir():
             (root / room / "__init__.py").write_text(f'"""{purpose}"""\n', encoding="utf-8")
     for folder in {old.parent for old, _ in pairs}:
         if [path.name for path in folder.iterdir() if path.name != "__pycache__"] == [
