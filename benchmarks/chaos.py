@@ -31,7 +31,7 @@ from fedge.shared.failpoints import COORDINATOR
 # Beside this file; named here as a test loads this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from live import PATIENCE, Live, federation, reference, sha256
+from live import WAIT_FACTOR, Live, federation, reference, sha256
 
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
 SITES, ROUNDS, KILL_ROUND = 3, 3, 2
@@ -132,11 +132,11 @@ def one(service: str, name: str = VICTIM) -> Callable[[Live], list[int]]:
 
 def cases() -> list[Case]:
     """The matrix of reliability: coordinator and SuperLink at eight points, a site at five, single processes."""
-    found = []
+    matrix = []
     for who, victim in (("coordinator", ""), ("superlink", "@SERVER#superlink")):
         for point in COORDINATOR:
             at = ROUNDS if point == "before-export" else KILL_ROUND
-            found.append(
+            matrix.append(
                 Case(f"{who} at {point}", COORDINATOR_LIMIT, fail_point=f"{point}:{at}{victim}")
             )
     for name, moment in (
@@ -146,11 +146,11 @@ def cases() -> list[Case]:
         ("trained", has_answered),
         ("reply sent", has_sent),
     ):
-        whole = Case(
+        case = Case(
             f"site, {name}", NODE_LIMIT, moment=moment, victims=lambda live: live.host(VICTIM)
         )
-        found.append(whole)
-    found += [
+        matrix.append(case)
+    matrix += [
         Case("SuperNode, training", NODE_LIMIT, moment=is_training, victims=one("supernode")),
         Case("SuperExec of a site", NODE_LIMIT, moment=is_training, victims=one("superexec")),
         Case("flwr-clientapp", NODE_LIMIT, moment=is_training, victims=one("flwr-clientapp")),
@@ -169,7 +169,7 @@ def cases() -> list[Case]:
         ),
         Case("site's daemon alone", NODE_LIMIT, moment=is_training, victims=one("daemon")),
     ]  # fmt: skip
-    return found
+    return matrix
 
 
 def play(case: Case, config: Path, out: Path) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def play(case: Case, config: Path, out: Path) -> dict[str, Any]:
     status = out / "server" / "status.json"
     point = case.fail_point.replace("SERVER", str(status))
     started = time.monotonic()
-    found: dict[str, Any] = {"case": case.name, "limit": case.limit, "problem": ""}
+    row: dict[str, Any] = {"case": case.name, "limit": case.limit, "problem": ""}
     with federation(config, out, point) as live:
         try:
             live.wait(lambda: live.committed() >= 1, 120, "round 1")
@@ -193,26 +193,26 @@ def play(case: Case, config: Path, out: Path) -> dict[str, Any]:
                 killed = strike(live, case, KILL_ROUND)
                 before = KILL_ROUND - 1
             live.wait(lambda: live.committed() > before or sha256(out), 300, "the next round")
-            found["continues_s"] = round(time.monotonic() - killed, 2)
-            live.process.wait(PATIENCE * 300)
-            found["ends_s"] = round(time.monotonic() - started, 1)
-            found["status"] = live.process.returncode
+            row["continues_s"] = round(time.monotonic() - killed, 2)
+            live.process.wait(WAIT_FACTOR * 300)
+            row["ends_s"] = round(time.monotonic() - started, 1)
+            row["status"] = live.process.returncode
         except (TimeoutError, subprocess.TimeoutExpired) as error:
-            found["problem"] = str(error)[-2500:]
-    found["sha256"] = sha256(out)
-    return found
+            row["problem"] = str(error)[-2500:]
+    row["sha256"] = sha256(out)
+    return row
 
 
 def strike(live: Live, case: Case, server_round: int) -> float:
     """Wait for the moment of a kill from outside in a round, and kill; when that was.
 
     Raises:
-        TimeoutError: it did not come, or nobody was there to kill.
+        TimeoutError: it did not come, or no process was there to kill.
     """
     live.wait(lambda: case.moment(live, server_round), 200, "the moment of the kill")
     victims = case.victims(live)
     if not victims:
-        raise TimeoutError("nobody to kill")
+        raise TimeoutError("no process to kill")
     for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -224,34 +224,34 @@ def fallen(live: Live, who: str) -> float:
     sign = "its coordinator killed by SIGKILL" if who == "coordinator" else "superlink (pid"
     path = live.out / "federation" / "log" / "server.log"
 
-    def told() -> bool:
+    def reported() -> bool:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         return any(sign in line and "SIGKILL" in line for line in text.splitlines())
 
-    live.wait(told, 120, f"the kill of the {who}")
+    live.wait(reported, 120, f"the kill of the {who}")
     return time.monotonic()
 
 
-def judge(found: list[dict[str, Any]], wanted: str) -> bool:
+def judge(rows: list[dict[str, Any]], expected: str) -> bool:
     """Mark every case, and say whether all are as they must be."""
-    for row in found:
-        row["identical"] = row["sha256"] == wanted
+    for row in rows:
+        row["identical"] = row["sha256"] == expected
         late = row.get("continues_s", 1e9) > row["limit"]
         ended_well = row.get("status") == 0 and not row["problem"]
         row["passed"] = bool(row["identical"] and not late and ended_well)
-    return all(row["passed"] for row in found)
+    return all(row["passed"] for row in rows)
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The results as text."""
     lines = [f"{'killed':32} {'next round after':>16} {'limit':>6} {'whole run':>10}  weights"]
-    for row in found:
+    for row in rows:
         after = f"{row['continues_s']:.1f} s" if "continues_s" in row else "-"
-        whole = f"{row['ends_s']:.0f} s" if "ends_s" in row else "-"
+        duration = f"{row['ends_s']:.0f} s" if "ends_s" in row else "-"
         same = "identical" if row.get("identical") else "DIFFER"
         mark = "" if row["passed"] else "  MISSED"
         lines.append(
-            f"{row['case']:32} {after:>16} {row['limit']:>4.0f} s {whole:>10}  {same}{mark}"
+            f"{row['case']:32} {after:>16} {row['limit']:>4.0f} s {duration:>10}  {same}{mark}"
         )
     return "\n".join(lines)
 
@@ -268,29 +268,27 @@ def main() -> int:
     if arguments.list:
         print("\n".join(c.name for c in chosen))
         return 0
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory(prefix="fedge-chaos-") as name:
         folder = Path(name)
         config = folder / "config.toml"
         config.write_text(CONFIG)
-        wanted = reference(config, folder / "simulated")
+        expected = reference(config, folder / "simulated")
         for number, case in enumerate(chosen):
             row = play(case, config, folder / f"case-{number}")
-            judge([row], wanted)
-            found.append(row)
+            judge([row], expected)
+            rows.append(row)
             print(table([row]).splitlines()[1], flush=True)
             if row["problem"]:
                 print(row["problem"], file=sys.stderr, flush=True)
-    passed = judge(found, wanted)
+    passed = judge(rows, expected)
     print()
-    print(table(found))
+    print(table(rows))
     if not arguments.words:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        result = {"machine": machine, "sites": SITES, "rounds": ROUNDS, "model_sha256": wanted}
+        result = {"machine": machine, "sites": SITES, "rounds": ROUNDS, "model_sha256": expected}
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(
-            json.dumps({**result, "passed": passed, "cases": found}, indent=1) + "\n"
-        )
+        RESULTS.write_text(json.dumps({**result, "passed": passed, "cases": rows}, indent=1) + "\n")
     return 0 if passed else 1
 
 

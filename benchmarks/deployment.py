@@ -35,7 +35,7 @@ from fedge.shared.daemon import home as homes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SITES = 4
-GOAL, LEAST = 5.0, 3.0
+GOAL, MIN_RATIO = 5.0, 3.0
 #: Seconds that nothing happens before memory at rest is read.
 REST = 5.0
 
@@ -45,7 +45,7 @@ import sys
 from fedge.server.deployment import run_scheduler as coordinators
 from fedge.shared.cli.main import main
 
-own = coordinators.Coordinators.launch
+own = coordinators.RunScheduler.launch
 
 def launch(self, arguments):
     if any((run.flower_run or run.asked) and not run.pid for run in self._runs.values()):
@@ -54,7 +54,7 @@ def launch(self, arguments):
         "flwr-serverapp", self._supervisor.log_of("baseline"),
         function=coordinators.script("flwr-serverapp", arguments), environment=self._environment))
 
-coordinators.Coordinators.launch = launch
+coordinators.RunScheduler.launch = launch
 sys.exit(main())
 """
 
@@ -63,7 +63,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Side:
-    """What was measured of one side.
+    """Measurements of one side.
 
     Attributes:
         seconds: of each round, the first included.
@@ -77,7 +77,7 @@ class Side:
 
     @property
     def median(self) -> float:
-        """Of the rounds after the first, which also fetches the app."""
+        """Median seconds of the rounds after the first, which also fetches the app."""
         return statistics.median(self.seconds[1:])
 
 
@@ -174,9 +174,9 @@ def measure_fedge(
 
 
 def watch_rounds(path: Path, rounds: int) -> list[float]:
-    """Each round's seconds, by when the run directory tells of its end, as on Flower's side.
+    """Each round's seconds, by when its end is in the run directory, as on Flower's side.
 
-    The first round's are the run's own figure, as nobody outside sees when it began.
+    The first round's are the run's own figure, as its beginning is not visible from outside.
     """
     ends: list[float] = []
     lines: list[str] = []
@@ -216,7 +216,7 @@ def judge(flower: Side, ours: Side | None, exchanges: str) -> dict[str, Any]:
         exchanges: what a round consists of.
 
     Returns:
-        The table as JSON values; ``passed`` is false where ours is less than ``LEAST`` times as
+        The table as JSON values; ``passed`` is false where ours is less than ``MIN_RATIO`` times as
         fast, None where it was not measured.
     """
     ratio = flower.median / ours.median if ours else None
@@ -231,9 +231,9 @@ def judge(flower: Side, ours: Side | None, exchanges: str) -> dict[str, Any]:
         },
         "ratio": ratio,
         "goal": GOAL,
-        "least": LEAST,
+        "least": MIN_RATIO,
         "goal_reached": None if ratio is None else ratio >= GOAL,
-        "passed": None if ratio is None else ratio >= LEAST,
+        "passed": None if ratio is None else ratio >= MIN_RATIO,
         "load": list(os.getloadavg()),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("fedge", "flwr", "torch")},
@@ -244,10 +244,10 @@ def verdict(ratio: float) -> str:
     """The ratio in words, and what it reached."""
     if ratio >= GOAL:
         reached = f"the goal of {GOAL:g} is reached"
-    elif ratio >= LEAST:
-        reached = f"the least of {LEAST:g} is reached, the goal of {GOAL:g} is MISSED"
+    elif ratio >= MIN_RATIO:
+        reached = f"the least of {MIN_RATIO:g} is reached, the goal of {GOAL:g} is MISSED"
     else:
-        reached = f"the least of {LEAST:g} is MISSED"
+        reached = f"the least of {MIN_RATIO:g} is MISSED"
     return f"Ours is {ratio:.1f} times as fast: {reached}"
 
 

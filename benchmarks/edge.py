@@ -1,7 +1,7 @@
 """Serving ResNet-8 on one thread: ours beside bare ONNX Runtime, a gRPC echo, MLServer and LitServe.
 
 All run the same fp32 ONNX graph (3x64x64 float32 in, a request of 48 KB; 10 logits out) on the CPU with one ONNX
-Runtime thread, without TLS, on loopback, and wait for nobody to fill a batch. Those that speak KServe v2 over gRPC get
+Runtime thread, without TLS, on loopback, and never wait to fill a batch. Those that speak KServe v2 over gRPC get
 the very same bytes from the same client; LitServe gets JSON over HTTP with the tensor in base64. Clients are processes;
 nothing is pinned; every server runs alone, one after the other, in each repetition. Peers' environments are made below
 .bench the first time (a few minutes, from pip's configured index) and kept.
@@ -100,8 +100,8 @@ def judge(rows: dict[str, dict[str, Any]], pair: dict[str, float]) -> dict[str, 
         },
     }
     passed = all(goal["passed"] for goal in goals.values())
-    told = {"p50_apart": apart, "mlserver": best, "mlserver_ratios": ratios}
-    return goals | told | {"passed": passed}
+    context = {"p50_apart": apart, "mlserver": best, "mlserver_ratios": ratios}
+    return goals | context | {"passed": passed}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -121,13 +121,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if not row:
             lines.append([name, "FAILED", *[""] * (len(head) - 2)])
             continue
-        memory_of = [f"{row['peak_rss_mib']:.0f}", str(row["processes"])]
+        memory_cells = [f"{row['peak_rss_mib']:.0f}", str(row["processes"])]
         for place, (count, at) in enumerate(row["clients"].items()):
             figures = [f"{at[key]:.2f}" for key in ("p50_ms", "p99_ms")]
             figures += [f"{at['requests_s']:.0f}", f"{at['cpu_ms']:.2f}"]
             first = place == 0
             lines.append(
-                [name if first else "", count, *figures, *(memory_of if first else ["", ""])]
+                [name if first else "", count, *figures, *(memory_cells if first else ["", ""])]
             )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [
@@ -142,39 +142,39 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def verdict(goals: dict[str, Any]) -> str:
     """The goals in words."""
-    said = []
-    for name, what, bound in (
+    lines = []
+    for name, label, bound in (
         ("p50", f"p50 of ours / of {BOTH}, one client in turns", "at most"),
         ("rate", f"requests/s of ours / of {goals['mlserver']}, four clients", "at least"),
     ):
         goal = goals[name]
         ratio = "not measured" if goal["ratio"] is None else f"{goal['ratio']:.2f}"
         reached = "reached" if goal["passed"] else "MISSED"
-        said.append(f"{what}: {ratio}, goal {bound} {goal['goal']:g}: {reached}")
+        lines.append(f"{label}: {ratio}, goal {bound} {goal['goal']:g}: {reached}")
     if goals["p50_apart"] is not None:
         apart = goals["p50_apart"]
-        said.insert(1, f"(of the table's {BARE} + {ECHO}, each in a loop of its own: {apart:.2f})")
-    said += [
+        lines.insert(1, f"(of the table's {BARE} + {ECHO}, each in a loop of its own: {apart:.2f})")
+    lines += [
         f"(of {name}: {ratio:.2f})"
         for name, ratio in goals["mlserver_ratios"].items()
         if ratio is not None and name != goals["mlserver"]
     ]
-    return "\n".join(said)
+    return "\n".join(lines)
 
 
 def take_turns(
     folder: Path, repetitions: int, seconds: float, problems: list[str]
 ) -> list[dict[str, float]]:
     """All repetitions of the client that takes turns; what went wrong is added to ``problems``."""
-    found = []
+    taken = []
     for number in range(repetitions):
         try:
             # Four contenders share the time.
-            found.append(edge_pair.measure(folder, 4 * seconds))
+            taken.append(edge_pair.measure(folder, 4 * seconds))
         except (RuntimeError, TimeoutError, OSError) as error:
             problems.append(f"turns, repetition {number + 1}: {error}")
             print(problems[-1], file=sys.stderr, flush=True)
-    return found
+    return taken
 
 
 def machine() -> dict[str, Any]:
@@ -224,11 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         edge_model.write(folder)
         able = [c for c in chosen if c.environment not in missing]
-        found, failures = edge_load.play(able, folder, arguments.repetitions, arguments.seconds)
+        measured, failures = edge_load.play(able, folder, arguments.repetitions, arguments.seconds)
         pairs = (
             [] if words else take_turns(folder, arguments.repetitions, arguments.seconds, failures)
         )
-    rows = {c.name: medians(found.get(c.name, [])) for c in chosen}
+    rows = {c.name: medians(measured.get(c.name, [])) for c in chosen}
     print(table(rows))
     if words:
         return 1 if missing or not all(rows.values()) else 0
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
             **{peer: edge_servers.versions(peer) for peer in sorted(peers)},
         },
-        "repetitions": found,
+        "repetitions": measured,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -59,14 +59,14 @@ def abuse(server: Server, requests: int, seed: int) -> tuple[Counter[tuple[str, 
             return {"outcomes": [], "wrong": [f"client: {done.stderr[-500:]}"]}
         return json.loads(done.stdout)
 
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     with ThreadPoolExecutor(CLIENTS) as pool:
-        for told in pool.map(client, range(CLIENTS)):
-            wrong += told["wrong"]
-            for kind, outcome, number in told["outcomes"]:
-                found[kind, outcome] += number
-    return found, wrong
+        for result in pool.map(client, range(CLIENTS)):
+            wrong += result["wrong"]
+            for kind, outcome, number in result["outcomes"]:
+                counts[kind, outcome] += number
+    return counts, wrong
 
 
 def kill_clients(server: Server, request: Path, count: int) -> int:
@@ -90,38 +90,42 @@ def kill_clients(server: Server, request: Path, count: int) -> int:
 
 def fall_back(folder: Path, trust: Path, key: Path, request: bytes) -> list[dict[str, Any]]:
     """Seconds until the fp32 graph answers in the place of each damaged artefact."""
-    whole, random = network(0), np.random.default_rng(0)
+    graph, random = network(0), np.random.default_rng(0)
     damaged = {
-        "random bytes": random.bytes(len(whole)),
-        "cut in half": whole[: len(whole) // 2],
-        "one byte of its weights": flipped(whole),
+        "random bytes": random.bytes(len(graph)),
+        "cut in half": graph[: len(graph) // 2],
+        "one byte of its weights": flipped(graph),
         "other weights": network(1),
     }
-    bundle, found = folder / "fall.fedge", []
+    bundle, results = folder / "fall.fedge", []
     write(bundle, key)
     with serving(bundle, trust, folder / "plain.log") as server:
         plain = server.start_s
-        wanted = _logits(server.infer(request))
+        expected = _logits(server.infer(request))
     for name, data in damaged.items():
         write(bundle, key)
         with serving(bundle, trust, folder / "fall.log") as server:
-            told = write(bundle, key, data, run=name)
+            version = write(bundle, key, data, run=name)
             began = time.monotonic()
             server.process.send_signal(signal.SIGHUP)
-            while not server.ready(told) and time.monotonic() < began + 20:
+            while not server.ready(version) and time.monotonic() < began + 20:
                 # Meanwhile the old model answers.
                 np.testing.assert_allclose(
-                    _logits(server.infer(request)), wanted, rtol=1e-3, atol=1e-5
+                    _logits(server.infer(request)), expected, rtol=1e-3, atol=1e-5
                 )
             reload_s = time.monotonic() - began
-            np.testing.assert_allclose(_logits(server.infer(request)), wanted, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(
+                _logits(server.infer(request)), expected, rtol=1e-3, atol=1e-5
+            )
         with serving(bundle, trust, folder / "again.log") as server:
-            np.testing.assert_allclose(_logits(server.infer(request)), wanted, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(
+                _logits(server.infer(request)), expected, rtol=1e-3, atol=1e-5
+            )
             start_s = server.start_s - plain
         line = next(
             (ln for ln in (folder / "again.log").read_text().splitlines() if "FE-" in ln), ""
         )
-        found.append(
+        results.append(
             {
                 "artefact": name,
                 "reload_s": round(reload_s, 2),
@@ -130,36 +134,36 @@ def fall_back(folder: Path, trust: Path, key: Path, request: bytes) -> list[dict
                 "passed": max(reload_s, start_s) <= FALLBACK,
             }
         )
-    return found
+    return results
 
 
 def _logits(answer: Any) -> Any:
     return np.frombuffer(answer.raw_output_contents[0], np.float32)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The results as text."""
     kinds = Counter(), {}
-    for kind, outcome, number in found["outcomes"]:
+    for kind, outcome, number in result["outcomes"]:
         kinds[0][kind] += number
         kinds[1].setdefault(kind, []).append(f"{outcome} {number}")
     lines = [f"{'requests':16} {'sent':>7}  answers"]
     lines += [f"{kind:16} {kinds[0][kind]:>7}  {', '.join(kinds[1][kind])}" for kind in kinds[1]]
     lines += [
         "",
-        f"{found['requests']} requests in {found['seconds']:.0f} s, exit status {found['exit']}",
-        f"memory {found['rss_before_mb']:.1f} MB after {found['warm_up']}, {found['rss_after_mb']:.1f} MB"
-        f" at the end: {found['growth_mb']:+.1f} MB (allowed {GROWTH:g})",
-        f"{found['killed']} clients killed in the middle; {found['threads']} threads afterwards,"
-        f" {found['rss_killed_mb']:.1f} MB",
+        f"{result['requests']} requests in {result['seconds']:.0f} s, exit status {result['exit']}",
+        f"memory {result['rss_before_mb']:.1f} MB after {result['warm_up']}, {result['rss_after_mb']:.1f} MB"
+        f" at the end: {result['growth_mb']:+.1f} MB (allowed {GROWTH:g})",
+        f"{result['killed']} clients killed in the middle; {result['threads']} threads afterwards,"
+        f" {result['rss_killed_mb']:.1f} MB",
     ]
-    for row in found["fallback"]:
+    for row in result["fallback"]:
         lines.append(
             f"damaged artefact, {row['artefact']}: reload {row['reload_s']:.2f} s,"
             f" start {row['start_s']:+.2f} s (allowed {FALLBACK:g}); {row['told']}"
         )
-    lines += [f"PROBLEM: {problem}" for problem in found["problems"]]
-    return "\n".join([*lines, "passed" if found["passed"] else "FAILED"])
+    lines += [f"PROBLEM: {problem}" for problem in result["problems"]]
+    return "\n".join([*lines, "passed" if result["passed"] else "FAILED"])
 
 
 def measure(folder: Path, requests: int, killed: int) -> dict[str, Any]:
@@ -168,23 +172,23 @@ def measure(folder: Path, requests: int, killed: int) -> dict[str, Any]:
     new_key(key)
     trust = key.with_name("key.pub")
     write(bundle, key)
-    asked = good(np.random.default_rng(0))
-    del asked.outputs[:]
-    sent.write_bytes(asked.SerializeToString())
+    good_request = good(np.random.default_rng(0))
+    del good_request.outputs[:]
+    sent.write_bytes(good_request.SerializeToString())
     warm_up = min(WARM_UP, requests)
     server = Server(bundle, trust, folder / "serve.log")
     try:
-        wanted = _logits(server.infer(sent.read_bytes()))
+        expected = _logits(server.infer(sent.read_bytes()))
         abuse(server, warm_up, seed=10**6)
         before, began = server.rss_mb(), time.monotonic()
         outcomes, wrong = abuse(server, requests, seed=0)
         seconds, after = time.monotonic() - began, server.rss_mb()
         np.testing.assert_allclose(
-            _logits(server.infer(sent.read_bytes())), wanted, rtol=1e-3, atol=1e-5
+            _logits(server.infer(sent.read_bytes())), expected, rtol=1e-3, atol=1e-5
         )
         dead = kill_clients(server, sent, killed)
         np.testing.assert_allclose(
-            _logits(server.infer(sent.read_bytes())), wanted, rtol=1e-3, atol=1e-5
+            _logits(server.infer(sent.read_bytes())), expected, rtol=1e-3, atol=1e-5
         )
         threads, rss_killed = server.status("Threads:"), server.rss_mb()
     finally:
@@ -204,7 +208,7 @@ def measure(folder: Path, requests: int, killed: int) -> dict[str, Any]:
         "requests": sum(outcomes.values()),
         "warm_up": warm_up,
         "seconds": round(seconds, 1),
-        "outcomes": [[kind, told, number] for (kind, told), number in sorted(outcomes.items())],
+        "outcomes": [[kind, label, number] for (kind, label), number in sorted(outcomes.items())],
         "rss_before_mb": round(before, 1),
         "rss_after_mb": round(after, 1),
         "growth_mb": round(after - before, 1),
@@ -227,12 +231,12 @@ def main() -> int:
     parser.add_argument("--killed", type=int, default=KILLED)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedge-abuse-") as name:
-        found = measure(Path(name), arguments.requests, arguments.killed)
-    print(table(found))
+        result = measure(Path(name), arguments.requests, arguments.killed)
+    print(table(result))
     if (arguments.requests, arguments.killed) == (REQUESTS, KILLED):
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        RESULTS.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
-    return 0 if found["passed"] else 1
+        RESULTS.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
+    return 0 if result["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A client of edge_abuse.py: sends what edge_abuse_requests.py makes, several at a time, and tells what came back.
+"""A client of edge_abuse.py: sends what edge_abuse_requests.py makes, several at a time, and reports the outcomes.
 
 python edge_abuse_client.py PORT SEED COUNT LIMIT    prints one JSON object
 """
@@ -55,7 +55,7 @@ def main() -> None:
     """Send all, and print what came back."""
     port, seed, count, limit = map(int, sys.argv[1:])
     random = np.random.default_rng(seed)
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     # Clients may send what the server does not take.
     options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
@@ -63,10 +63,10 @@ def main() -> None:
 
     def settle() -> None:
         attack, call = waiting.popleft()
-        told = outcome(call)
-        found[attack.kind, told] += 1
-        if attack.good and told not in ("OK", "FE-808"):
-            wrong.append(told)
+        answer = outcome(call)
+        counts[attack.kind, answer] += 1
+        if attack.good and answer not in ("OK", "FE-808"):
+            wrong.append(answer)
 
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
         calls: dict[str, Any] = {INFER: channel.unary_unary(INFER)}
@@ -83,7 +83,7 @@ def main() -> None:
                 raw_bytes(port, random)
         while waiting:
             settle()
-    outcomes = [[kind, told, number] for (kind, told), number in sorted(found.items())]
+    outcomes = [[kind, answer, number] for (kind, answer), number in sorted(counts.items())]
     json.dump({"outcomes": outcomes, "wrong": wrong[:20]}, sys.stdout)
 
 

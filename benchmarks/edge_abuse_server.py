@@ -1,4 +1,4 @@
-"""What edge_abuse.py attacks: bundles of a small network, and `fedge-edge serve` as a process."""
+"""Targets of edge_abuse.py: bundles of a small network, and `fedge-edge serve` as a process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def network(seed: int) -> bytes:
 
 
 def flipped(data: bytes) -> bytes:
-    """With the highest bit of one weight's exponent changed: 0.1 becomes 10^37."""
+    """The graph with the highest bit of one weight's exponent changed: 0.1 becomes 10^37."""
     weights = numpy_helper.to_array(onnx.load_from_string(data).graph.initializer[0])
     at = data.index(weights.tobytes()) + 4 * 1000 + 3
     return data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
@@ -62,7 +62,7 @@ def write(path: Path, key: Path, better: bytes | None = None, run: str = "abuse"
     """Sign a bundle; ``better`` is said to be an INT8 graph that has proved itself.
 
     Returns:
-        The model's version as the server tells it.
+        The model's version as the server reports it.
     """
     contents = {"model.onnx": network(0)}
     artefacts = [_artefact("model.onnx", ONNX_FP32, contents["model.onnx"])]
@@ -133,9 +133,9 @@ class Server:
 
     def ready(self, model_version: str) -> bool:
         """Whether this version serves."""
-        asked = service_pb2.ModelReadyRequest(name=NAME, version=model_version)
+        request = service_pb2.ModelReadyRequest(name=NAME, version=model_version)
         call = self.channel.unary_unary(f"{SERVICE}ModelReady")
-        return call(asked.SerializeToString(), timeout=20) == b"\x08\x01"
+        return call(request.SerializeToString(), timeout=20) == b"\x08\x01"
 
     def status(self, key: str) -> int:
         """A number of the kernel's: VmRSS in kB, Threads."""

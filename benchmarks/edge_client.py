@@ -2,8 +2,8 @@
 
     python edge_client.py PROTOCOL PORT FOLDER SECONDS
 
-PROTOCOL is ``kserve`` (gRPC, bytes made beforehand), ``litserve`` (HTTP on one kept connection, likewise) or
-``inprocess`` (no server: ONNX Runtime right here). FOLDER holds what edge_model.py wrote. Checks the first answer
+PROTOCOL is ``kserve`` (gRPC, bytes made beforehand), ``litserve`` (HTTP on one kept connection, bytes made beforehand)
+or ``inprocess`` (no server: ONNX Runtime right here). FOLDER holds what edge_model.py wrote. Checks the first answer
 against the expected logits, warms up, prints ``ready``, waits for a line, sends for SECONDS, prints one JSON object.
 """
 
@@ -104,18 +104,18 @@ def first_answer(call: Call) -> Any:
             return call()
         except Exception as error:  # grpc, http.client and sockets share no base class
             if time.monotonic() > deadline:
-                said = " ".join(str(error).split())[:500]
+                text = " ".join(str(error).split())[:500]
                 raise TimeoutError(
-                    f"server: must answer in {READY_WITHIN:g} s, got {said}"
+                    f"server: must answer in {READY_WITHIN:g} s, got {text}"
                 ) from None
         time.sleep(0.1)
 
 
-def check(found: Any, folder: Path) -> None:
+def check(logits: Any, folder: Path) -> None:
     """End the process where the logits are not those that are expected."""
-    found, expected = found.ravel(), np.load(folder / "logits.npy").ravel()
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=0, atol=TOLERANCE):
-        raise SystemExit(f"logits: must be {expected[:3]}..., got {found[:3]}...")
+    logits, expected = logits.ravel(), np.load(folder / "logits.npy").ravel()
+    if logits.shape != expected.shape or not np.allclose(logits, expected, rtol=0, atol=TOLERANCE):
+        raise SystemExit(f"logits: must be {expected[:3]}..., got {logits[:3]}...")
 
 
 def send(call: Call, seconds: float) -> tuple[list[float], float]:

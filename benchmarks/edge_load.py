@@ -83,17 +83,17 @@ async def load(
                 await client.wait()
     if any(client.returncode for client in clients):
         raise RuntimeError("; ".join(map(_last_line, outputs)))
-    told = [json.loads(output) for output, _ in outputs]
-    taken = [ms for one in told for ms in one["ms"]]
-    own = sum(one["cpu_s"] for one in told)
+    results = [json.loads(output) for output, _ in outputs]
+    taken = [ms for one in results for ms in one["ms"]]
+    own = sum(one["cpu_s"] for one in results)
     return {
         "p50_ms": quantile(taken, 0.5),
         "p99_ms": quantile(taken, 0.99),
-        "requests_s": sum(len(one["ms"]) / one["seconds"] for one in told),
+        "requests_s": sum(len(one["ms"]) / one["seconds"] for one in results),
         "requests": len(taken),
         "cpu_ms": 1e3 * (own if server is None else spent) / len(taken),
         "client_cpu_ms": 1e3 * own / len(taken),
-        "client_peak_rss_mib": max(one["peak_rss_mib"] for one in told),
+        "client_peak_rss_mib": max(one["peak_rss_mib"] for one in results),
     }
 
 
@@ -119,27 +119,27 @@ def measure(contender: Contender, folder: Path, seconds: float) -> dict[str, Any
     port = free_port()
     log = folder / "server.log"
     log.unlink(missing_ok=True)
-    found: dict[str, Any] = {"clients": {}}
+    result: dict[str, Any] = {"clients": {}}
     try:
         if contender.command is not None:
             server = edge_servers.start(contender, folder, port, log)
             wait_open(f"127.0.0.1:{port}", server, OPEN_WITHIN)
         pid = server.pid if server else None
         for count in contender.clients:
-            found["clients"][str(count)] = asyncio.run(
+            result["clients"][str(count)] = asyncio.run(
                 load(contender, port, folder, count, seconds, pid)
             )
         pids = memory.tree([pid]) if pid else []
-        found["processes"] = max(1, len(pids))
-        alone = found["clients"][str(contender.clients[0])]["client_peak_rss_mib"]
-        found["peak_rss_mib"] = sum(map(edge_process.peak_rss, pids)) if pid else alone
+        result["processes"] = max(1, len(pids))
+        alone = result["clients"][str(contender.clients[0])]["client_peak_rss_mib"]
+        result["peak_rss_mib"] = sum(map(edge_process.peak_rss, pids)) if pid else alone
     except (RuntimeError, TimeoutError, OSError) as error:
-        said = log.read_text(errors="replace")[-1500:].strip() if log.exists() else ""
-        raise RuntimeError(f"{type(error).__name__}: {error}\n{said}".strip()) from error
+        log_tail = log.read_text(errors="replace")[-1500:].strip() if log.exists() else ""
+        raise RuntimeError(f"{type(error).__name__}: {error}\n{log_tail}".strip()) from error
     finally:
         if server is not None:
             stop(server)
-    return found
+    return result
 
 
 def play(
@@ -150,20 +150,20 @@ def play(
     Returns:
         Each contender's repetitions, and what went wrong on the way.
     """
-    found: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in chosen}
+    results: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in chosen}
     problems: list[str] = []
     for number in range(repetitions):
         for contender in chosen:
-            if number and not found[contender.name]:
+            if number and not results[contender.name]:
                 continue  # it never worked, and waiting for it again would only cost minutes
             for _ in range(TRIES):
                 try:
-                    found[contender.name].append(measure(contender, folder, seconds))
+                    results[contender.name].append(measure(contender, folder, seconds))
                 except RuntimeError as error:
                     problems.append(f"{contender.name}, repetition {number + 1}: {error}")
                     print(problems[-1], file=sys.stderr, flush=True)
                     continue
-                one = found[contender.name][-1]["clients"]
+                one = results[contender.name][-1]["clients"]
                 rates = " ".join(f"{at['requests_s']:.0f}/s" for at in one.values())
                 print(
                     f"repetition {number + 1}, {contender.name}: {one['1']['p50_ms']:.2f} ms, {rates}",
@@ -171,4 +171,4 @@ def play(
                     flush=True,
                 )
                 break
-    return found, problems
+    return results, problems

@@ -1,4 +1,4 @@
-"""What edge.py serves: ResNet-8 as ONNX and as a signed bundle, one request in each protocol, and its answer."""
+"""The model of edge.py: ResNet-8 as ONNX and as a signed bundle, one request in each protocol, and its answer."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def write(folder: Path) -> None:
 def _request(x: np.ndarray) -> bytes:
     kinds = service_pb2.ModelInferRequest
     tensor = kinds.InferInputTensor(name="input", datatype="FP32", shape=x.shape)
-    wanted = kinds.InferRequestedOutputTensor(name="logits")
+    output = kinds.InferRequestedOutputTensor(name="logits")
     request = kinds(
-        model_name=NAME, inputs=[tensor], outputs=[wanted], raw_input_contents=[x.tobytes()]
+        model_name=NAME, inputs=[tensor], outputs=[output], raw_input_contents=[x.tobytes()]
     )
     return bytes(request.SerializeToString())
 

@@ -2,10 +2,10 @@
 
     python edge_pair.py FOLDER SECONDS OURS_PORT ECHO_PORT
 
-What a client pays for our server is held against what it would pay with the model in its own process and an echo of
-the same bytes: one after the other, in the same thread, as long as ours takes and as often interrupted. Medians of
-loops that run for themselves are lower than that sum: a network that runs without a pause finds its caches and its
-processor warm, and one that waits for a request does not, whoever runs it. FOLDER holds what edge_model.py wrote.
+What a client pays for our server is held against what it would pay with the model in its own process and an echo of the
+same bytes: one after the other, in the same thread, as long as ours takes and as often interrupted. Medians of loops
+that run for themselves are lower than that sum: a network that runs without a pause finds its caches and its processor
+warm, and one that waits for a request does not, whichever process runs it. FOLDER holds what edge_model.py wrote.
 Prints one JSON object, the milliseconds of each call by contender.
 """
 

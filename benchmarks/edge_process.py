@@ -10,7 +10,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process, all its threads, user and system; 0 when gone."""
+    """Processor time of a process, all its threads, user and system; 0 when it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -21,9 +21,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak_rss(pid: int) -> float:
-    """The most memory that a process has had resident, MiB; 0 when gone.
+    """The most memory that a process has had resident, MiB; 0 when it has ended.
 
-    The kernel's figure for the program that runs now: what getrusage tells still counts the parent, as it was
+    The kernel's figure for the program that runs now: that of getrusage still counts the parent, as it was
     when it forked.
     """
     try:

@@ -145,7 +145,7 @@ def environment() -> dict[str, str]:
 
 
 def requirements(peer: str) -> list[str]:
-    """What is installed into a peer's environment."""
+    """Packages to install into a peer's environment."""
     return [*PINNED[peer], *(f"{name}=={version(name)}" for name in ALIKE)]
 
 
@@ -159,8 +159,8 @@ def install(peer: str, root: Path = ENVIRONMENTS) -> Path:
         RuntimeError: pip failed; the message ends with what it said.
     """
     folder = root / peer
-    mark, wanted = folder / "installed", "\n".join(requirements(peer)) + "\n"
-    if mark.is_file() and mark.read_text() == wanted:
+    mark, listed = folder / "installed", "\n".join(requirements(peer)) + "\n"
+    if mark.is_file() and mark.read_text() == listed:
         return folder
     root.mkdir(exist_ok=True)
     # What is left of an installation that did not end cannot be trusted.
@@ -168,7 +168,7 @@ def install(peer: str, root: Path = ENVIRONMENTS) -> Path:
     _run("venv", [sys.executable, "-m", "venv", str(folder)])
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
     _run("pip", [*pip, "-q", *requirements(peer)])
-    mark.write_text(wanted)
+    mark.write_text(listed)
     return folder
 
 
@@ -181,17 +181,17 @@ def versions(peer: str) -> dict[str, Any]:
         "print(json.dumps({n: found[n] for n in sys.argv[1:] if n in found}))"
     )
     python = str(ENVIRONMENTS / peer / "bin" / "python")
-    found: dict[str, Any] = json.loads(_run("python", [python, "-c", code, *names]))
-    return found
+    by_name: dict[str, Any] = json.loads(_run("python", [python, "-c", code, *names]))
+    return by_name
 
 
-def _run(what: str, command: list[str]) -> str:
+def _run(program: str, command: list[str]) -> str:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=INSTALL_WITHIN
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{what}: must end within {INSTALL_WITHIN:g} s") from None
+        raise RuntimeError(f"{program}: must end within {INSTALL_WITHIN:g} s") from None
     if done.returncode:
-        raise RuntimeError(f"{what}: failed\n{(done.stderr or done.stdout)[-3000:]}")
+        raise RuntimeError(f"{program}: failed\n{(done.stderr or done.stdout)[-3000:]}")
     return done.stdout

@@ -1,11 +1,11 @@
-"""What our secure aggregation costs one client and the server in a round: the code that runs there, in one process.
+"""Times our secure aggregation of a round for one client and for the server: their own code, in one process.
 
-The client's part goes through ``SecureAnswers``, as in a site's worker: job hash over the weights received, update and
-clipping, keys, signatures, boxes, encoding, masks, checksum, the records that travel. The server's part is a ``Group``
-that hashes the job, reads every reply and writes every request, then what ``SecureSums`` makes of the sum: decoded,
-divided, added to the weights. Peers are made here by hand, with real keys; that is not timed, and neither are training
-and transport, nor the writing of the masked sum to the disk, by which a round survives a crash: Flower's server writes
-nothing.
+The client's part goes through ``Participant``, as in a site's worker: request digest over the weights received, update
+and clipping, keys, signatures, encrypted shares, encoding, masks, checksum, the records that travel. The server's part
+is a ``Group`` that hashes the request, reads every reply and writes every request, then what ``SecureSums`` makes of
+the sum: decoded, divided, added to the weights. Peers are made here by hand, with real keys; that is not timed, and
+neither are training and transport, nor the writing of the masked sum to the disk, by which a round survives a crash:
+Flower's server writes nothing.
 
 Used by secure_aggregation.py and secure_cost.py.
 """
@@ -91,7 +91,7 @@ def forced(degree: int | None) -> Iterator[None]:
 
 
 def client_once(n: int, degree: int | None, d: int, seed: int = 0) -> Timing:
-    """All that one client does in a round without drops, training excluded.
+    """Time all work of one client in a round without drops, training excluded.
 
     Args:
         n: clients in the round.
@@ -100,7 +100,7 @@ def client_once(n: int, degree: int | None, d: int, seed: int = 0) -> Timing:
         seed: of weights and update; keys are new each time.
 
     Raises:
-        RuntimeError: the vector that was sent is not opened by what the peers hold.
+        RuntimeError: the peers' shares do not unmask the vector that was sent.
     """
     work, clock = work_of(d, seed), Clock()
     names = names_of(n)
@@ -115,35 +115,37 @@ def client_once(n: int, degree: int | None, d: int, seed: int = 0) -> Timing:
             "begin",
             lambda: answers.begin(protocol.TRAIN, work.request, address, 1, work.contribute),
         )
-        talk = Peers(work.attempt, peers, transcript.unpack_bundles(begun[messages.BUNDLE])[0])
+        exchanges = Peers(
+            work.attempt, peers, transcript.unpack_advertisements(begun[messages.BUNDLE])[0]
+        )
         counted = len(begun[messages.BUNDLE])
         replies: dict[str, RecordDict] = {}
-        for kind, told in (
-            (messages.SHARE, talk.bundles),
-            (messages.MASKED, talk.sharers),
-            (messages.COMMIT, talk.survivors),
-            (messages.UNMASK, talk.signatures),
+        for kind, values_of in (
+            (messages.SHARE, exchanges.bundles),
+            (messages.MASKED, exchanges.sharers),
+            (messages.COMMIT, exchanges.survivors),
+            (messages.UNMASK, exchanges.signatures),
         ):
-            values = {messages.PURPOSE: "train", messages.ATTEMPT: 1, **told(replies)}
-            asked = RecordDict({messages.SECURE: messages.record(values)})
+            values = {messages.PURPOSE: "train", messages.ATTEMPT: 1, **values_of(replies)}
+            request = RecordDict({messages.SECURE: messages.record(values)})
             replies[kind] = clock.time(
                 kind.removeprefix("query.secagg_"),
-                lambda kind=kind, asked=asked: answers.step(kind, asked, address),
+                lambda kind=kind, request=request: answers.step(kind, request, address),
             )
-            counted += _bytes(asked) + _bytes(replies[kind])
+            counted += _bytes(request) + _bytes(replies[kind])
     sent = replies[messages.MASKED][protocol.ARRAYS][messages.VECTOR]
-    talk.require_opened(replies, work.contribute())
+    exchanges.require_unmasked(replies, work.contribute())
     return clock.timing(len(sent.data), counted)
 
 
 def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: int = 0) -> Timing:
-    """What the server does with the replies of a round, up to the new weights.
+    """Time the server's work on the replies of a round, up to the new weights.
 
     Args:
         n: clients in the round.
         degree: neighbours of each client, None for the protocol's own number.
         d: parameters.
-        dropped: fraction of the clients that drop between the boxes and the upload, spread evenly.
+        dropped: fraction of the clients that drop between the encrypted shares and the upload, spread evenly.
         seed: of weights and update; keys are new each time.
 
     Raises:
@@ -152,13 +154,13 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
     work, clock = work_of(d, seed), Clock()
     with forced(degree):
         sites = {name: Site.new(name, work.attempt) for name in names_of(n)}
-        lost = {list(sites)[i * n // round(n * dropped)] for i in range(round(n * dropped))}
-        alive = [name for name in sites if name not in lost]
+        dropped_out = {list(sites)[i * n // round(n * dropped)] for i in range(round(n * dropped))}
+        alive = [name for name in sites if name not in dropped_out]
         plain = work.contribute().encode(n, os.urandom(32))
         # What every site was asked for goes into T.
         clock.time("begin", lambda: request_digest.digest(protocol.TRAIN, work.request))
         group = clock.time("begin", lambda: _group(work, sites))
-        shares = shares_of(group, sites, lost)
+        shares = shares_of(group, sites, dropped_out)
         for name in sites:
             reply = share_reply(group, sites[name])
             clock.time("share", lambda r=reply, n=name: _hear_share(group, n, r))
@@ -166,7 +168,7 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         each = max(1, BATCH // plain.nbytes)
         for start in range(0, len(alive), each):
             some = alive[start : start + each]
-            uploads = [(name, upload_of(group, sites, name, lost, plain)) for name in some]
+            uploads = [(name, upload_of(group, sites, name, dropped_out, plain)) for name in some]
             clock.time("masked", lambda u=uploads: _hear_masked(group, u))
             del uploads
         signed = messages.record({messages.SIGNATURE: os.urandom(64)})
@@ -181,17 +183,17 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         total, wrong = clock.time("unmask", group.unmask)
         if wrong or not np.array_equal(total, plain * np.uint32(len(alive))):
             raise RuntimeError("secure sum: must be the sum of what was sent, got another")
-        found = clock.time("decode", lambda: _decode(work, total, n, alive))
-    if not all(np.allclose(found[k].numpy(), a, atol=1e-6) for k, a in work.trained.items()):
+        decoded = clock.time("decode", lambda: _decode(work, total, n, alive))
+    if not all(np.allclose(decoded[k].numpy(), a, atol=1e-6) for k, a in work.trained.items()):
         raise RuntimeError("weights: must be those that every site trained, got others")
     return clock.timing()
 
 
 def _group(work: Work, sites: Mapping[str, Site]) -> Group:
-    found = {}
+    advertisements = {}
     for name, site in sites.items():
-        (found[name],) = transcript.unpack_bundles(site.bundle.encode())
-    group = Group(work.attempt, work.of.length, found)
+        (advertisements[name],) = transcript.unpack_advertisements(site.bundle.encode())
+    group = Group(work.attempt, work.layout.length, advertisements)
     for _ in sites:
         messages.record(group.share_values())
     return group
@@ -222,9 +224,11 @@ def _hear_shares(group: Group, replies: Mapping[str, ConfigRecord]) -> None:
 
 def _decode(work: Work, total: Vector, sharers: int, sites: list[str]) -> ArrayRecord:
     """As ``SecureSums`` and FedAvg: counters, mean update, its norm, new weights, the next round's record."""
-    opened = UnmaskedSum(tuple(sites), sharers, neighbour_graph.threshold(sharers), total)
-    found, _ = decoding.mean_weights(work.of, opened, BOUNDS, work.received, AdmissionSection())
-    return updates.record(found.mean)
+    unmasked = UnmaskedSum(tuple(sites), sharers, neighbour_graph.threshold(sharers), total)
+    mean, _ = decoding.mean_weights(
+        work.layout, unmasked, BOUNDS, work.received, AdmissionSection()
+    )
+    return updates.record(mean.mean)
 
 
 def _bytes(content: RecordDict) -> int:

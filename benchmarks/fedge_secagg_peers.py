@@ -50,33 +50,35 @@ class Site:
 
     name: str
     private: Ed25519PrivateKey
-    box: key_agreement.Pair
+    encryption: key_agreement.Pair
     mask: key_agreement.Pair
     seed: bytes
     bundle: KeyAdvertisement
 
     @classmethod
     def new(cls, name: str, attempt: Attempt) -> Site:
-        """With new keys."""
+        """A site with new keys."""
         private = Ed25519PrivateKey.generate()
-        box, mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
-        bundle = transcript.new_bundle(attempt, name, box.public, mask.public, private)
-        return cls(name, private, box, mask, os.urandom(32), bundle)
+        encryption, mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
+        bundle = transcript.new_advertisement(
+            attempt, name, encryption.public, mask.public, private
+        )
+        return cls(name, private, encryption, mask, os.urandom(32), bundle)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of every site, and one site's update.
+    """The request to every site, and one site's update.
 
     Attributes:
-        of: layout of the vector.
+        layout: of the vector.
         received: the round's weights.
         trained: the same after training.
         request: to train.
         attempt: as all sites compute it from the request.
     """
 
-    of: vector_layout.Layout
+    layout: vector_layout.Layout
     received: dict[str, NDArray[Any]]
     trained: dict[str, NDArray[Any]]
     request: RecordDict
@@ -85,7 +87,7 @@ class Work:
     def contribute(self) -> input_vector.InputVector:
         """The part of a site that trained."""
         return input_vector.training(
-            self.of, BOUNDS, self.received, self.trained, EXAMPLES, loss=0.5
+            self.layout, BOUNDS, self.received, self.trained, EXAMPLES, loss=0.5
         )
 
 
@@ -112,12 +114,12 @@ def work_of(d: int, seed: int) -> Work:
         {protocol.CONFIG: config, messages.SECURE: secure, protocol.ARRAYS: arrays}
     )
     attempt = Attempt(request_digest.digest(protocol.TRAIN, request), RUN, "train", 1, 1)
-    of = vector_layout.of_training({"weight": (d,)}, ["weight"], BOUNDS, control=False)
-    return Work(of, received, trained, request, attempt)
+    layout = vector_layout.of_training({"weight": (d,)}, ["weight"], BOUNDS, control=False)
+    return Work(layout, received, trained, request, attempt)
 
 
 class Peers:
-    """What the peers say to one client, and what they can open of it."""
+    """The peers' messages to one client, and the unmasking of its vector."""
 
     def __init__(self, attempt: Attempt, peers: list[Site], own: KeyAdvertisement) -> None:
         self._peers, self._own = peers, own
@@ -132,54 +134,54 @@ class Peers:
         self._commitment = transcript.commit_statement(self._t, digest, digest)
 
     def bundles(self, _: Mapping[str, RecordDict]) -> dict[str, bytes]:
-        """Exchange 1: everybody's."""
+        """Exchange 1: key advertisements of all sites."""
         return {messages.BUNDLES: messages.joined(self._all)}
 
     def sharers(self, replies: Mapping[str, RecordDict]) -> dict[str, bytes]:
-        """Exchange 2: who shared, with a box of each neighbour."""
+        """Exchange 2: the sites that shared, with an encrypted share of each neighbour."""
         shared = replies[messages.SHARE][messages.SECURE]
         commitment, signature = shared[messages.COMMITMENT], shared[messages.SIGNATURE]
-        found = [Sharer(self._own.site, commitment, signature, b"")]
+        entries = [Sharer(self._own.site, commitment, signature, b"")]
         for p in self._peers:
-            box = b""
+            encrypted = b""
             if p.name in self._near:
                 # What a share says is for the others; the client only keeps it.
-                key = self._box_key(p, p.name, self._own.site)
-                box = share_encryption.encrypt_share(
+                key = self._encryption_key(p, p.name, self._own.site)
+                encrypted = share_encryption.encrypt_share(
                     key, os.urandom(66), self._t, p.name, self._own.site
                 )
             hashed = hashlib.sha256(p.seed).digest()
             statement = transcript.share_statement(self._t, p.name, hashed)
-            found.append(Sharer(p.name, hashed, p.private.sign(statement), box))
-        return {messages.SHARERS: messages.joined(sorted(found, key=lambda s: s.site))}
+            entries.append(Sharer(p.name, hashed, p.private.sign(statement), encrypted))
+        return {messages.SHARERS: messages.joined(sorted(entries, key=lambda s: s.site))}
 
     def survivors(self, _: Mapping[str, RecordDict]) -> dict[str, bytes]:
         """Exchange 3: all of them."""
         return {messages.SURVIVORS: transcript.pack_sites(self._names)}
 
     def signatures(self, replies: Mapping[str, RecordDict]) -> dict[str, bytes]:
-        """Exchange 4: everybody's on that list."""
+        """Exchange 4: signatures of all sites under that list."""
         own = Signed(self._own.site, replies[messages.COMMIT][messages.SECURE][messages.SIGNATURE])
         others = [Signed(p.name, p.private.sign(self._commitment)) for p in self._peers]
         signed = sorted([own, *others], key=lambda s: s.site)
         return {messages.SIGNATURES: messages.joined(signed)}
 
-    def require_opened(
-        self, replies: Mapping[str, RecordDict], given: input_vector.InputVector
+    def require_unmasked(
+        self, replies: Mapping[str, RecordDict], sent: input_vector.InputVector
     ) -> None:
-        """Open the client's vector with the shares it gave the peers, and the one it gave out in the end."""
+        """Unmask the client's vector with the shares that it sent to the peers and the one that it revealed."""
         raw = replies[messages.SHARE][messages.SECURE][messages.BOXES]
         size, own = messages.BOX_BYTES, self._own.site
-        given_out = replies[messages.UNMASK][messages.SECURE][messages.SHARES]
+        revealed = replies[messages.UNMASK][messages.SECURE][messages.SHARES]
         place = messages.SHARE_BYTES * sorted([*self._near, own]).index(own)
-        shares = {self._at + 1: given_out[place : place + messages.SHARE_BYTES]}
+        shares = {self._at + 1: revealed[place : place + messages.SHARE_BYTES]}
         masks = []
         by_name = {p.name: p for p in self._peers}
         for i, name in enumerate(sorted(self._near)):
             peer = by_name[name]
-            key, sealed = self._box_key(peer, own, name), raw[i * size : (i + 1) * size]
-            opened = share_encryption.decrypt_share(key, sealed, self._t, own, name)
-            shares[self._xs[name]] = opened[: messages.SHARE_BYTES]
+            key, sealed = self._encryption_key(peer, own, name), raw[i * size : (i + 1) * size]
+            decrypted = share_encryption.decrypt_share(key, sealed, self._t, own, name)
+            shares[self._xs[name]] = decrypted[: messages.SHARE_BYTES]
             agreed = key_agreement.shared(peer.mask, self._own.mask_key)
             sign = -1 if own < name else 1
             masks.append((key_agreement.mask_key(agreed, self._t, own, name), sign))
@@ -189,23 +191,23 @@ class Peers:
         vector = np.frombuffer(record.data, "<u4").copy()
         masking.add_masks(vector, masks)
         key = input_vector.rounding_key(1, "train", 1, own)
-        if not np.array_equal(vector, given.encode(len(self._all), key)):
-            raise RuntimeError("vector: must be opened by what the peers hold, got another")
+        if not np.array_equal(vector, sent.encode(len(self._all), key)):
+            raise RuntimeError("vector: must be unmasked by the peers' shares, got another")
 
-    def _box_key(self, peer: Site, src: str, dst: str) -> bytes:
-        shared = key_agreement.shared(peer.box, self._own.box_key)
+    def _encryption_key(self, peer: Site, src: str, dst: str) -> bytes:
+        shared = key_agreement.shared(peer.encryption, self._own.encryption_key)
         return key_agreement.share_encryption_key(shared, self._t, src, dst)
 
 
 def shares_of(
-    group: Group, sites: Mapping[str, Site], lost: set[str]
+    group: Group, sites: Mapping[str, Site], dropped: set[str]
 ) -> dict[str, dict[str, bytes]]:
-    """By holder and owner, a share of the one secret of each owner that will be asked for."""
+    """By holder and owner, a share of the one secret of each owner that will be requested."""
     held: dict[str, dict[str, bytes]] = {name: {} for name in sites}
     at = {name: i + 1 for i, name in enumerate(group.sites)}
     for owner, site in sites.items():
         holders = sorted([owner, *group.neighbours[owner]])
-        secret = site.mask.private_bytes() if owner in lost else site.seed
+        secret = site.mask.private_bytes() if owner in dropped else site.seed
         split = shamir.split(
             secret, neighbour_graph.threshold(len(holders)), [at[h] for h in holders]
         )
@@ -215,7 +217,7 @@ def shares_of(
 
 
 def share_reply(group: Group, site: Site) -> ConfigRecord:
-    """A reply to exchange 1; the server reads neither the boxes nor the signature."""
+    """A reply to exchange 1; the server reads neither the encrypted shares nor the signature."""
     size = messages.BOX_BYTES * len(group.neighbours[site.name])
     return messages.record(
         {
@@ -227,13 +229,13 @@ def share_reply(group: Group, site: Site) -> ConfigRecord:
 
 
 def upload_of(
-    group: Group, sites: Mapping[str, Site], name: str, lost: set[str], plain: Vector
+    group: Group, sites: Mapping[str, Site], name: str, dropped: set[str], plain: Vector
 ) -> RecordDict:
     """A masked vector; masks between two sites that both upload cancel in the sum, so they are left out."""
     site, vector = sites[name], plain.copy()
     masks = [(key_agreement.self_mask_key(site.seed, group.t), 1)]
     for peer in group.neighbours[name]:
-        if peer in lost:
+        if peer in dropped:
             agreed = key_agreement.shared(site.mask, sites[peer].mask.public)
             key = key_agreement.mask_key(agreed, group.t, name, peer)
             masks.append((key, 1 if name < peer else -1))
@@ -251,7 +253,7 @@ def names_of(n: int) -> list[str]:
 
 
 def anchors_of(own: str, peers: list[Site]) -> Anchors:
-    """What a site has installed: a key, and the roster with all keys in it."""
+    """Trust anchors of a site: a key, and the roster with all keys in it."""
     private = Ed25519PrivateKey.generate()
     keys = {peer.name: peer.private for peer in peers} | {own: private}
     raw = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}

@@ -1,4 +1,4 @@
-"""What Flower's own SecAgg+ costs one client and the server in a round: its own stage code, timed in one process.
+"""Times Flower's own SecAgg+ of a round for one client and for the server: its own stage code, in one process.
 
 The client's four stages are the functions that ``secaggplus_mod`` calls; the server's two are the methods of
 ``SecAggPlusWorkflow`` that add the uploads and remove the masks, under a grid that holds the replies ready. What peers
@@ -84,10 +84,11 @@ class Timing:
 
 
 def client_once(n: int, degree: int, d: int, seed: int = 0) -> Timing:
-    """All that one client does in a round without drops, training excluded.
+    """Time all work of one client in a round without drops, training excluded.
 
-    Two key pairs; a key agreement, a box and two shares for each neighbour; then its neighbours' boxes opened, its
-    update read from bytes, weighted, quantised and masked, the vector serialised; the shares of all seeds.
+    Two key pairs; a key agreement, an encryption and two shares for each neighbour; then its neighbours' shares
+    decrypted, its update read from bytes, weighted, quantised and masked, the vector serialised; the shares of all
+    seeds.
 
     Args:
         n: clients in the round.
@@ -114,9 +115,9 @@ def client_once(n: int, degree: int, d: int, seed: int = 0) -> Timing:
     clock.time("setup", lambda: _setup(me, announced))
     listed = work.listed([me.pk1, me.pk2])
     clock.time("share", lambda: _share_keys(me, listed))
-    boxes = work.boxes(me.pk2)
+    encrypted_shares = work.encrypted_shares(me.pk2)
     reply: Mapping[str, Any] = clock.time(
-        "mask", lambda: _collect_masked_vectors(me, boxes, EXAMPLES, work.update)
+        "mask", lambda: _collect_masked_vectors(me, encrypted_shares, EXAMPLES, work.update)
     )
     lists = ConfigRecord(
         {Key.ACTIVE_NODE_ID_LIST: [1, *work.peers], Key.DEAD_NODE_ID_LIST: list[int]()}
@@ -126,13 +127,13 @@ def client_once(n: int, degree: int, d: int, seed: int = 0) -> Timing:
 
 
 def server_once(n: int, degree: int, d: int, dropped: float = 0.0, seed: int = 0) -> Timing:
-    """What the server does with the uploads and the shares, up to the mean as parameters.
+    """Time the server's work on the uploads and the shares, up to the mean as parameters.
 
     Args:
         n: clients in the round.
         degree: neighbours of each client.
         d: parameters.
-        dropped: fraction of the clients that drop between the boxes and the upload.
+        dropped: fraction of the clients that drop between the encrypted shares and the upload.
         seed: of the updates; keys are new each time.
 
     Raises:
@@ -142,7 +143,7 @@ def server_once(n: int, degree: int, d: int, dropped: float = 0.0, seed: int = 0
 
 
 def server_run(work: ServerWork) -> Timing:
-    """As ``server_once``, of a round that is ready; a round can be run once."""
+    """As ``server_once``, for a prepared round; a round can be run once."""
     records = RecordDict()
     records[MAIN_CONFIGS_RECORD] = ConfigRecord({WorkflowKey.CURRENT_ROUND: 1})
     records[MAIN_PARAMS_RECORD] = ArrayRecord()
@@ -155,9 +156,9 @@ def server_run(work: ServerWork) -> Timing:
     if not done:
         raise RuntimeError("Flower's workflow: must find a sum, got none")
     record = context.state.array_records[MAIN_PARAMS_RECORD]
-    (found,) = parameters_to_ndarrays(arrayrecord_to_parameters(record, keep_input=True))
+    (mean,) = parameters_to_ndarrays(arrayrecord_to_parameters(record, keep_input=True))
     step = 2 * CLIP / LEVELS * MAX_WEIGHT / EXAMPLES
-    if not np.abs(found - work.mean).max() <= step:
+    if not np.abs(mean - work.mean).max() <= step:
         raise RuntimeError(f"Flower's workflow: must find the mean to {step:.1e}, got another")
     return clock.timing()
 

@@ -68,12 +68,12 @@ def neighbours(node: int, n: int, degree: int) -> set[int]:
 
 @dataclass
 class ClientWork:
-    """What client 1 needs from outside for a round.
+    """Inputs of client 1 for a round.
 
     Args:
-        peers: its neighbours' private keys for boxes, by node id.
-        keys: their two public keys in PEM, for masks and for boxes.
-        update: the client's update of one float32 array, as its fit returns it.
+        peers: its neighbours' private keys for encrypting shares, by node id.
+        keys: their two public keys in PEM, for masks and for encrypting shares.
+        update: the client's update of one float32 array, as its training returns it.
     """
 
     peers: dict[int, Any]
@@ -84,14 +84,14 @@ class ClientWork:
         """The key list that the client gets."""
         return ConfigRecord({**self.keys, "1": own})
 
-    def boxes(self, public: bytes) -> ConfigRecord:
-        """A box from every neighbour to the client: a share of each of two secrets as long as Flower's."""
-        boxes = []
+    def encrypted_shares(self, public: bytes) -> ConfigRecord:
+        """An encrypted share from every neighbour to the client: of each of two secrets as long as Flower's."""
+        ciphertexts = []
         for node, private in self.peers.items():
             b, s = (create_shares(os.urandom(size), 2, 2)[0] for size in _SECRETS)
             key = generate_shared_key(private, bytes_to_public_key(public))
-            boxes.append(encrypt(key, share_keys_plaintext_concat(node, 1, b, s)))
-        return ConfigRecord({Key.SOURCE_LIST: list(self.peers), Key.CIPHERTEXT_LIST: boxes})
+            ciphertexts.append(encrypt(key, share_keys_plaintext_concat(node, 1, b, s)))
+        return ConfigRecord({Key.SOURCE_LIST: list(self.peers), Key.CIPHERTEXT_LIST: ciphertexts})
 
 
 def prepare_client(degree: int, d: int, seed: int) -> ClientWork:
@@ -99,7 +99,7 @@ def prepare_client(degree: int, d: int, seed: int) -> ClientWork:
     pairs = {node: (generate_key_pairs(), generate_key_pairs()) for node in range(2, degree + 2)}
     update = np.random.default_rng(seed).uniform(-1, 1, d).astype(np.float32)
     return ClientWork(
-        {node: box[0] for node, (_, box) in pairs.items()},
+        {node: encryption[0] for node, (_, encryption) in pairs.items()},
         {str(node): [public_key_to_bytes(pair[1]) for pair in two] for node, two in pairs.items()},
         ndarrays_to_parameters([update]),
     )
@@ -107,7 +107,7 @@ def prepare_client(degree: int, d: int, seed: int) -> ClientWork:
 
 @dataclass
 class ServerWork:
-    """A round at the server when the boxes are out: replies ready, Flower's own state filled.
+    """A round at the server when the encrypted shares are out: replies ready, Flower's own state filled.
 
     Args:
         grid: gives the uploads, then the shares.
@@ -130,17 +130,17 @@ def prepare_server(n: int, degree: int, d: int, dropped: float, seed: int) -> Se
     random = np.random.default_rng(seed)
     nodes = range(1, n + 1)
     around = {node: neighbours(node, n, degree) for node in nodes}
-    lost = round(n * dropped)
-    dead = {1 + i * n // lost for i in range(lost)}
+    num_dropped = round(n * dropped)
+    dead = {1 + i * n // num_dropped for i in range(num_dropped)}
     pairs = {node: generate_key_pairs() for node in nodes}
     seeds = {node: random.bytes(32) for node in nodes}
-    # Only what will be asked for: a client's seed if it uploads, its mask key if it is lost.
+    # Only what will be asked for: a client's seed if it uploads, its mask key if it drops out.
     secrets = {a: private_key_to_bytes(pairs[a][0]) if a in dead else seeds[a] for a in nodes}
 
     uploads, mean = {}, np.zeros(d)
     for node in sorted(set(nodes) - dead):
         update = random.uniform(-1, 1, d)
-        mean += update / (n - lost)
+        mean += update / (n - num_dropped)
         masks = [(1, seeds[node])]
         for other in sorted(around[node] & dead):
             shared = generate_shared_key(pairs[node][0], pairs[other][1])

@@ -133,7 +133,7 @@ def wait_open(address: str, process: subprocess.Popen[bytes], within: float = 60
             return
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise TimeoutError(f"{address}: nobody answers") from None
+                raise TimeoutError(f"{address}: no answer") from None
         time.sleep(0.2)
 
 

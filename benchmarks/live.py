@@ -22,7 +22,7 @@ FEDGE = [
     "import sys; from fedge.shared.cli.main import main; sys.exit(main())",
 ]
 #: How much slower than an idle one a machine may be before a wait is given up. No goal: those are held on an idle one.
-PATIENCE = 4
+WAIT_FACTOR = 4
 
 
 class Live:
@@ -45,13 +45,13 @@ class Live:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def home(self, name: str) -> Path:
-        """Of "server" or a site."""
+        """State directory of "server" or of a site."""
         return self.out / "server" if name == "server" else self.out / "sites" / name
 
     def pid(self, name: str, service: str) -> int:
         """Process id of a daemon's service or task, 0 where it does not run."""
-        for found, pid, _ in homes.processes(homes.status(self.home(name)) or {}):
-            if found == service:
+        for task, pid, _ in homes.processes(homes.status(self.home(name)) or {}):
+            if task == service:
                 return pid
         return 0
 
@@ -69,30 +69,30 @@ class Live:
         path = self.out / "rounds.jsonl"
         return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
-    def wait(self, true: Callable[[], Any], seconds: float, what: str) -> float:
+    def wait(self, true: Callable[[], Any], seconds: float, event: str) -> float:
         """Wait until something is true; the seconds that it took.
 
         Args:
-            true: asked every 20 ms.
-            seconds: enough where the machine has nothing else to do; ``PATIENCE`` times that is waited.
-            what: is waited for.
+            true: the condition, polled every 20 ms.
+            seconds: enough where the machine has nothing else to do; ``WAIT_FACTOR`` times that is waited.
+            event: what is waited for, for messages.
 
         Raises:
             TimeoutError: it did not come.
         """
         started = time.monotonic()
         while not true():
-            if time.monotonic() - started > PATIENCE * seconds:
-                raise TimeoutError(f"{what}: not within {seconds:g} s\n{self.tail()}")
+            if time.monotonic() - started > WAIT_FACTOR * seconds:
+                raise TimeoutError(f"{event}: not within {seconds:g} s\n{self.tail()}")
             if self.process.poll() is not None and not true():
                 raise TimeoutError(
-                    f"{what}: fedge up ended with {self.process.returncode}\n{self.tail()}"
+                    f"{event}: fedge up ended with {self.process.returncode}\n{self.tail()}"
                 )
             time.sleep(0.02)
         return time.monotonic() - started
 
     def tail(self) -> str:
-        """The end of what ``fedge up`` has said."""
+        """The end of the output of ``fedge up``."""
         return self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     def end(self, seconds: float = 60.0) -> None:
@@ -119,11 +119,11 @@ def federation(config: Path, out: Path, fail_point: str = "", *more: str) -> Ite
 def reference(config: Path, out: Path) -> str:
     """SHA-256 of the weights that a simulation of the same configuration ends with."""
     command = [*FEDGE, "simulate", str(config), "--out", str(out), "--quiet"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE * 300)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=WAIT_FACTOR * 300)
     return sha256(out)
 
 
 def sha256(out: Path) -> str:
-    """Of the final weights in a run directory, empty where there are none yet."""
+    """SHA-256 of the final weights in a run directory, empty where there are none yet."""
     model = out / "model.safetensors"
     return hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else ""

@@ -12,16 +12,16 @@ MIB = 1024.0
 
 def children() -> dict[int, list[int]]:
     """Every process's children, by id."""
-    found: dict[int, list[int]] = {}
+    by_parent: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = stat.read_text()
-        except OSError:  # gone since the folder was listed
+        except OSError:  # ended since the folder was listed
             continue
         # The command's name, in parentheses, may itself hold spaces and parentheses.
         parent = int(text.rpartition(")")[2].split()[1])
-        found.setdefault(parent, []).append(int(stat.parent.name))
-    return found
+        by_parent.setdefault(parent, []).append(int(stat.parent.name))
+    return by_parent
 
 
 def tree(roots: Iterable[int]) -> list[int]:
@@ -46,10 +46,10 @@ def parse_rollup(text: str) -> dict[str, int]:
 
 
 def pss(pid: int) -> float:
-    """A process's proportional set size, MiB: shared pages count by their number of users. 0 when gone."""
+    """A process's proportional set size, MiB: shared pages count by their number of users. 0 when it has ended."""
     try:
         return parse_rollup(Path(f"/proc/{pid}/smaps_rollup").read_text())["Pss"] / MIB
-    except (OSError, KeyError):  # gone, or a zombie, whose file is empty
+    except (OSError, KeyError):  # ended, or a zombie, whose file is empty
         return 0.0
 
 
@@ -70,15 +70,15 @@ def command(pid: int) -> str:
 
 def by_command(roots: Iterable[int]) -> dict[str, float]:
     """PSS of a process tree, MiB, by command."""
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for pid in tree(roots):
         name = command(pid)
-        found[name] = found.get(name, 0.0) + pss(pid)
-    return found
+        sizes[name] = sizes.get(name, 0.0) + pss(pid)
+    return sizes
 
 
 def split(root: int, name: str, inner: int | None) -> dict[str, float]:
-    """PSS of a process tree, MiB, one part of it told apart.
+    """PSS of a process tree, MiB, one part of it separately.
 
     Args:
         root: of the tree.

@@ -1,9 +1,9 @@
 """A bad line between one site and the server: is there always progress, or an error in words?
 
 Every case starts a server and two sites as an operator would (TLS, daemons, workers) with a proxy between the server
-and the second site, plays some rounds, and looks into the run's files: the longest time without an event, when a lost
-site was told, when it was back. Prints a table, writes benchmarks/results/network.json, exits 1 where a run stays
-silent for 120 s, a lost site is told later than after 75 s, or a run ends otherwise than it must.
+and the second site, plays some rounds, and looks into the run's files: the longest time without an event, when the loss
+of a site was reported, when it was back. Prints a table, writes benchmarks/results/network.json, exits 1 where a run
+has no event for 120 s, the loss of a site is reported later than after 75 s, or a run ends otherwise than it must.
 
     python benchmarks/network.py                   all cases, two at once
     python benchmarks/network.py latency reset     those whose name contains one of these words
@@ -59,11 +59,11 @@ class Scene:
 
     deployment: Deployment
     proxy: FaultProxy
-    told: Told
+    run: Told
 
     def trained(self, since: int) -> bool:
         """Whether a round after the first ``since`` holds an update of the site behind the proxy."""
-        return any(FAR in line["trained"] for line in self.told.rounds()[since:])
+        return any(FAR in line["trained"] for line in self.run.rounds()[since:])
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Case:
         end: what ends the fault.
         lasts: seconds between the two.
         takes_part: whether the site must be in every round; false where Flower cannot work over such a line.
-        told_lost: whether the site's loss must be told.
+        reports_loss: whether the site's loss must be reported.
     """
 
     name: str
@@ -89,16 +89,16 @@ class Case:
     rounds: int = 2
     deadline: float = 240.0
     takes_part: bool = True
-    told_lost: bool = False
+    reports_loss: bool = False
 
 
-def falls_silent(scene: Scene) -> float:
+def half_open(scene: Scene) -> float:
     """Bytes vanish both ways, connections stay open."""
     scene.proxy.half_open = True
     return time.time()
 
 
-def speaks_again(scene: Scene) -> None:
+def reset_line(scene: Scene) -> None:
     """The line is as before; what lost bytes is cut."""
     scene.proxy.half_open = False
     scene.proxy.reset()
@@ -114,11 +114,11 @@ CASES = [
     Case("reset every 5 s", {"reset_every": 5.0}, rounds=5),
     Case(
         "half-open, 120 s",
-        fault=falls_silent,
-        end=speaks_again,
+        fault=half_open,
+        end=reset_line,
         lasts=120.0,
         deadline=100.0,
-        told_lost=True,
+        reports_loss=True,
     ),
     Case(
         "host killed, 120 s",
@@ -126,7 +126,7 @@ CASES = [
         end=lambda s: s.deployment.start(FAR),
         lasts=120.0,
         deadline=100.0,
-        told_lost=True,
+        reports_loss=True,
     ),
 ]
 
@@ -135,21 +135,21 @@ def play(case: Case, folder: Path) -> dict[str, Any]:
     """Run one case.
 
     Returns:
-        The run's state, rounds with both sites, and the seconds: longest silence, until the loss was told, until the
-        site was back after the fault's end, of the whole run. And what went wrong.
+        The run's state, rounds with both sites, and the seconds: longest silence, until the loss was reported, until
+        the site was back after the fault's end, of the whole run. And what went wrong.
     """
-    found: dict[str, Any] = {"case": case.name, "problem": "", "silence_s": 0.0}
-    found |= {"seconds": 0.0, "state": "not begun", "rounds": 0, "with_both": 0, "reasons": []}
+    row: dict[str, Any] = {"case": case.name, "problem": "", "silence_s": 0.0}
+    row |= {"seconds": 0.0, "state": "not begun", "rounds": 0, "with_both": 0, "reasons": []}
     try:
-        _play(case, folder, found)
+        _play(case, folder, row)
     except (
         Exception
     ) as error:  # one case that does not even begin must not cost the others' results
-        found["problem"] = f"{type(error).__name__}: {error}"[-3000:]
-    return found
+        row["problem"] = f"{type(error).__name__}: {error}"[-3000:]
+    return row
 
 
-def _play(case: Case, folder: Path, found: dict[str, Any]) -> None:
+def _play(case: Case, folder: Path, row: dict[str, Any]) -> None:
     packages = wide_task.write(folder.with_name(f"{folder.name}-packages"))
     with (
         Deployment(folder, packages) as at,
@@ -160,36 +160,36 @@ def _play(case: Case, folder: Path, found: dict[str, Any]) -> None:
         at.start("server", "near", FAR)
         rounds = 100_000 if case.fault else case.rounds
         text = CONFIG.format(task=case.task, rounds=rounds, deadline=case.deadline)
-        told = Told(at.submit(text))
+        run = Told(at.submit(text))
         started = time.time()
         try:
             if case.fault is None:
-                at.wait(told.over, 900, "the end of the run")
+                at.wait(run.over, 900, "the end of the run")
             else:
-                _disturb(case, Scene(at, proxy, told), found)
+                _disturb(case, Scene(at, proxy, run), row)
         except TimeoutError as error:
-            found["problem"] = str(error)[-3000:]
-        found["seconds"] = round(time.time() - started, 1)
-        found["state"] = told.state()
-        found["silence_s"] = round(told.longest_silence(), 1)
-        found["rounds"] = len(told.rounds())
-        found["with_both"] = sum(len(line["trained"]) == 2 for line in told.rounds())
-        refused = [r["reason"] for line in told.rounds() for r in told.refused(line, FAR)]
-        found["reasons"] = sorted(set(refused))[:5]
+            row["problem"] = str(error)[-3000:]
+        row["seconds"] = round(time.time() - started, 1)
+        row["state"] = run.state()
+        row["silence_s"] = round(run.longest_silence(), 1)
+        row["rounds"] = len(run.rounds())
+        row["with_both"] = sum(len(line["trained"]) == 2 for line in run.rounds())
+        refused = [r["reason"] for line in run.rounds() for r in run.refused(line, FAR)]
+        row["reasons"] = sorted(set(refused))[:5]
 
 
-def _disturb(case: Case, scene: Scene, found: dict[str, Any]) -> None:
+def _disturb(case: Case, scene: Scene, row: dict[str, Any]) -> None:
     assert case.fault is not None
-    told, at = scene.told, scene.deployment
+    run, at = scene.run, scene.deployment
     at.wait(lambda: scene.trained(0), 240, "round 1")
     since = case.fault(scene)
-    at.wait(lambda: told.events("lost", FAR), 120, "the word that the site is lost")
-    found["lost_s"] = round(told.events("lost", FAR)[0]["at"] - since, 1)
+    at.wait(lambda: run.events("lost", FAR), 120, "the word that the site is lost")
+    row["lost_s"] = round(run.events("lost", FAR)[0]["at"] - since, 1)
     time.sleep(max(0.0, since + case.lasts - time.time()))
-    before, ended = len(told.rounds()), time.time()
+    before, ended = len(run.rounds()), time.time()
     case.end(scene)
     at.wait(lambda: scene.trained(before), 240, "the site's return")
-    found["back_s"] = round(time.time() - ended, 1)
+    row["back_s"] = round(time.time() - ended, 1)
 
 
 def judge(case: Case, row: dict[str, Any]) -> bool:
@@ -204,17 +204,17 @@ def judge(case: Case, row: dict[str, Any]) -> bool:
     return good
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The results as text."""
     lines = [
         f"{'line':20} {'longest silence':>16} {'lost told':>10} {'back after':>11} {'seconds':>8}  rounds with both"
     ]
-    for row in found:
-        lost = f"{row['lost_s']:.0f} s" if "lost_s" in row else "-"
+    for row in rows:
+        reported = f"{row['lost_s']:.0f} s" if "lost_s" in row else "-"
         back = f"{row['back_s']:.0f} s" if "back_s" in row else "-"
         mark = "" if row["passed"] else "  MISSED"
         lines.append(
-            f"{row['case']:20} {row['silence_s']:>14.0f} s {lost:>10} {back:>11} {row['seconds']:>8.0f}  "
+            f"{row['case']:20} {row['silence_s']:>14.0f} s {reported:>10} {back:>11} {row['seconds']:>8.0f}  "
             f"{row['with_both']} of {row['rounds']}{mark}"
         )
     return "\n".join(lines)
@@ -233,18 +233,18 @@ def main() -> int:
         ThreadPoolExecutor(arguments.at_once) as pool,
     ):
         folders = [Path(name) / str(number) for number in range(len(chosen))]
-        found = list(pool.map(play, chosen, folders))
-    verdicts = [judge(case, row) for case, row in zip(chosen, found, strict=True)]
+        rows = list(pool.map(play, chosen, folders))
+    verdicts = [judge(case, row) for case, row in zip(chosen, rows, strict=True)]
     passed = all(verdicts)
-    for row in found:
+    for row in rows:
         if row["problem"]:
             print(f"{row['case']}: {row['problem']}", file=sys.stderr)
-    print(table(found))
+    print(table(rows))
     if not words:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(
-            json.dumps({"machine": machine, "passed": passed, "cases": found}, indent=1) + "\n"
+            json.dumps({"machine": machine, "passed": passed, "cases": rows}, indent=1) + "\n"
         )
     return 0 if passed else 1
 

@@ -30,7 +30,7 @@ from fedge.client.data.dataset import site_shares
 from fedge.edge.runtime.model import EdgeModel
 from fedge.server.release import qualification
 from fedge.server.release.artefacts import Builder, Built, artefact
-from fedge.server.release.placeholder_manifest import stand_in, statistics_options
+from fedge.server.release.placeholder_manifest import placeholder_manifest, statistics_options
 from fedge.server.runs import trained_model
 from fedge.server.runs.trained_model import Trained
 from fedge.shared.bundle.bundle import open_bundle, write_bundle
@@ -88,8 +88,8 @@ def main() -> int:
     rows, parities, missed = kept(set(arguments.tasks.split(",")))
     for name in arguments.tasks.split(","):
         with tempfile.TemporaryDirectory(prefix="fedge-precision-") as folder:
-            found, difference, problems = measure(name, arguments, Path(folder))
-        rows += found
+            measured, difference, problems = measure(name, arguments, Path(folder))
+        rows += measured
         parities[name] = difference
         missed += problems
     print(table(rows))
@@ -97,14 +97,14 @@ def main() -> int:
         print(f"{name}: fp32 graph within {difference:.2g} of the network (goal {PARITY:g})")
     for line in missed:
         print(f"MISSED {line}")
-    told = {
+    result = {
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
         "parity": parities,
         "rows": [asdict(row) for row in rows],
         "missed": missed,
     }
-    RESULTS.write_text(json.dumps(told, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if missed else 0
 
 
@@ -112,11 +112,11 @@ def kept(again: set[str]) -> tuple[list[Row], dict[str, float], list[str]]:
     """Rows, parities and missed goals of the last run, of tasks that are not measured again."""
     if not RESULTS.is_file():
         return [], {}, []
-    told = json.loads(RESULTS.read_text())
+    previous = json.loads(RESULTS.read_text())
     return (
-        [Row(**row) for row in told["rows"] if row["task"] not in again],
-        {name: value for name, value in told["parity"].items() if name not in again},
-        [line for line in told["missed"] if line.partition(":")[0] not in again],
+        [Row(**row) for row in previous["rows"] if row["task"] not in again],
+        {name: value for name, value in previous["parity"].items() if name not in again},
+        [line for line in previous["missed"] if line.partition(":")[0] not in again],
     )
 
 
@@ -127,7 +127,7 @@ def measure(
     print(f"{name}: training", flush=True)
     config = configuration(name, arguments)
     run = simulate(config, folder / "run").path
-    model = trained_model.of_run(run)
+    model = trained_model.from_run(run)
     calibrated = calibration.load(run / "calibration.json")
     fp32 = export_onnx(model.network, model.shape)
     close = parity(model.network, fp32, model.shape)
@@ -180,12 +180,12 @@ def graph_rows(
     listed = tuple(replace(b.artefact, qualification=unproven) for b in graphs)
     key, bundle = folder / "key", folder / "all.fedge"
     new_key(key)
-    manifest = stand_in(model, close, listed)
+    manifest = placeholder_manifest(model, close, listed)
     write_bundle(bundle, manifest, {b.artefact.name: b.data for b in graphs}, load_private(key))
     options = statistics_options(manifest, folder)
-    opened = open_bundle(bundle, load_public(public_path(key)))
+    verified = open_bundle(bundle, load_public(public_path(key)))
     held_out = np.concatenate([s.test_features for s in site_shares(config, model.task).values()])
-    wanted = labels(EdgeModel.from_bundle(opened, artefact=graphs[0].artefact.name), held_out)
+    expected = labels(EdgeModel.from_bundle(verified, artefact=graphs[0].artefact.name), held_out)
     rows, problems = [], []
     for built in graphs:
         one = qualification.bench(bundle, public_path(key), built.artefact.name, options)
@@ -195,18 +195,18 @@ def graph_rows(
         agreement = None
         if not one.failure:
             try:
-                own = EdgeModel.from_bundle(opened, artefact=built.artefact.name)
-                agreement = float(np.mean(labels(own, held_out) == wanted))
+                own = EdgeModel.from_bundle(verified, artefact=built.artefact.name)
+                agreement = float(np.mean(labels(own, held_out) == expected))
             except FedgeError as error:
                 one = qualification.Timed({}, str(error))
-        found = row(name, built, calibrated, one, many, one.failure, agreement)
-        rows.append(found)
-        problems += lost(found, rows[0])
+        measured = row(name, built, calibrated, one, many, one.failure, agreement)
+        rows.append(measured)
+        problems += loss_problems(measured, rows[0])
     return rows, problems
 
 
 def labels(model: EdgeModel, features: NDArray[Any]) -> NDArray[Any]:
-    """What the model says of every example."""
+    """Predicted class of every example, ``(n,)``."""
     parts = [model.predict(features[i : i + 256]).indices for i in range(0, len(features), 256)]
     return np.concatenate(parts)
 
@@ -239,15 +239,15 @@ def row(
     )
 
 
-def lost(found: Row, fp32: Row) -> list[str]:
-    """What the sites' counts say against an INT8 graph."""
-    if "int8" not in found.kind:
+def loss_problems(int8: Row, fp32: Row) -> list[str]:
+    """Problems of an INT8 graph by the sites' counts."""
+    if "int8" not in int8.kind:
         return []
-    if found.metric is None or fp32.metric is None:
-        return [f"{found.task}: the sites counted no metric of {found.kind}"]
-    if found.metric < fp32.metric - BUDGET:
-        points = 100 * (fp32.metric - found.metric)
-        return [f"{found.task}: {found.kind} loses {points:.2f} points (goal {100 * BUDGET:g})"]
+    if int8.metric is None or fp32.metric is None:
+        return [f"{int8.task}: the sites counted no metric of {int8.kind}"]
+    if int8.metric < fp32.metric - BUDGET:
+        points = 100 * (fp32.metric - int8.metric)
+        return [f"{int8.task}: {int8.kind} loses {points:.2f} points (goal {100 * BUDGET:g})"]
     return []
 
 

@@ -13,8 +13,8 @@ published protocol, each hospital finds the noise that keeps its own run within 
   weights alone, and running again gives other numbers. FLamby's script draws the weights before it sets its seed, so
   that its five are not known.
 
-The published settings are told without a mark on the level, which is on a row of the same guarantee at a step size of
-our own, chosen on seeds that are not in the table: see published_heart_rows.py.
+The published settings are reported without a mark on the level, which is on a row of the same guarantee at a step size
+of our own, chosen on seeds that are not in the table: see published_heart_rows.py.
 
 Not covered by epsilon: mean and deviation of each hospital's columns, and the accuracies, as in the published table;
 nor the choice of the step size.
@@ -74,7 +74,7 @@ def fed_heart_dp(
 
     Args:
         base: fed-heart's FedAvg row for a seed.
-        report: told of each run.
+        report: called with a line of text for each run.
         claims: rows to run.
 
     Returns:
@@ -87,9 +87,9 @@ def fed_heart_dp(
     for label, claim in claims.items():
         measured[label] = []
         for seed in claim.seeds:
-            found = run(private(base(seed), claim), claim.delta)
-            measured[label].append(found)
-            report(f"{label}, seed {seed}: {_mean(found.accuracy):.4f}")
+            result = run(private(base(seed), claim), claim.delta)
+            measured[label].append(result)
+            report(f"{label}, seed {seed}: {_mean(result.accuracy):.4f}")
     return measured
 
 
@@ -100,7 +100,7 @@ def search(
 
     Args:
         base: fed-heart's FedAvg row for a seed.
-        report: told of each run.
+        report: called with a line of text for each run.
         seeds: of the initial weights.
 
     Raises:
@@ -254,22 +254,22 @@ def table(result: dict[str, Any]) -> str:
             f"{label}: {mean['ours']:.4f} ({mean['sd']:.3f}) / {published},"
             f" {row['difference']:+.4f}, {row['seeds']} seeds, learning rate {row['learning_rate']:g}"
         )
-        for hospital, found in row["hospitals"].items():
-            spent = found["spent"]
+        for hospital, figures in row["hospitals"].items():
+            spent = figures["spent"]
             over = "" if spent["epsilon"] <= row["epsilon"] else " MISSED"
             text.append(
-                f"  {hospital:<12} accuracy {found['accuracy']:.4f}  epsilon {spent['epsilon']:.4f}"
+                f"  {hospital:<12} accuracy {figures['accuracy']:.4f}  epsilon {spent['epsilon']:.4f}"
                 f" by {spent['accountant']}, noise multiplier {spent['noise_multiplier']:.3f},"
                 f" {spent['steps']} steps at rate {spent['sampling_rate']:.4f}{over}"
             )
-    told, searched = result["published_settings"], result["search"]
+    settings, searched = result["published_settings"], result["search"]
     text.append(
-        f"at the published settings, no mark: {told['mean']:.4f},"
-        f" {'within' if told['within_tolerance'] else 'outside'} {LEVEL} +- {TOLERANCE}. {told['why']}"
+        f"at the published settings, no mark: {settings['mean']:.4f},"
+        f" {'within' if settings['within_tolerance'] else 'outside'} {LEVEL} +- {TOLERANCE}. {settings['why']}"
     )
     text.append(
         "step size: "
-        + ", ".join(f"{rate} {found:.4f}" for rate, found in searched["means"].items())
+        + ", ".join(f"{rate} {figures:.4f}" for rate, figures in searched["means"].items())
         + f", mean over seeds {searched['seeds'][0]} to {searched['seeds'][-1]}; {searched['note']}"
     )
     level, fall = result["marks"]["level"], result["marks"]["fall"]

@@ -1,7 +1,7 @@
 """The rows of fed-heart-dp, its pass marks, and how the step size of the marked row was found.
 
-The rows at the published settings are told with no mark on their level. At learning rate .001 they cannot be expected
-to reach .70: without any privacy these 1,500 steps come to .68, and clipping makes them shorter.
+The rows at the published settings are reported with no mark on their level. At learning rate .001 they cannot be
+expected to reach .70: without any privacy these 1,500 steps come to .68, and clipping makes them shorter.
 
 The mark on the level is on a row of the same guarantee at a step size of our own. It is one of ``RATES``, fixed before
 the table ran, by the highest mean over ``SEARCH_SEEDS``: chosen on seeds that are not in the table. They give other
@@ -58,7 +58,7 @@ LEVEL: Final = 0.70
 TOLERANCE: Final = 0.05
 #: The mean must fall from the first of these rows to the second.
 FALL: Final = ("epsilon 1, delta 1e-4", "epsilon .1, delta 1e-4")
-#: Why ``REPEATED`` is told and not judged.
+#: Why ``REPEATED`` is reported and not judged.
 WHY: Final = (
     "At learning rate .001 the clipped steps are too short to reach the published level: the same 1,500 steps without"
     " privacy came to .684 (fed-heart), clipped with next to no noise to .658 (measured once, apart from this table)."

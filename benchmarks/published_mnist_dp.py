@@ -6,8 +6,8 @@ shows (94.63 %, sd .34, over ten runs), at epsilon 1.16 to 1.19 by its Renyi acc
 privacy loss distributions the same steps cost less, and that is the epsilon judged here.
 
 One site holds all training images, and trains through the product's engine, one epoch a round. Pixels are standardised
-by the constants of Opacus' example, which are taken as public: nothing is learnt from a site's own. Not covered by
-epsilon: the accuracy on the 10,000 test images, which are nobody's training data. The seed fixes the initial weights
+by the constants of Opacus' example, which are taken as public: nothing is fitted to a site's own. Not covered by
+epsilon: the accuracy on the 10,000 test images, which are no site's training data. The seed fixes the initial weights
 alone; draws and noise are the operating system's, so that running again gives another number.
 """
 
@@ -26,7 +26,7 @@ from published_private import Run, run, versions
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import DataError
 from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
@@ -42,7 +42,7 @@ FILE: Final = "mnist.npz"
 SIDE: Final = 28
 #: Of Opacus' example, over pixels from 0 to 1.
 MEAN: Final = np.float32(0.1307)
-DEVIATION: Final = np.float32(0.3081)
+STDDEV: Final = np.float32(0.3081)
 EPOCHS: Final = 15
 STEPS: Final = 250
 BATCH: Final = 240
@@ -54,8 +54,8 @@ PUBLISHED: Final = 0.9486
 PUBLISHED_MEAN: Final = 0.9463
 PUBLISHED_SD: Final = 0.0034
 PUBLISHED_EPSILON: Final = 1.16
-LEAST_ACCURACY: Final = 0.94
-MOST_EPSILON: Final = 1.0
+MIN_ACCURACY: Final = 0.94
+MAX_EPSILON: Final = 1.0
 
 
 class ExampleCNN(nn.Module):
@@ -90,7 +90,7 @@ def load(path: Path | None = None) -> Table:
     features = np.concatenate([train, test]).astype(np.float32)
     features /= np.float32(255)
     features -= MEAN
-    features /= DEVIATION
+    features /= STDDEV
     return Table(
         features=features,
         labels=labels.astype(np.int64),
@@ -160,19 +160,21 @@ def mnist_dp(data: Path, report: Callable[[str], None]) -> list[Run]:
         FedgeError: the data are missing, or a run stopped.
     """
     with installed():
-        return [run(configuration(s, data), DELTA, _Told(f"seed {s}", report)) for s in SEEDS]
+        return [
+            run(configuration(s, data), DELTA, _EpochReporter(f"seed {s}", report)) for s in SEEDS
+        ]
 
 
-class _Told(Silent):
+class _EpochReporter(NullListener):
     """Reports each epoch."""
 
     def __init__(self, name: str, report: Callable[[str], None]) -> None:
         self._name, self._report = name, report
 
     def round(self, line: dict[str, Any]) -> None:
-        """Tell accuracy and time."""
-        found = line["metrics"].get("pooled", {}).get("accuracy")
-        accuracy = "not evaluated" if found is None else f"{found:.4f}"
+        """Report accuracy and time."""
+        value = line["metrics"].get("pooled", {}).get("accuracy")
+        accuracy = "not evaluated" if value is None else f"{value:.4f}"
         self._report(f"{self._name}, epoch {line['round']}: {accuracy}, {line['seconds']:.0f} s")
 
 
@@ -187,24 +189,24 @@ def judge(runs: list[Run]) -> dict[str, Any]:
         the best.
     """
     per_seed = {}
-    for seed, found in zip(SEEDS, runs, strict=True):
-        ((site, accuracy),) = found.accuracy.items()
+    for seed, result in zip(SEEDS, runs, strict=True):
+        ((site, accuracy),) = result.accuracy.items()
         per_seed[str(seed)] = {
             "accuracy": accuracy,
-            "by_epoch": [values[site] for values in found.by_round],
-            "spent": found.accounts[site].to_json(),
+            "by_epoch": [values[site] for values in result.by_round],
+            "spent": result.accounts[site].to_json(),
         }
     accuracies = [values["accuracy"] for values in per_seed.values()]
     ours = statistics.fmean(accuracies)
     worst = max((values["spent"] for values in per_seed.values()), key=lambda s: s["epsilon"])
     marks = {
-        "accuracy": {"ours": ours, "least": LEAST_ACCURACY, "passed": ours >= LEAST_ACCURACY},
+        "accuracy": {"ours": ours, "least": MIN_ACCURACY, "passed": ours >= MIN_ACCURACY},
         "epsilon": {
             "ours": worst["epsilon"],
-            "most": MOST_EPSILON,
+            "most": MAX_EPSILON,
             "delta": DELTA,
             "accountant": worst["accountant"],
-            "passed": worst["epsilon"] <= MOST_EPSILON and worst["accountant"] == "PLD",
+            "passed": worst["epsilon"] <= MAX_EPSILON and worst["accountant"] == "PLD",
         },
     }
     return {

@@ -1,7 +1,7 @@
 """A run under differential privacy, and what the sites' own ledgers hold of it.
 
-Used by published_heart_dp.py and published_mnist_dp.py. A simulated site has no owner, so that its ledger reckons at a
-delta that no table asks for: epsilon at a table's delta is reckoned anew, from the releases that the ledger holds.
+Used by published_heart_dp.py and published_mnist_dp.py. A simulated site has no owner, so that its ledger has another
+delta than the tables: epsilon at a table's delta is computed again from the releases that the ledger holds.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fedge.simulations.engine import simulate
 
 @dataclass(frozen=True)
 class Account:
-    """What one site has spent in one run.
+    """Privacy budget that one site has spent in one run.
 
     Attributes:
         epsilon: of all releases in the site's ledger, at the table's delta; a site's examples are hidden from the
-            server and from the model's readers alike, so it is one number.
-        accountant: which one reckoned it.
+            server and from model consumers alike, so it is one number.
+        accountant: which one computed it.
         charges: in the ledger, one a round.
         steps: of all charges.
         sampling_rate: of each step.
-        noise_multiplier: likewise.
-        told_epsilon: what the site told the server after the last round, as rounds.jsonl holds it.
-        told_delta: at which the site reckoned that.
+        noise_multiplier: of each step.
+        told_epsilon: epsilon that the site reported after the last round, from rounds.jsonl.
+        told_delta: at which the site computed that.
     """
 
     epsilon: float
@@ -72,19 +72,19 @@ def run(config: Config, delta: float, listener: Listener | None = None) -> Run:
 
     Args:
         config: what to run.
-        delta: at which epsilon is wanted.
-        listener: told of every round.
+        delta: at which epsilon is computed.
+        listener: called for every round.
 
     Raises:
         FedgeError: the run's.
-        ValueError: a round went without a site, or a ledger is not as the run tells.
+        ValueError: a round went without a site, or a ledger differs from the run's record.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         directory = simulate(config, out, listener=listener)
         lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-        require_whole(lines)
-        told = lines[-1]["privacy"]
+        require_all_sites(lines)
+        charges = lines[-1]["privacy"]
         by_round = [
             {site: values["accuracy"] for site, values in line["metrics"]["per_site"].items()}
             for line in lines
@@ -92,14 +92,14 @@ def run(config: Config, delta: float, listener: Listener | None = None) -> Run:
         ]
         accounts = {
             site: account(
-                Ledger(directory.sites / site / FILE).entries(), told[site]["consumers"], delta
+                Ledger(directory.sites / site / FILE).entries(), charges[site]["consumers"], delta
             )
-            for site in told
+            for site in charges
         }
         return Run(by_round[-1], by_round, accounts)
 
 
-def require_whole(lines: Sequence[Mapping[str, Any]]) -> None:
+def require_all_sites(lines: Sequence[Mapping[str, Any]]) -> None:
     """Hold a run against the tables' protocol: every site takes part in every round.
 
     Args:
@@ -117,16 +117,16 @@ def require_whole(lines: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def account(entries: Sequence[Entry], told: float, delta: float) -> Account:
-    """What a ledger's entries come to.
+def account(entries: Sequence[Entry], reported: float, delta: float) -> Account:
+    """Account the entries of a ledger.
 
     Args:
         entries: of one run's training, with the same noise and sampling rate throughout.
-        told: epsilon that the site told the server after the last of them.
-        delta: at which epsilon is wanted.
+        reported: epsilon that the site reported after the last of them.
+        delta: at which epsilon is computed.
 
     Raises:
-        ValueError: the entries are not of one kind, or end at another epsilon than was told.
+        ValueError: the entries are not of one kind, or end at another epsilon than was reported.
     """
     kinds = {
         (e.charge.unit, e.charge.release.noise_multiplier, e.charge.release.sampling_rate)
@@ -138,9 +138,9 @@ def account(entries: Sequence[Entry], told: float, delta: float) -> Account:
     if unit != "example":
         raise ValueError(f"unit: must be example, got {unit}")
     last = entries[-1]
-    if not last.epsilon_consumers == last.epsilon_server == told:
+    if not last.epsilon_consumers == last.epsilon_server == reported:
         raise ValueError(
-            f"ledger: must end at the epsilon that was told, {told}, got {last.epsilon_consumers} against consumers"
+            f"ledger: must end at the reported epsilon, {reported}, got {last.epsilon_consumers} against consumers"
             f" and {last.epsilon_server} against the server"
         )
     releases = [e.charge.release for e in entries]
@@ -151,12 +151,12 @@ def account(entries: Sequence[Entry], told: float, delta: float) -> Account:
         steps=sum(release.steps for release in releases),
         sampling_rate=sampling_rate,
         noise_multiplier=noise_multiplier,
-        told_epsilon=told,
+        told_epsilon=reported,
         told_delta=last.epsilon_delta,
     )
 
 
 def versions() -> dict[str, str]:
-    """Of what computes the tables under differential privacy."""
+    """Versions of the packages that compute the tables under differential privacy."""
     packages = ("fedge", "flwr", "torch", "opacus", "dp-accounting", "numpy")
     return {name: version(name) for name in packages}

@@ -120,21 +120,21 @@ def _row(
     count: int,
     goal: float | None,
 ) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {name: [] for name in sides}
+    timings: dict[str, list[Any]] = {name: [] for name in sides}
     for seed in range(count):
         for name, once in sides.items():
-            found[name].append(once(*size, seed=seed))
-    median = {name: statistics.median(t.seconds for t in all_) for name, all_ in found.items()}
+            timings[name].append(once(*size, seed=seed))
+    median = {name: statistics.median(t.seconds for t in all_) for name, all_ in timings.items()}
     return {
         **{f"{name}_seconds": median[name] for name in sides},
-        **{f"{name}_all": [t.seconds for t in all_] for name, all_ in found.items()},
+        **{f"{name}_all": [t.seconds for t in all_] for name, all_ in timings.items()},
         **{
             f"{name}_parts": {
                 part: statistics.median(t.parts[part] for t in all_) for part in all_[0].parts
             }
-            for name, all_ in found.items()
+            for name, all_ in timings.items()
         },
-        **{f"{name}_upload_bytes": all_[0].upload_bytes for name, all_ in found.items()},
+        **{f"{name}_upload_bytes": all_[0].upload_bytes for name, all_ in timings.items()},
         "ratio": median["flower"] / median["fedge"],
         "one_thread_ratio": median["flower"] / median["one_thread"],
         "goal": goal,
@@ -178,7 +178,7 @@ def judge(
         All as JSON values; ``missed`` says which goals were not reached, in words.
     """
     missed = [
-        f"{_what(row)}: must be {row['goal']:g} times as fast, is {row['ratio']:.1f}"
+        f"{_label(row)}: must be {row['goal']:g} times as fast, is {row['ratio']:.1f}"
         for row in rows
         if row["goal"] is not None and row["ratio"] < row["goal"]
     ]
@@ -187,7 +187,7 @@ def judge(
             share = row["fedge_upload_bytes"] / row["flower_upload_bytes"]
             row["upload_share"] = share
             if share > UPLOAD_GOAL:
-                missed.append(f"{_what(row)}: must upload {UPLOAD_GOAL:g} of it, is {share:.3f}")
+                missed.append(f"{_label(row)}: must upload {UPLOAD_GOAL:g} of it, is {share:.3f}")
     share = speed["masks"] / speed["add"]
     if share < MASK_GOAL:
         missed.append(f"masks: must be {MASK_GOAL:.0%} as fast as the bare add, are {share:.0%}")
@@ -271,7 +271,7 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _what(row: Mapping[str, Any]) -> str:
+def _label(row: Mapping[str, Any]) -> str:
     return f"{row['who']} at N = {row['n']}, d = {row['d']:.0e}"
 
 

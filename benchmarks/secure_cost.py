@@ -1,4 +1,4 @@
-"""What a round of secure aggregation costs, by the number of sites and of parameters: seconds, bytes, and the plots.
+"""Cost of a round of secure aggregation by the number of sites and of parameters: seconds, bytes, and the plots.
 
     python benchmarks/secure_cost.py [--quick | --draw]
 
@@ -33,8 +33,8 @@ RESULTS = ROOT / "results" / "secure_cost.json"
 IMAGES = ROOT.parent / "docs" / "images"
 SITES: Final = (3, 10, 30, 100, 128, 200, 300)
 PARAMETERS: Final = (10**4, 10**5, 10**6, 10**7)
-#: Lost between the boxes and the upload in the server's second figure.
-LOST: Final = 0.1
+#: Share of the sites that drop out before the upload in the server's second figure.
+DROPPED: Final = 0.1
 #: A figure is the median of so many runs at most, fewer once they took so many seconds.
 RUNS: Final = 5
 ENOUGH: Final = 1.0
@@ -52,10 +52,10 @@ def measure(
             started = time.perf_counter()
             clients = _runs(lambda seed, n=n, d=d: fedge_secagg.client_once(n, None, d, seed))
             servers = _runs(lambda seed, n=n, d=d: fedge_secagg.server_once(n, None, d, 0.0, seed))
-            lost = round(n * LOST)
+            dropped = round(n * DROPPED)
             some = (
-                _runs(lambda seed, n=n, d=d: fedge_secagg.server_once(n, None, d, LOST, seed))
-                if lost
+                _runs(lambda seed, n=n, d=d: fedge_secagg.server_once(n, None, d, DROPPED, seed))
+                if dropped
                 else []
             )
             rows.append(
@@ -65,7 +65,7 @@ def measure(
                     "d": d,
                     "client_seconds": _median(clients),
                     "server_seconds": _median(servers),
-                    "lost": lost,
+                    "lost": dropped,
                     "server_lost_seconds": _median(some) if some else None,
                     "upload_bytes": clients[0].upload_bytes,
                     "other_bytes": clients[0].other_bytes,
@@ -78,11 +78,11 @@ def measure(
 
 
 def _runs(once: Callable[[int], fedge_secagg.Timing]) -> list[fedge_secagg.Timing]:
-    found: list[fedge_secagg.Timing] = []
+    timings: list[fedge_secagg.Timing] = []
     started = time.perf_counter()
-    while len(found) < RUNS and (not found or time.perf_counter() - started < ENOUGH):
-        found.append(once(len(found)))
-    return found
+    while len(timings) < RUNS and (not timings or time.perf_counter() - started < ENOUGH):
+        timings.append(once(len(timings)))
+    return timings
 
 
 def _median(timings: Sequence[fedge_secagg.Timing]) -> float:
@@ -91,10 +91,10 @@ def _median(timings: Sequence[fedge_secagg.Timing]) -> float:
 
 def line(row: Mapping[str, Any]) -> str:
     """A row for people."""
-    lost = row["server_lost_seconds"]
+    seconds = row["server_lost_seconds"]
     return (
         f"N {row['n']:3d}  k {row['degree']:3d}  d {row['d']:.0e}  client {row['client_seconds']:.4f} s  "
-        f"server {row['server_seconds']:.4f} s, {f'{lost:.4f} s' if lost else '-'} with {row['lost']} lost  "
+        f"server {row['server_seconds']:.4f} s, {f'{seconds:.4f} s' if seconds else '-'} with {row['lost']} lost  "
         f"upload {row['upload_bytes']} B, all else {row['other_bytes']} B"
     )
 

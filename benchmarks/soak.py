@@ -59,19 +59,19 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """What there is to run, in order."""
+    """The rows to run, in order."""
     status, lines = run([*PYTEST, "--collect-only", "-m", "soak"], LIMIT)
     if status:
         sys.exit("\n".join(lines[-TAIL:]))
     files = dict.fromkeys(line.split("::")[0] for line in lines if "::" in line)
     parallel = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    found = [
+    listed = [
         Row("make test, in parallel", [[*PYTEST, *parallel, "-m", "not realtime and not soak"]]),
         Row("make test, realtime", [[*PYTEST, "-m", "realtime and not soak"]]),
     ]
-    found += [Row(file, [[*PYTEST, "-m", "soak", file]]) for file in files]
+    listed += [Row(file, [[*PYTEST, "-m", "soak", file]]) for file in files]
     return [
-        *found,
+        *listed,
         _other_python(),
         Row("benchmarks/chaos.py", [[sys.executable, "benchmarks/chaos.py"]]),
     ]
@@ -143,11 +143,11 @@ def line_of(row: Row) -> str:
 def age() -> str:
     """When the last soak was, and how it ended, in one line."""
     try:
-        found = json.loads(RESULTS.read_text(encoding="utf-8"))
-        days = (datetime.now(UTC) - datetime.fromisoformat(found["date"])).days
-        ended = [row["outcome"] for row in found["rows"]]
+        result = json.loads(RESULTS.read_text(encoding="utf-8"))
+        days = (datetime.now(UTC) - datetime.fromisoformat(result["date"])).days
+        ended = [row["outcome"] for row in result["rows"]]
         counts = ", ".join(f"{ended.count(word)} {word}" for word in dict.fromkeys(ended))
-        return f"soak: {days} days ago, of commit {found['commit'][:9]}: {counts}"
+        return f"soak: {days} days ago, of commit {result['commit'][:9]}: {counts}"
     except (OSError, ValueError, KeyError, TypeError):
         return "soak: has not run here yet; `make soak`"
 

@@ -50,7 +50,7 @@ _FEDGE = "import sys; from fedge.shared.cli.main import main; sys.exit(main())"
 
 @dataclass(frozen=True)
 class Process:
-    """What /proc tells of a process: its parent, its own time, that of children it has waited for, its title."""
+    """The entry of a process in /proc: its parent, its own time, that of children it has waited for, its title."""
 
     parent: int
     own: float
@@ -60,7 +60,7 @@ class Process:
 
 def processes() -> dict[int, Process]:
     """All processes of this machine."""
-    found = {}
+    by_id = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             fields = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -68,23 +68,23 @@ def processes() -> dict[int, Process]:
         except OSError:
             continue
         user, system, child_user, child_system = (int(field) / _TICKS for field in fields[11:15])
-        found[int(path.name)] = Process(
+        by_id[int(path.name)] = Process(
             int(fields[1]), user + system, child_user + child_system, title.strip()
         )
-    return found
+    return by_id
 
 
-def below(root: int, found: dict[int, Process]) -> set[int]:
+def below(root: int, by_id: dict[int, Process]) -> set[int]:
     """A process and all that descend from it."""
     tree, grown = {root}, True
     while grown:
-        new = {pid for pid, process in found.items() if process.parent in tree} - tree
+        new = {pid for pid, process in by_id.items() if process.parent in tree} - tree
         tree, grown = tree | new, bool(new)
     return tree
 
 
 def kind(title: str) -> str:
-    """What a process of the federation is for, by its title."""
+    """Role of a process of the federation, by its title."""
     words = title.split()
     if words[:1] == ["fedge"] and len(words) > 1:
         return f"fedge {'site' if words[1].startswith('site-') else words[1]}"
@@ -106,12 +106,14 @@ class Side:
         self.environment = {**os.environ, "PYTHONPATH": str(checkout / ".src")}
         self.figures: dict[str, list[float]] = {}
         self.kinds: list[Counter[str]] = []
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-c", "import fedge.shared as s; print(s.__file__)"],
             env=self.environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        if Path(told.stdout.strip()).resolve().parent != (checkout / "shared").resolve():
-            raise ValueError(f"{checkout}: must be what Python imports, got {told.stdout.strip()}")
+        if Path(output.stdout.strip()).resolve().parent != (checkout / "shared").resolve():
+            raise ValueError(
+                f"{checkout}: must be what Python imports, got {output.stdout.strip()}"
+            )
 
     def command(self, name: str, program: str, *arguments: str) -> None:
         """Measure a command from start to end."""
@@ -132,12 +134,12 @@ class Side:
         try:
             while True:
                 done = (out / "rounds.jsonl").exists() and (out / "rounds.jsonl").stat().st_size
-                found = processes()
-                tree = below(os.getpid(), found) - {os.getpid()}
+                running = processes()
+                tree = below(os.getpid(), running) - {os.getpid()}
                 for pid in tree:
                     # A zombie has its times, and no title any more.
-                    name = kind(found[pid].title) or seen.get(pid, ("",))[0]
-                    seen[pid] = name or "too short to be seen", found[pid].own
+                    name = kind(running[pid].title) or seen.get(pid, ("",))[0]
+                    seen[pid] = name or "too short to be seen", running[pid].own
                 if done:
                     break
                 if child.poll() is not None or time.monotonic() > deadline:
@@ -147,8 +149,8 @@ class Side:
             child.terminate()
             child.wait()
             log.close()
-        # What an ended process used is with whoever waited for it; orphans come to this process, the subreaper.
-        total = sum(found[pid].own + found[pid].ended for pid in tree)
+        # What an ended process used is counted by its waiting parent; orphans come to this process, the subreaper.
+        total = sum(running[pid].own + running[pid].ended for pid in tree)
         kinds: Counter[str] = Counter()
         for name, own in seen.values():
             kinds[name] += own
@@ -196,12 +198,12 @@ def measure(sides: dict[str, Side], runs: int) -> dict[str, Any]:
                 )  # fmt: skip
                 side.command("fedge-edge verify", _EDGE, *verify)
                 print(f"{label}: {side.figures['up'][-1]:.1f} s", file=sys.stderr, flush=True)
-    found = {label: side.result() for label, side in sides.items()}
+    results = {label: side.result() for label, side in sides.items()}
     ratio = None
-    if len(found) == 2:
-        ratio = found["here"]["seconds"]["up"] / found["against"]["seconds"]["up"]
+    if len(results) == 2:
+        ratio = results["here"]["seconds"]["up"] / results["against"]["seconds"]["up"]
     return {
-        "table": "startup", "sites": SITES, "runs": runs, "sides": found, "ratio": ratio,
+        "table": "startup", "sites": SITES, "runs": runs, "sides": results, "ratio": ratio,
         "goal": GOAL, "passed": None if ratio is None else ratio <= GOAL,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": list(os.getloadavg())},
         "versions": {name: version(name) for name in ("fedge", "flwr", "torch")},

@@ -1,4 +1,4 @@
-"""Flower's ClientApp: a relay, nothing more. The work is done by ``fedge.client.worker.handlers``."""
+"""Flower's ClientApp, a relay only. The work is done by ``fedge.client.worker.handlers``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ app = ClientApp()
 
 @app.query("register")
 def register(message: Message, context: Context) -> Message:
-    """Ask the site for its sizes, and for sums over its features where the task standardises."""
+    """Ask the site for its numbers of examples, and for sums over its features where the task standardises."""
     return forward.forward(message, context)
 
 
@@ -36,25 +36,25 @@ def calibrate(message: Message, context: Context) -> Message:
 
 @app.evaluate("qualify")
 def qualify(message: Message, context: Context) -> Message:
-    """Ask the site what reduced precisions of the final model score."""
+    """Ask the site for the metrics of the final model in reduced precisions."""
     return forward.forward(message, context)
 
 
 @app.query("probe")
 def probe(message: Message, context: Context) -> Message:
-    """Ask the site whether it is there, and whether it is at work."""
+    """Ask the site whether it is connected, and whether it is computing."""
     return forward.forward(message, context)
 
 
 @app.query("secagg_statistics")
 def secagg_statistics(message: Message, context: Context) -> Message:
-    """Ask the site to take part in a masked sum over its features."""
+    """Ask the site to take part in a secure sum over its features."""
     return forward.forward(message, context)
 
 
 @app.query("secagg_share")
 def secagg_share(message: Message, context: Context) -> Message:
-    """Ask the site to share the secrets of its masks among the others."""
+    """Ask the site to share the secrets of its masks among the other sites."""
     return forward.forward(message, context)
 
 
@@ -72,5 +72,5 @@ def secagg_commit(message: Message, context: Context) -> Message:
 
 @app.query("secagg_unmask")
 def secagg_unmask(message: Message, context: Context) -> Message:
-    """Ask the site for the shares that open the sum."""
+    """Ask the site for the shares that unmask the sum."""
     return forward.forward(message, context)

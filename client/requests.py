@@ -1,4 +1,4 @@
-"""What a server asks, read with suspicion: each value's type and range is checked before use."""
+"""A server's requests are untrusted input: the type and range of each value are validated before use."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_ROUND = 1_000_000
 MAX_SETTINGS_CHARS = 10_000
 MAX_MU = 1e6
-#: Figures of a run besides its evaluations, where it is calibrated.
+#: Noised queries of a run besides its evaluations, where it is calibrated.
 CALIBRATIONS = 2
 
 
 @dataclass(frozen=True)
 class Address:
-    """Which run and round a request belongs to."""
+    """The run and round that a request belongs to."""
 
     run_id: str
     server_round: int
@@ -39,34 +39,35 @@ class Address:
 
 @dataclass(frozen=True)
 class Terms:
-    """What training and evaluation have in common.
+    """The settings that training and evaluation have in common.
 
     Attributes:
         address: run and round.
         seed: of the run.
-        threads: of torch.
-        of_site: standardise by the site's own statistics.
-        standardise: the federation's statistics, where ``of_site`` is false and the task learns
-            any.
+        threads: number of threads for torch.
+        own_statistics: whether the site standardises by its own statistics.
+        standardise: the federation's statistics, where ``own_statistics`` is false and the task
+            standardises; else None.
     """
 
     address: Address
     seed: int
     threads: int
-    of_site: bool
+    own_statistics: bool
     standardise: Standardise | None
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a site is asked to do in a round.
+    """A round's training as the server requests it.
 
     Attributes:
         settings: optimiser, batches, steps.
-        proximal_mu: FedProx's; 0 for none.
-        control: SCAFFOLD is on.
+        proximal_mu: weight of FedProx's proximal term; 0 for none.
+        control: whether SCAFFOLD is on.
         accepted_round: the last round whose update of this site was counted, 0 for none.
-        loss_at: "running" or "received".
+        loss_at: where the reported loss is measured: "running" (mean over the local steps) or "received" (the weights
+            as received).
     """
 
     settings: TrainSection
@@ -76,30 +77,40 @@ class Training:
     loss_at: str
 
 
-def refuse(where: str, wanted: str, got: object) -> SiteError:
-    """Error 414 in the project's wording."""
-    return SiteError(414, f"{where}: must be {wanted}, got {str(got)[:80]}")
+def refuse(where: str, expected: str, got: object) -> SiteError:
+    """An error 414, worded "where: must be expected, got got".
+
+    Args:
+        where: key or part of the request.
+        expected: what it must be.
+        got: what it is; cut to 80 characters.
+    """
+    return SiteError(414, f"{where}: must be {expected}, got {str(got)[:80]}")
 
 
 def config_of(request: RecordDict, task: str) -> ConfigRecord:
-    """The request's configuration.
+    """The configuration record of a request.
+
+    Args:
+        request: content of the message.
+        task: name of the site's task.
 
     Raises:
-        SiteError: 414, it has none, or it is of another task.
+        SiteError: 414, there is none, or it is of another task.
     """
-    found = request.get(protocol.CONFIG)
-    if not isinstance(found, ConfigRecord):
+    config = request.get(protocol.CONFIG)
+    if not isinstance(config, ConfigRecord):
         raise refuse("request", f"a message with {protocol.CONFIG}", "none")
-    if found.get(protocol.TASK) != task:
-        raise refuse(protocol.TASK, task, found.get(protocol.TASK))
-    return found
+    if config.get(protocol.TASK) != task:
+        raise refuse(protocol.TASK, task, config.get(protocol.TASK))
+    return config
 
 
 def address(config: ConfigRecord) -> Address:
     """Run and round of a request.
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, one of them is missing or not allowed.
     """
     run_id = config.get(protocol.RUN_ID)
     if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
@@ -108,19 +119,21 @@ def address(config: ConfigRecord) -> Address:
 
 
 def rounds(config: ConfigRecord) -> int:
-    """Of the whole run that a request belongs to, its own round included.
+    """The number of rounds of the whole run that a request belongs to, at least its own round.
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, it is missing or not allowed.
     """
     return _integer(config, protocol.ROUNDS, address(config).server_round, MAX_ROUND)
 
 
 def evaluations(config: ConfigRecord) -> int:
-    """Noised figures of the whole run that a request belongs to; an evaluation every round where it says nothing.
+    """The number of noised evaluations and calibrations of the whole run that a request belongs to.
+
+    Without ``protocol.EVALUATE_EVERY`` every round is evaluated.
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, a number is missing or not allowed.
     """
     every = (
         _integer(config, protocol.EVALUATE_EVERY, 1, MAX_ROUND)
@@ -132,10 +145,10 @@ def evaluations(config: ConfigRecord) -> int:
 
 
 def standardise(config: ConfigRecord) -> str:
-    """Whose statistics: "federated" or "site".
+    """Whose statistics the columns are standardised by: "federated" or "site".
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, it is neither.
     """
     mode = config.get(protocol.STANDARDISE)
     if mode not in ("federated", "site"):
@@ -144,14 +157,14 @@ def standardise(config: ConfigRecord) -> str:
 
 
 def terms(config: ConfigRecord, columns: int | None) -> Terms:
-    """The part that training and evaluation have in common.
+    """Read the settings that training and evaluation have in common.
 
     Args:
         config: of the request.
-        columns: that reach the task's ``Standardise``, None where it has none.
+        columns: number of columns that the task standardises; None where it standardises none.
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, a value is missing or not allowed.
     """
     mode = standardise(config)
     federated = columns is not None and mode == "federated"
@@ -159,16 +172,16 @@ def terms(config: ConfigRecord, columns: int | None) -> Terms:
         address=address(config),
         seed=_integer(config, protocol.SEED, 0, 2**63 - 1),
         threads=_integer(config, protocol.THREADS, 1, 256),
-        of_site=columns is not None and mode == "site",
+        own_statistics=columns is not None and mode == "site",
         standardise=_standardise(config, columns or 0) if federated else None,
     )
 
 
 def training(config: ConfigRecord) -> Training:
-    """What to do in the round.
+    """Read the settings of a round's training.
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, a value is missing or not allowed.
     """
     text = config.get(protocol.SETTINGS)
     if not isinstance(text, str) or len(text) > MAX_SETTINGS_CHARS:
@@ -204,16 +217,16 @@ def arrays(request: RecordDict, expected: Mapping[str, Spec]) -> NDArrays:
         SiteError: 414, a name, shape or type differs from what is expected, or a value is not
             finite.
     """
-    found = request.get(protocol.ARRAYS)
-    if not isinstance(found, ArrayRecord):
+    record = request.get(protocol.ARRAYS)
+    if not isinstance(record, ArrayRecord):
         raise refuse("request", f"a message with {protocol.ARRAYS}", "none")
     for name in expected:
-        if name not in found:
+        if name not in record:
             raise refuse(name, "among the arrays", "nothing")
-    for name in found:
+    for name in record:
         if name not in expected:
             raise refuse("arrays", "those of the model", name)
-    return {name: _decode(name, found[name], spec) for name, spec in expected.items()}
+    return {name: _decode(name, record[name], spec) for name, spec in expected.items()}
 
 
 def _decode(name: str, array: Array, spec: Spec) -> NDArray[Any]:
@@ -237,10 +250,10 @@ def _standardise(config: ConfigRecord, columns: int) -> Standardise:
 
 
 def floats(config: ConfigRecord, key: str, count: int) -> tuple[float, ...]:
-    """Finite numbers, ``count`` of them.
+    """The list of exactly ``count`` finite numbers under a key.
 
     Raises:
-        SiteError: 414.
+        SiteError: 414, it is missing, of another length, or a value is not finite.
     """
     values = config.get(key)
     if not isinstance(values, list) or len(values) != count:
@@ -259,7 +272,7 @@ def _integer(config: ConfigRecord, key: str, low: int, high: int) -> int:
 
 
 def _number(value: object) -> float | None:
-    # bool is an int to Python, but no number to us.
+    # bool is a subclass of int in Python, but not accepted as a number here.
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
@@ -269,10 +282,10 @@ _MAX_SECTION: Final = 10_000
 
 
 def section_of(config: ConfigRecord) -> PrivacySection:
-    """The mechanism that a request asks for; off where it names none.
+    """The privacy section of a request; its mechanism is "off" where the request has none.
 
     Raises:
-        SiteError: 414, it cannot be read.
+        SiteError: 414, it does not parse, or a value is not allowed.
     """
     text = config.get(protocol.PRIVACY)
     if text is None:

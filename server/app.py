@@ -1,7 +1,7 @@
 """The ServerApp that Flower runs: it opens the run's directory and plays the rounds over Flower's Grid.
 
-Where nobody listens in this process, the progress goes to RUN/events.jsonl and the log to standard error. A run that
-an error of fedge ends leaves RUN/stopped.json, and the error goes out: Flower must not take it for a success.
+Without a listener in this process, the progress goes to RUN/events.jsonl and the log to standard error. A run that
+an error of fedge ends leaves RUN/stopped.json, and the error is raised: Flower must not take it for a success.
 """
 
 from __future__ import annotations
@@ -35,13 +35,17 @@ app = ServerApp()
 RUNS = "FEDGE_RUNS"
 #: The same for its file of sites and their nodes.
 NODES = "FEDGE_NODES"
-#: Errors that say that another process has the run, or that it is none: then nothing has stopped.
+#: Errors that mean that another process has the run, or that there is no such run: then nothing has stopped.
 _NOT_OURS = (208, 209)
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, or continue, the federation of ``run-dir`` in Flower's run configuration.
+
+    Args:
+        grid: Flower's grid, whose nodes are the sites.
+        context: Flower's context, with the run configuration.
 
     Raises:
         FedgeError: the run stopped; RUN/stopped.json says why.
@@ -53,7 +57,13 @@ def main(grid: Grid, context: Context) -> None:
         with directory.lock(), _logged(directory, quiet=listener is not None), _terminable():
             if listener is None:
                 log = events.EventLog(directory.path / events.NAME)
-                run(PackedGrid(grid), directory, context.run_id, log, seats=_seats())
+                run(
+                    PackedGrid(grid),
+                    directory,
+                    context.run_id,
+                    log,
+                    admitted_nodes=_admitted_nodes(),
+                )
             else:
                 run(grid, directory, context.run_id, listener)
     except FedgeError as error:
@@ -64,28 +74,28 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _require_ours(path: Path) -> None:
-    """Whoever reaches Flower's Control API can name any directory; a server plays its own runs only.
+    """Check that a directory is a run of this server: a client of Flower's Control API can name any directory.
 
     Raises:
-        ConfigError: 209.
+        ConfigError: 209, it is not.
     """
     runs = os.environ.get(RUNS)
     if not path.is_dir() or (runs and path.parent != Path(runs)):
         raise ConfigError(209, f"{path.name}: must be a run of this server, got another folder")
 
 
-def _seats() -> Callable[[], Mapping[str, str]] | None:
-    """What the server's daemon knows of Flower's nodes; None where no daemon of ours started this process."""
+def _admitted_nodes() -> Callable[[], Mapping[str, str]] | None:
+    """A function that reads the daemon's file of sites and their nodes; None where no daemon started this process."""
     path = os.environ.get(NODES)
     if path is None:
         return None
 
     def read() -> Mapping[str, str]:
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return {str(name): str(entry.get("node")) for name, entry in found.items()}
+        return {str(name): str(entry.get("node")) for name, entry in entries.items()}
 
     return read
 
@@ -101,7 +111,7 @@ def _logged(directory: RunDirectory, *, quiet: bool) -> Iterator[None]:
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s %(levelname)s run {name} %(name)s: %(message)s")
     )
-    level, spread = logger.level, logger.propagate
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -110,14 +120,14 @@ def _logged(directory: RunDirectory, *, quiet: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        logger.propagate = spread
+        logger.propagate = propagate
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the run as an interrupt does, unless somebody (Flower) has a handler of his own."""
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    """Let SIGTERM end the run as an interrupt does, unless a handler (Flower's) is installed already."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 

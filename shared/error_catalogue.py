@@ -1,4 +1,4 @@
-"""What each number of an error means, and what mends it; docs/reference/errors.md is generated from here."""
+"""The title and the remedy of each error number; docs/reference/errors.md is generated from here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Entry:
-    """One catalogue line: what the code means, and what to do about it."""
+    """One line of the catalogue.
+
+    Attributes:
+        title: what the number means.
+        remedy: what to do about it.
+    """
 
     title: str
     remedy: str
@@ -34,14 +39,14 @@ CATALOGUE: Final[dict[int, Entry]] = {
     107: Entry("the output cannot be written", "Make room, or write elsewhere."),
     201: Entry(
         "a configuration value is not allowed",
-        "Mend what the message names; a key's range is in `fedge config schema`, "
+        "Correct what the message names; a key's range is in `fedge config schema`, "
         "that of a home's files in docs/reference/site-files.md.",
     ),
     202: Entry(
         "unknown configuration key", "Use the nearest known key, or see `fedge config schema`."
     ),
     203: Entry("the configuration file cannot be read", "Give the path of a readable TOML file."),
-    204: Entry("the TOML does not parse", "Mend the line and column that the message names."),
+    204: Entry("the TOML does not parse", "Correct the line and column that the message names."),
     205: Entry(
         "--set is not KEY=VALUE",
         "Write --set run.rounds=3; the value is TOML, bare words are text.",
@@ -64,18 +69,18 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Choose an --out that this user may write, with room on its disk.",
     ),
     211: Entry(
-        "the task cannot be learnt under this privacy mechanism",
+        "the task is incompatible with this privacy mechanism",
         "Change what the message names, in the task or in [privacy]; see docs/explanation/privacy.md.",
     ),
     301: Entry("a data file is missing", "Point data.path at the folder that holds the files."),
-    302: Entry("a data file does not follow its format", "Mend the row that the message names."),
+    302: Entry("a data file does not follow its format", "Correct the row that the message names."),
     303: Entry(
-        "the data cannot be divided as asked", "Ask for fewer sites, or for another partition."
+        "the data cannot be partitioned as requested", "Use fewer sites, or another partition."
     ),
     304: Entry("unknown task", "Use one of the tasks that the message lists."),
     305: Entry(
-        "the task's parts do not fit together",
-        "Mend the task's declaration as the message says; see docs/how-to/add-a-task.md.",
+        "the task's parts are incompatible",
+        "Correct the task's declaration as the message says; see docs/how-to/add-a-task.md.",
     ),
     401: Entry(
         "not finite or out of range", "The site should lower its learning rate or check its data."
@@ -112,12 +117,12 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Lower train.batch-size, or raise the policy's memory bound at the site.",
     ),
     417: Entry(
-        "the site's device is gone",
-        "Check the site's GPU and its driver; the worker starts anew by itself.",
+        "the site's device is no longer available",
+        "Check the site's GPU and its driver; the worker restarts by itself.",
     ),
     418: Entry(
         "the site's policy does not allow this",
-        "Ask for what the site's policy allows, for instance with secure-aggregation.enabled=true; "
+        "Use what the site's policy allows, for instance secure-aggregation.enabled=true; "
         "else have the site change its policy.toml, or leave it out.",
     ),
     419: Entry(
@@ -129,11 +134,11 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "See `fedge site status` and the worker's log at the site.",
     ),
     421: Entry(
-        "the roster does not vouch for a site",
+        "a site's key is not valid in the signed roster",
         "Compare the site's roster with the consortium's newest one; `fedge roster verify` shows it.",
     ),
     422: Entry(
-        "the server deviates from secure aggregation",
+        "the server violates the secure aggregation protocol",
         "Stop the run at this site and show its log to the consortium; the update has not left.",
     ),
     423: Entry(
@@ -145,20 +150,20 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Wait for more sites, or have the sites lower min-sites in their policy.toml.",
     ),
     425: Entry(
-        "a peer's share does not open",
+        "a peer's encrypted share cannot be decrypted",
         "Look at the site that the message names; the round is tried again with new keys.",
     ),
     426: Entry(
         "the site has no keys of this secure sum",
-        "None needed where the site's worker was started anew; the next attempt or round has new keys.",
+        "None needed where the site's worker was restarted; the next attempt or round has new keys.",
     ),
     427: Entry(
         "the privacy budget would be exceeded",
-        "Leave the study here, or let the site's owner raise privacy.epsilon in policy.toml; "
+        "Stop training on this site's data, or have the site's owner raise privacy.epsilon in policy.toml; "
         "`fedge privacy ledger` shows what is spent.",
     ),
     428: Entry(
-        "the privacy ledger cannot be relied on",
+        "the privacy ledger is not usable",
         "Put the newest backup of privacy.sqlite in its place and charge what was sent since: `fedge privacy restore`; "
         "if it is only locked, end the other process.",
     ),
@@ -172,12 +177,12 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     503: Entry(
         "too many rounds in a row without a new model",
-        "Read rounds.jsonl for the reasons and mend the sites; then resume, "
+        "Read rounds.jsonl for the reasons and fix the sites; then resume, "
         "or submit a new run where no round is left.",
     ),
     504: Entry(
         "the journal or a checkpoint is damaged",
-        "Restore the run directory from a backup, or start anew.",
+        "Restore the run directory from a backup, or start a new run.",
     ),
     505: Entry("the run is not finished", "Finish it with `fedge simulate ... --resume`."),
     506: Entry(
@@ -190,16 +195,16 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     508: Entry("the run was stopped by its operator", "Go on with `fedge server resume RUN`."),
     509: Entry(
-        "the coordinator keeps dying",
+        "the coordinator keeps crashing",
         "Read log/coordinator.log in the server's home; go on with `fedge server resume RUN`.",
     ),
     510: Entry(
-        "the secure sum could not be opened",
-        "See in rounds.jsonl which sites were lost at which exchange; the next round has new keys.",
+        "the secure sum could not be unmasked",
+        "See in rounds.jsonl which sites dropped out at which exchange; the next round has new keys.",
     ),
     511: Entry(
         "the secure sum is out of range",
-        "A site masked what its encoding does not allow; nobody can tell which: try without some.",
+        "A site masked a value out of range; the sum does not show which site: try without some.",
     ),
     601: Entry("the key file exists", "Choose another path; keys are never overwritten."),
     602: Entry(
@@ -215,7 +220,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     605: Entry(
         "the output exists",
-        "Do what the message says; where it says nothing, choose another --out, or delete the file.",
+        "Do what the message says; otherwise choose another --out, or delete the file.",
     ),
     606: Entry(
         "the output cannot be written", "Choose a folder that exists and that you may write to."
@@ -226,7 +231,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Use a target of `fedge compile --help`; a missing wheel is named in the message.",
     ),
     609: Entry(
-        "there are no activation ranges to quantise by",
+        "there are no activation ranges for quantisation",
         "Run with --set calibration.enabled=true, and compile that run.",
     ),
     610: Entry(
@@ -235,7 +240,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     611: Entry(
         "an artefact cannot be built",
-        "Read what its builder said in the message; leave the target out to go on without it.",
+        "Read the builder's error in the message; leave the target out to go on without it.",
     ),
     701: Entry("the bundle cannot be read", "Give the path of a .fedge file."),
     702: Entry(
@@ -247,18 +252,20 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "a part's hash differs from the signed one", "Fetch the bundle again; do not use it."
     ),
     705: Entry(
-        "a part is larger than allowed", "Do not use the bundle; ask its maker for a smaller one."
+        "a part is larger than allowed",
+        "Do not use the bundle; ask its publisher for a smaller one.",
     ),
     706: Entry(
-        "the manifest asks for what this runtime does not know", "Update fedge[edge] on the device."
+        "the manifest needs a feature that this runtime does not have",
+        "Update fedge[edge] on the device.",
     ),
     707: Entry("the trusted key cannot be read", "Give the .pub file that `fedge keys new` wrote."),
     708: Entry(
-        "the artefact does not load", "Check that onnxruntime is as new as the bundle asks."
+        "the artefact does not load", "Check that onnxruntime is as new as the bundle requires."
     ),
     709: Entry(
         "the model's output is not finite",
-        "Check the row that the message names; the model cannot judge it.",
+        "Check the row that the message names; the model has no valid output for it.",
     ),
     710: Entry(
         "the artefact does not work on this device",
@@ -280,11 +287,11 @@ CATALOGUE: Final[dict[int, Entry]] = {
     805: Entry("the input is larger than allowed", "Split the file."),
     806: Entry("a category is not in the schema", "Use the categories that the message lists."),
     807: Entry(
-        "the statistics file does not fit",
+        "the statistics file is incompatible with the bundle",
         "Pass the statistics.json that the site's worker wrote; none where verify asks for none.",
     ),
     808: Entry(
-        "the server has as many requests as it may hold",
+        "the server's request queue is full",
         "Try again later, send fewer at a time, or raise --max-queue.",
     ),
     809: Entry(
@@ -297,7 +304,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
     ),
     901: Entry(
         "not a home of a server or site",
-        "Mend the path that the message names, or make a home with `fedge server init` or `site init`.",
+        "Correct the path that the message names, or create a home with `fedge server init` or `site init`.",
     ),
     902: Entry(
         "the home is in use",
@@ -309,29 +316,33 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Give host:port, with a free port and an address of this machine.",
     ),
     905: Entry("a process did not become ready", "Read the log that the message names."),
-    906: Entry("a process keeps dying", "Read the log that the message names."),
+    906: Entry("a process keeps crashing", "Read the log that the message names."),
     907: Entry(
         "a certificate is not usable",
-        "Renew it with `fedge server renew`; where keys or the authority are lost, restore the backup.",
+        "Renew it with `fedge server renew`; where keys or the authority are missing, restore the backup.",
     ),
     908: Entry(
         "a site's key is not usable", "Give the site.pub that `fedge site init` wrote (EC P-384)."
     ),
-    909: Entry("the TLS front is missing", "Install nginx, or serve loopback addresses only."),
-    910: Entry("the TLS front refuses its configuration", "Read the line that the message quotes."),
+    909: Entry(
+        "the TLS reverse proxy is missing", "Install nginx, or serve loopback addresses only."
+    ),
+    910: Entry(
+        "the TLS reverse proxy refuses its configuration", "Read the line that the message quotes."
+    ),
     911: Entry(
         "the daemon is not running",
         "Start it with `fedge server start` or `fedge site start`, if it should run.",
     ),
     912: Entry("the server cannot be reached", "Check the address, the link and the firewall."),
     913: Entry(
-        "the server does not know this site",
-        "Give site.pub to the server: `fedge server admit`; `fedge server status` lists whom it knows.",
+        "the server has not admitted this site",
+        "Give site.pub to the server: `fedge server admit`; `fedge server status` lists the admitted sites.",
     ),
     914: Entry("no such run", "See `fedge server runs`."),
-    915: Entry("a command of Flower failed", "Read what it said; it is quoted in the message."),
+    915: Entry("a command of Flower failed", "Read its output, which the message quotes."),
     916: Entry(
-        "the site is known already", "Choose another name, or `fedge server expel` it first."
+        "the site is admitted already", "Choose another name, or `fedge server expel` it first."
     ),
     917: Entry(
         "the roster is not usable",

@@ -1,6 +1,6 @@
 """Every error that fedge raises on purpose: numbered, typed, with one line of remedy.
 
-The tree is split by who is at fault, so that a caller can catch what it can mend::
+The tree is split by the part at fault, so that a caller can catch what it can handle::
 
     FedgeError
     ├── UsageError      1xx  the command line, or an extra that is not installed
@@ -13,7 +13,7 @@ The tree is split by who is at fault, so that a caller can catch what it can men
     ├── InputError      8xx  an input that the edge refuses
     └── DeployError     9xx  a server or site daemon, its home, keys and processes
 
-A code names one situation for ever; ``CATALOGUE`` holds its title and remedy, and
+A code names one situation permanently; ``CATALOGUE`` holds its title and remedy, and
 docs/reference/errors.md is generated from it.
 """
 
@@ -25,7 +25,7 @@ from fedge.shared.error_catalogue import CATALOGUE
 
 #: Longest message that ``one_line`` prints, in characters.
 MAX_MESSAGE: Final = 1000
-#: Longest account of a foreign exception that ``brief`` gives, in characters.
+#: Longest text of a foreign exception that ``brief`` returns, in characters.
 MAX_BRIEF: Final = 200
 
 
@@ -35,7 +35,7 @@ class FedgeError(Exception):
     Args:
         code: a key of ``CATALOGUE``.
         message: what happened, in one line, with the name of the part at fault.
-        remedy: what to do about it, where the catalogue's words do not fit this case.
+        remedy: what to do about it, where the catalogue's remedy does not apply.
 
     Raises:
         KeyError: ``code`` is not in the catalogue (a defect in fedge).
@@ -65,7 +65,7 @@ class ConfigError(FedgeError):
 
 
 class DataError(FedgeError):
-    """A data file, or the wish for how to divide it, is at fault."""
+    """A data file, or the requested partition of it, is at fault."""
 
 
 class SiteError(FedgeError):
@@ -93,7 +93,7 @@ class DeployError(FedgeError):
 
 
 def one_line(error: FedgeError) -> str:
-    """The error as both command lines print it: number, message and remedy on exactly one line.
+    """The error as both command lines print it: number, message and remedy on one line.
 
     Line ends become spaces, other characters that do not print are escaped (a message may quote a
     file's name or content), and a message beyond ``MAX_MESSAGE`` characters is cut.
@@ -104,7 +104,7 @@ def one_line(error: FedgeError) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """What foreign code raised, as a message quotes it: its type and the first line of its text.
+    """The text of a foreign exception, as a message quotes it: its type and the first line of its text.
 
     Printable, and cut beyond ``MAX_BRIEF`` characters.
     """

@@ -1,4 +1,4 @@
-"""Named places at which a test may kill a process, so that recovery is shown and not assumed.
+"""Named places at which a test may kill a process, so that recovery is tested.
 
 Set ``FEDGE_FAIL_POINT=after-dispatch:3`` and the process receives SIGKILL when round 3 reaches that point; with
 ``after-dispatch:3@/srv/fedge/status.json#superlink`` the daemon's service of that name receives it instead. Unset, a
@@ -26,18 +26,23 @@ COORDINATOR: Final = (
     "after-commit",
     "before-export",
 )
-#: One more where updates are masked, between "all-received" and "mid-aggregate": the last exchange comes next.
+#: One more under secure aggregation, between "all-received" and "mid-aggregate": the last exchange comes next.
 MASKED: Final = ("before-unmask",)
-#: One more where the model is calibrated: ranges are in the journal, and nobody has been asked for scores.
+#: One more where the model is calibrated: ranges are in the journal, and no site has been asked for scores.
 BETWEEN: Final = "before-qualify"
 
 
 def reach(point: str, server_round: int) -> None:
-    """Kill here if the environment asks for it; otherwise do nothing."""
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
+    """Kill the process if the environment names this point; otherwise do nothing.
+
+    Args:
+        point: one of the names above.
+        server_round: number of the round.
+    """
+    setting = os.environ.get(VARIABLE)
+    if not setting:
         return
-    place, _, victim = wanted.partition("@")
+    place, _, victim = setting.partition("@")
     if place == f"{point}:{server_round}":
         os.kill(_process(victim) if victim else os.getpid(), signal.SIGKILL)
 

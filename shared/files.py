@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -31,12 +33,50 @@ def write_atomically(path: Path, data: bytes, halfway: Callable[[], None] = lamb
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable, as a rename is not until then."""
+    """Flush a folder's entries to the disk, which makes a rename durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(path: Path, *, mode: int = 0o600, timeout: float = 0.0) -> BinaryIO:
+    """Take the lock of a file (flock) for this process alone; the file is made where it is missing.
+
+    Args:
+        path: of the lock file.
+        mode: of a new file.
+        timeout: seconds to wait for another process that holds it.
+
+    Returns:
+        The open file; closing it gives the lock back.
+
+    Raises:
+        BlockingIOError: another process still holds it.
+        OSError: the file cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode), "r+b", buffering=0)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BaseException as error:
+            if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
+                file.close()
+                raise
+        time.sleep(0.02)
+
+
+def mode_for_others(path: Path) -> int:
+    """The mode of a file that others than its owner may use; 0 where none of them may.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    return mode if mode & 0o077 else 0
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
@@ -50,7 +90,7 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "must be a file name, got one with a NUL in it")
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    # Without O_NONBLOCK, opening a pipe without a writer would block.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
@@ -76,7 +116,7 @@ def read_exactly(file: BinaryIO, size: int) -> bytes:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a whole regular file.
+    """Read a whole regular file of at most ``limit`` bytes.
 
     Raises:
         OSError: it cannot be read, is not a regular file, or holds more than ``limit`` bytes.

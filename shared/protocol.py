@@ -1,7 +1,7 @@
-"""What travels between server and site: names of records and keys, in one place.
+"""The wire format between server and site: names of records and keys.
 
 Every exchange is a Flower message. A request carries ``config`` (and ``arrays``, except to register); a reply
-carries ``config`` (who answers what), ``metrics``, and after training ``arrays``. A site's failure travels as a
+carries ``config`` (site, run and round), ``metrics``, and after training ``arrays``. A site's failure travels as a
 Flower ``Error`` whose code is fedge's number and whose reason is that number only: the text stays at the site.
 """
 
@@ -14,8 +14,8 @@ REGISTER: Final = "query.register"
 TRAIN: Final = "train"
 EVALUATE: Final = "evaluate"
 CALIBRATE: Final = "evaluate.calibrate"  # the final model's activation ranges
-QUALIFY: Final = "evaluate.qualify"  # what graphs made of it score
-PROBE: Final = "query.probe"  # is the site there, while a reply of it is missing
+QUALIFY: Final = "evaluate.qualify"  # metrics of graphs derived from it
+PROBE: Final = "query.probe"  # liveness check while a reply is missing
 
 # Records of a message.
 ARRAYS: Final = "arrays"
@@ -77,7 +77,7 @@ COUNTS: Final = "counts"  # list[float], counters too many for names
 NUM_TRAIN_EXAMPLES: Final = "num-train-examples"  # int, when registering
 NUM_TEST_EXAMPLES: Final = "num-test-examples"  # int, when registering
 EPSILON_CONSUMERS: Final = (
-    "epsilon-consumers"  # float, what the site's study has spent, under privacy only
+    "epsilon-consumers"  # float, spent by the site's privacy budget account; under privacy only
 )
 EPSILON_SERVER: Final = "epsilon-server"  # float
 FEATURE_TOTAL: Final = "feature-total"  # list[float], when registering
@@ -86,7 +86,7 @@ FEATURE_TOTAL_OF_SQUARES: Final = "feature-total-of-squares"  # list[float], whe
 #: Prefix of SCAFFOLD's control variates among the arrays.
 CONTROL_PREFIX: Final = "control/"
 
-#: What a site may be called.
+#: Allowed names of a site.
 SITE_NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
-#: Sites of one secure sum: as many as exact counters can add up.
+#: Largest number of sites of one secure sum; the limit of its exact counters.
 MAX_SITES: Final = 2048

@@ -27,25 +27,35 @@ from fedge.simulations.engine import simulate
 
 
 def configuration() -> Config:
-    """What the demonstration runs."""
+    """The configuration of the demonstration."""
     with as_file(files("fedge.simulations") / "demo.toml") as path:
         return load(path)
 
 
 def federate(out: Path, listener: Listener) -> RunDirectory:
-    """Train over the sites; ``out`` is a new or empty directory."""
+    """Train over the sites.
+
+    Args:
+        out: the run directory, new or empty.
+        listener: called with the run's events.
+    """
     return simulate(configuration(), out, listener=listener)
 
 
 def sign(directory: RunDirectory) -> ReleaseSummary:
-    """Make a key for this demonstration, export the model, check parity, sign a bundle."""
+    """Create a key for this demonstration, export the model, check parity, and sign a bundle."""
     key = directory.path / "demo.key"
     new_key(key)
     return release(directory.path, key, directory.path / "model.fedge")
 
 
 def run_on(device: Device, directory: RunDirectory) -> dict[str, Any]:
-    """Verify and run the bundle on the device over every site's test examples; write edge.json and the report."""
+    """Verify and run the bundle on the device over all sites' test examples; write edge.json and the report.
+
+    Args:
+        device: environment that runs the bundle.
+        directory: of the finished run, with the signed bundle.
+    """
     bundle, trust = directory.path / "model.fedge", directory.path / "demo.key.pub"
     config = directory.load_config()
     task = get_task(config.task.name)
@@ -55,7 +65,7 @@ def run_on(device: Device, directory: RunDirectory) -> dict[str, Any]:
     environment = device.inventory()
     device.verify(bundle, trust)
     predicted, seconds = device.predict(bundle, trust, examples)
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "verified": True,
         "rows": len(labels),
         "metrics": {"accuracy": float(np.mean(predicted == labels))},
@@ -64,9 +74,9 @@ def run_on(device: Device, directory: RunDirectory) -> dict[str, Any]:
         "environment": environment,
         "bench": device.bench(bundle, trust),
     }
-    directory.write_json(directory.path / "edge.json", told)
+    directory.write_json(directory.path / "edge.json", result)
     write_report(directory.path)
-    return told
+    return result
 
 
 def _test_examples(shares: list[SiteData]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,7 +1,7 @@
 """The device's part of a demonstration: ``fedge-edge`` as a child process, in an environment of its own.
 
-This process holds torch and Flower; the point is to show that the device does not. So everything here goes through
-the command line that a device would use, and the environment is asked what it holds.
+This process holds torch and Flower; the point is to show that the device does not. So everything here uses the
+command line of a device, and the environment's packages are listed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,31 @@ class Device:
     folder: Path
 
     def inventory(self) -> dict[str, Any]:
-        """How many packages it holds beside fedge, and whether torch and flwr are among them."""
-        found: dict[str, Any] = json.loads(_output([str(self.folder / "python"), "-c", _INVENTORY]))
-        return found
+        """Number of packages besides fedge, and whether torch and flwr are among them."""
+        inventory: dict[str, Any] = json.loads(
+            _output([str(self.folder / "python"), "-c", _INVENTORY])
+        )
+        return inventory
 
     def verify(self, bundle: Path, trust: Path) -> dict[str, Any]:
-        """What ``fedge-edge verify`` says of a bundle."""
+        """Output of ``fedge-edge verify --json`` for a bundle, with the public key ``trust``."""
         return dict(json.loads(self._edge("verify", bundle, trust, "--json")))
 
     def bench(self, bundle: Path, trust: Path) -> dict[str, Any]:
-        """What ``fedge-edge bench`` measures."""
+        """Output of ``fedge-edge bench --json`` for a bundle, with the public key ``trust``."""
         return dict(json.loads(self._edge("bench", bundle, trust, "--json")))
 
     def predict(self, bundle: Path, trust: Path, examples: Path) -> tuple[NDArray[Any], float]:
-        """Class indices ``(n,)`` for a .npy file of raw examples, and the seconds that it took."""
+        """Run ``fedge-edge predict``.
+
+        Args:
+            bundle: path of the bundle.
+            trust: path of the public key that must have signed it.
+            examples: a .npy file of n raw examples.
+
+        Returns:
+            Class indices ``(n,)`` of int64, and the elapsed seconds.
+        """
         started = time.monotonic()
         text = self._edge("predict", bundle, trust, "--input", str(examples))
         seconds = time.monotonic() - started
@@ -66,7 +77,10 @@ class Device:
 
 
 def find(given: Path | None) -> Device:
-    """The device's environment: the one given, else .venv-edge beside this one, else this one.
+    """The device's environment: the given one, else .venv-edge beside this one, else this one.
+
+    Args:
+        given: bin folder of an environment, or None.
 
     Raises:
         UsageError: 105, the folder given holds no ``fedge-edge``.

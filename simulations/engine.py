@@ -22,7 +22,7 @@ from fedge.server.app import app as server_app
 from fedge.server.runs import listener as listeners
 from fedge.server.runs import results
 from fedge.server.runs.directory import RunDirectory, prepare
-from fedge.server.runs.listener import Listener, Silent
+from fedge.server.runs.listener import Listener, NullListener
 from fedge.server.secagg.recovery import RecoveryStore
 from fedge.shared.config.federation import Config
 from fedge.shared.privacy.checks.compatibility import require_compatible
@@ -48,7 +48,7 @@ def simulate(
         config: what to run.
         out: the run directory, see docs/reference/run-directory.md.
         resume: continue the run in ``out``, or start where there is none.
-        listener: told of every reply and round.
+        listener: called for every reply and round.
         app: the ClientApp of every site; fedge's relay unless an attack is rehearsed.
         grid: makes the grid from (site by node id, app, Flower run id); another one to rehearse a bad network.
 
@@ -63,7 +63,7 @@ def simulate(
     task = get_task(config.task.name)
     shares: dict[str, SiteData] = {}
     if not RunDirectory(out).says_finished():
-        # Task and data come first: where they fail, no directory is begun that a second try would find in use.
+        # Task and data come first: if they fail, no directory is created that a second try would find in use.
         check(task)
         require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
         shares = site_shares(config, task)
@@ -75,7 +75,7 @@ def simulate(
     with (
         directory.lock(),
         _workers(config, task, directory, shares) as sites,
-        listeners.listening(listener or Silent()),
+        listeners.listening(listener or NullListener()),
     ):
         flower_run_id = secrets.randbits(62)
         network = grid(dict(enumerate(sites, start=1)), app, flower_run_id)
@@ -90,16 +90,16 @@ def _workers(
 ) -> Iterator[list[str]]:
     """Every site's worker, linked directly; yields the sites' names."""
     secure = config.secure_aggregation
-    vouched = anchors(shares, secure.min_sites) if secure.enabled else {}
-    if vouched:
-        # Kept sums can be opened by the very sites that made them alone, and those have died with the server.
+    trust_anchors = anchors(shares, secure.min_sites) if secure.enabled else {}
+    if trust_anchors:
+        # Only the sites that contributed to a stored sum can unmask it, and those ended with the server.
         RecoveryStore(directory.path).drop()
     for site, data in shares.items():
         home = directory.sites / site
-        if vouched:
-            # The sites of a simulation die with their server: nobody has the shares that they gave out.
+        if trust_anchors:
+            # The sites of a simulation end with their server: no shares of theirs are left.
             ReplayGuard(home / FOLDER).forget()
-        worker = SiteWorker(site, task, data, home, anchors=vouched.get(site))
+        worker = SiteWorker(site, task, data, home, anchors=trust_anchors.get(site))
         forward.connect(site, DirectLink(worker))
     try:
         yield list(shares)

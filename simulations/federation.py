@@ -24,7 +24,7 @@ from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import ConfigError, DeployError
 from fedge.simulations.preparation import SOCKET, error_of, prepared
 
-#: What every fork has then, as these processes are forks of this one; torch is for workers and coordinator alone.
+#: Modules imported before the first fork, so that every fork shares them; only workers and coordinator need torch.
 _FLOWER: Final = (
     "flwr.cli.app",
     "flwr.supercore.cli",
@@ -40,7 +40,7 @@ _FLOWER: Final = (
     "fedge.client.deployment.daemon",
     "fedge.server.deployment.daemon",
 )
-#: Times that a daemon may end at once before the federation is given up.
+#: Failed starts of a daemon after which the federation is stopped.
 MAX_FAILURES: Final = 4
 #: Seconds in which the server must be ready, from the beginning and after a restart.
 READY_WITHIN: Final = 120.0
@@ -84,9 +84,9 @@ def federate(
             _sweep(out)
     directory = RunDirectory(out)
     if directory.journal.is_file():
-        # Its last user leaves it as one file, also where somebody looked on while the coordinator closed it.
+        # Its last user leaves it as one file, even if another process had it open when the coordinator closed it.
         Journal(directory.journal).close()
-    _raise_what_stopped(directory)
+    _raise_if_stopped(directory)
     return directory
 
 
@@ -155,12 +155,12 @@ def _supervise(directory: RunDirectory, *, quiet: bool) -> None:
 
 
 def _is_ready(home: Path, registered: Sequence[str] = ()) -> bool:
-    """Whether a daemon's services are ready, and of the server's, whether Flower knows these sites' keys."""
-    told = homes.status(home)
-    if told is None or not homes.held(home):
+    """Whether a daemon's services are ready and, for the server's, whether Flower knows these sites' keys."""
+    status = homes.status(home)
+    if status is None or not homes.held(home):
         return False
-    ready = all(service["state"] == "ready" for service in told.get("services", {}).values())
-    return ready and set(registered) <= set(told.get("registered") or ())
+    ready = all(service["state"] == "ready" for service in status.get("services", {}).values())
+    return ready and set(registered) <= set(status.get("registered") or ())
 
 
 def _let_watcher_finish(supervisor: Supervisor) -> None:
@@ -184,15 +184,15 @@ def _watch(directory: RunDirectory, names: list[str]) -> None:
         sys.stderr.write(f"{text}, {time.monotonic() - started:.0f} s\n")
         sys.stderr.flush()
 
-    homes_of = {"server": out / "server"} | {name: out / "sites" / name for name in names}
-    told: set[str] = set()
+    homes_by_name = {"server": out / "server"} | {name: out / "sites" / name for name in names}
+    shown: set[str] = set()
     while state_of(out) == "unfinished" and not _began(directory):
-        ready = {name for name, home in homes_of.items() if _is_ready(home)}
-        if "server" in ready - told:
+        ready = {name for name, home in homes_by_name.items() if _is_ready(home)}
+        if "server" in ready - shown:
             say("server ready")
-        if len(ready - {"server"}) > len(told - {"server"}):
+        if len(ready - {"server"}) > len(shown - {"server"}):
             say(f"{len(ready - {'server'})} of {len(names)} sites connected")
-        told |= ready
+        shown |= ready
         time.sleep(0.2)
     with Progress() as progress:
         events.follow(out / events.NAME, progress, lambda: state_of(out) != "unfinished")
@@ -205,20 +205,20 @@ def _began(directory: RunDirectory) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _raise_what_stopped(directory: RunDirectory) -> None:
+def _raise_if_stopped(directory: RunDirectory) -> None:
     state = state_of(directory.path)
     if state == "finished":
         return
     try:
-        told = json.loads((directory.path / "stopped.json").read_text(encoding="utf-8"))
-        code, message = int(str(told["code"]).removeprefix("FE-")), str(told["message"])
+        stopped = json.loads((directory.path / "stopped.json").read_text(encoding="utf-8"))
+        code, message = int(str(stopped["code"]).removeprefix("FE-")), str(stopped["message"])
     except (OSError, ValueError, KeyError, TypeError):
         code, message = 509, f"{directory.path}: must be finished, got {state}"
     raise error_of(code, message)
 
 
 def _sweep(out: Path) -> int:
-    """End what a daemon that was killed halfway has left."""
+    """End processes that a killed daemon has left."""
     places = [out / "server", *sorted((out / "sites").glob("*"))]
     return sum(homes.end(place, grace=2.0) for place in places)
 
@@ -236,7 +236,7 @@ def down(out: Path) -> int:
     if not (out / "federation").is_dir():
         raise ConfigError(209, f"{out}: must be a run directory of `fedge up`, got none")
     ended = homes.end(out / "federation", grace=2 * DAEMON_GRACE)
-    # Whoever was being started in between is named by now.
+    # A process that was being started in between is listed by now.
     return ended + _sweep(out) + _sweep(out)
 
 

@@ -2,7 +2,7 @@
 
 Flower's runtime sets a process-wide task identity before an app may build messages, and its SuperLink numbers the
 messages. A simulation has neither process, so it does both here. tests/simulations/test_flower_patches.py names the
-versions for which this was seen to work.
+versions for which this is tested.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Flower's public Grid in one process: the ServerApp and ClientApp of a deployment, by direct calls.
 
 No polling, no serialisation, one reply a pull: so progress shows site by site, an interrupt is noticed between two
-sites, and the round loop runs exactly as over a network. Sites take turns, but each is charged only its own time, as
-if it had a machine of its own.
+sites, and the round loop runs exactly as over a network. Sites run one after the other, but each is charged only its
+own time, as if it had a machine of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class InProcessGrid(Grid):
         flower_patches.identify(run_id, 0)
 
     def set_run(self, run: Any) -> None:
-        """Take the run's number.
+        """Take the id of the Flower run.
 
         Args:
             run: Flower's Run.
@@ -136,7 +136,7 @@ class InProcessGrid(Grid):
 
 
 def _as_delivered(message: Message) -> Message:
-    """The message with content of its own, as over a network: what a site does to it no other site sees.
+    """The message with content of its own, as over a network: what a site does to it is invisible to the others.
 
     Only the records are copied; the tensors' bytes cannot change and are shared.
     """

@@ -24,7 +24,12 @@ RUN: Final = "run"
 
 
 def make_homes(config: Config, out: Path) -> None:
-    """Make the home of the server, and of every site that has none yet."""
+    """Create the home of the server, and of every site that has none yet.
+
+    Args:
+        config: of the run.
+        out: the run directory, with the sites' shares of the data.
+    """
     from fedge.client.deployment import operations as site
     from fedge.server.deployment import operations as server
     from fedge.server.deployment import site_registry
@@ -55,7 +60,7 @@ def make_homes(config: Config, out: Path) -> None:
             # As in a simulation: these sites have no owner who could raise a budget.
             privacy=simulated(),
         )
-        if place.name in site_registry.roster(home):
+        if place.name in site_registry.site_keys(home):
             site_registry.expel(home, place.name)
         site_registry.admit(home, place.name, place / "site.pub")
     if secure.enabled:
@@ -63,7 +68,7 @@ def make_homes(config: Config, out: Path) -> None:
 
 
 def _terms(config: Config) -> SecurePolicy:
-    """What every site asks for: the run's own bounds, as their owner is the one who wrote them."""
+    """Every site's policy for secure aggregation: the run's own bounds, as sites and run have the same owner."""
     secure = config.secure_aggregation
     if not secure.enabled:
         return SecurePolicy()

@@ -1,8 +1,8 @@
-"""What `fedge up` does before its daemons start, in a process of its own that may know torch and the data.
+"""Preparation of `fedge up` before its daemons start, in a process of its own that imports torch.
 
-That process imports torch once, forks for the division of the data, and then stays as the one from which every worker
-and coordinator is forked. It makes no thread, and reads no data itself: a worker inherits nothing but the imports.
-The command's own process, of which the daemons and the relays are forks, has neither.
+That process imports torch once, forks for the division of the data, and then remains as the one from which every
+worker and coordinator is forked. It starts no thread, and reads no data itself: a worker inherits only the imports. The
+command's own process, of which the daemons and the relays are forks, has neither.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fedge.shared.errors import ConfigError, DataError, DeployError, FedgeError,
 
 _log = logging.getLogger(__name__)
 
-#: Where the process listens, below the run directory.
+#: Socket of the process, below the run directory.
 SOCKET: Final = Path("federation") / "fork.sock"
-#: Of the division, the worker and the coordinator.
+#: Imports of the data's division, the worker and the coordinator.
 _IMPORTS: Final = (
     "flwr.superlink.runtime.run_serverapp",
     "fedge.client.worker.process",
@@ -41,13 +41,23 @@ _BY_FAULT: Final = {2: ConfigError, 3: DataError, 4: SiteError, 5: RunError, 9: 
 
 
 def error_of(code: int, message: str) -> FedgeError:
-    """An error that another process has told of."""
+    """The error that another process has reported.
+
+    Args:
+        code: FE number.
+        message: its text.
+    """
     return _BY_FAULT.get(code // 100, FedgeError)(code, message)
 
 
 @contextmanager
 def prepared(config: Config, out: Path, *, resume: bool) -> Iterator[bool]:
     """Make the run directory, and every site's share of the data; within the block, serve forks at ``SOCKET``.
+
+    Args:
+        config: of the run.
+        out: the run directory.
+        resume: continue the run in ``out``, or start where there is none.
 
     Yields:
         Whether the run is finished already; then nothing is served.
@@ -70,42 +80,42 @@ def prepared(config: Config, out: Path, *, resume: bool) -> Iterator[bool]:
 
 def _finished(here: Connection) -> bool:
     try:
-        told = json.loads(here.recv_bytes(_MAX_ANSWER))
+        answer = json.loads(here.recv_bytes(_MAX_ANSWER))
     except EOFError:
-        told = {"code": 104, "message": "the preparation ended without a word"}
-    if "code" in told:
-        raise error_of(told["code"], told["message"])
-    return bool(told["finished"])
+        answer = {"code": 104, "message": "the preparation ended without a word"}
+    if "code" in answer:
+        raise error_of(answer["code"], answer["message"])
+    return bool(answer["finished"])
 
 
 def _main(config: Config, out: Path, resume: bool, there: Connection) -> None:
-    """The process: imports, has the data divided, tells, serves."""
+    """The process: import, divide the data in a fork, report, serve."""
     from fedge.client.deployment.daemon import WORKER
     from fedge.server.deployment import run_scheduler
     from fedge.server.deployment.run_scheduler import COORDINATOR
 
     process.die_with_parent()
-    process.entitle(f"fedge imports --out {out}")
+    process.set_title(f"fedge imports --out {out}")
     with suppress(KeyboardInterrupt):  # the command has it too, and says so
         _import(config)
-        told = _in_a_fork(lambda: _divide(config, out, resume))
-        if json.loads(told or "{}").get("finished") is False:
+        answer = _in_a_fork(lambda: _divide(config, out, resume))
+        if json.loads(answer or "{}").get("finished") is False:
             (out / SOCKET).parent.mkdir(exist_ok=True)
             try:
                 listener = sockets.listen(out / SOCKET)
             except FedgeError as error:
-                there.send_bytes(json.dumps(_as_told(error)).encode())
+                there.send_bytes(json.dumps(_error_answer(error)).encode())
                 return
             with listener:
-                there.send_bytes(told)
+                there.send_bytes(answer)
                 there.close()
                 try:
                     fork_server.serve(listener, {WORKER: _worker, COORDINATOR: run_scheduler.play})
                 except RuntimeError as error:
-                    # A task's package has made a thread: every worker imports for itself, which takes longer.
+                    # A task's package has started a thread: every worker imports for itself, which takes longer.
                     _log.warning("nothing is forked: %s", error)
-        elif told:
-            there.send_bytes(told)
+        elif answer:
+            there.send_bytes(answer)
 
 
 def _import(config: Config) -> None:
@@ -113,7 +123,7 @@ def _import(config: Config) -> None:
     process.preload(_IMPORTS)
     from fedge.shared.tasks.registry import get_task
 
-    # What is wrong with a task is told by whoever checks it.
+    # A faulty task is reported by the process that checks it.
     with suppress(FedgeError):
         get_task(config.task.name)
 
@@ -126,7 +136,7 @@ def _worker(arguments: Sequence[str]) -> int:
 
 
 def _in_a_fork(work: Callable[[], bool]) -> bytes:
-    """What the work told, as JSON; empty where it died. The data that it reads, and its threads, go with it."""
+    """The result of some work in a fork, as JSON; empty if it died. Its data and threads end with the fork."""
     here, there = os.pipe()
     pid = os.fork()
     if not pid:
@@ -134,29 +144,29 @@ def _in_a_fork(work: Callable[[], bool]) -> bytes:
         _report(work, there)
     os.close(there)
     with os.fdopen(here, "rb") as pipe:
-        told = pipe.read(_MAX_ANSWER)
+        answer = pipe.read(_MAX_ANSWER)
     os.waitpid(pid, 0)
-    return told
+    return answer
 
 
 def _report(work: Callable[[], bool], there: int) -> NoReturn:
     process.die_with_parent()
-    told: dict[str, object]
+    answer: dict[str, object]
     try:
         try:
-            told = {"finished": work()}
+            answer = {"finished": work()}
         except FedgeError as error:
-            told = _as_told(error)
+            answer = _error_answer(error)
         except KeyboardInterrupt:
-            told = {"code": 103, "message": "interrupted"}
+            answer = {"code": 103, "message": "interrupted"}
         except Exception as error:
-            told = _as_told(unexpected("fedge up", error))
-        os.write(there, json.dumps(told).encode())
+            answer = _error_answer(unexpected("fedge up", error))
+        os.write(there, json.dumps(answer).encode())
     finally:
         os._exit(0)
 
 
-def _as_told(error: FedgeError) -> dict[str, object]:
+def _error_answer(error: FedgeError) -> dict[str, object]:
     return {"code": error.code, "message": error.message}
 
 

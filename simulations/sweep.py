@@ -1,7 +1,7 @@
-"""A sweep: the same configuration trained under several noise multipliers, and what each costs and gives.
+"""A sweep: one configuration trained under several noise multipliers, with the accuracy and epsilon of each.
 
-Every run is an ordinary simulation in a folder of its own, so that one that was finished is kept when the sweep is
-continued. Figures are exact (metrics ``unprotected``): a sweep is for choosing the noise on data of one's own.
+Every run is an ordinary simulation in a folder of its own, so that finished runs are kept when the sweep is
+continued. Figures are exact (metrics ``unprotected``): a sweep is for choosing the noise on one's own data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tomli_w
 
 from fedge.server.report.page.render import write as write_report
 from fedge.server.runs.directory import RunDirectory, state_of
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.shared.config.federation import Config
 from fedge.shared.config.privacy import Unit
 from fedge.shared.config.reader import Tree, dump, from_tree
@@ -31,8 +31,8 @@ from fedge.shared.tasks.registry import get_task
 
 NAME: Final = "sweep.json"
 
-#: Told of (which run, rounds done, rounds in all).
-Told: TypeAlias = Callable[[str, int, int], None]
+#: Called with (name of the run, rounds done, rounds in all).
+ProgressListener: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         job: the run.
         id: fedge's id of it, empty where it never began.
         value: the metric after the last round, pooled over the sites' held-out examples; None where there is none.
-        epsilon: largest over the sites, against the model's consumers and against the server, which is infinite
-            where it gets the updates without noise; None where the run failed.
+        epsilon: largest over the sites, against model consumers and against the server; the latter is infinite
+            where the server gets the updates without noise; None where the run failed.
         problem: why there is no value, with the number of the error.
     """
 
@@ -75,16 +75,16 @@ def jobs(tree: Tree, noise_multipliers: Sequence[float], seeds: int) -> list[Job
     Raises:
         ConfigError: 201 or 202, the configuration is not allowed with one of these multipliers.
     """
-    found: list[Job] = []
+    runs: list[Job] = []
     for noise in noise_multipliers:
         config = _noised(tree, noise)
-        if not found:
-            found.append(Job("baseline", None, _plain(tree)))
+        if not runs:
+            runs.append(Job("baseline", None, _plain(tree)))
         for i in range(seeds):
             seed = config.run.seed + i
             name = f"noise-{repr(noise).removesuffix('.0')}-seed-{seed}"
-            found.append(Job(name, noise, _noised(tree, noise, seed)))
-    return found
+            runs.append(Job(name, noise, _noised(tree, noise, seed)))
+    return runs
 
 
 def _noised(tree: Tree, noise_multiplier: float, seed: int | None = None) -> Config:
@@ -104,56 +104,58 @@ def _plain(tree: Tree) -> Config:
 
 
 def base_of(config: Config) -> str:
-    """What a sweep is of, as TOML: the configuration of its first noised run, less the noise multiplier."""
+    """Base configuration of a sweep as TOML: that of its first noised run, without the noise multiplier."""
     tree = tomllib.loads(dump(config))
     del tree["privacy"]["noise-multiplier"]
     return tomli_w.dumps(tree)
 
 
-class _Rounds(Silent):
-    """Tells of a run's rounds."""
+class _Rounds(NullListener):
+    """Reports a run's rounds."""
 
-    def __init__(self, what: str, total: int, told: Told) -> None:
-        self._what, self._total, self._told = what, total, told
+    def __init__(self, name: str, total: int, progress: ProgressListener) -> None:
+        self._name, self._total, self._progress = name, total, progress
 
     def round(self, line: dict[str, Any]) -> None:
         """A round is committed."""
-        self._told(self._what, line["round"], self._total)
+        self._progress(self._name, line["round"], self._total)
 
 
-def run(all_jobs: Sequence[Job], folder: Path, delta: float, told: Told) -> list[Outcome]:
-    """Run what is missing, one run after the other; a run that fails does not stop the others.
+def run(
+    all_jobs: Sequence[Job], folder: Path, delta: float, progress: ProgressListener
+) -> list[Outcome]:
+    """Run the missing jobs one after the other; a run that fails does not stop the others.
 
-    What was begun and not finished begins anew: a round that it did again could be charged again, and its epsilon
-    would not be that of the mechanism.
+    Unfinished runs start again: a repeated round could be charged again, and epsilon would not be that of the
+    mechanism.
 
     Args:
-        all_jobs: of ``jobs``.
+        all_jobs: from ``jobs``.
         folder: of the sweep.
-        delta: at which epsilon is reckoned.
-        told: of the progress.
+        delta: at which epsilon is computed.
+        progress: called after each round.
     """
-    # Here, as a configuration that is refused above is refused without torch.
+    # Imported here, so that a configuration is refused without torch.
     from fedge.simulations.engine import simulate
 
-    found = []
+    outcomes = []
     for i, job in enumerate(all_jobs, 1):
         directory = RunDirectory(folder / "runs" / job.name)
-        what = f"{job.name} ({i} of {len(all_jobs)})"
+        name = f"{job.name} ({i} of {len(all_jobs)})"
         total = job.config.run.rounds
         if kept := state_of(directory.path) == "finished":
-            told(f"{what}, kept", total, total)
+            progress(f"{name}, kept", total, total)
         else:
-            told(what, 0, total)
+            progress(name, 0, total)
             shutil.rmtree(directory.path, ignore_errors=True)
         try:
-            # A finished run is held against its journal, and not run again.
-            listener = _Rounds(what, total, told)
+            # A finished run is checked against its journal, and not run again.
+            listener = _Rounds(name, total, progress)
             simulate(job.config, directory.path, resume=kept, listener=listener)
-            found.append(_outcome(job, directory, delta))
+            outcomes.append(_outcome(job, directory, delta))
         except FedgeError as error:
-            found.append(Outcome(job, problem=str(error)))
-    return found
+            outcomes.append(Outcome(job, problem=str(error)))
+    return outcomes
 
 
 def _outcome(job: Job, directory: RunDirectory, delta: float) -> Outcome:
@@ -174,16 +176,21 @@ def _metric(config: Config) -> str:
 
 
 def spent(directory: RunDirectory, unit: Unit, delta: float) -> tuple[float, float] | None:
-    """What a run has cost by the ledgers of its sites.
+    """Epsilon that a run has spent by the ledgers of its sites.
+
+    Args:
+        directory: of the run.
+        unit: of privacy.
+        delta: at which epsilon is computed.
 
     Returns:
-        The largest epsilon against the model's consumers, and against the server; None where no site was charged.
+        The largest epsilon against model consumers, and against the server; None where no site was charged.
     """
     from fedge.client.settings.privacy_policy import simulated
 
-    study = simulated().study
+    account = simulated().study
     ledgers = [Ledger(path) for path in sorted(directory.sites.glob(f"*/{FILE}"))]
-    totals = [ledger.spent(study, unit, delta) for ledger in ledgers]
+    totals = [ledger.spent(account, unit, delta) for ledger in ledgers]
     totals = [total for total in totals if total.charges]
     if not totals:
         return None
@@ -194,8 +201,8 @@ def to_json(outcomes: Sequence[Outcome], delta: float) -> dict[str, Any]:
     """The sweep as plain JSON values; an epsilon that nothing bounds is null.
 
     Args:
-        outcomes: of ``run``: the one without noise, then the others.
-        delta: at which epsilon is reckoned.
+        outcomes: from ``run``: the one without noise, then the others.
+        delta: at which epsilon was computed.
     """
     baseline, *noised = outcomes
     config = noised[0].job.config
@@ -217,16 +224,16 @@ def to_json(outcomes: Sequence[Outcome], delta: float) -> dict[str, Any]:
 
 
 def _point(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The seeds of a noise multiplier together; those that failed have no part in it."""
+    """The seeds of a noise multiplier together, without the failed ones."""
     values = [o.value for o in outcomes if o.value is not None]
     pairs = [o.epsilon for o in outcomes if o.epsilon is not None]
     largest = tuple(max(side) for side in zip(*pairs, strict=True)) if pairs else None
     return {
-        "epsilon": _readers(largest),
+        "epsilon": _epsilon_json(largest),
         "mean": fmean(values) if values else None,
         "lowest": min(values, default=None),
         "highest": max(values, default=None),
-        "runs": [_trial(o) | {"epsilon": _readers(o.epsilon)} for o in outcomes],
+        "runs": [_trial(o) | {"epsilon": _epsilon_json(o.epsilon)} for o in outcomes],
     }
 
 
@@ -240,14 +247,19 @@ def _trial(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _readers(epsilon: tuple[float, ...] | None) -> dict[str, float | None]:
+def _epsilon_json(epsilon: tuple[float, ...] | None) -> dict[str, float | None]:
     pair = epsilon or (math.inf, math.inf)
     finite = (value if math.isfinite(value) else None for value in pair)
     return dict(zip(("consumers", "server"), finite, strict=True))
 
 
-def tell_runs(outcomes: Sequence[Outcome], found: dict[str, Any], folder: Path) -> None:
-    """Put the sweep beside each run that came so far as to have a report, and make that anew.
+def attach_to_runs(outcomes: Sequence[Outcome], sweep: dict[str, Any], folder: Path) -> None:
+    """Write the sweep to the directory of each run that has a report, and render that report again.
+
+    Args:
+        outcomes: from ``run``.
+        sweep: from ``to_json``.
+        folder: of the sweep.
 
     Raises:
         OSError: a run's folder cannot be written.
@@ -256,5 +268,5 @@ def tell_runs(outcomes: Sequence[Outcome], found: dict[str, Any], folder: Path) 
         directory = RunDirectory(folder / "runs" / outcome.job.name)
         if not directory.run.is_file():
             continue
-        directory.write_json(directory.path / NAME, found)
+        directory.write_json(directory.path / NAME, sweep)
         write_report(directory.path)

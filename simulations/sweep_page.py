@@ -1,4 +1,4 @@
-"""A sweep as one self-contained HTML page, and as a table of text; the style is that of a run's report."""
+"""Renders a sweep as a self-contained HTML page in the style of a run's report, and as a table of text."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _MEANING: Final = {
 
 
 def render(sweep: Sweep, config: str, when: str) -> str:
-    """The page.
+    """Render the HTML page.
 
     Args:
-        sweep: what came out.
-        config: the configuration, resolved, as TOML.
-        when: the moment, as people write it.
+        sweep: the results.
+        config: the resolved configuration as TOML.
+        when: date and time as text.
     """
     files = resources.files("fedge.server.report")
     style = files.joinpath("page.css").read_text(encoding="utf-8") + _STYLE
@@ -107,7 +107,7 @@ def _origin(config: str) -> str:
 
 
 def table(sweep: Sweep) -> str:
-    """The figures as text, at most 80 wide."""
+    """The figures as text, at most 80 characters wide."""
     delta = "" if sweep.delta is None else f"delta {sweep.delta:g}"
     unit = UNITS.get(sweep.unit, "a unit of data")
     head = (
@@ -126,8 +126,8 @@ def table(sweep: Sweep) -> str:
         "  ".join(f"{cell.replace(fmt.THIN, ' '):>11}" for cell in row).rstrip() for row in rows
     ]
     failed = (f"{t.name}: {t.problem}" for t in sweep.trials if t.value is None)
-    told = "".join(f"{fill(line, 80, subsequent_indent='  ')}\n\n" for line in failed)
-    return f"{head}\n" + "\n".join(lines) + f"\n\n{told}{fill(EXACT, 80)}\n"
+    failures = "".join(f"{fill(line, 80, subsequent_indent='  ')}\n\n" for line in failed)
+    return f"{head}\n" + "\n".join(lines) + f"\n\n{failures}{fill(EXACT, 80)}\n"
 
 
 def _row(sweep: Sweep, p: Point) -> tuple[str, ...]:

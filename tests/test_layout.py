@@ -28,7 +28,7 @@ LONGER_FILES = {
     "tests/client/deployment/test_daemon_hostile_bundle.py": 628,
     "tests/client/secagg/test_session.py": 463,
     "tests/client/training/test_calibration.py": 467,
-    "tests/edge/test_cli.py": 457,
+    "tests/edge/test_cli.py": 461,
     "tests/server/admission/test_validation.py": 437,
     "tests/server/aggregation/test_central_noise.py": 476,
     "tests/server/deployment/test_reverse_proxy.py": 563,

@@ -30,9 +30,9 @@ _ACTIONS = {
 
 def _arguments(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    made = {}
+    parsers = {}
     for name, text in _ACTIONS.items():
-        made[name] = actions.add_parser(
+        parsers[name] = actions.add_parser(
             name,
             help=text,
             description=f"{text[:1].upper()}{text[1:]}.",
@@ -40,11 +40,11 @@ def _arguments(parser: ArgumentParser) -> None:
             allow_abbrev=False,
         )
         if name != "units":
-            made[name].add_argument(
+            parsers[name].add_argument(
                 "--home", metavar="DIR", type=Path, default=Path("fedge-site"),
                 help="the site's folder (default: fedge-site)",
             )  # fmt: skip
-    new = made["init"]
+    new = parsers["init"]
     new.add_argument("name", metavar="NAME", help="the site's name, as the server admits it")
     new.add_argument("--task", required=True, help="the task that its worker serves")
     new.add_argument("--server", metavar="HOST:PORT", required=True, help="the server's address")
@@ -63,17 +63,17 @@ def _arguments(parser: ArgumentParser) -> None:
         "--min-sites", metavar="N", type=int,
         help="fewest sites of a sum that this site takes part in (default: 5)",
     )  # fmt: skip
-    made["start"].add_argument(
+    parsers["start"].add_argument(
         "--only",
         choices=("relay", "worker"),
         help="one half only, where two users divide the site",
     )
-    made["status"].add_argument("--json", action="store_true", help="print JSON")
-    made["units"].add_argument("--out", metavar="DIR", type=Path, required=True, help="folder")
-    made["units"].add_argument(
+    parsers["status"].add_argument("--json", action="store_true", help="print JSON")
+    parsers["units"].add_argument("--out", metavar="DIR", type=Path, required=True, help="folder")
+    parsers["units"].add_argument(
         "--bin", metavar="DIR", type=Path, default=Path("/opt/fedge/bin"), help="where fedge lies"
     )
-    made["units"].add_argument(
+    parsers["units"].add_argument(
         "--data", metavar="DIR", type=Path, default=Path("/srv/fedge-data"),
         help="that only the worker may read (default: /srv/fedge-data)",
     )  # fmt: skip
@@ -88,11 +88,11 @@ def _secure(arguments: Namespace) -> tuple[SecurePolicy | None, Trust | None]:
     """
     from fedge.shared.errors import UsageError
 
-    roster, consortium, least = arguments.roster, arguments.consortium, arguments.min_sites
+    roster, consortium, min_sites = arguments.roster, arguments.consortium, arguments.min_sites
     if (roster is None) != (consortium is None):
         raise UsageError(102, "--roster and --consortium: must be given together, got one of them")
     if roster is None:
-        if least is not None:
+        if min_sites is not None:
             raise UsageError(102, "--min-sites: must come with --roster and --consortium")
         return None, None
     # Here, as it imports Flower.
@@ -100,7 +100,7 @@ def _secure(arguments: Namespace) -> tuple[SecurePolicy | None, Trust | None]:
     from fedge.client.settings.policy import FILE, SecurePolicy
     from fedge.shared.config import home_files
 
-    terms = {"required": True, **({} if least is None else {"min-sites": least})}
+    terms = {"required": True, **({} if min_sites is None else {"min-sites": min_sites})}
     return home_files.check(terms, SecurePolicy, FILE), operations.Trust(roster, consortium)
 
 
@@ -121,7 +121,7 @@ def _run(arguments: Namespace) -> int:
             from fedge.client.deployment import operations
 
             secure, trust = _secure(arguments)
-            made = operations.init(
+            summary = operations.init(
                 arguments.home,
                 arguments.name,
                 task=arguments.task,
@@ -131,13 +131,13 @@ def _run(arguments: Namespace) -> int:
                 secure=secure,
                 trust=trust,
             )
-            say(None, made)
+            say(None, summary)
         case "status":
             from fedge.client.deployment import operations
 
-            found = operations.status(arguments.home)
-            say(found, operations.status_text(found))
-            return 0 if found["healthy"] else 1
+            status = operations.status(arguments.home)
+            say(status, operations.status_text(status))
+            return 0 if status["healthy"] else 1
         case "stop":
             from fedge.shared.daemon import home
             from fedge.shared.errors import DeployError

@@ -1,1 +1,1 @@
-"""A site's examples: read, divided, drawn."""
+"""A site's examples: reading, partitioning, seeding."""

@@ -1,4 +1,4 @@
-"""A site's examples: the rows it holds, divided into those it trains on and those it tests on."""
+"""A site's examples, divided into a training and a test split."""
 
 from __future__ import annotations
 
@@ -40,8 +40,12 @@ class SiteData:
 def site_shares(config: Config, task: Task) -> dict[str, SiteData]:
     """Read a task's examples and divide them among sites, in sorted order of their names.
 
+    Args:
+        config: of the run; its partition, number of sites and seed are used.
+        task: reads the examples.
+
     Raises:
-        DataError: 301 or 302, the task's files or what it makes of them; 303, they cannot be
+        DataError: 301 or 302, the task's files or their content; 303, they cannot be
             divided so.
     """
     table = _loaded(task, config.data.path)
@@ -55,16 +59,16 @@ def site_shares(config: Config, task: Task) -> dict[str, SiteData]:
 def own_examples(task: Task, site: str, section: OwnData) -> SiteData:
     """Read the examples that one site holds by itself.
 
-    Where the task's data name their sites and this one is among them, those rows are its own; else
-    all rows are. They are held out as ``site_shares`` does.
+    Where the task's data name their sites and this one is among them, only those rows are used; else
+    all rows are. Test examples are held out as in ``site_shares``.
 
     Args:
-        task: reads them.
-        site: its name.
+        task: reads the examples.
+        site: name of the site.
         section: of ``site.toml``; its ``share`` is read elsewhere, see ``fedge.client.data.npy_files``.
 
     Raises:
-        DataError: 301 or 302, the task's files or what it makes of them; 303, there are too few rows.
+        DataError: 301 or 302, the task's files or their content; 303, there are too few rows.
     """
     table = _loaded(task, section.path)
     rows = np.arange(len(table.labels))
@@ -75,26 +79,26 @@ def own_examples(task: Task, site: str, section: OwnData) -> SiteData:
 
 
 def require_task_data(task: Task, data: SiteData) -> None:
-    """Hold examples that came as arrays against the task.
+    """Check examples that were given as arrays against the task.
 
     Raises:
-        DataError: 302, their shape or their labels are not the task's; 303, they are too few.
+        DataError: 302, their shape or their labels are not the task's; 303, there are too few.
     """
     shape, labels = task.input.shape, len(task.output.labels)
-    for split, features, found, least in (
+    for split, features, values, minimum in (
         ("train", data.train_features, data.train_labels, MIN_TRAIN),
         ("test", data.test_features, data.test_labels, MIN_TEST),
     ):
         if features.shape[1:] != shape:
             raise DataError(302, f"{split}: rows must have shape {shape}, got {features.shape[1:]}")
-        if len(found) < least:
-            raise DataError(303, f"{split}: must hold {least} rows or more, got {len(found)}")
-        if found.min() < 0 or found.max() >= labels:
+        if len(values) < minimum:
+            raise DataError(303, f"{split}: must hold {minimum} rows or more, got {len(values)}")
+        if values.min() < 0 or values.max() >= labels:
             raise DataError(302, f"{split}: labels must be 0 to {labels - 1}, got others")
 
 
 def _loaded(task: Task, path: Path | None) -> Table:
-    """What the task reads, held against its own declaration.
+    """The table that the task reads, checked against the task's declaration.
 
     Raises:
         DataError: 301 or 302 of the task itself; 302, it failed otherwise, or its table is not as declared.
@@ -110,18 +114,18 @@ def _loaded(task: Task, path: Path | None) -> Table:
             302, f"task {task.name}: load must give a Table, got {type(table).__name__}"
         )
     rows, shape = len(np.atleast_1d(table.labels)), task.input.shape
-    for part, array, kind, wanted in (
+    for part, array, kind, expected in (
         ("features", table.features, "float32", (rows, *shape)),
         ("labels", table.labels, "int64", (rows,)),
     ):
-        if not isinstance(array, np.ndarray) or array.dtype != kind or array.shape != wanted:
+        if not isinstance(array, np.ndarray) or array.dtype != kind or array.shape != expected:
             got = (
                 f"{array.dtype} of shape {array.shape}"
                 if isinstance(array, np.ndarray)
                 else type(array).__name__
             )
             raise DataError(
-                302, f"task {task.name}: {part} must be {kind} of shape {wanted}, got {got}"
+                302, f"task {task.name}: {part} must be {kind} of shape {expected}, got {got}"
             )
     wrong = np.flatnonzero((table.labels < 0) | (table.labels >= len(task.output.labels)))
     if len(wrong):

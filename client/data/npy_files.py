@@ -1,4 +1,4 @@
-"""A site's share of a data set as files: four arrays in NumPy's format, nothing that could run."""
+"""A site's examples as files: four arrays in NumPy's format, without pickles."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MAX_DIMENSIONS: Final = 8
 
 
 def write(folder: Path, data: SiteData) -> None:
-    """Write the share, replacing what was there.
+    """Write a site's examples, replacing existing files.
 
     Args:
-        folder: made where missing, for its owner alone.
+        folder: created if missing, readable by its owner only.
         data: the site's examples.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -42,23 +42,23 @@ def write(folder: Path, data: SiteData) -> None:
 
 
 def read(folder: Path) -> SiteData:
-    """Read a share.
+    """Read a site's examples.
 
     Raises:
-        DataError: 301, a file is missing; 302, it is not the array that belongs there.
+        DataError: 301, a file is missing; 302, a file is not the expected array.
     """
-    found = {part.name: _read(folder / _name(part.name)) for part in fields(SiteData)}
+    arrays = {part.name: _read(folder / _name(part.name)) for part in fields(SiteData)}
     for split in ("train", "test"):
-        features, labels = found[f"{split}_features"], found[f"{split}_labels"]
+        features, labels = arrays[f"{split}_features"], arrays[f"{split}_labels"]
         if labels.ndim != 1 or features.ndim < 1 or len(features) != len(labels):
             raise DataError(
                 302,
                 f"{folder}: {split}: must hold one label a row, got features of shape"
                 f" {features.shape} and labels of {labels.shape}",
             )
-    if found["train_features"].shape[1:] != found["test_features"].shape[1:]:
+    if arrays["train_features"].shape[1:] != arrays["test_features"].shape[1:]:
         raise DataError(302, f"{folder}: must hold rows of one shape, got two")
-    return SiteData(**found)
+    return SiteData(**arrays)
 
 
 def _name(part: str) -> str:
@@ -67,7 +67,7 @@ def _name(part: str) -> str:
 
 def _read(path: Path) -> NDArray[Any]:
     """The array of a file; its header must agree with the file's size before anything is allocated."""
-    wanted = _TYPES[path.stem.rpartition("-")[2]]
+    expected = _TYPES[path.stem.rpartition("-")[2]]
     try:
         file, size = open_regular(path)
     except FileNotFoundError:
@@ -83,14 +83,19 @@ def _read(path: Path) -> NDArray[Any]:
         except Exception:
             # The parser of numpy raises many types on damaged bytes; all mean the same here.
             raise DataError(302, f"{path}: must be a .npy file, got other bytes") from None
-        if dtype != wanted or fortran or len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
-            raise DataError(302, f"{path}: must hold {wanted} row by row, got {dtype} {shape}")
+        if (
+            dtype != expected
+            or fortran
+            or len(shape) > _MAX_DIMENSIONS
+            or min(shape, default=0) < 0
+        ):
+            raise DataError(302, f"{path}: must hold {expected} row by row, got {dtype} {shape}")
         count = math.prod(shape)
-        if size != head.tell() + count * wanted.itemsize:
+        if size != head.tell() + count * expected.itemsize:
             raise DataError(302, f"{path}: must hold {count} values of shape {shape}, got others")
         file.seek(head.tell())
-        data = read_exactly(file, count * wanted.itemsize)
-    if len(data) != count * wanted.itemsize:
+        data = read_exactly(file, count * expected.itemsize)
+    if len(data) != count * expected.itemsize:
         raise DataError(302, f"{path}: must stay as it is while it is read, got fewer bytes")
-    found: NDArray[Any] = np.frombuffer(data, dtype=wanted).reshape(shape)
-    return found
+    array: NDArray[Any] = np.frombuffer(data, dtype=expected).reshape(shape)
+    return array

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from fedge.client.data.seeding import generator
 from fedge.shared.errors import DataError
 
-#: Rows without which a site is no site: something to train on and something to test on.
+#: Minimum rows of a site, so that it can train and test.
 MIN_ROWS = 4
-MAX_DRAWS = 1000
+MAX_ATTEMPTS = 1000
 
 
 def site_names(count: int) -> list[str]:
-    """``site-1`` to ``site-8``, ``site-01`` to ``site-10``: they sort as they count."""
+    """Names of ``count`` sites, zero-padded so that they sort by number: ``site-01`` to ``site-10``."""
     width = len(str(count))
     return [f"site-{number:0{width}d}" for number in range(1, count + 1)]
 
@@ -24,29 +24,29 @@ def site_names(count: int) -> list[str]:
 def dirichlet(
     labels: NDArray[Any], sites: int, alpha: float, seed: int, min_rows: int = MIN_ROWS
 ) -> dict[str, NDArray[Any]]:
-    """Divide the rows of each label by shares drawn from Dirichlet(alpha).
+    """Divide the rows of each label by shares sampled from Dirichlet(alpha).
 
     Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification,
     2019, https://arxiv.org/abs/1909.06335, in the label-wise form that most later work uses.
 
     Args:
         labels: ``(n,)`` of int.
-        sites: how many.
-        alpha: concentration; smaller is less alike.
+        sites: number of sites.
+        alpha: concentration; smaller gives more heterogeneous sites.
         seed: the same seed gives the same shares.
-        min_rows: a draw that leaves a site fewer is drawn again.
+        min_rows: minimum rows of a site; shares that leave a site fewer are sampled again.
 
     Returns:
         Site to row indices, ascending; every row in exactly one site.
 
     Raises:
-        DataError: 303, too few rows, or no draw gave every site enough.
+        DataError: 303, too few rows, or no sample gave every site enough.
     """
     _need(len(labels), sites, min_rows)
-    draw = generator(seed, "dirichlet")
+    random = generator(seed, "dirichlet")
     classes, counts = np.unique(labels, return_counts=True)
-    for _ in range(MAX_DRAWS):
-        shares = draw.dirichlet(np.full(sites, alpha), size=len(classes))
+    for _ in range(MAX_ATTEMPTS):
+        shares = random.dirichlet(np.full(sites, alpha), size=len(classes))
         # Cutting points within each label's rows; the last is its count, so no row is left over.
         cuts = np.floor(np.cumsum(shares, axis=1) * counts[:, None]).astype(np.int64)
         cuts[:, -1] = counts
@@ -57,11 +57,11 @@ def dirichlet(
         raise DataError(
             303,
             f"data.alpha: must leave each of {sites} sites {min_rows} of {len(labels)} rows,"
-            f" got {alpha:g}, for which {MAX_DRAWS} draws failed",
+            f" got {alpha:g}, for which {MAX_ATTEMPTS} draws failed",
         )
     parts: list[list[NDArray[Any]]] = [[] for _ in range(sites)]
     for label, cut in zip(classes, cuts, strict=True):
-        rows = draw.permutation(np.flatnonzero(labels == label))
+        rows = random.permutation(np.flatnonzero(labels == label))
         for part, piece in zip(parts, np.split(rows, cut[:-1]), strict=True):
             part.append(piece)
     return {
@@ -71,7 +71,16 @@ def dirichlet(
 
 
 def iid(rows: int, sites: int, seed: int, min_rows: int = MIN_ROWS) -> dict[str, NDArray[Any]]:
-    """Divide rows by chance into parts whose sizes differ by one at most.
+    """Divide rows at random into parts whose sizes differ by at most one.
+
+    Args:
+        rows: number of rows.
+        sites: number of sites.
+        seed: the same seed gives the same shares.
+        min_rows: minimum rows of a site.
+
+    Returns:
+        Site to row indices, ascending.
 
     Raises:
         DataError: 303, too few rows.
@@ -83,7 +92,10 @@ def iid(rows: int, sites: int, seed: int, min_rows: int = MIN_ROWS) -> dict[str,
 
 
 def natural(sites: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
-    """Rows by the site that the data themselves name, in sorted order.
+    """Row indices by the site that the data themselves name, sites in sorted order.
+
+    Args:
+        sites: ``(n,)`` of str, the site of each row; None where the data name none.
 
     Raises:
         DataError: 303, the data name no sites.

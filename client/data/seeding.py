@@ -1,6 +1,6 @@
-"""Randomness as a function of what it is for: no generator is carried from round to round.
+"""Seeds derived from a purpose: no generator keeps state from round to round.
 
-So a site that dies and starts again, or answers requests in another order, draws the same.
+So a site that restarts, or answers requests in another order, samples the same values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def seed_of(seed: int, *purpose: str | int) -> int:
     """A 64-bit seed: the head of the SHA-256 of the run's seed and the purpose.
 
     Args:
-        seed: the run's.
+        seed: of the run.
         purpose: names and numbers, for example site and round.
     """
     text = json.dumps([seed, *purpose], separators=(",", ":"))
@@ -23,5 +23,5 @@ def seed_of(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """NumPy's generator for one purpose."""
+    """NumPy's generator for one purpose, seeded by ``seed_of``."""
     return np.random.Generator(np.random.PCG64(seed_of(seed, *purpose)))

@@ -1,1 +1,1 @@
-"""The processes of a site: made, started, watched, stopped."""
+"""The processes of a site: set up, started, supervised, stopped."""

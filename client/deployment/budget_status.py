@@ -1,4 +1,4 @@
-"""What a site's study has spent of its privacy budget, as its administrator reads it."""
+"""How much of its privacy budget a site has spent, for its administrator."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ _UNITS: Final = ("example", "site")
 
 
 def spent(home: Path) -> dict[str, Any] | None:
-    """The study's budget and, by unit, what its newest charge came to.
+    """The privacy budget and, by unit of privacy, the epsilon after the newest charge.
+
+    Args:
+        home: of the site.
 
     Returns:
-        None where nothing was ever charged and nothing must be, or policy and ledger are another user's; else
+        None where nothing was charged and privacy is not required, or policy and ledger are another user's; else
         ``study``, ``budget``, ``delta``, ``against``, ``spent`` (by unit: ``consumers`` and ``server``, None for no
         bound) and ``problem``.
     """
     charged = any(os.path.lexists(home / name) for name in (FILE, FILE + MARKER_SUFFIX))
     if not os.access(home / policy.FILE, os.R_OK):
         return None
-    told: dict[str, Any] = {"spent": {}, "problem": ""}
+    status: dict[str, Any] = {"spent": {}, "problem": ""}
     try:
         own = policy.read(home).privacy
         if not charged and not own.required:
             return None
-        told |= {
+        status |= {
             "study": own.study,
             "budget": own.epsilon,
             "delta": own.delta,
@@ -43,10 +46,10 @@ def spent(home: Path) -> dict[str, Any] | None:
         }
         entries = Ledger(home / FILE).entries(own.study) if charged else []
         for unit in sorted({entry.charge.unit for entry in entries}):
-            told["spent"][unit] = _after(entries, unit)
+            status["spent"][unit] = _after(entries, unit)
     except FedgeError as error:
-        told["problem"] = str(error)
-    return told
+        status["problem"] = str(error)
+    return status
 
 
 def _after(entries: Sequence[Entry], unit: Unit) -> dict[str, float | None]:
@@ -56,18 +59,18 @@ def _after(entries: Sequence[Entry], unit: Unit) -> dict[str, float | None]:
     return {"consumers": consumers, "server": server, "delta": delta}
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
-    """``spent`` as people read it."""
-    if found["problem"]:
-        return [f"problem    {found['problem']}"]
-    against, budget = found["against"], f"{found['budget']:g}"
-    if not found["spent"]:
-        return [f"privacy    study {found['study']}: nothing of epsilon {budget} is spent"]
+def lines(status: Mapping[str, Any]) -> list[str]:
+    """The result of ``spent`` as lines of text."""
+    if status["problem"]:
+        return [f"problem    {status['problem']}"]
+    against, budget = status["against"], f"{status['budget']:g}"
+    if not status["spent"]:
+        return [f"privacy    study {status['study']}: nothing of epsilon {budget} is spent"]
     return [
-        f"privacy    study {found['study']}: epsilon {_number(found['spent'][unit][against])} of {budget} is spent"
-        f" for one {unit}, against the {against}, at delta {found['spent'][unit]['delta']:g}"
+        f"privacy    study {status['study']}: epsilon {_number(status['spent'][unit][against])} of {budget} is spent"
+        f" for one {unit}, against the {against}, at delta {status['spent'][unit]['delta']:g}"
         for unit in _UNITS
-        if unit in found["spent"]
+        if unit in status["spent"]
     ]
 
 

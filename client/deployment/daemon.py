@@ -1,9 +1,9 @@
-"""The site's daemon: keeps Flower's SuperNode, its SuperExec and the resident worker, and knows when one is stuck.
+"""The site's daemon: supervises Flower's SuperNode, its SuperExec and the resident worker, and restarts a stuck one.
 
-Flower's node waits for ever on a reply that nobody will write: it is started again when the process that owed the
-reply was killed, or ended without one. When its line fails in the TLS handshake it gives up, and its process stays
-without ever calling again: that too is noticed, from its log. A SIGTERM lets the node say good-bye, so that it may
-return at once; after a SIGKILL Flower refuses it until its last heartbeat is a minute old, and we keep trying.
+Flower's node waits without limit for the reply of a client process: it is restarted when that process was killed, or
+ended without a reply. When its connection fails in the TLS handshake it gives up, and its process stays without
+reconnecting: that is detected in its log. On SIGTERM the node deregisters, so that it may reconnect at once; after a
+SIGKILL Flower refuses it until its last heartbeat is a minute old, and the daemon retries.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _log = logging.getLogger(__name__)
 
 Part = Literal["both", "relay", "worker"]
 
-#: Seconds between two questions of the SuperExec to its node for work. At 0.05 an idle site took 8 % of a core; four
-#: sites that start ask some two hundred times before their first round ends.
+#: Seconds between two polls of the SuperExec for work of its node. At 0.05 an idle site took 8 % of a core; four
+#: sites that start poll some two hundred times before their first round ends.
 POLL = "0.3"
-#: Seconds between two looks at the server and its certificate.
+#: Seconds between two checks of the server and its certificate.
 LINK_EVERY = 30.0
 #: Seconds in which the node must have taken a reply from a process that ended with an error.
-TAKEN_WITHIN = 5.0
-#: Seconds between two looks at the node's log, and those that a process has for its good-bye.
-DEAF_EVERY, GOOD_BYE = 1.0, 5.0
-#: Seconds that a client process has beyond the worker's deadline, and a look at the server in all.
+REPLY_WITHIN = 5.0
+#: Seconds between two checks of the node's log, and those that a process has to end after SIGTERM.
+DISCONNECTED_EVERY, SHUTDOWN_WITHIN = 1.0, 5.0
+#: Seconds that a client process has beyond the worker's deadline, and that a check of the server has in all.
 APP_EXTRA, LINK_WITHIN = 120.0, 30.0
-#: What a fork server is asked for, with the home.
+#: Name of the program that a fork server starts, with the home as argument.
 WORKER = "worker"
 
 
@@ -54,21 +54,21 @@ def run(home: Path, part: Part = "both", *, fork_server: Path | None = None) -> 
 
     Args:
         home: as ``fedge site init`` made it.
-        part: which half runs here; with two users each half has a home of its own.
-        fork_server: socket of a process that forks workers; a worker is a new interpreter where there is none.
+        part: which processes run here; with two users relay and worker have a home each.
+        fork_server: socket of a process that forks workers; without one a worker is a new interpreter.
 
     Returns:
         The exit status: 0 after SIGTERM.
 
     Raises:
         DeployError: 901, not a home; 902, in use.
-        ConfigError: 201 to 204, site.toml is not as it must be.
+        ConfigError: 201 to 204, the content of site.toml is not allowed.
     """
     home = home.absolute()
     site = load(home)
     homes.log_to_stderr()
     with homes.lock(home):
-        # What a daemon that was killed has left is given the time to end, and its port with it.
+        # Processes left by a killed daemon get the time to end and to free their port.
         homes.clear(home)
         daemon = SiteDaemon(home, site, part, fork_server)
         daemon.supervisor.run()
@@ -81,7 +81,7 @@ class SiteDaemon:
     Args:
         home: absolute.
         site: its site.toml.
-        part: "both", or one half.
+        part: "both", "relay" or "worker".
         fork_server: as ``run``.
     """
 
@@ -93,8 +93,8 @@ class SiteDaemon:
         self._socket = home / site.worker.socket
         self._port = 0
         self._node_log = supernode_log.SupernodeLog(home / "log" / "supernode.log")
-        self._owed: list[tuple[float, int]] = []
-        self._next_link = self._next_deaf = 0.0
+        self._pending_restarts: list[tuple[float, int]] = []
+        self._next_link = self._next_disconnected = 0.0
         self._shutdown_deadlines: dict[str, tuple[int, float]] = {}
         self.supervisor = Supervisor(home)
         self.supervisor.facts |= {"site": site.site.name, "server": site.server.address}
@@ -211,7 +211,7 @@ class SiteDaemon:
         return True
 
     def _connected(self) -> bool:
-        ready = self._node_log.said([supernode_log.CONNECTED])
+        ready = self._node_log.has_logged([supernode_log.CONNECTED])
         if ready:
             self.supervisor.facts["connected_since"] = round(time.time())
             self.supervisor.facts["problem"] = ""
@@ -219,61 +219,63 @@ class SiteDaemon:
 
     def _node_ended(self, _status: int) -> None:
         self.supervisor.facts["connected_since"] = None
-        if self._node_log.said(supernode_log.UNKNOWN):
+        if self._node_log.has_logged(supernode_log.UNKNOWN):
             # Also for up to a minute after a SIGKILL, while Flower still counts the former process as online.
             self.supervisor.facts["problem"] = (
                 "FE-913 the server does not admit this key, or not yet again"
             )
-        self._owed.clear()
+        self._pending_restarts.clear()
         self._stop("superexec")
         for pid in self.supervisor.alive("flwr-clientapp"):
             self.supervisor.kill(pid)
 
     def _exec_ended(self, _status: int) -> None:
         if self.supervisor.services["supernode"].pid:
-            # A task that it had taken and not started would be waited for for ever.
+            # The node would wait without limit for a task that was taken and not started.
             self._stop("supernode")
 
     def _app_ended(self, status: int, log_size: int) -> None:
         if os.WIFSIGNALED(status):
-            _log.error("flwr-clientapp was killed; its node waits in vain and is started again")
+            _log.error("flwr-clientapp was killed without a reply; its node is restarted")
             self._stop("supernode")
         elif os.WEXITSTATUS(status):
-            self._owed.append((time.monotonic() + TAKEN_WITHIN, log_size))
+            self._pending_restarts.append((time.monotonic() + REPLY_WITHIN, log_size))
 
     def _watch_pending_restarts(self) -> None:
-        """A process that ended with an error has usually answered; a node that neither sends nor takes is stuck."""
+        """Restart the node if a process ended with an error and no reply or further message shows in the node's log."""
         now = time.monotonic()
-        due = [size for deadline, size in self._owed if now > deadline]
-        self._owed = [debt for debt in self._owed if now <= debt[0]]
+        due = [size for deadline, size in self._pending_restarts if now > deadline]
+        self._pending_restarts = [
+            pending for pending in self._pending_restarts if now <= pending[0]
+        ]
         log = self.supervisor.log_of("supernode")
-        said = [supernode_log.tail(log, size) for size in due]
-        if any(not any(words in text for words in supernode_log.MOVES_ON) for text in said):
-            _log.error("flwr-clientapp ended without an answer; its node is started again")
+        texts = [supernode_log.tail(log, size) for size in due]
+        if any(not any(words in text for words in supernode_log.MOVES_ON) for text in texts):
+            _log.error("flwr-clientapp ended without a reply; its node is restarted")
             self._stop("supernode")
 
     def _restart_disconnected(self) -> None:
-        """A node that has given up its line is ended."""
+        """Restart a node that has given up its connection."""
         now = time.monotonic()
-        # Between two nodes the log still ends with the words of the former.
-        if now < self._next_deaf or not self.supervisor.services["supernode"].pid:
+        # While no node runs, the log still ends with the lines of the last one.
+        if now < self._next_disconnected or not self.supervisor.services["supernode"].pid:
             return
-        self._next_deaf = now + DEAF_EVERY
-        if "supernode" not in self._shutdown_deadlines and self._node_log.said(
+        self._next_disconnected = now + DISCONNECTED_EVERY
+        if "supernode" not in self._shutdown_deadlines and self._node_log.has_logged(
             supernode_log.DISCONNECTED
         ):
-            _log.error("the node has given up the line to the server and is started again")
+            _log.error("the node has given up the connection to the server and is restarted")
             self._stop("supernode")
 
     def _stop(self, name: str) -> None:
-        """End a service; ``_watch_shutdown_deadlines`` sees to it that it does end."""
+        """End a service by SIGTERM; ``_watch_shutdown_deadlines`` kills it if it does not end."""
         pid = self.supervisor.services[name].pid
         if pid and self._shutdown_deadlines.get(name, (0, 0.0))[0] != pid:
-            self._shutdown_deadlines[name] = pid, time.monotonic() + GOOD_BYE
+            self._shutdown_deadlines[name] = pid, time.monotonic() + SHUTDOWN_WITHIN
             self.supervisor.kill(pid, signal.SIGTERM)
 
     def _watch_shutdown_deadlines(self) -> None:
-        """A service whose good-bye hangs is ended by SIGKILL."""
+        """Kill services that have not ended by their shutdown deadline."""
         for name, (pid, until) in list(self._shutdown_deadlines.items()):
             if self.supervisor.services[name].pid != pid:
                 del self._shutdown_deadlines[name]
@@ -285,7 +287,7 @@ class SiteDaemon:
         if time.monotonic() < self._next_link or self.supervisor.alive("link"):
             return
         self._next_link = time.monotonic() + LINK_EVERY
-        # What an earlier look found is no answer where this one hangs.
+        # The result of an earlier check must not be used if this one hangs.
         path.unlink(missing_ok=True)
         server = self._site.server
         check = partial(
@@ -298,7 +300,7 @@ class SiteDaemon:
                 if os.WIFSIGNALED(status)
                 else "see link.log"
             )
-            found: Any = {
+            link: Any = {
                 "at": round(time.time()),
                 "reachable": False,
                 "days_left": None,
@@ -306,22 +308,22 @@ class SiteDaemon:
             }
             if status == 0:
                 with suppress(OSError, ValueError):
-                    found = json.loads(path.read_text(encoding="utf-8"))
-            self.supervisor.facts["link"] = found
+                    link = json.loads(path.read_text(encoding="utf-8"))
+            self.supervisor.facts["link"] = link
 
         program = Program("fedge link check", self.supervisor.log_of("link"), function=check)
         self.supervisor.task("link", program, on_exit=take, deadline=LINK_WITHIN)
 
 
 def _node(name: str, arguments: list[str]) -> int | None:
-    """What a fork runs for ``flower-supernode``: Flower's own command, more eager while a run is under way."""
+    """Run ``flower-supernode`` in a fork: Flower's command, with shorter polling while a run is under way."""
     if not flower_patches.poll_while_busy():
-        _log.warning("this release of Flower polls every 3 s, whatever is to be done")
+        _log.warning("this release of Flower polls every 3 s, also during a run")
     return script(name, arguments)()
 
 
 def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
-    """What a fork runs for ``flwr-clientapp``: Flower's own command, with our look at the bundle before it."""
+    """Run ``flwr-clientapp`` in a fork: Flower's command, after a check that the bundle is approved."""
     from fedge.client.relay.worker_client import SocketLink
 
     def approve(content: bytes) -> None:
@@ -331,7 +333,7 @@ def _client_app(name: str, arguments: list[str], socket: Path) -> int | None:
             SocketLink(socket, deadline=60.0).permit(sha256)
         except SiteError as error:
             _log.error("bundle %s: %s", sha256, error)
-            # The text of an exception goes to the server; ours stays here.
+            # The text of an exception goes to the server; the details stay in this log.
             raise SiteError(error.code, "refused by the site") from None
 
     before_bundle(CLIENT_APP, approve)

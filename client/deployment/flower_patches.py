@@ -1,8 +1,8 @@
-"""A private touch of Flower at a site: its node polls often while there is work.
+"""A patch of Flower's private code at a site: its node polls more often while there is work.
 
-Flower's node sleeps three seconds after each poll that finds nothing, and half a second between looks for a reply; both
+Flower's node sleeps three seconds after each empty poll, and half a second between checks for a reply; both
 are fixed in ``start_client_internal``. Between the exchanges of a run that is most of the time a round takes, so
-there the pauses are shorter. Where a release of Flower has no such place, only speed is lost.
+there the pauses are shorter. Where a release of Flower lacks the patched code, only speed is lost.
 
 A test names the Flower versions for which it was read.
 """
@@ -15,10 +15,10 @@ from typing import Any, Final
 
 #: Flower's releases whose ``start_client_internal`` was read for this.
 READ: Final = ("1.41", "1.42")
-#: Seconds between polls for ``BUSY_FOR`` seconds after a message, and between looks for its reply.
+#: Seconds between polls for ``BUSY_FOR`` seconds after a message, and between checks for its reply.
 POLL, LOOK, BUSY_FOR = 0.5, 0.05, 60.0
 
-#: Flower's own pauses: after a poll that found nothing, and while a reply is awaited.
+#: Flower's own pauses in seconds: after an empty poll, and while a reply is awaited.
 _IDLE, _AWAITING = 3, 0.5
 
 
@@ -39,7 +39,11 @@ class NodeClock:
         self._busy_until = 0.0
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, less than asked where nothing but Flower's patience asks for it."""
+        """Sleep; Flower's own polling pauses are shortened.
+
+        Args:
+            seconds: as Flower asks for.
+        """
         if seconds == _AWAITING:
             # Only a node that holds a message waits for a reply.
             self._busy_until = self._now() + BUSY_FOR
@@ -53,7 +57,7 @@ class NodeClock:
 
 
 def poll_while_busy() -> bool:
-    """Give Flower's node in this process the shorter pauses; False where there is no such place."""
+    """Shorten the pauses of Flower's node in this process; False where this release lacks the patched code."""
     from flwr.supernode import start_client_internal as node
 
     if getattr(node, "time", None) is not time:

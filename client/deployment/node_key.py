@@ -1,4 +1,4 @@
-"""The key by which the server knows a site: EC P-384 in OpenSSH's formats, as Flower reads it.
+"""The key that identifies a site to the server: EC P-384 in OpenSSH's formats, as Flower reads it.
 
 The private half never leaves the site; ``site.pub`` is what the server's operator admits.
 """
@@ -31,7 +31,7 @@ _FILE_LIMIT: Final = 16 * 1024
 
 
 def create(home: Path) -> Path:
-    """Make ``site.key`` (mode 0600) and ``site.pub`` in ``home``.
+    """Create ``site.key`` (mode 0600) and ``site.pub`` in ``home``.
 
     A creation that was killed after the private key is finished by the next call, with that key.
 
@@ -39,8 +39,8 @@ def create(home: Path) -> Path:
         The path of the public key.
 
     Raises:
-        DeployError: 903, both are there already; 908, the key that is there is not usable, or
-            nothing can be written.
+        DeployError: 903, both exist already; 908, an existing private key is not usable, or
+            a file cannot be written.
     """
     private, public = home / PRIVATE_NAME, home / PUBLIC_NAME
     try:
@@ -59,7 +59,7 @@ def create(home: Path) -> Path:
 
 
 def check(path: Path) -> None:
-    """Whether the private key at ``path`` can be used, and the public key beside it is its own.
+    """Check that the private key at ``path`` is usable, and that the public key beside it belongs to it.
 
     Raises:
         DeployError: 908, with the file and what is wrong with it: missing, readable by others,
@@ -68,17 +68,17 @@ def check(path: Path) -> None:
     key = _load(path)
     public = path.with_suffix(".pub")
     try:
-        found = load_ssh_public_key(read_bounded(public, _FILE_LIMIT))
+        stored = load_ssh_public_key(read_bounded(public, _FILE_LIMIT))
     except OSError as error:
         raise DeployError(908, f"{public}: cannot be read ({reason(error)})") from None
     except (ValueError, UnsupportedAlgorithm):
         raise DeployError(908, f"{public}: must hold a public key in OpenSSH's format") from None
-    if found != key.public_key():
+    if stored != key.public_key():
         raise DeployError(908, f"{public}: must be the public key of {path}, got another one")
 
 
 def _place(path: Path, data: bytes) -> None:
-    """Write a private file that appears whole, readable by its owner only, and replaces nothing.
+    """Write a file atomically, readable by its owner only, without replacing an existing one.
 
     Raises:
         FileExistsError: ``path`` exists.

@@ -1,4 +1,4 @@
-"""What a site's administrator does with its home: make it, and look whether the site is well."""
+"""Operations of a site's administrator on its home: create it, and check the site's health."""
 
 from __future__ import annotations
 
@@ -27,23 +27,28 @@ if TYPE_CHECKING:
     from fedge.client.settings.policy import SecurePolicy
     from fedge.client.settings.privacy_policy import PrivacyPolicy
 
-#: Days before its end from which a certificate is worth a warning.
+#: Days before a certificate's expiry from which the status warns.
 WARN_DAYS = 30
-#: Seconds from which a look at the server is no news; the daemon looks every 30 s.
+#: Seconds after which a check of the server is outdated; the daemon checks every 30 s.
 LINK_STALE = 90.0
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What a site installs to take part in secure aggregation: a signed roster, and the key that signed it."""
+    """Files that a site installs for secure aggregation.
+
+    Attributes:
+        roster: path of a signed roster.
+        consortium: path of the public key that signed it.
+    """
 
     roster: Path
     consortium: Path
 
 
 @dataclass(frozen=True)
-class _Vouched:
-    """Both as they will lie in the home, and what the roster says."""
+class _SignedRoster:
+    """The consortium's key and the roster as bytes, and the roster's content."""
 
     key: bytes
     roster: bytes
@@ -64,29 +69,29 @@ def init(
     privacy: PrivacyPolicy | None = None,
     trust: Trust | None = None,
 ) -> str:
-    """Make a site's home: keys, site.toml, and a policy that allows this task, this release and its bundle only.
+    """Create a site's home: keys, site.toml, and a policy that allows this task, this release and its bundle only.
 
     Args:
         home: new, or empty.
         name: of the site.
-        task: that its worker serves.
+        task: name of the task that its worker serves.
         server: host:port.
-        ca: certificate of the server's authority, copied.
-        data: for the task's reader.
-        share: folder of arrays instead, as ``fedge up`` divides them.
-        bundle: SHA-256 of the Flower bundle to approve; that of this release where None. With one given the task
+        ca: certificate of the server's CA, is copied.
+        data: path that the task reads.
+        share: folder of .npy files instead, as ``fedge up`` writes them.
+        bundle: SHA-256 of the Flower bundle to approve; that of this release where None. If given, the task
             is not looked up, which would import torch.
         secure: terms of secure aggregation, for the policy.
         privacy: terms of differential privacy, for the policy.
-        trust: is installed; the roster must hold this site with the ``signing.key`` that lies in the home already.
+        trust: is installed; the roster must list this site with the ``signing.key`` that is in the home already.
 
     Returns:
-        What was made, for people.
+        A summary of the home's files, as text.
 
     Raises:
-        DeployError: 901, 903, 904, 908; 917, the roster is not usable; 919, it does not hold this site and its key.
+        DeployError: 901, 903, 904, 908; 917, the roster is not usable; 919, it does not list this site and its key.
         ReleaseError: 602, ``signing.key`` is not usable.
-        ConfigError: 201, the name is not one.
+        ConfigError: 201, the name is not allowed.
         DataError: 304, there is no such task.
     """
     home = home.absolute()
@@ -97,10 +102,10 @@ def init(
     home_files.check(tree, site_config.SiteFile, site_config.FILE)
     _require_usable(home, ca)
     if bundle is None:
-        # Torch is imported only for a task that is there.
+        # Torch is imported only for a task that is installed.
         require_task(task)
         get_task(task)
-    vouched = _vouched(home, name, trust) if trust else None
+    signed = _signed_roster(home, name, trust) if trust else None
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copyfile(ca, home / "ca.crt")
@@ -108,9 +113,9 @@ def init(
         raise DeployError(901, f"{error.filename}: must be usable, got {error.strerror}") from None
     bundle = bundle or app_bundle.sha256()
     _keys(home)
-    if vouched is not None:
-        write_atomically(home / trusted_roster.TRUST, vouched.key)
-        write_atomically(home / trusted_roster.FILE, vouched.roster)
+    if signed is not None:
+        write_atomically(home / trusted_roster.TRUST, signed.key)
+        write_atomically(home / trusted_roster.FILE, signed.roster)
         trusted_roster.read(home)
     # Here, as it imports Flower.
     from fedge.client.settings import policy_writer
@@ -125,14 +130,14 @@ def init(
     )
     examples = site_config.OwnData(path=data.absolute() if data else None, share=share)
     site_config.write(home, name=name, task=task, address=server, data=examples)
-    return _made(home, bundle, vouched.listed if vouched else None)
+    return _summary(home, bundle, signed.listed if signed else None)
 
 
 def _require_usable(home: Path, ca: Path) -> None:
-    """Look at the paths before anything is imported or made.
+    """Check the paths before anything is imported or created.
 
     Raises:
-        DeployError: 901, the authority cannot be read, or the home not made.
+        DeployError: 901, the CA certificate cannot be read, or the home not created.
     """
     try:
         ca.open("rb").close()
@@ -143,13 +148,13 @@ def _require_usable(home: Path, ca: Path) -> None:
 
 
 def _keys(home: Path) -> None:
-    """Make the keys that are not in a home yet.
+    """Create the keys that are not in a home yet.
 
     Raises:
-        DeployError: 908, the key that is there is not usable.
+        DeployError: 908, an existing key is not usable.
     """
     if (home / node_key.PRIVATE_NAME).exists() and (home / node_key.PUBLIC_NAME).exists():
-        # Of an init that was killed, or refused a name: site.toml comes last. The server may know the key already.
+        # Left by an init that was killed or refused: site.toml is written last. The server may know the key already.
         node_key.check(home / node_key.PRIVATE_NAME)
     else:
         node_key.create(home)
@@ -157,31 +162,31 @@ def _keys(home: Path) -> None:
         dsse.new_key(home / trusted_roster.KEY)
 
 
-def _made(home: Path, bundle: str, listed: Roster | None) -> str:
-    """What lies in a new home, and what is to be done with it, for people."""
+def _summary(home: Path, bundle: str, listed: Roster | None) -> str:
+    """The files of a new home and the next steps, as text."""
     if listed is None:
         public = dsse.public_path(home / trusted_roster.KEY)
-        known = f"signing   {public}  (give it to the consortium: fedge roster add)\n"
+        signing = f"signing   {public}  (give it to the consortium: fedge roster add)\n"
     else:
-        known = (
+        signing = (
             f"roster    {home / trusted_roster.FILE}  (version {listed.version} of {listed.consortium}, "
             f"{len(listed.sites)} sites)\n"
         )
     return (
         f"home      {home}\n"
         f"key       {home / node_key.PUBLIC_NAME}  (give it to the server: fedge server admit)\n"
-        f"{known}"
+        f"{signing}"
         f"policy    {home / 'policy.toml'}\n"
         f"bundle    {bundle}  (compare with: fedge server bundle)"
     )
 
 
-def _vouched(home: Path, name: str, trust: Trust) -> _Vouched:
-    """Check that the roster vouches for the key in a home, before anything is written there.
+def _signed_roster(home: Path, name: str, trust: Trust) -> _SignedRoster:
+    """Check that the signed roster lists the key in a home, before anything is written there.
 
     Raises:
-        DeployError: 917, 919.
-        ReleaseError: 602.
+        DeployError: 917, the roster is not usable; 919, it does not list this site and its key.
+        ReleaseError: 602, ``signing.key`` is not usable.
     """
     try:
         signed_by = dsse.load_public(trust.consortium)
@@ -198,16 +203,27 @@ def _vouched(home: Path, name: str, trust: Trust) -> _Vouched:
         )
     private = trusted_roster.own_key(home)
     trusted_roster.require_own(listed, name, private, datetime.now(UTC).date())
-    return _Vouched(key, data, listed)
+    return _SignedRoster(key, data, listed)
 
 
 def status(home: Path) -> dict[str, Any]:
-    """Whether the site is well: connected to its server, certificate good, worker there."""
+    """The site's health: connection to its server, certificate, worker and privacy budget.
+
+    Args:
+        home: of the site.
+
+    Returns:
+        Values for JSON; ``healthy`` is true if everything works.
+
+    Raises:
+        DeployError: 901, not a site's home.
+        ConfigError: 201 to 204, the content of site.toml is not allowed.
+    """
     site = site_config.load(home)
     running = homes.held(home)
-    told = (homes.status(home) or {}) if running else {}
-    services: dict[str, Any] = told.get("services", {})
-    link = _as_of_now(told.get("link") or {})
+    daemon = (homes.status(home) or {}) if running else {}
+    services: dict[str, Any] = daemon.get("services", {})
+    link = _current_link(daemon.get("link") or {})
     worker: dict[str, Any] | None
     # Here, as these import Flower.
     from fedge.client.deployment import budget_status
@@ -219,30 +235,30 @@ def status(home: Path) -> dict[str, Any]:
         worker, problem = None, str(error)
     else:
         problem = _unserved(home, site.site.task)
-    # What Flower's node last said of itself counts only while the line is there.
+    # The last state of Flower's node is valid only while the server is reachable.
     relay = "supernode" in services
     node = services.get("supernode", {}).get("state") == "ready"
     connected = node and bool(link.get("reachable", True))
-    wanted = (worker is not None, not relay or (connected and bool(link.get("reachable"))))
+    conditions = (worker is not None, not relay or (connected and bool(link.get("reachable"))))
     return {
         "site": site.site.name,
         "server": site.server.address,
         "running": running,
         "relay": relay,
         "connected": connected,
-        "connected_since": told.get("connected_since"),
-        "problem": told.get("problem") or "",
+        "connected_since": daemon.get("connected_since"),
+        "problem": daemon.get("problem") or "",
         "link": link,
         "services": services,
         "worker": worker,
         "worker_problem": problem,
         "privacy": budget_status.spent(home),
-        "healthy": running and all(wanted) and not told.get("problem") and not problem,
+        "healthy": running and all(conditions) and not daemon.get("problem") and not problem,
     }
 
 
 def _unserved(home: Path, task: str) -> str:
-    """Why the worker, though it answers, serves nothing; empty where it does, or where the policy is another user's."""
+    """Why a running worker serves nothing; empty where it serves, or where the policy is another user's."""
     from fedge.client.settings import policy
 
     try:
@@ -256,40 +272,40 @@ def _unserved(home: Path, task: str) -> str:
     return f"FE-418 policy.toml: tasks must hold {task}, or nothing is served"
 
 
-def _as_of_now(link: dict[str, Any]) -> dict[str, Any]:
-    """A look at the server, which counts as none where it is too old, or of a time to come."""
+def _current_link(link: dict[str, Any]) -> dict[str, Any]:
+    """The last check of the server; unreachable where the check is outdated, or dated in the future."""
     age = time.time() - float(link.get("at", 0)) if link else 0.0
     if abs(age) <= LINK_STALE:
         return link
     return link | {"reachable": False, "problem": f"not checked since {age:.0f} s"}
 
 
-def status_text(found: Mapping[str, Any]) -> str:
-    """A status as people read it."""
-    link, worker = found["link"], found["worker"]
+def status_text(status: Mapping[str, Any]) -> str:
+    """The result of ``status`` as text."""
+    link, worker = status["link"], status["worker"]
     days = link.get("days_left")
-    reach = link.get("problem") or f"certificate good for {days} days"
+    certificate = link.get("problem") or f"certificate good for {days} days"
     if isinstance(days, int) and days < WARN_DAYS:
-        reach = f"certificate ends in {days} days"
-    lines = [f"site       {found['site']}, {'running' if found['running'] else 'not running'}"]
-    if found["relay"]:
-        state = "connected" if found["connected"] else "not connected"
+        certificate = f"certificate ends in {days} days"
+    lines = [f"site       {status['site']}, {'running' if status['running'] else 'not running'}"]
+    if status["relay"]:
+        state = "connected" if status["connected"] else "not connected"
         lines.append(
-            f"server     {found['server']}, {state}, {reach if link else 'not checked yet'}"
+            f"server     {status['server']}, {state}, {certificate if link else 'not checked yet'}"
         )
-    if found["problem"]:
-        lines.append(f"problem    {found['problem']}")
-    if found["worker_problem"]:
-        lines.append(f"problem    {found['worker_problem']}")
+    if status["problem"]:
+        lines.append(f"problem    {status['problem']}")
+    if status["worker_problem"]:
+        lines.append(f"problem    {status['worker_problem']}")
     if worker is not None:
         lines.append(
             f"serves     task {worker.get('task')}, device {worker.get('device')}, pid {worker.get('pid')}"
         )
-    if found["privacy"] is not None:
+    if status["privacy"] is not None:
         from fedge.client.deployment import budget_status
 
-        lines += budget_status.lines(found["privacy"])
-    for name, service in found["services"].items():
+        lines += budget_status.lines(status["privacy"])
+    for name, service in status["services"].items():
         restarts = f", {service['restarts']} restarts" if service["restarts"] else ""
         lines.append(f"{name:10} {service['state']}, pid {service['pid']}{restarts}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Can the site reach its server, and for how long is the server's certificate good? Asked with TLS, not guessed."""
+"""Checks with a TLS handshake whether the server is reachable, and how long its certificate is valid."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ TIMEOUT = 10.0
 
 
 def check(address: str, ca: Path) -> dict[str, Any]:
-    """Shake hands with the server.
+    """Do a TLS handshake with the server.
+
+    Args:
+        address: host:port.
+        ca: PEM file of the server's CA.
 
     Returns:
-        ``reachable``, ``at`` (seconds since 1970), ``days_left`` of the certificate, and ``problem`` in words.
+        ``reachable``, ``at`` (seconds since 1970), ``days_left`` of the certificate, and ``problem`` as text.
     """
     host, port = split_address(address)
-    found: dict[str, Any] = {"at": round(time.time()), "reachable": False, "days_left": None}
+    result: dict[str, Any] = {"at": round(time.time()), "reachable": False, "days_left": None}
     try:
         context = ssl.create_default_context(cafile=str(ca))
         with (
@@ -30,17 +34,17 @@ def check(address: str, ca: Path) -> dict[str, Any]:
         ):
             certificate = secured.getpeercert() or {}
     except ssl.SSLCertVerificationError as error:
-        return found | {"problem": f"FE-907 certificate: {error.verify_message}"}
+        return result | {"problem": f"FE-907 certificate: {error.verify_message}"}
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
-        return found | {"problem": f"FE-912 the server cannot be reached: {why}"}
+        return result | {"problem": f"FE-912 the server cannot be reached: {why}"}
     expires = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
     days = int((expires - time.time()) // 86_400)
-    return found | {"reachable": True, "days_left": days, "problem": ""}
+    return result | {"reachable": True, "days_left": days, "problem": ""}
 
 
 def write(address: str, ca: Path, path: Path) -> None:
-    """Check, and leave the result in a JSON file."""
+    """Run ``check``, and write its result to the JSON file ``path``."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(check(address, ca)), encoding="utf-8")
     temporary.replace(path)

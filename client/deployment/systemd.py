@@ -16,7 +16,7 @@ from fedge.shared.files import reason, write_atomically
 RELAY: Final = "fedge-site-relay.service"
 WORKER: Final = "fedge-site-worker.service"
 USERS: Final = "fedge-site.conf"
-#: Where the data lies unless told otherwise.
+#: Default folder of the data.
 DATA: Final = Path("/srv/fedge-data")
 
 _USERS_TEXT: Final = """\
@@ -33,7 +33,7 @@ _HOMES: Final = tuple(Path(text) for text in ("/home", "/root", "/run/user"))
 
 
 def texts(*, bin: Path, data: Path = DATA) -> dict[str, str]:
-    """The files by name.
+    """The text of each file, by file name.
 
     Args:
         bin: the folder of the ``fedge`` command, absolute.
@@ -48,9 +48,9 @@ def texts(*, bin: Path, data: Path = DATA) -> dict[str, str]:
                 201,
                 f"{key}: must be an absolute path of letters, digits and '_.+@-', got {str(path)!r}",
             )
-    # Data in somebody's home folder stays readable; all other homes do not become writable by it.
+    # Data in a user's home folder stays readable; all other homes do not become writable by it.
     protect_home = "read-only" if any(data.is_relative_to(home) for home in _HOMES) else "yes"
-    found = {USERS: _USERS_TEXT}
+    contents = {USERS: _USERS_TEXT}
     for name in (RELAY, WORKER):
         text = files(__package__).joinpath(name).read_text(encoding="utf-8")
         for word, value in (
@@ -59,26 +59,34 @@ def texts(*, bin: Path, data: Path = DATA) -> dict[str, str]:
             ("@PROTECT_HOME@", protect_home),
         ):
             text = text.replace(word, value)
-        found[name] = text
-    return found
+        contents[name] = text
+    return contents
 
 
 def write(folder: Path, *, bin: Path, data: Path = DATA) -> list[Path]:
-    """Write the files of ``texts`` into a folder, over those of an earlier release.
+    """Write the files of ``texts`` into a folder, replacing those of an earlier release.
+
+    Args:
+        folder: created if missing.
+        bin: see ``texts``.
+        data: see ``texts``.
+
+    Returns:
+        The paths of the files.
 
     Raises:
         ConfigError: 201, as ``texts``.
         UsageError: 107, the folder cannot be written.
     """
-    found = texts(bin=bin, data=data)
+    contents = texts(bin=bin, data=data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in found.items():
+        for name, text in contents.items():
             write_atomically(folder / name, text.encode())
             (folder / name).chmod(0o644)
     except OSError as error:
         raise UsageError(107, f"{folder}: cannot be written ({reason(error)})") from None
-    return [folder / name for name in found]
+    return [folder / name for name in contents]
 
 
 __all__ = ["DATA", "RELAY", "USERS", "WORKER", "texts", "write"]

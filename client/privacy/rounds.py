@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 from fedge.client import requests
 from fedge.client.privacy.noising import PrivateWork, Round
 from fedge.client.secagg.participant import is_secure
-from fedge.client.secagg.sums import SecureWork
+from fedge.client.secagg.sums import SecureSums
 from fedge.client.training.learner import Learner
 from fedge.shared.config.privacy import CENTRAL
 from fedge.shared.wire.tensors import NDArrays
@@ -30,7 +30,7 @@ class PrivateRounds:
         self,
         learner: Learner,
         work: PrivateWork,
-        secure: SecureWork,
+        secure: SecureSums,
         reply: Callable[..., RecordDict],
     ) -> None:
         self._learner, self._work, self._secure, self._reply = learner, work, secure, reply
@@ -92,4 +92,4 @@ class PrivateRounds:
 
     def _fitted(self, of: Round, received: NDArrays) -> NDArrays:
         """Trained weights; the loss is not told."""
-        return self._learner.fit(of.terms, of.what, received, of.examples)[0]
+        return self._learner.train(of.terms, of.what, received, of.examples)[0]

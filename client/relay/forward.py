@@ -1,7 +1,7 @@
-"""The way from Flower's ClientApp to the site's worker: pass the request on, return its answer.
+"""Forwards requests from Flower's ClientApp to the site's worker, and returns its replies.
 
-Neither torch nor data is imported here, so a message costs no start of a framework, and code that a
-server ships stands nowhere near the examples. A link may be a direct call (one process) or a socket
+Neither torch nor data is imported here, so a message does not pay for starting a framework, and code that a
+server ships has no access to the examples. A link may be a direct call (one process) or a socket
 to a resident worker (``fedge.client.relay.worker_client``).
 """
 
@@ -27,7 +27,7 @@ UNREACHABLE, REFUSED = 413, 414
 
 
 class Link(Protocol):
-    """A way to one site's worker."""
+    """A connection to one site's worker."""
 
     def exchange(self, kind: str, content: RecordDict) -> RecordDict:
         """Deliver a request and return the reply, within the link's own deadline.
@@ -42,18 +42,18 @@ class Link(Protocol):
 
 
 class Worker(Protocol):
-    """What answers requests at a site."""
+    """Answers requests at a site."""
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict:
         """Answer a request.
 
         Raises:
-            FedgeError: what cannot be done, by number.
+            FedgeError: the request is refused or failed; the number says why.
         """
 
 
 class DirectLink:
-    """A worker in this very process."""
+    """A link to a worker in the same process."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -72,7 +72,7 @@ def connect(site: str, link: Link) -> None:
 
 
 def disconnect(site: str) -> None:
-    """Forget the site's link; its messages are answered with an error from now on."""
+    """Remove the site's link; its messages are answered with an error from now on."""
     _links.pop(site, None)
 
 

@@ -1,8 +1,8 @@
 """The relay's end of the socket to the site's resident worker.
 
-Requests are idempotent, so a worker that is not there, or that dies while it works, is simply asked
-again: its supervisor starts it anew, and it answers the same request with the same bits. A request over
-which it died three times is not repeated: it would die a fourth time.
+Requests are idempotent, so a request is retried when the worker is not running or dies while it computes: its
+supervisor restarts it, and it answers the same request with the same bits. A request over which it
+died three times is not retried.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ DEFAULT_DEADLINE: Final = 3600.0
 PERMIT: Final = "worker.permit"
 STATUS: Final = "worker.status"
 
-#: Deaths of the worker over one request (it had it all, and the connection ended), from which it is given up.
+#: Deaths of the worker over one request (fully sent, then the connection ended) after which it is not retried.
 DEATHS: Final = 3
 
 _PAUSE: Final = 0.2
 _SHORT: Final = 5.0
 _FAILED: Final = 413
-_SILENT: Final = 420
-#: What a worker that is being started anew looks like.
-_AWAY: Final = (ConnectionError, FileNotFoundError, BlockingIOError, EOFError)
+_TIMED_OUT: Final = 420
+#: Errors of a connection to a worker that is restarting.
+_DISCONNECTED: Final = (ConnectionError, FileNotFoundError, BlockingIOError, EOFError)
 
 
 class _DiedError(Exception):
@@ -52,7 +52,7 @@ class SocketLink:
     Args:
         path: of the socket, of any length.
         deadline: seconds from the request to the reply, the worker's restarts included.
-        bundle: SHA-256 of the Flower bundle that this process runs; by default what the environment says.
+        bundle: SHA-256 of the Flower bundle that this process runs; by default from the environment.
     """
 
     def __init__(self, path: Path, deadline: float, bundle: str | None = None) -> None:
@@ -61,27 +61,27 @@ class SocketLink:
         self._bundle = os.environ.get(BUNDLE_VARIABLE, "") if bundle is None else bundle
 
     def exchange(self, kind: str, content: RecordDict) -> RecordDict:
-        """Ask the worker, again and again while it is not there.
+        """Send a request to the worker, with retries while it is not running.
 
         Raises:
-            SiteError: the worker's refusal, by its number; 413, it died three times over the request; 420, it
-                does not answer in time.
+            SiteError: the worker's own error number; 413, it died three times over the request; 420, it
+                did not answer in time.
         """
         return self._ask(frames.Request(kind, content, self._bundle), self.deadline)
 
     def permit(self, bundle: str) -> None:
-        """Ask whether the site approved a Flower bundle; to be called before any of its code runs.
+        """Check that the site approved a Flower bundle; to be called before any of its code runs.
 
         Args:
             bundle: its SHA-256 in hexadecimal.
 
         Raises:
-            SiteError: 419, it did not; 413 or 420, the worker does not answer.
+            SiteError: 419, it is not approved; 413 or 420, the worker does not answer.
         """
         self._ask(frames.Request(PERMIT, RecordDict(), bundle), self.deadline)
 
     def status(self) -> dict[str, Any]:
-        """What the worker is and does, asked once with a short deadline.
+        """Ask the worker for its status, once and with a short deadline.
 
         Returns:
             ``pid``, ``site``, ``task``, ``device``, ``examples`` (training rows), ``busy``, ``uptime``
@@ -94,10 +94,12 @@ class SocketLink:
         reply = self._ask(
             frames.Request(STATUS, RecordDict()), min(self.deadline, _SHORT), once=True
         )
-        found = reply.get("status")
-        if not isinstance(found, ConfigRecord):
-            raise SiteError(_SILENT, f"{self.path}: must answer with a status, got another record")
-        return dict(found)
+        status = reply.get("status")
+        if not isinstance(status, ConfigRecord):
+            raise SiteError(
+                _TIMED_OUT, f"{self.path}: must answer with a status, got another record"
+            )
+        return dict(status)
 
     def _ask(self, request: frames.Request, deadline: float, *, once: bool = False) -> RecordDict:
         until = time.monotonic() + deadline
@@ -111,11 +113,11 @@ class SocketLink:
                 body = self._once(parts, until)
                 break
             except TimeoutError:
-                raise self._silent(f"none within {deadline:g} s") from None
-            except (*_AWAY, _DiedError) as error:
+                raise self._timed_out(f"none within {deadline:g} s") from None
+            except (*_DISCONNECTED, _DiedError) as error:
                 if once or time.monotonic() + _PAUSE >= until:
                     why = str(error) or type(error).__name__
-                    raise self._silent(f"none within {deadline:g} s ({why})") from None
+                    raise self._timed_out(f"none within {deadline:g} s ({why})") from None
                 deaths += isinstance(error, _DiedError)
                 if deaths == DEATHS:
                     raise SiteError(
@@ -124,11 +126,11 @@ class SocketLink:
                     ) from None
                 time.sleep(_PAUSE)
             except (OSError, frames.WireError) as error:
-                raise self._silent(str(error)) from None
+                raise self._timed_out(str(error)) from None
         try:
             reply = frames.decode_reply(body)
         except frames.WireError as error:
-            raise self._silent(str(error)) from None
+            raise self._timed_out(str(error)) from None
         if isinstance(reply, int):
             code = reply if reply in CATALOGUE else _FAILED
             raise SiteError(code, f"{request.kind}: must be served by the worker, got FE-{reply}")
@@ -147,14 +149,14 @@ class SocketLink:
                 # One that closes without having read the request resets the connection instead.
                 raise _DiedError(str(error)) from None
 
-    def _silent(self, got: str) -> SiteError:
-        return SiteError(_SILENT, f"{self.path}: must answer, got {got}")
+    def _timed_out(self, got: str) -> SiteError:
+        return SiteError(_TIMED_OUT, f"{self.path}: must answer, got {got}")
 
 
 def deadline_of_environment() -> float:
-    """Seconds to wait for a reply, as the launcher says, else an hour."""
+    """Seconds to wait for a reply, from the launcher's environment variable, else 3600."""
     try:
-        found = float(os.environ.get(DEADLINE_VARIABLE, ""))
+        seconds = float(os.environ.get(DEADLINE_VARIABLE, ""))
     except ValueError:
         return DEFAULT_DEADLINE
-    return found if math.isfinite(found) and found > 0 else DEFAULT_DEADLINE
+    return seconds if math.isfinite(seconds) and seconds > 0 else DEFAULT_DEADLINE

@@ -113,7 +113,7 @@ class Session:
         self._rounding_key, self._min_sites = rounding_key, min_sites
         self._box, self._mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
         self._seed = bytearray(os.urandom(32))
-        self.bundle = transcript.new_bundle(
+        self.bundle = transcript.new_advertisement(
             attempt, anchors.site, self._box.public, self._mask.public, anchors.private
         )
         self._t = b""
@@ -293,7 +293,7 @@ class Session:
     def _agree(self, bundle: KeyAdvertisement) -> None:
         try:
             self._agreed[bundle.site] = (
-                key_agreement.shared(self._box, bundle.box_key),
+                key_agreement.shared(self._box, bundle.encryption_key),
                 key_agreement.shared(self._mask, bundle.mask_key),
             )
         except ValueError as error:

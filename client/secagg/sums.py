@@ -28,7 +28,7 @@ _REFUSED: Final = 418
 FOLDER: Final = "secagg"
 
 
-class SecureWork:
+class SecureSums:
     """The secure sums of one worker.
 
     Args:
@@ -65,39 +65,39 @@ class SecureWork:
         self,
         request: RecordDict,
         terms: Terms,
-        what: Training,
+        training: Training,
         received: NDArrays,
         fit: Callable[[], tuple[NDArrays, float]] | None,
         num_examples: int,
         *,
         private: bool = False,
     ) -> ConfigRecord:
-        """Begin the sum of a round's updates; a further attempt at the same round trains nothing anew.
+        """Begin the sum of a round's updates; a further attempt at the same round does not train again.
 
         Args:
             request: to train.
             terms: of it.
-            what: it asks for.
+            training: the training that the request asks for.
             received: its weights.
             fit: trains, and gives weights and loss; None where the site has no examples.
             num_examples: that it trains on.
-            private: the weights are noised, and neither loss nor number of examples may be told.
+            private: the weights are noised, and neither loss nor number of examples may be reported.
         """
         bounds = participant.bounds_of(request)
         job = jobs.digest(protocol.TRAIN, request)
 
         def contribute() -> InputVector:
             known = self._trained
-            if known is not None and known[:2] == (job, what.accepted_round):
+            if known is not None and known[:2] == (job, training.accepted_round):
                 return known[2]
-            of = vector_layout.of_training(
-                self._shapes, self._parameters, bounds, control=what.control
+            layout = vector_layout.of_training(
+                self._shapes, self._parameters, bounds, control=training.control
             )
             trained, loss = fit() if fit else (None, 0.0)
             made = input_vector.training(
-                of, bounds, received, trained, num_examples, loss, private=private
+                layout, bounds, received, trained, num_examples, loss, private=private
             )
-            self._trained = (job, what.accepted_round, made)
+            self._trained = (job, training.accepted_round, made)
             return made
 
         return self.require().begin(protocol.TRAIN, request, terms.address, terms.seed, contribute)
@@ -124,7 +124,7 @@ class SecureWork:
         Raises:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
-        of = vector_layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
+        layout = vector_layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
         job = jobs.digest(protocol.TRAIN, request)
         least = participant.min_sites_of(request)
 
@@ -133,7 +133,7 @@ class SecureWork:
             known = self._trained
             if known is not None and known[:2] == (job, 0):
                 return known[2]
-            made = input_vector.noised(of, noise, received, fit() if fit else None)
+            made = input_vector.noised(layout, noise, received, fit() if fit else None)
             self._trained = (job, 0, made)
             return made
 
@@ -166,11 +166,11 @@ class SecureWork:
         Raises:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
-        of = vector_layout.of_evaluation(tuple(names), noised=noised)
+        layout = vector_layout.of_evaluation(tuple(names), noised=noised)
 
         def contribute() -> InputVector:
             found = count()
-            return input_vector.evaluation(of, {n: found[n] for n in names})
+            return input_vector.evaluation(layout, {n: found[n] for n in names})
 
         return self.require().begin(kind, request, terms.address, terms.seed, contribute, min_sites)
 
@@ -179,13 +179,13 @@ class SecureWork:
     ) -> ConfigRecord:
         """Begin the sum over standardised columns."""
         bounds = column_bounds(self._task)
-        of = vector_layout.of_statistics(len(bounds))
+        layout = vector_layout.of_statistics(len(bounds))
         return self.require().begin(
             messages.STATISTICS,
             request,
             address,
             0,
-            lambda: input_vector.statistics(of, found, bounds),
+            lambda: input_vector.statistics(layout, found, bounds),
         )
 
     def step(self, kind: str, request: RecordDict, address: Address) -> RecordDict:

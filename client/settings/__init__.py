@@ -1,1 +1,1 @@
-"""What the site's administrator wrote: site.toml and policy.toml."""
+"""The settings of the site's administrator: site.toml and policy.toml."""

@@ -1,8 +1,8 @@
-"""``policy.toml``: what a site's worker serves, by its owner's word alone.
+"""``policy.toml``: the requests that a site's worker serves, decided by its owner only.
 
-The worker holds every request against it before it looks at anything else. There is no default: a
-worker without this file does not start, and one whose file breaks while it runs refuses everything
-until the file is mended. A change takes effect at the next request.
+The worker checks every request against it before anything else. There is no default: a
+worker without this file does not start, and one whose file becomes invalid refuses everything
+until the file is fixed. A change takes effect at the next request.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ _NOT_APPROVED: Final = 419
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _COHORTS: Final = (protocol.TRAIN, protocol.EVALUATE, protocol.CALIBRATE, protocol.QUALIFY)
-#: What gives something of the data away unless it is masked.
+#: Requests whose replies reveal something of the data, except under secure aggregation.
 _IN_CLEAR: Final = (protocol.REGISTER, *_COHORTS)
 
 
 class SecurePolicy(Section):
-    """On which terms the site takes part in secure aggregation."""
+    """The site's terms of secure aggregation."""
 
     required: bool = Field(
-        False, description="whether weights, metrics and counts leave the site under masks only"
+        False,
+        description="whether weights, metrics and counts leave the site under secure aggregation only",
     )
-    min_sites: int = Field(5, ge=3, le=2048, description="fewest sites of a sum")
+    min_sites: int = Field(5, ge=3, le=2048, description="minimum number of sites of a sum")
     max_clipping_bound: float = Field(
         100.0, gt=0, le=1e6, description="largest L2 norm to which an update is clipped"
     )
@@ -51,15 +52,15 @@ class SecurePolicy(Section):
         10_000.0,
         gt=0,
         le=1e6,
-        description="largest bound of the change of a value that is no parameter, which no norm clips",
+        description="largest bound of the change of a value that is not a parameter, which no norm clips",
     )
     max_weight_cap: int = Field(
-        2**23, ge=1, le=2**23, description="most examples that the site may weigh"
+        2**23, ge=1, le=2**23, description="largest weight of the site, in examples"
     )
 
 
 class Policy(Section):
-    """What the worker serves and what it may take of the machine."""
+    """The requests that the worker serves, and its limits on the machine."""
 
     tasks: tuple[Name, ...] = Field(description="tasks that may be trained and evaluated")
     bundles: tuple[Digest, ...] = Field(
@@ -70,7 +71,7 @@ class Policy(Section):
         1_000, ge=1, le=1_000_000, description="highest round of a run that is served"
     )
     min_cohort: int = Field(
-        2, ge=0, le=100_000, description="fewest sites invited to a round that is served"
+        2, ge=0, le=100_000, description="minimum number of sites invited to a round that is served"
     )
     share_statistics: bool = Field(
         True,
@@ -91,10 +92,10 @@ class Policy(Section):
         None,
         gt=0,
         le=1e6,
-        description="most data of the worker's process, in GiB; only where it computes on the CPU",
+        description="largest data of the worker's process, in GiB; only where it computes on the CPU",
     )
     gpu_memory_fraction: float = Field(
-        0.9, gt=0, le=1, description="most of a GPU's memory, as a share"
+        0.9, gt=0, le=1, description="largest share of a GPU's memory"
     )
     max_request_mib: int = Field(
         1024, ge=1, le=1_048_576, description="largest request that is read, in MiB"
@@ -104,10 +105,14 @@ class Policy(Section):
 
 
 def approve(policy: Policy, bundle: str) -> None:
-    """Hold a Flower bundle against the policy.
+    """Check a Flower bundle against the policy.
+
+    Args:
+        policy: of the site.
+        bundle: SHA-256 of the bundle, hexadecimal.
 
     Raises:
-        SiteError: 419, it is not one that the site approved.
+        SiteError: 419, the site did not approve it.
     """
     if bundle not in policy.bundles:
         raise SiteError(
@@ -117,13 +122,13 @@ def approve(policy: Policy, bundle: str) -> None:
 
 
 def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
-    """Hold a request against the policy; what it does not name is not allowed.
+    """Check a request against the policy; what it does not name is not allowed.
 
-    ``min-cohort`` is not held against a request to register: its number counts the nodes that are asked at this moment,
-    and a late joiner is asked alone. What registering gives away is bounded by ``share-statistics``.
+    ``min-cohort`` is not checked for a request to register: its number counts the nodes that register together, and a
+    late joiner registers alone. What registering reveals is bounded by ``share-statistics``.
 
     Args:
-        policy: the site's.
+        policy: of the site.
         kind: the message type.
         content: of the request.
         bundle: SHA-256 of the Flower bundle that it came through.
@@ -132,12 +137,12 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
         SiteError: 419, the bundle is not approved; 418, anything else is not allowed.
     """
     approve(policy, bundle)
-    found = content.get(protocol.CONFIG)
-    config = found if isinstance(found, ConfigRecord) else ConfigRecord()
-    for key, known in ((protocol.TASK, policy.tasks), (protocol.VERSION, policy.versions)):
+    record = content.get(protocol.CONFIG)
+    config = record if isinstance(record, ConfigRecord) else ConfigRecord()
+    for key, allowed in ((protocol.TASK, policy.tasks), (protocol.VERSION, policy.versions)):
         value = config.get(key)
-        if not isinstance(value, str) or value not in known:
-            raise _refusal(key, f"one of {', '.join(known) or 'none'}", value)
+        if not isinstance(value, str) or value not in allowed:
+            raise _refusal(key, f"one of {', '.join(allowed) or 'none'}", value)
     number = config.get(protocol.SERVER_ROUND)
     if type(number) is not int or number > policy.max_rounds:
         raise _refusal(protocol.SERVER_ROUND, f"at most {policy.max_rounds}", number)
@@ -149,8 +154,8 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
     elif kind == protocol.REGISTER and not policy.share_statistics:
         standardise = config.get(protocol.STANDARDISE)
         if standardise != "site":
-            wanted = "site while share-statistics is false"
-            raise _refusal(protocol.STANDARDISE, wanted, standardise)
+            expected = "site while share-statistics is false"
+            raise _refusal(protocol.STANDARDISE, expected, standardise)
     privacy_policy.allow(policy.privacy, kind, config)
     if kind == protocol.CALIBRATE:
         _allow_ranges(policy, config, masked=isinstance(secure, ConfigRecord))
@@ -161,39 +166,39 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
 
 
 def shares_ranges(policy: Policy) -> bool:
-    """Whether ranges of activations over training data may leave as they are, where the owner says so or by default."""
+    """Whether ranges of activations over training data may leave without noise and in clear, set or by default."""
     if policy.share_ranges is not None:
         return policy.share_ranges
     return policy.share_statistics and not policy.privacy.required
 
 
 def _allow_ranges(policy: Policy, config: ConfigRecord, *, masked: bool) -> None:
-    """Hold a request for ranges against the policy: where privacy is required, masks do not make up for noise."""
+    """Check a request for ranges: where privacy is required, secure aggregation does not replace noise."""
     if shares_ranges(policy) or requests.section_of(config).metrics == "noised":
         return
     if policy.privacy.required:
-        wanted = "with noise while privacy.required is true and share-ranges is not"
-        raise _refusal(protocol.CALIBRATE, wanted, "without")
+        expected = "with noise while privacy.required is true and share-ranges is not"
+        raise _refusal(protocol.CALIBRATE, expected, "without")
     if not masked:
-        wanted = "under masks or with noise while share-ranges is false"
-        raise _refusal(protocol.CALIBRATE, wanted, "in clear")
+        expected = "under secure aggregation or with noise while share-ranges is false"
+        raise _refusal(protocol.CALIBRATE, expected, "in clear")
 
 
 def _allow_secure(policy: SecurePolicy, secure: ConfigRecord) -> None:
-    """Hold the bounds of a secure sum, where a request states them, against the policy."""
-    for key, most in (
+    """Check the bounds of a secure sum, where a request states them, against the policy."""
+    for key, maximum in (
         (messages.CLIPPING_BOUND, policy.max_clipping_bound),
         (messages.VALUE_BOUND, policy.max_value_bound),
         (messages.STATE_BOUND, policy.max_state_bound),
         (messages.WEIGHT_CAP, policy.max_weight_cap),
     ):
         value = secure.get(key, 0)
-        if not isinstance(value, int | float) or not value <= most:
-            raise _refusal(key, f"at most {most:g}", value)
+        if not isinstance(value, int | float) or not value <= maximum:
+            raise _refusal(key, f"at most {maximum:g}", value)
 
 
-def _refusal(key: str, wanted: str, got: object) -> SiteError:
-    return SiteError(_REFUSED, f"{key}: must be {wanted} by {FILE}, got {str(got)[:80]!r}")
+def _refusal(key: str, expected: str, got: object) -> SiteError:
+    return SiteError(_REFUSED, f"{key}: must be {expected} by {FILE}, got {str(got)[:80]!r}")
 
 
 def read(home: Path) -> Policy:
@@ -217,16 +222,16 @@ class PolicyFile:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._lock = threading.Lock()
-        # Looked at before it is read: a change in between is then seen as one.
+        # Its state is noted before it is read, so that a change in between is noticed.
         self._seen = self._mark()
         self._policy: Policy | None = read(home)
         self._problem = ""
 
     def current(self) -> Policy:
-        """The policy as the file says now.
+        """The policy as the file is now.
 
         Raises:
-            SiteError: 418, the file is gone or broken, so nothing is allowed.
+            SiteError: 418, the file is missing or invalid, so nothing is allowed.
         """
         with self._lock:
             mark = self._mark()
@@ -242,7 +247,7 @@ class PolicyFile:
 
     def _mark(self) -> tuple[int, int, int, int] | None:
         try:
-            found = (self._home / FILE).stat()
+            status = (self._home / FILE).stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

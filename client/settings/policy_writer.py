@@ -1,4 +1,4 @@
-"""Writes a new ``policy.toml``: every key with its meaning, for an owner who is to change it by hand."""
+"""Writes a new ``policy.toml``: every key with its meaning, for an owner who edits it by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ versions = {versions}
 
 # Highest round of a run that is served.
 max-rounds = {max_rounds}
-# Fewest sites invited to a round. With few others, a model tells more about this site.
+# Minimum number of sites invited to a round. With few others, a model reveals more about this site.
 min-cohort = {min_cohort}
 # Whether the server may learn, when the site registers, the sum and the sum of squares of each feature over this site's
 # training data, in the clear; a run with data.standardise = "federated" needs them, and is refused where this is false.
@@ -31,47 +31,47 @@ share-statistics = {share_statistics}
 # Whether the server may learn, once in each run with calibration.enabled, the smallest and the largest value of each
 # input and each activation of the final model, over at least 64 of the training examples (all where there are fewer).
 # Each such value is some single example's own: of an input, the most extreme measurement that is in them; and a server
-# that chooses the weights chooses what of that example they tell. As share-statistics while this line is a comment, but
-# false where privacy is required. Where it is false, ranges leave under masks or with noise; where privacy is required,
-# with noise alone.
+# that chooses the weights chooses what of that example they reveal. As share-statistics while this line is a comment,
+# but false where privacy is required. Where it is false, ranges leave under secure aggregation or with noise; where
+# privacy is required, with noise only.
 {share_ranges}
 
 # Device: cpu, cuda, cuda:N, or auto, which takes a GPU where there is one.
 device = "{device}"
-# Most of the GPU's memory, as a share.
+# Largest share of the GPU's memory.
 gpu-memory-fraction = 0.9
-# Most data of the worker's process, in GiB; unbounded while this line is a comment. Only where it computes on the CPU:
-# with a GPU it must stay a comment, and the service manager's bound (MemoryMax= of systemd) holds instead.
+# Largest data of the worker's process, in GiB; unbounded while this line is a comment. Only where it computes on the
+# CPU: with a GPU it must stay a comment, and the service manager's bound (MemoryMax= of systemd) holds instead.
 # memory-gib = 8.0
 # Largest request that is read, in MiB.
 max-request-mib = 1024
 
 [secure-aggregation]
-# Whether weights, metrics and counts leave the site under masks only; needs a signed roster here.
+# Whether weights, metrics and counts leave the site under secure aggregation only; needs a signed roster here.
 required = {required}
-# Fewest sites of a sum. The fewer there are, the more the sum tells of each.
+# Minimum number of sites of a sum. The fewer there are, the more the sum reveals of each.
 min-sites = {min_sites}
 # Largest L2 norm to which the server may have an update clipped.
 max-clipping-bound = {max_clipping_bound}
 # Largest bounds of the change of one parameter, and of a value that is none (BatchNorm), which no norm clips.
 max-value-bound = {max_value_bound}
 max-state-bound = {max_state_bound}
-# Most examples that the site may weigh.
+# Largest weight of the site, in examples.
 max-weight-cap = {max_weight_cap}
 
 [privacy]
 # Whether the site takes part under differential privacy only.
 required = {private}
-# Name of this site's data in its ledger: all runs on them spend of one budget, whoever asks. The site stops before the
+# Name of this site's data in its ledger: all runs on them, of any server, share one budget. The site stops before the
 # round that would exceed it.
 study = "{study}"
 epsilon = {epsilon}
 delta = {delta}
-# Whose epsilon counts: the server's, which sees who takes part, or that of the model's readers (consumers).
+# Whose epsilon counts: the server's, which sees who takes part, or that of the model's consumers.
 against = "{against}"
 # Whether counts over held-out examples may leave without noise where privacy is required.
 share-metrics = {share_metrics}
-# Whether mean and deviation of columns may be used without noise where privacy is required.
+# Whether mean and standard deviation of columns may be used without noise where privacy is required.
 share-statistics = {share_private_statistics}
 # Whether the server may get updates without noise, to add it itself, where privacy is required.
 trust-server = {trust_server}
@@ -93,7 +93,7 @@ def text(
     secure: SecurePolicy,
     privacy: PrivacyPolicy,
 ) -> str:
-    """The policy as TOML with comments; for what each value means see ``policy.write``."""
+    """The policy as TOML with comments; the arguments are those of ``write``."""
     return _TEXT.format(
         tasks=_list(tasks),
         bundles=_list(bundles),
@@ -145,34 +145,34 @@ def write(
     secure: SecurePolicy | None = None,
     privacy: PrivacyPolicy | None = None,
 ) -> Policy:
-    """Write a home's policy with comments, replacing what was there.
+    """Write a home's policy with comments, replacing an existing one.
 
     Args:
-        home: made where missing, for its owner alone.
-        tasks: that are served.
+        home: created if missing, readable by its owner only.
+        tasks: names of the tasks that are served.
         bundles: SHA-256 (hex) of approved Flower bundles.
-        versions: of the server's fedge.
+        versions: allowed versions of the server's fedge.
         max_rounds: highest round served.
-        min_cohort: fewest sites invited.
+        min_cohort: minimum number of sites invited to a round.
         share_statistics: whether sums over features may leave the site.
-        share_ranges: whether ranges of activations may; where None as ``shares_ranges`` says.
-        device: where to compute.
+        share_ranges: whether ranges of activations may; None for the default of ``shares_ranges``.
+        device: as ``Policy.device``.
         secure: terms of secure aggregation; not required where None.
         privacy: terms of differential privacy; not required where None.
 
     Raises:
         ConfigError: 201, a value is not allowed; the file is then not written.
     """
-    given = {"tasks": tuple(tasks), "bundles": tuple(bundles), "versions": tuple(versions)}
+    lists = {"tasks": tuple(tasks), "bundles": tuple(bundles), "versions": tuple(versions)}
     others = {
         "max-rounds": max_rounds,
         "min-cohort": min_cohort,
         "share-statistics": share_statistics,
         "device": device,
     }
-    home_files.check({**given, **others}, Policy, FILE)
-    made = text(
-        **given,
+    home_files.check({**lists, **others}, Policy, FILE)
+    content = text(
+        **lists,
         max_rounds=max_rounds,
         min_cohort=min_cohort,
         share_statistics=share_statistics,
@@ -182,5 +182,5 @@ def write(
         privacy=privacy or PrivacyPolicy(),
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(home / FILE, made.encode())
+    write_atomically(home / FILE, content.encode())
     return read(home)

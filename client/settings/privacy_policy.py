@@ -1,4 +1,4 @@
-"""``[privacy]`` of policy.toml: on which terms the site's data may be learnt from."""
+"""``[privacy]`` of policy.toml: the site's terms of differential privacy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedge.shared.errors import SiteError
 from fedge.shared.secagg import messages
 
 _REFUSED: Final = 418
-#: What is asked of the data; later steps of a secure sum go on from one of these.
+#: Requests that read the data; later steps of a secure sum follow one of these.
 _ABOUT_DATA: Final = (
     protocol.REGISTER,
     protocol.TRAIN,
@@ -29,7 +29,7 @@ _METRICS: Final = (protocol.EVALUATE, protocol.QUALIFY)
 
 
 class PrivacyPolicy(Section):
-    """On which terms the site's data may be learnt from."""
+    """The site's terms of differential privacy."""
 
     required: bool = Field(
         False, description="whether the site takes part under differential privacy only"
@@ -37,15 +37,19 @@ class PrivacyPolicy(Section):
     study: str = Field(
         "default",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}$",
-        description="name of the site's data in its ledger; all runs on them spend of one budget, whoever asks",
+        description="name of the site's data in its ledger; all runs on them, of any server, share one budget",
     )
     epsilon: float = Field(
-        10.0, ge=0, le=1e9, description="most that all runs of the study may spend together"
+        10.0,
+        ge=0,
+        le=1e9,
+        description="privacy budget that all runs of the study may spend together",
     )
-    delta: float = Field(1e-5, ge=1e-10, lt=1, description="at which epsilon is reckoned")
+    delta: float = Field(1e-5, ge=1e-10, lt=1, description="at which epsilon is computed")
     against: Literal["server", "consumers"] = Field(
         "server",
-        description="whose epsilon the budget bounds: the server's, which sees who takes part, or the model's readers'",
+        description="whose epsilon the budget bounds: the server's, which sees who takes part, or that of the model's"
+        " consumers",
     )
     share_metrics: bool = Field(
         False,
@@ -53,7 +57,8 @@ class PrivacyPolicy(Section):
     )
     share_statistics: bool = Field(
         False,
-        description="whether mean and deviation of columns may be used without noise where privacy is required",
+        description="whether mean and standard deviation of columns may be used without noise where privacy is"
+        " required",
     )
     trust_server: bool = Field(
         False,
@@ -73,34 +78,39 @@ def simulated() -> PrivacyPolicy:
 
 
 def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
-    """Hold a request against the policy.
+    """Check a request against the policy.
+
+    Args:
+        policy: of the site.
+        kind: the message type.
+        config: configuration record of the request.
 
     Raises:
-        SiteError: 418, the site's owner does not allow it; 414, it cannot be read.
+        SiteError: 418, the site's owner does not allow it; 414, its privacy section does not parse.
     """
     if not policy.required:
         return
     if kind not in _ABOUT_DATA:
         return
-    asked = section_of(config)
-    if asked.mechanism == "off":
+    section = section_of(config)
+    if section.mechanism == "off":
         raise _refusal(kind, "under differential privacy", "without")
-    if asked.mechanism in CENTRAL and not policy.trust_server:
-        wanted = "of the site's own while privacy.trust-server is false"
-        raise _refusal("privacy.mechanism", wanted, asked.mechanism)
-    if asked.mechanism == "distributed" and asked.corrupt_sites < policy.corrupt_sites:
+    if section.mechanism in CENTRAL and not policy.trust_server:
+        expected = "of the site's own while privacy.trust-server is false"
+        raise _refusal("privacy.mechanism", expected, section.mechanism)
+    if section.mechanism == "distributed" and section.corrupt_sites < policy.corrupt_sites:
         raise _refusal(
-            "privacy.corrupt-sites", f"at least {policy.corrupt_sites}", asked.corrupt_sites
+            "privacy.corrupt-sites", f"at least {policy.corrupt_sites}", section.corrupt_sites
         )
-    if asked.statistics == "unprotected" and not policy.share_statistics:
-        wanted = "off while privacy.share-statistics is false"
-        raise _refusal("privacy.statistics", wanted, asked.statistics)
-    noised = asked.metrics == "noised"
+    if section.statistics == "unprotected" and not policy.share_statistics:
+        expected = "off while privacy.share-statistics is false"
+        raise _refusal("privacy.statistics", expected, section.statistics)
+    noised = section.metrics == "noised"
     if kind in _METRICS and not policy.share_metrics and not noised:
         raise _refusal(
-            kind, "left out while privacy.share-metrics is false, or noised", asked.metrics
+            kind, "left out while privacy.share-metrics is false, or noised", section.metrics
         )
 
 
-def _refusal(key: str, wanted: str, got: object) -> SiteError:
-    return SiteError(_REFUSED, f"{key}: must be {wanted} by policy.toml, got {str(got)[:80]!r}")
+def _refusal(key: str, expected: str, got: object) -> SiteError:
+    return SiteError(_REFUSED, f"{key}: must be {expected} by policy.toml, got {str(got)[:80]!r}")

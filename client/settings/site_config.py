@@ -1,4 +1,4 @@
-"""``site.toml``: who a site is, where its server is, where its data lie and where its worker listens.
+"""``site.toml``: the site's name, its server's address, its data and its worker's socket.
 
 Relay and worker read the same file in processes of their own; reading it imports no torch.
 """
@@ -19,14 +19,14 @@ FILE: Final = "site.toml"
 
 
 class Identity(Section):
-    """Who the site is."""
+    """The site's name and task."""
 
-    name: SiteName = Field(description="as the server registered it; part of every draw")
+    name: SiteName = Field(description="as the server registered it; part of every random seed")
     task: str = Field(min_length=1, max_length=64, description="name of an installed task")
 
 
 class Server(Section):
-    """Where the server is."""
+    """Address and certificate authority of the server."""
 
     address: str = Field(
         pattern=r"^(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}$",
@@ -62,7 +62,7 @@ class OwnData(Section):
 
 
 class WorkerPart(Section):
-    """How relay and worker meet."""
+    """The socket between relay and worker."""
 
     socket: FilePath = Field(
         Path("worker.sock"), description="Unix socket of the worker; relative to the home"
@@ -79,7 +79,7 @@ class WorkerPart(Section):
 
 
 class SiteFile(Section):
-    """A site."""
+    """The content of ``site.toml``."""
 
     site: Identity
     server: Server
@@ -97,19 +97,19 @@ def load(home: Path) -> SiteFile:
         DeployError: 901, there is none.
         ConfigError: 201 to 204, its content is not allowed.
     """
-    found = home_files.read(home / FILE, SiteFile)
+    file = home_files.read(home / FILE, SiteFile)
     base = home.absolute()
 
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else base / path
 
-    server = {"root_certificates": absolute(found.server.root_certificates)}
-    data = {"path": absolute(found.data.path), "share": absolute(found.data.share)}
-    return found.model_copy(
+    server = {"root_certificates": absolute(file.server.root_certificates)}
+    data = {"path": absolute(file.data.path), "share": absolute(file.data.share)}
+    return file.model_copy(
         update={
-            "server": found.server.model_copy(update=server),
-            "data": found.data.model_copy(update=data),
-            "worker": found.worker.model_copy(update={"socket": absolute(found.worker.socket)}),
+            "server": file.server.model_copy(update=server),
+            "data": file.data.model_copy(update=data),
+            "worker": file.worker.model_copy(update={"socket": absolute(file.worker.socket)}),
         }
     )
 
@@ -124,22 +124,22 @@ def write(
     root_certificates: Path = Path("ca.crt"),
     worker: WorkerPart | None = None,
 ) -> SiteFile:
-    """Write a home's ``site.toml``, replacing what was there.
+    """Write a home's ``site.toml``, replacing an existing one.
 
     Args:
-        home: made where missing, for its owner alone.
+        home: created if missing, readable by its owner only.
         name: of the site.
-        task: of an installed task.
+        task: name of an installed task.
         address: host:port of the server.
         data: where the examples lie; paths may be relative to the home.
-        root_certificates: of the server, likewise.
+        root_certificates: PEM file of the server's CA; may be relative to the home.
         worker: socket and deadline.
 
     Returns:
-        What ``load`` gives.
+        The result of ``load``.
 
     Raises:
-        ConfigError: 201, a value is not allowed; the file is then not there.
+        ConfigError: 201, a value is not allowed; the file is then not written.
     """
     tree: dict[str, Any] = {
         "site": {"name": name, "task": task},

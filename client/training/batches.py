@@ -1,8 +1,7 @@
-"""The order in which a site visits its rows: one endless stream of batches, addressed by step.
+"""The order in which a site visits its rows: an endless stream of batches, indexed by step.
 
-Epoch ``e`` is a permutation drawn for (seed, site, e) alone, its last batch as short as the rows
-leave it. Round r with K steps takes steps (r-1)K to rK-1, so the iterator keeps its place across
-rounds without any state.
+Epoch ``e`` is a permutation seeded by (seed, site, e) alone; its last batch may be shorter.
+Round r with K steps takes steps (r-1)K to rK-1, so the iterator keeps its place across rounds without any state.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from fedge.client.data.seeding import generator
 
 
 def steps_of_epoch(rows: int, batch_size: int) -> int:
-    """Batches that visit every row once."""
+    """The number of batches that visit every row once."""
     return -(-rows // batch_size)
 
 
@@ -26,15 +25,15 @@ def batches(
     """Row indices of steps ``first`` to ``first + steps - 1``.
 
     Args:
-        seed: the run's.
-        site: its name; another site with as many rows has another order.
+        seed: of the run.
+        site: its name; each site has its own order.
         rows: number of training rows, at least 1.
         batch_size: rows a step, at least 1.
-        first: the stream's index of the first step, from 0.
-        steps: how many.
+        first: index of the first step in the stream, from 0.
+        steps: number of steps.
 
     Yields:
-        Indices ``(b,)``, b at most ``batch_size``.
+        Indices ``(b,)``, int64, with ``1 <= b <= batch_size``.
     """
     length = steps_of_epoch(rows, batch_size)
     epoch, order = -1, None

@@ -1,7 +1,7 @@
-"""What a site says of a run's final model beyond its metrics: ranges of activations, and what smaller graphs score.
+"""A site's part in calibration and qualification: ranges of activations, and the metrics of smaller graphs.
 
-No graph comes from the server. The site exports its own task's network with the weights that it was sent, and derives
-the others itself; the request holds their digests alone, so that all sites speak of the same bytes.
+No graph comes from the server. The site exports its own task's network with the received weights, and derives the
+others itself; the request holds only their digests, so that all sites use the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedge.client import requests
 from fedge.client.requests import Terms
 from fedge.client.training import calibration_ranges, calibration_replay_guard, graph_runs
-from fedge.client.training.calibration_ranges import Seen
+from fedge.client.training.calibration_ranges import ObservedRanges
 from fedge.client.training.calibration_request import CalibrationRequest
 from fedge.client.training.counts import Reported, RequestedCounts
 from fedge.client.training.graph_runs import GraphFailedError
@@ -46,7 +46,7 @@ _FAILED, _ANOTHER = 413, 429
 
 @dataclass(frozen=True)
 class Scored:
-    """What the candidates scored at this site: counters by candidate, none for one that failed, and their digests."""
+    """The candidates' counters at this site, all 0 for one that failed, and their SHA-256 (hex), empty for none."""
 
     counters: dict[str, dict[str, float]]
     digests: list[str]
@@ -56,7 +56,7 @@ class SiteCalibration:
     """Calibration and qualification at one site.
 
     Args:
-        learner: the site's.
+        learner: of the site.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -72,47 +72,47 @@ class SiteCalibration:
         examples: tuple[Examples, Examples],
         section: PrivacySection,
     ) -> RequestedCounts:
-        """What a request to calibrate or to qualify asks for.
+        """The counts that a request to calibrate or to qualify asks for.
 
         Args:
-            kind: its message type.
-            request: itself.
-            terms: of it.
-            received: its weights.
-            examples: to train on, and held out.
-            section: the run's mechanism.
+            kind: message type.
+            request: content of the message.
+            terms: of the request.
+            received: weights by name.
+            examples: training and held-out examples, preprocessed.
+            section: the run's privacy section.
 
         Raises:
-            SiteError: 414, the request is refused, or this run asked for other ranges before; 429, it is about another
-                graph than this site's; 413, the site cannot make the graph.
+            SiteError: 414, the request is refused, or this run requested other ranges before; 429, its graph's digest is
+                not that of this site's graph; 413, the site cannot export the graph.
         """
-        asked = CalibrationRequest.of(request, self._task.name, terms, received)
-        fit, held_out = examples
+        calibration = CalibrationRequest.parse(request, self._task.name, terms, received)
+        train_examples, held_out = examples
         if kind == protocol.CALIBRATE:
-            return self._ranges(asked, fit, section)
-        return self._scores(asked, held_out)
+            return self._ranges(calibration, train_examples, section)
+        return self._scores(calibration, held_out)
 
     def _ranges(
-        self, asked: CalibrationRequest, fit: Examples, section: PrivacySection
+        self, calibration: CalibrationRequest, train_examples: Examples, section: PrivacySection
     ) -> RequestedCounts:
-        graph, tensors = self._graph(asked, fit)
+        graph, tensors = self._graph(calibration, train_examples)
         calibration_replay_guard.require_same(
             self._learner.home,
-            asked.terms.address.run_id,
-            request_digest.digest(protocol.CALIBRATE, asked.request),
+            calibration.terms.address.run_id,
+            request_digest.digest(protocol.CALIBRATE, calibration.request),
         )
         rows = calibration_ranges.rows(
-            len(fit.y),
-            asked.section.examples,
-            asked.terms.seed,
+            len(train_examples.y),
+            calibration.section.examples,
+            calibration.terms.seed,
             self._learner.site,
             every=section.metrics == "noised" and section.unit == "example",
         )
         names = ranges.names(len(tensors))
         hidden = section.mechanism == "local"
-        look = partial(self._seen, asked, graph, tensors, fit, rows)
+        look = partial(self._observed, calibration, graph, tensors, train_examples, rows)
 
-        def told() -> Reported:
+        def reported() -> Reported:
             both = look().both
             return {
                 protocol.NUM_EXAMPLES: 1 if hidden else len(rows),
@@ -130,7 +130,7 @@ class SiteCalibration:
         return RequestedCounts(
             kind=protocol.CALIBRATE,
             names=(*names, EXAMPLES),
-            told=told,
+            reported=reported,
             count=count,
             num_examples=len(rows),
             noised=names,
@@ -139,16 +139,18 @@ class SiteCalibration:
             config=lambda: {protocol.GRAPH: digest},
         )
 
-    def _scores(self, asked: CalibrationRequest, held_out: Examples) -> RequestedCounts:
-        graph, tensors = self._graph(asked, held_out)
-        wanted = asked.candidates()
-        found = asked.ranges(tensors)
-        if found is None and (needy := sorted(set(wanted) & set(candidates.QUANTISED))):
+    def _scores(self, calibration: CalibrationRequest, held_out: Examples) -> RequestedCounts:
+        graph, tensors = self._graph(calibration, held_out)
+        expected = calibration.candidates()
+        merged_ranges = calibration.ranges(tensors)
+        if merged_ranges is None and (needy := sorted(set(expected) & set(candidates.QUANTISED))):
             raise requests.refuse(protocol.RANGE_LOW, f"given for {needy[0]}", None)
         own = tuple(sorted({*self._task.counter_names, EXAMPLES}))
-        score = partial(self._scored, asked, graph, wanted, found, held_out, own)
-        names = tuple(f"{kind}/{name}" for kind in wanted for name in (RAN, *own))
-        noised = tuple(f"{kind}/{name}" for kind in wanted for name in own if name != LOSS)
+        score = partial(
+            self._score_candidates, calibration, graph, expected, merged_ranges, held_out, own
+        )
+        names = tuple(f"{kind}/{name}" for kind in expected for name in (RAN, *own))
+        noised = tuple(f"{kind}/{name}" for kind in expected for name in own if name != LOSS)
 
         def count() -> Mapping[str, float]:
             scored = score().counters
@@ -157,7 +159,7 @@ class SiteCalibration:
                 EXAMPLES: float(len(held_out.y)),
             }
 
-        def told() -> Reported:
+        def reported() -> Reported:
             counted = count()
             listed = [counted[name] for name in names]
             return {protocol.NUM_EXAMPLES: len(held_out.y), protocol.COUNTS: listed}
@@ -165,7 +167,7 @@ class SiteCalibration:
         return RequestedCounts(
             kind=protocol.QUALIFY,
             names=names,
-            told=told,
+            reported=reported,
             count=count,
             num_examples=len(held_out.y),
             noised=noised,
@@ -174,11 +176,11 @@ class SiteCalibration:
         )
 
     def _graph(
-        self, asked: CalibrationRequest, examples: Examples
+        self, calibration: CalibrationRequest, examples: Examples
     ) -> tuple[bytes, tuple[str, ...]]:
-        """The site's own fp32 graph, which must be the one that the server speaks of, and its tensors."""
+        """The site's own fp32 graph, whose digest must be that of the request, and the names of its tensors."""
         try:
-            graph = candidates.fp32(self._task, asked.received, tuple(examples.x.shape[1:]))
+            graph = candidates.fp32(self._task, calibration.received, tuple(examples.x.shape[1:]))
             tensors = candidates.tensors(graph)
         except ImportError as error:
             raise SiteError(
@@ -186,75 +188,79 @@ class SiteCalibration:
             ) from None
         except FedgeError as error:
             raise SiteError(_FAILED, f"calibration: {error.message}") from None
-        found = hashlib.sha256(graph).hexdigest()
-        if found != asked.graph:
-            raise SiteError(_ANOTHER, f"{protocol.GRAPH}: must be {asked.graph}, got {found} here")
+        digest = hashlib.sha256(graph).hexdigest()
+        if digest != calibration.graph:
+            raise SiteError(
+                _ANOTHER, f"{protocol.GRAPH}: must be {calibration.graph}, got {digest} here"
+            )
         return graph, tensors
 
-    def _seen(
+    def _observed(
         self,
-        asked: CalibrationRequest,
+        calibration: CalibrationRequest,
         graph: bytes,
         tensors: tuple[str, ...],
-        fit: Examples,
+        train_examples: Examples,
         rows: Any,
-    ) -> Seen:
-        """How far the activations go in those examples."""
+    ) -> ObservedRanges:
+        """The ranges of the activations in those examples."""
 
-        def look() -> Seen:
-            x, bound = fit.x.cpu().numpy(), asked.section.bound
-            return calibration_ranges.seen(graph, tensors, x, rows, bound, asked.running)
+        def look() -> ObservedRanges:
+            x, bound = train_examples.x.cpu().numpy(), calibration.section.bound
+            return calibration_ranges.observe_ranges(
+                graph, tensors, x, rows, bound, calibration.running
+            )
 
-        return self._once(protocol.CALIBRATE, asked, look)
+        return self._once(protocol.CALIBRATE, calibration, look)
 
-    def _scored(
+    def _score_candidates(
         self,
-        asked: CalibrationRequest,
+        calibration: CalibrationRequest,
         graph: bytes,
-        wanted: Mapping[str, str],
-        found: candidates.Ranges | None,
+        expected: Mapping[str, str],
+        merged_ranges: candidates.Ranges | None,
         held_out: Examples,
         own: tuple[str, ...],
     ) -> Scored:
         def score() -> Scored:
             graphs: dict[str, bytes] = {}
             digests = []
-            for kind, digest in wanted.items():
-                made = self._made(kind, graph, found)
-                digests.append(hashlib.sha256(made).hexdigest() if made else "")
+            for kind, digest in expected.items():
+                candidate = self._derived(kind, graph, merged_ranges)
+                digests.append(hashlib.sha256(candidate).hexdigest() if candidate else "")
                 if digests[-1] == digest:
-                    graphs[kind] = made
+                    graphs[kind] = candidate
                 else:
                     log.warning("%s: must be %s, got %s here", kind, digest, digests[-1] or "none")
-            ran = self._ran(asked, graphs, held_out, own)
+            counters = self._run_candidates(calibration, graphs, held_out, own)
             nothing = dict.fromkeys((RAN, *own), 0.0)
-            return Scored({kind: ran.get(kind, nothing) for kind in wanted}, digests)
+            return Scored({kind: counters.get(kind, nothing) for kind in expected}, digests)
 
-        return self._once(protocol.QUALIFY, asked, score)
+        return self._once(protocol.QUALIFY, calibration, score)
 
     @staticmethod
-    def _made(kind: str, graph: bytes, found: candidates.Ranges | None) -> bytes:
-        """A candidate; empty where it cannot be made here."""
+    def _derived(kind: str, graph: bytes, merged_ranges: candidates.Ranges | None) -> bytes:
+        """A candidate graph; empty where it cannot be derived here."""
         try:
-            return candidates.derived(kind, graph, found)
+            return candidates.derived(kind, graph, merged_ranges)
         except Exception:  # converters let exceptions of every kind through
-            log.exception("%s: cannot be made", kind)
+            log.exception("%s: cannot be derived", kind)
             return b""
 
-    def _ran(
+    def _run_candidates(
         self,
-        asked: CalibrationRequest,
+        calibration: CalibrationRequest,
         graphs: Mapping[str, bytes],
         held_out: Examples,
         own: tuple[str, ...],
     ) -> dict[str, dict[str, float]]:
-        """Counters of the candidates that run here."""
+        """Run the candidates, and give the counters of those that do not fail."""
         if not len(held_out.y):
             return {kind: {RAN: 1.0, **dict.fromkeys(own, 0.0)} for kind in graphs}
         output = self._task.output
         width = len(output.labels) if output.activation == "softmax" else 1
-        x, terms = held_out.x.cpu().numpy(), asked.running
-        found = {}
+        x, terms = held_out.x.cpu().numpy(), calibration.running
+        counters = {}
         for kind, logits in zip(
             graphs, graph_runs.logits(list(graphs.values()), x, width, terms), strict=True
         ):
@@ -262,29 +268,29 @@ class SiteCalibration:
                 log.warning("%s: %s", kind, logits)
                 continue
             counted = self._counted(logits, held_out)
-            found[kind] = {RAN: 1.0, **{name: counted[name] for name in own}}
-        return found
+            counters[kind] = {RAN: 1.0, **{name: counted[name] for name in own}}
+        return counters
 
     def _counted(self, logits: NDArray[np.float32], held_out: Examples) -> dict[str, float]:
-        """The task's counters of these logits, summed as an evaluation does."""
-        told, labels = torch.from_numpy(logits.copy()), held_out.y.cpu()
+        """The task's counters of logits ``(n, k)``, summed as in an evaluation."""
+        outputs, labels = torch.from_numpy(logits.copy()), held_out.y.cpu()
         total = {EXAMPLES: 0.0}
         for at in range(0, len(labels), CHUNK):
             rows = slice(at, at + CHUNK)
-            for name, value in self._task.counters(told[rows], labels[rows]).items():
+            for name, value in self._task.counters(outputs[rows], labels[rows]).items():
                 total[name] = total.get(name, 0.0) + value
         total[EXAMPLES] = float(len(labels))
         return total
 
-    def _once(self, kind: str, asked: CalibrationRequest, compute: Callable[[], _T]) -> _T:
-        """What a request asks for, computed once: another attempt at a masked sum asks for the same."""
-        key = request_digest.digest(kind, asked.request)
+    def _once(self, kind: str, calibration: CalibrationRequest, compute: Callable[[], _T]) -> _T:
+        """The result of a request, computed once: another attempt at a secure sum repeats the request."""
+        key = request_digest.digest(kind, calibration.request)
         if self._last is None or self._last[0] != key:
             self._last = (key, compute())
-        found: _T = self._last[1]
-        return found
+        result: _T = self._last[1]
+        return result
 
     def drop(self) -> None:
-        """Let go of all that the next request can make anew."""
+        """Release everything that the next request can compute again."""
         self._last = None
         candidates.forget()

@@ -1,4 +1,4 @@
-"""Which training examples a site looks at for the ranges, and what it sees in them."""
+"""Selects training examples for the ranges of activations, and computes the ranges over them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fedge.shared.errors import SiteError
 
 log = logging.getLogger(__name__)
 
-#: Most bytes of examples, or of what is seen in them, that are held at a time.
+#: Maximum bytes of examples, or of their activations' extremes, that are held at a time.
 PART_BYTES: Final = 64 * 2**20
 
 _OUT_OF_RANGE, _FAILED = 401, 413
 
 
 @dataclass(frozen=True)
-class Seen:
-    """How far the activations go in some examples, clipped.
+class ObservedRanges:
+    """Ranges of activations over some examples, clipped.
 
     Attributes:
         counts: ``(tensors, 2, BINS)``, see ``ranges.histogram``.
-        both: ``(tensors, 2)``, smallest and largest.
+        both: ``(tensors, 2)``, smallest and largest value.
     """
 
     counts: NDArray[np.int64]
@@ -40,43 +40,43 @@ class Seen:
 
 
 def rows(count: int, examples: int, seed: int, site: str, *, every: bool) -> NDArray[Any]:
-    """Examples that are looked at: the same whenever the site is asked again.
+    """Indices of the examples that are used: the same whenever the request is repeated.
 
     Args:
-        count: that the site has.
-        examples: that are asked for.
+        count: number of the site's examples.
+        examples: number of requested examples.
         seed: of the run.
         site: its name.
-        every: look at all. Noise hides one example only where it decides of no other whether that is looked at, and
-            in a draw of so many out of ``count`` each does.
+        every: use all. Noise hides one example only if no other example's use depends on it, which a sample of fixed
+            size out of ``count`` does not guarantee.
 
     Returns:
-        Their indices, upwards.
+        Indices, ascending.
     """
     if every or count <= examples:
         return np.arange(count)
-    # With the number in the draw, one more is another sample and not the same with one more.
-    drawn = generator(seed, site, "calibrate", examples).permutation(count)
-    return np.sort(drawn[:examples])
+    # The number is part of the seed: a sample of one more is independent, not the same with one more.
+    sampled = generator(seed, site, "calibrate", examples).permutation(count)
+    return np.sort(sampled[:examples])
 
 
-def seen(
+def observe_ranges(
     graph: bytes,
     tensors: tuple[str, ...],
     x: NDArray[Any],
-    looked: NDArray[Any],
+    indices: NDArray[Any],
     bound: float,
     terms: Terms,
-) -> Seen:
-    """Look at examples, some at a time.
+) -> ObservedRanges:
+    """Compute the ranges of the activations over examples, in parts of bounded size.
 
     Args:
         graph: the site's own, in fp32.
-        tensors: of it.
+        tensors: names of its observed tensors.
         x: ``(n, ...)``, as the network takes them.
-        looked: indices of those that are looked at, 1 or more.
-        bound: to which activations are clipped.
-        terms: the deadline is that of all examples together.
+        indices: indices of the examples that are used, 1 or more.
+        bound: to whose magnitude activations are clipped.
+        terms: its deadline is that of all examples together.
 
     Raises:
         SiteError: 401, an example or an activation is not finite; 413, the graph does not run, or not in time.
@@ -85,30 +85,30 @@ def seen(
     both: list[NDArray[np.float64]] = []
     beyond = False
     try:
-        for found in _extremes(observed(graph, tensors), len(tensors), x, looked, terms):
-            kept, more = ranges.clipped(found, bound)
-            counts += ranges.histogram(kept)
-            both.append(ranges.merged(list(kept)))
-            beyond |= more
+        for extremes in _extremes(observed(graph, tensors), len(tensors), x, indices, terms):
+            clipped, out_of_bound = ranges.clipped(extremes, bound)
+            counts += ranges.histogram(clipped)
+            both.append(ranges.merged(list(clipped)))
+            beyond |= out_of_bound
     except GraphFailedError as error:
         raise SiteError(_FAILED, f"fp32 graph: {error}") from None
     except ValueError as error:
         raise SiteError(_OUT_OF_RANGE, str(error)) from None
     if beyond:
         log.warning("activations are clipped to %g", bound)
-    return Seen(counts, ranges.merged(both))
+    return ObservedRanges(counts, ranges.merged(both))
 
 
 def _extremes(
-    graph: bytes, tensors: int, x: NDArray[Any], looked: NDArray[Any], terms: Terms
+    graph: bytes, tensors: int, x: NDArray[Any], indices: NDArray[Any], terms: Terms
 ) -> Iterator[NDArray[np.float32]]:
-    """``(m, tensors, 2)`` of one part after the other."""
+    """Minima and maxima ``(m, tensors, 2)`` of one part after the other."""
     until = time.monotonic() + terms.deadline
     widest = max(x[:1].nbytes, 2 * tensors * np.dtype(np.float64).itemsize, 1)
     step = max(1, PART_BYTES // widest)
-    for at in range(0, len(looked), step):
-        part = x[looked[at : at + step]]
-        # A runtime may take NaN for a number, as the larger of it and 0.
+    for at in range(0, len(indices), step):
+        part = x[indices[at : at + step]]
+        # A runtime may treat NaN as a number, for example in max(NaN, 0).
         if not np.isfinite(part).all():
             raise SiteError(_OUT_OF_RANGE, "examples: must be finite, got NaN or infinity")
         left = until - time.monotonic()

@@ -1,4 +1,4 @@
-"""What a server asks about the final model, read with suspicion: digests and numbers, and never a graph."""
+"""Requests about the final model are untrusted input, validated here: digests and numbers, never a graph."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class CalibrationRequest:
     """A request about the final model.
 
     Attributes:
-        request: itself.
-        config: of it.
-        terms: of it.
-        received: its weights.
-        section: the run's.
+        request: content of the message.
+        config: its configuration record.
+        terms: of the request.
+        received: weights by name.
+        section: the run's calibration section.
         graph: SHA-256 (hex) of the fp32 graph that it is about.
     """
 
@@ -47,13 +47,19 @@ class CalibrationRequest:
     graph: str
 
     @classmethod
-    def of(
+    def parse(
         cls, request: RecordDict, task: str, terms: Terms, received: NDArrays
     ) -> CalibrationRequest:
-        """Read what both kinds of request have in common.
+        """Read the parts that both kinds of request have in common.
+
+        Args:
+            request: content of the message.
+            task: name of the site's task.
+            terms: of the request.
+            received: weights by name.
 
         Raises:
-            SiteError: 414.
+            SiteError: 414, a value is missing or not allowed.
         """
         config = requests.config_of(request, task)
         if unknown := sorted(set(request) - _RECORDS):
@@ -65,15 +71,15 @@ class CalibrationRequest:
 
     @property
     def running(self) -> graph_runs.Terms:
-        """How graphs are run."""
+        """Deadline and threads of the graphs."""
         longest = min(self.section.deadline, graph_runs.MAX_DEADLINE)
         return graph_runs.Terms(longest, self.terms.threads)
 
     def candidates(self) -> dict[str, str]:
-        """Kinds of graphs, each with the SHA-256 (hex) that it must have.
+        """Kinds of candidate graphs, each with the SHA-256 (hex) that it must have.
 
         Raises:
-            SiteError: 414, a kind is not known or there twice, or a digest is none.
+            SiteError: 414, a kind is unknown or listed twice, or a digest is not SHA-256.
         """
         kinds = self.config.get(protocol.CANDIDATES)
         digests = self.config.get(protocol.CANDIDATE_DIGESTS)
@@ -82,29 +88,29 @@ class CalibrationRequest:
             got = len(kinds) if isinstance(kinds, list) else kinds
             raise requests.refuse(protocol.CANDIDATES, f"1 to {len(known)} kinds", got)
         if len(set(kinds)) != len(kinds) or not set(kinds) <= set(known):
-            wanted = f"different ones of {', '.join(known)}"
-            raise requests.refuse(protocol.CANDIDATES, wanted, kinds)
-        told = [str(d) for d in digests] if isinstance(digests, list) else []
-        if len(told) != len(kinds) or not all(_DIGEST.fullmatch(d) for d in told):
-            wanted = f"{len(kinds)} of SHA-256 in hexadecimal"
-            raise requests.refuse(protocol.CANDIDATE_DIGESTS, wanted, digests)
-        return dict(zip(map(str, kinds), told, strict=True))
+            expected = f"different ones of {', '.join(known)}"
+            raise requests.refuse(protocol.CANDIDATES, expected, kinds)
+        listed = [str(d) for d in digests] if isinstance(digests, list) else []
+        if len(listed) != len(kinds) or not all(_DIGEST.fullmatch(d) for d in listed):
+            expected = f"{len(kinds)} of SHA-256 in hexadecimal"
+            raise requests.refuse(protocol.CANDIDATE_DIGESTS, expected, digests)
+        return dict(zip(map(str, kinds), listed, strict=True))
 
     def ranges(self, tensors: tuple[str, ...]) -> Ranges | None:
-        """The merged range of each tensor; None where the request holds none.
+        """The merged range (low, high) of each tensor; None where the request holds none.
 
         Raises:
-            SiteError: 414, they are not one a tensor, not finite, or go downwards.
+            SiteError: 414, there is not one a tensor, a bound is not finite, or low is above high.
         """
         keys = (protocol.RANGE_LOW, protocol.RANGE_HIGH)
         if not any(key in self.config for key in keys):
             return None
         low, high = (requests.floats(self.config, key, len(tensors)) for key in keys)
-        most = EDGES[-1]
+        limit = EDGES[-1]
         for pair in zip(low, high, strict=True):
-            if not -most <= pair[0] <= pair[1] <= most:
-                wanted = f"at most {protocol.RANGE_HIGH}, both within {most:g}"
-                raise requests.refuse(protocol.RANGE_LOW, wanted, pair)
+            if not -limit <= pair[0] <= pair[1] <= limit:
+                expected = f"at most {protocol.RANGE_HIGH}, both within {limit:g}"
+                raise requests.refuse(protocol.RANGE_LOW, expected, pair)
         return dict(zip(tensors, zip(low, high, strict=True), strict=True))
 
 

@@ -1,7 +1,7 @@
-"""SCAFFOLD's control variate of a site: the only thing that a site remembers between rounds.
+"""SCAFFOLD's control variate of a site: the only state that a site keeps between rounds.
 
-A file a round, because the server may do a round again or refuse its update: training starts from
-the state of the last round that the server counted, never from one that it has not seen.
+One file a round, because the server may repeat a round or refuse its update: training starts from
+the state of the last round whose update the server accepted.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ SUFFIX = ".safetensors"
 
 
 class ControlStore:
-    """Control variates of one run, in ``folder``, a file a round.
+    """Control variates of one run, one file a round.
 
     Args:
-        folder: of this site and this run alone; made when first written.
+        folder: of this site and this run alone; created when first written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, accepted_round: int, expected: Mapping[str, Spec]) -> NDArrays:
-        """The variate after a round that the server counted; zeros for round 0.
+        """The control variate after a round whose update the server accepted; zeros for round 0.
+
+        Args:
+            accepted_round: that round.
+            expected: shape and dtype of each tensor.
 
         Raises:
-            SiteError: 413, there is none, or it is of another model.
+            SiteError: 413, it is missing, or is of another model.
             RunError: 504, its file is damaged.
         """
         if accepted_round == 0:
@@ -40,15 +44,20 @@ class ControlStore:
         path = self._path(accepted_round)
         if not path.is_file():
             raise SiteError(413, f"control/{path.name}: must exist, got nothing; was it deleted?")
-        found = read(path)
-        if specs(found) != dict(expected):
+        control = read(path)
+        if specs(control) != dict(expected):
             raise SiteError(413, f"control/{path.name}: must hold this model's tensors, got others")
-        return {name: found[name] for name in expected}
+        return {name: control[name] for name in expected}
 
     def save(self, server_round: int, accepted_round: int, control: NDArrays) -> None:
-        """Keep the variate after ``server_round``, then delete those that nobody can ask for again.
+        """Write the control variate after ``server_round``, then delete those that are no longer needed.
 
-        These are the rounds before the last counted one, and those after it that were refused.
+        These are the rounds before the last accepted one, and those after it that were refused.
+
+        Args:
+            server_round: the round just trained.
+            accepted_round: the last round whose update the server accepted, 0 for none.
+            control: tensor by parameter name.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(server_round), encode(control))

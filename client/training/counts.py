@@ -1,4 +1,4 @@
-"""What a site is asked to count over its examples, whatever becomes of it: told, masked, or noised and charged."""
+"""Counts over a site's examples that a request asks for: reported in clear, under secure aggregation, or with noise."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Reported: TypeAlias = dict[str, int | float | list[int] | list[float]]
 
 @dataclass(frozen=True)
 class RequestedCounts:
-    """The figures of one request.
+    """The counts of one request.
 
     Attributes:
         kind: its message type.
-        names: counters that leave under masks.
-        told: metrics that leave in clear and without noise.
-        count: the counters by name, all 0 where the site has no examples; and ``examples``, by which shares are made.
-        num_examples: that are looked at.
+        names: counters that leave under secure aggregation.
+        reported: computes the metrics that leave in clear and without noise.
+        count: computes the counters by name, all 0 where the site has no examples; ``examples`` is the denominator.
+        num_examples: number of examples that are counted over.
         noised: counters that leave with noise; ``names`` unless given.
         sensitivity: see ``noised_counts.of``.
-        listed: noised counters travel as one list, in the order of their names here.
-        config: beside the reply's own.
+        listed: whether noised counters are sent as one list, in the order of ``noised``.
+        config: computes further values of the reply's configuration record.
     """
 
     kind: str
     names: tuple[str, ...]
-    told: Callable[[], Reported]
+    reported: Callable[[], Reported]
     count: Callable[[], Mapping[str, float]]
     num_examples: int
     noised: tuple[str, ...] | None = None
@@ -38,13 +38,19 @@ class RequestedCounts:
     config: Callable[[], Mapping[str, str | list[str]]] = field(default=dict)
 
 
-def of_evaluation(
+def evaluation_counts(
     names: tuple[str, ...], num_examples: int, count: Callable[[], Mapping[str, float]]
 ) -> RequestedCounts:
-    """The task's counters over held-out examples."""
+    """The task's counters over held-out examples, for an evaluation.
 
-    def told() -> Reported:
+    Args:
+        names: of the counters.
+        num_examples: number of held-out examples.
+        count: computes the counters by name.
+    """
+
+    def reported() -> Reported:
         found = count()
         return {protocol.NUM_EXAMPLES: num_examples, **{name: found[name] for name in names}}
 
-    return RequestedCounts(protocol.EVALUATE, names, told, count, num_examples)
+    return RequestedCounts(protocol.EVALUATE, names, reported, count, num_examples)

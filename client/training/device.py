@@ -1,7 +1,7 @@
-"""Where a site computes: its policy's device, bounded memory, mixed precision, and what may go wrong there.
+"""The device on which a site computes: choice, memory bound, mixed precision, and failures.
 
-Memory that runs out and a device that fails end a task with a number of their own; the worker lives on
-after the first and starts anew after the second, as a CUDA context that failed once stays failed.
+Out of memory and a failed device have error numbers of their own; the worker continues after the first
+and restarts after the second, as a CUDA context that failed once stays failed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fedge.shared.errors import ConfigError, SiteError
 
 CPU: Final = torch.device("cpu")
 OUT_OF_MEMORY: Final = 416
-DEVICE_GONE: Final = 417
+DEVICE_FAILED: Final = 417
 
 #: What the memory bound must leave beyond the worker's own start, in GiB.
 MIN_ROOM: Final = 0.25
 _GIB: Final = 2**30
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# Torch reports these as RuntimeError, told apart by their text alone.
+# Torch reports these as RuntimeError, distinguished by their text only.
 _SAYS_OUT_OF_MEMORY: Final = (
     "out of memory",
     "can't allocate memory",
@@ -34,25 +34,31 @@ _SAYS_OUT_OF_MEMORY: Final = (
     "std::bad_alloc",
     "ALLOC_FAILED",
 )
-_SAYS_DEVICE_GONE: Final = ("CUDA error", "CUDA driver", "CUBLAS_STATUS_", "cuDNN", "CUDNN_STATUS_")
+_SAYS_DEVICE_FAILED: Final = (
+    "CUDA error",
+    "CUDA driver",
+    "CUBLAS_STATUS_",
+    "cuDNN",
+    "CUDNN_STATUS_",
+)
 
 
-def choose(wanted: str) -> torch.device:
+def choose(name: str) -> torch.device:
     """The device that a policy names.
 
     Args:
-        wanted: "cpu", "auto" (CUDA where torch sees one), "cuda" or "cuda:N".
+        name: "cpu", "auto" (CUDA where torch sees one), "cuda" or "cuda:N".
 
     Raises:
         SiteError: 417, there is no such device.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return CPU
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    number = int(wanted.partition(":")[2] or 0) if wanted != "auto" else 0
+    number = int(name.partition(":")[2] or 0) if name != "auto" else 0
     if number >= count:
         raise SiteError(
-            DEVICE_GONE, f"device: must be one of {count} CUDA devices or cpu, got {wanted}"
+            DEVICE_FAILED, f"device: must be one of {count} CUDA devices or cpu, got {name}"
         )
     # The same request gives the same weights on one GPU as far as its kernels allow.
     torch.backends.cudnn.benchmark = False
@@ -64,13 +70,13 @@ def bound(device: torch.device, memory_gib: float | None, gpu_fraction: float) -
     """Bound the memory that this process may take from now on.
 
     Args:
-        device: as chosen.
-        memory_gib: of the process's data, in GiB; None for no bound. Not with a GPU, whose driver maps far more
-            than it takes.
+        device: as ``choose`` gave it.
+        memory_gib: bound of the process's data, in GiB; None for no bound. Not with a GPU, whose driver maps far more
+            than it uses.
         gpu_fraction: share of a GPU's memory.
 
     Raises:
-        ConfigError: 201, the bound leaves no room beside what the process already holds, or is given with a GPU.
+        ConfigError: 201, the bound is less than the process already uses and ``MIN_ROOM``, or is given with a GPU.
     """
     if device.type == "cuda":
         if memory_gib is not None:
@@ -79,10 +85,10 @@ def bound(device: torch.device, memory_gib: float | None, gpu_fraction: float) -
             )
         torch.cuda.set_per_process_memory_fraction(gpu_fraction, device)
     elif memory_gib is not None:
-        least = _held_gib() + MIN_ROOM
-        if memory_gib < least:
+        minimum = _held_gib() + MIN_ROOM
+        if memory_gib < minimum:
             raise ConfigError(
-                201, f"policy.memory-gib: must be at least {least:.2f}, got {memory_gib:g}"
+                201, f"policy.memory-gib: must be at least {minimum:.2f}, got {memory_gib:g}"
             )
         limit = int(memory_gib * _GIB)
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -99,7 +105,7 @@ def _held_gib() -> float:
 
 
 def require(settings: TrainSection, device: torch.device) -> None:
-    """Make sure that the device can compute as the configuration asks.
+    """Check that the device supports the configured precision.
 
     Raises:
         SiteError: 414, float16 without CUDA.
@@ -112,14 +118,14 @@ def require(settings: TrainSection, device: torch.device) -> None:
 
 
 def autocast(settings: TrainSection, device: torch.device) -> AbstractContextManager[object]:
-    """The context of a forward pass; with "off" it does nothing at all."""
+    """The autocast context of a forward pass; with "off" it does nothing."""
     if settings.mixed_precision == "off":
         return nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[settings.mixed_precision])
 
 
 def scaler(settings: TrainSection, device: torch.device) -> torch.amp.GradScaler | None:
-    """What keeps small gradients of float16 from vanishing; fresh in every round."""
+    """A new gradient scaler for float16, so that small gradients do not underflow; None for other precisions."""
     if settings.mixed_precision != "float16":
         return None
     return torch.amp.GradScaler(device.type)
@@ -127,7 +133,7 @@ def scaler(settings: TrainSection, device: torch.device) -> torch.amp.GradScaler
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's generators seeded within, and as before after."""
+    """Seed torch's generators within the context, and restore them afterwards."""
     with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
         # torch.manual_seed seeds every kind of device, and keeps a stack trace for each that is never used.
         torch.default_generator.manual_seed(seed)
@@ -137,8 +143,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def number_of(error: BaseException) -> int | None:
-    """Which failure of memory or device an exception means: 416, 417, or None for neither."""
+def error_code(error: BaseException) -> int | None:
+    """The error number of an exception: 416 out of memory, 417 device failed, or None for neither."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return OUT_OF_MEMORY
     if not isinstance(error, RuntimeError):
@@ -146,12 +152,12 @@ def number_of(error: BaseException) -> int | None:
     text = str(error)
     if any(part in text for part in _SAYS_OUT_OF_MEMORY):
         return OUT_OF_MEMORY
-    if isinstance(error, torch.AcceleratorError) or any(p in text for p in _SAYS_DEVICE_GONE):
-        return DEVICE_GONE
+    if isinstance(error, torch.AcceleratorError) or any(p in text for p in _SAYS_DEVICE_FAILED):
+        return DEVICE_FAILED
     return None
 
 
 def free() -> None:
-    """Give back what nothing holds any more, caches of the GPU included."""
+    """Collect garbage and release the GPU's cached memory."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Runs graphs over examples in a process of its own: ``python -P -m fedge.client.training.graph_child``.
 
-A graph that crashes its runtime takes this process with it, and not the worker. What goes in comes from the worker
-alone, by standard input, and what comes out leaves by standard output: no example is written to a disk. Each graph's
+A graph that crashes its runtime takes this process with it, and not the worker. Its input comes from the
+worker by standard input, and its output leaves by standard output: no example is written to a disk. Each graph's
 frame is written when it is done, so that the worker knows over which one the process died.
 """
 
@@ -21,7 +21,7 @@ from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.daemon.process import die_with_parent
 from fedge.shared.failpoints import reach
 
-#: Before each frame: the length of its header, in JSON; the header tells what follows.
+#: Before each frame: the length of its header, in JSON; the header describes what follows.
 HEADER: Final = struct.Struct(">I")
 #: Where a test may kill: over the graph of that number.
 FAIL_POINT: Final = "graph-run"
@@ -37,8 +37,8 @@ def run(
         onnx: the graph, with one input.
         x: ``(n, ...)``, ``n`` 1 or more.
         batch: examples at a time.
-        optimised: let the runtime change the graph.
-        threads: of the runtime.
+        optimised: whether the runtime may optimise the graph.
+        threads: number of threads of the runtime.
     """
     onnxruntime = load_onnxruntime()
     onnxruntime.set_default_logger_severity(4)
@@ -51,42 +51,44 @@ def run(
         levels.ORT_ENABLE_EXTENDED if optimised else levels.ORT_DISABLE_ALL
     )
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    (given,), (output,) = session.get_inputs(), session.get_outputs()
+    (graph_input,), (output,) = session.get_inputs(), session.get_outputs()
     parts = [
-        np.asarray(session.run([output.name], {given.name: x[at : at + batch]})[0], np.float32)
+        np.asarray(
+            session.run([output.name], {graph_input.name: x[at : at + batch]})[0], np.float32
+        )
         for at in range(0, len(x), batch)
     ]
     return np.concatenate(parts)
 
 
-def main(given: BinaryIO, out: BinaryIO) -> None:
-    """Read a frame, run the graphs in it, and write a frame of what came of each."""
-    (size,) = HEADER.unpack(given.read(HEADER.size))
-    asked = json.loads(given.read(size))
-    graphs = [given.read(length) for length in asked["graphs"]]
-    x = np.frombuffer(given.read(), asked["dtype"]).reshape(asked["shape"])
-    options = {key: asked[key] for key in ("batch", "optimised", "threads")}
+def main(source: BinaryIO, out: BinaryIO) -> None:
+    """Read a request frame, run the graphs in it, and write a frame with the result of each."""
+    (size,) = HEADER.unpack(source.read(HEADER.size))
+    request = json.loads(source.read(size))
+    graphs = [source.read(length) for length in request["graphs"]]
+    x = np.frombuffer(source.read(), request["dtype"]).reshape(request["shape"])
+    options = {key: request[key] for key in ("batch", "optimised", "threads")}
     for number, onnx in enumerate(graphs, start=1):
         body = b""
-        # Nobody handles it, so that it ends this process wherever the runtime is.
-        signal.setitimer(signal.ITIMER_REAL, asked["deadline"])
+        # Without a handler, so that the signal ends this process wherever the runtime is.
+        signal.setitimer(signal.ITIMER_REAL, request["deadline"])
         try:
             reach(FAIL_POINT, number)
-            found = run(onnx, x, **options)
-            told: dict[str, Any] = {"shape": list(found.shape)}
-            body = np.ascontiguousarray(found).tobytes()
+            output = run(onnx, x, **options)
+            header: dict[str, Any] = {"shape": list(output.shape)}
+            body = np.ascontiguousarray(output).tobytes()
         except Exception as error:  # onnxruntime's exceptions share no base class
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            told = {"error": lines[0][:_MAX_TEXT]}
+            header = {"error": lines[0][:_MAX_TEXT]}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        head = json.dumps(told).encode()
+        head = json.dumps(header).encode()
         out.write(HEADER.pack(len(head)) + head + body)
         out.flush()
 
 
 if __name__ == "__main__":
     die_with_parent(signal.SIGKILL)
-    # What the runtime prints must not get between the bytes.
+    # Output that the runtime prints must not mix with the frames.
     real = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     main(sys.stdin.buffer, real)

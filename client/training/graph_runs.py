@@ -1,4 +1,4 @@
-"""Graphs over a site's examples, in a child process with a deadline: a crash is a result, not the end."""
+"""Runs graphs over a site's examples in a child process with a deadline, so that a crash is only a failed graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedge.client.training.graph_child import HEADER
 
-#: Seconds that a graph gets here at most, whatever a request says: meanwhile the site answers nothing else.
+#: Maximum of a graph's deadline, in seconds, whatever a request says: meanwhile the site answers nothing else.
 MAX_DEADLINE: Final = 300.0
 #: Examples at a time where it makes no difference.
 BATCH: Final = 64
@@ -28,7 +28,7 @@ _MAX_TEXT: Final = 300
 
 
 class GraphFailedError(Exception):
-    """A graph did not load, crashed, took too long, or gave something else than was asked for."""
+    """A graph did not load, crashed, took too long, or gave output of another shape, or not finite."""
 
 
 Result: TypeAlias = NDArray[np.float32] | GraphFailedError
@@ -39,8 +39,8 @@ class Terms:
     """How graphs are run.
 
     Attributes:
-        deadline: seconds for each.
-        threads: of the runtime.
+        deadline: seconds for each graph.
+        threads: number of threads of the runtime.
     """
 
     deadline: float
@@ -48,55 +48,64 @@ class Terms:
 
 
 def logits(graphs: Sequence[bytes], x: NDArray[Any], width: int, terms: Terms) -> list[Result]:
-    """What graphs give for examples, run as a device would.
+    """Run graphs over examples as a device would.
 
     They share a child; where one crashes it, the others get another.
 
     Args:
-        graphs: made by this site itself.
+        graphs: in ONNX, derived by this site itself.
         x: ``(n, ...)``, as the network takes them, ``n`` 1 or more.
         width: of the logits.
         terms: of each graph.
 
     Returns:
-        Of each graph finite logits ``(n, width)``, or why there are none.
+        For each graph its logits ``(n, width)``, finite, or why there are none.
     """
-    found: list[Result] = []
-    while len(found) < len(graphs):
-        found += _run(graphs[len(found) :], x, BATCH, terms, optimised=True)
-    return [_checked(one, (len(x), width)) for one in found]
+    results: list[Result] = []
+    while len(results) < len(graphs):
+        results += _run(graphs[len(results) :], x, BATCH, terms, optimised=True)
+    return [_checked(one, (len(x), width)) for one in results]
 
 
 def extremes(onnx: bytes, x: NDArray[Any], tensors: int, terms: Terms) -> NDArray[np.float32]:
-    """How far the activations of an observed graph go in each example, ``(n, tensors, 2)``.
+    """The smallest and largest value of each observed tensor in each example.
 
-    The graph is run as it stands, one example at a time: what the runtime would fuse could not be seen.
+    The graph is run unoptimised, as fused operators would hide their activations, and one example at a time.
+
+    Args:
+        onnx: graph whose output is the minima of all tensors, then their maxima.
+        x: ``(n, ...)``, as the network takes them, ``n`` 1 or more.
+        tensors: number of observed tensors.
+        terms: deadline and threads.
+
+    Returns:
+        ``(n, tensors, 2)``.
 
     Raises:
-        GraphFailedError: see there.
+        GraphFailedError: the graph did not run, or not in time, or its output is not as expected.
     """
-    (found,) = _run([onnx], x, 1, terms, optimised=False)
-    found = _checked(found, (len(x), 2 * tensors))
-    if isinstance(found, GraphFailedError):
-        raise found
-    return np.stack([found[:, :tensors], found[:, tensors:]], axis=2)
+    (output,) = _run([onnx], x, 1, terms, optimised=False)
+    output = _checked(output, (len(x), 2 * tensors))
+    if isinstance(output, GraphFailedError):
+        raise output
+    return np.stack([output[:, :tensors], output[:, tensors:]], axis=2)
 
 
-def _checked(found: Result, shape: tuple[int, ...]) -> Result:
-    if isinstance(found, GraphFailedError):
-        return found
-    if found.shape != shape:
-        return GraphFailedError(f"output: must be of shape {shape}, got {found.shape}")
-    if not np.isfinite(found).all():
+def _checked(result: Result, shape: tuple[int, ...]) -> Result:
+    if isinstance(result, GraphFailedError):
+        return result
+    if result.shape != shape:
+        return GraphFailedError(f"output: must be of shape {shape}, got {result.shape}")
+    if not np.isfinite(result).all():
         return GraphFailedError("output: must be finite, got NaN or infinity")
-    return found
+    return result
 
 
 def _run(
     graphs: Sequence[bytes], x: NDArray[Any], batch: int, terms: Terms, *, optimised: bool
 ) -> list[Result]:
-    """Results of the first graphs, one at least: the last of them may have ended the child."""
-    asked = {
+    """Results of the first graphs, at least one: the last of them may have ended the child."""
+    request = {
         "graphs": [len(onnx) for onnx in graphs],
         "dtype": x.dtype.str,
         "shape": list(x.shape),
@@ -105,7 +114,7 @@ def _run(
         "threads": terms.threads,
         "deadline": terms.deadline,
     }
-    head = json.dumps(asked).encode()
+    head = json.dumps(request).encode()
     frame = b"".join((HEADER.pack(len(head)), head, *graphs, np.ascontiguousarray(x).tobytes()))
     limit = _START + terms.deadline * len(graphs)
     try:
@@ -114,32 +123,32 @@ def _run(
         )
     except subprocess.TimeoutExpired as error:
         return [*_frames(error.stdout or b"", len(graphs) - 1), _late(terms.deadline)]
-    found = _frames(done.stdout, len(graphs))
-    if len(found) < len(graphs):
+    results = _frames(done.stdout, len(graphs))
+    if len(results) < len(graphs):
         late = done.returncode == -signal.SIGALRM
-        found.append(_late(terms.deadline) if late else _why(done.returncode, done.stderr))
-    return found
+        results.append(_late(terms.deadline) if late else _why(done.returncode, done.stderr))
+    return results
 
 
-def _frames(data: bytes, most: int) -> list[Result]:
-    """The whole frames that a child has written."""
-    found: list[Result] = []
+def _frames(data: bytes, maximum: int) -> list[Result]:
+    """The complete frames that a child has written, at most ``maximum``."""
+    results: list[Result] = []
     at = 0
-    while len(found) < most:
+    while len(results) < maximum:
         try:
             (size,) = HEADER.unpack_from(data, at)
-            told = json.loads(data[at + HEADER.size : at + HEADER.size + size])
+            header = json.loads(data[at + HEADER.size : at + HEADER.size + size])
             at += HEADER.size + size
-            if "error" in told:
-                found.append(GraphFailedError(str(told["error"])[:_MAX_TEXT]))
+            if "error" in header:
+                results.append(GraphFailedError(str(header["error"])[:_MAX_TEXT]))
                 continue
-            shape = [int(n) for n in told["shape"]]
+            shape = [int(n) for n in header["shape"]]
             values = np.frombuffer(data, np.float32, math.prod(shape), at).reshape(shape)
         except (ValueError, KeyError, TypeError, OverflowError, struct.error):
             break
         at += values.nbytes
-        found.append(values)
-    return found
+        results.append(values)
+    return results
 
 
 def _late(deadline: float) -> GraphFailedError:
@@ -148,9 +157,9 @@ def _late(deadline: float) -> GraphFailedError:
 
 def _why(status: int, stderr: bytes) -> GraphFailedError:
     if status < 0:
-        known = {s.value for s in signal.Signals}
+        signals = {s.value for s in signal.Signals}
         return GraphFailedError(
-            f"crashed ({signal.Signals(-status).name if -status in known else -status})"
+            f"crashed ({signal.Signals(-status).name if -status in signals else -status})"
         )
     lines = stderr.decode(errors="replace").strip().splitlines() or [f"exit status {status}"]
     return GraphFailedError(f"failed ({lines[-1][:_MAX_TEXT]})")

@@ -1,4 +1,4 @@
-"""What one site learns with: its examples, prepared, and the warm network; no request and no reply is known here."""
+"""Training and evaluation of one site: its preprocessed examples and the loaded network, independent of messages."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Learner:
     """The data and the network of one site, for one task.
 
     Args:
-        site: its name, part of every draw.
-        task: what is learnt.
+        site: its name, part of every random seed.
+        task: that is trained.
         data: the site's raw examples.
         home: folder of this site alone, for what outlives the process.
-        device: where network and examples lie; what is returned is always of the CPU.
+        device: where network and examples lie; returned arrays are always on the CPU.
 
     Attributes:
-        specs: of the network's tensors, in its order.
+        specs: shape and dtype of the network's tensors, in its order.
         trained: names of its parameters.
-        statistics: of the training split, None where the task's preprocessing learns nothing.
-        network: holds whatever the last request loaded.
+        statistics: of the training split; None where the task's preprocessing is not fitted.
+        network: holds the weights that the last request loaded.
     """
 
     def __init__(
@@ -62,52 +62,52 @@ class Learner:
         self._prepared: tuple[Standardise | None, Examples, Examples] | None = None
 
     def drop(self) -> None:
-        """Let go of all that the next request can make anew."""
+        """Release everything that the next request can compute again."""
         self._prepared = None
         self.network.zero_grad(set_to_none=True)
 
     @property
     def columns(self) -> int | None:
-        """How many columns the preprocessing standardises; None where it learns nothing."""
+        """The number of columns that the preprocessing standardises; None where it is not fitted."""
         return None if self.statistics is None else len(self.statistics.total)
 
     @property
     def control_specs(self) -> dict[str, Spec]:
-        """Of the tensors that SCAFFOLD has a variate of: those in floating point."""
+        """Shape and dtype of the tensors that have a control variate in SCAFFOLD: those in floating point."""
         return {n: s for n, s in self.specs.items() if np.dtype(s.dtype).kind == "f"}
 
     def check_data_unchanged(self, run_id: str) -> None:
-        """Note the data's digest when a run begins; later it must be the same, as redone rounds rely on it.
+        """Record the digest of the data when a run begins; later it must be the same, as repeated rounds rely on it.
 
         The digest never leaves the site.
 
         Raises:
             SiteError: 415, the data have changed since this run began.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for array in (
             self.data.train_features,
             self.data.train_labels,
             self.data.test_features,
             self.data.test_labels,
         ):
-            found.update(repr((array.shape, array.dtype.str)).encode())
-            found.update(np.ascontiguousarray(array).tobytes())
+            digest.update(repr((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
         path = self.home / "data" / f"{run_id}.sha256"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, found.hexdigest().encode())
-        elif path.read_bytes() != found.hexdigest().encode():
+            write_atomically(path, digest.hexdigest().encode())
+        elif path.read_bytes() != digest.hexdigest().encode():
             raise SiteError(415, f"data: must be as when run {run_id} began, got other examples")
 
     def prepare(self, terms: Terms) -> tuple[Examples, Examples]:
         """Preprocessed train and test examples, kept until a request brings other statistics."""
         torch.set_num_threads(terms.threads)
         standardise = terms.standardise
-        if terms.of_site and self.statistics is not None:
+        if terms.own_statistics and self.statistics is not None:
             standardise = self.statistics.standardise()
         if self._prepared is None or self._prepared[0] != standardise:
-            if terms.of_site and standardise is not None:
+            if terms.own_statistics and standardise is not None:
                 self._write_statistics(standardise)
             steps = self.task.preprocessing
             if standardise is not None:
@@ -123,23 +123,36 @@ class Learner:
         return self._prepared[1], self._prepared[2]
 
     def _write_statistics(self, standardise: Standardise) -> None:
-        """Leave the site's own statistics for its devices, which must standardise as the site did."""
+        """Write the site's own statistics for its devices, which must standardise as the site did."""
         self.home.mkdir(parents=True, exist_ok=True)
         values = {"mean": list(standardise.mean), "std": list(standardise.std)}
         write_atomically(self.home / "statistics.json", (json.dumps(values) + "\n").encode())
 
-    def fit(
-        self, terms: Terms, what: Training, received: NDArrays, fit: Examples
+    def train(
+        self, terms: Terms, training: Training, received: NDArrays, examples: Examples
     ) -> tuple[NDArrays, float]:
-        """Trained weights, and the mean loss that the request asks for."""
+        """Train from the received weights.
+
+        Args:
+            terms: of the request.
+            training: settings of the round.
+            received: tensor by name, as ``specs``; with SCAFFOLD also the server's control variate.
+            examples: preprocessed training examples, 1 or more.
+
+        Returns:
+            The trained weights (with SCAFFOLD also the change of c_i), and the mean loss as ``training.loss_at`` asks.
+
+        Raises:
+            SiteError: see ``_local_steps``.
+        """
         self.load(received)
-        if what.loss_at == "received":
-            loss = mean_loss(self.task, self.network, fit.x, fit.y)
-            return self._local_steps(terms, what, received, fit)[0], loss
-        return self._local_steps(terms, what, received, fit)
+        if training.loss_at == "received":
+            loss = mean_loss(self.task, self.network, examples.x, examples.y)
+            return self._local_steps(terms, training, received, examples)[0], loss
+        return self._local_steps(terms, training, received, examples)
 
     def _local_steps(
-        self, terms: Terms, what: Training, received: NDArrays, fit: Examples
+        self, terms: Terms, training: Training, received: NDArrays, examples: Examples
     ) -> tuple[NDArrays, float]:
         """Train the loaded network.
 
@@ -149,13 +162,13 @@ class Learner:
         Raises:
             SiteError: 401, the weights are no longer finite; 413, c_i is missing.
         """
-        settings, server_round = what.settings, terms.address.server_round
-        epoch = steps_of_epoch(len(fit.y), settings.batch_size)
+        settings, server_round = training.settings, terms.address.server_round
+        epoch = steps_of_epoch(len(examples.y), settings.batch_size)
         steps = settings.local_steps or (settings.local_epochs or 1) * epoch
         order = batches(
             seed=terms.seed,
             site=self.site,
-            rows=len(fit.y),
+            rows=len(examples.y),
             batch_size=settings.batch_size,
             first=(server_round - 1) * steps,
             steps=steps,
@@ -163,36 +176,36 @@ class Learner:
         server: dict[str, Tensor] = {}
         own: dict[str, Tensor] = {}
         store = ControlStore(self.home / "control" / terms.address.run_id)
-        if what.control:
+        if training.control:
             server = {
                 n: self._tensor(received[protocol.CONTROL_PREFIX + n]) for n in self.control_specs
             }
-            held = store.load(what.accepted_round, self.control_specs)
+            held = store.load(training.accepted_round, self.control_specs)
             own = {name: self._tensor(a) for name, a in held.items()}
-        # Whatever a network draws of its own (dropout) is a function of seed, site and round.
+        # Random numbers of the network itself (dropout) are a function of seed, site and round.
         with devices.seeded(seed_of(terms.seed, self.site, "network", server_round), self.device):
             outcome = train(
                 self.task,
                 self.network,
-                fit,
+                examples,
                 order,
                 settings,
-                proximal_mu=what.proximal_mu,
+                proximal_mu=training.proximal_mu,
                 correction={name: server[name] - own[name] for name in own},
             )
         trained = self.weights(server_round)
         change: NDArrays = {}
-        if what.control:
+        if training.control:
             # Tensors that no step changes (buffers) keep their variate.
             new = {name: outcome.mean_gradient.get(name, c) for name, c in own.items()}
             store.save(
-                server_round, what.accepted_round, {n: t.cpu().numpy() for n, t in new.items()}
+                server_round, training.accepted_round, {n: t.cpu().numpy() for n, t in new.items()}
             )
             change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).cpu().numpy() for n in new}
         return trained | change, outcome.loss
 
     def weights(self, server_round: int) -> NDArrays:
-        """What the network holds now.
+        """The network's current weights by name.
 
         Raises:
             SiteError: 401, a weight is not finite.
@@ -214,7 +227,7 @@ class Learner:
         return counters(self.task, self.network, held_out.x, held_out.y)
 
     def load(self, received: NDArrays) -> None:
-        """Put weights into the network."""
+        """Load weights into the network."""
         self.network.load_state_dict({n: self._tensor(received[n]) for n in self.specs})
 
     def _tensor(self, a: Any) -> Tensor:
@@ -231,7 +244,7 @@ def counters(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> Counters:
 
     Args:
         task: whose counters.
-        network: put into evaluation mode.
+        network: is put into evaluation mode.
         x: preprocessed examples ``(n, *in)``.
         y: labels ``(n,)``, int64.
     """
@@ -246,6 +259,6 @@ def counters(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> Counters:
 
 
 def mean_loss(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Mean loss over all examples, in evaluation mode."""
-    found = counters(task, network, x, y)
-    return found["loss-sum"] / found["examples"]
+    """Mean loss over examples ``x`` ``(n, *in)`` and labels ``y`` ``(n,)``, n 1 or more, in evaluation mode."""
+    sums = counters(task, network, x, y)
+    return sums["loss-sum"] / sums["examples"]

@@ -50,7 +50,7 @@ def optimizer(settings: TrainSection, network: nn.Module) -> Optimizer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the local steps brought, besides the changed network.
+    """The result of the local steps, besides the changed network.
 
     Attributes:
         loss: mean over the steps of the batch's mean loss, without the proximal term.
@@ -80,13 +80,13 @@ def train(
 
     SCAFFOLD (ICML 2020, https://arxiv.org/abs/1910.06378) adds c - c_i to the gradient. Its option
     II, c_i+ = c_i - c + (x - y) / (K lr), is for plain SGD the mean of the uncorrected gradients:
-    that mean is what we keep, as it stays right with momentum or Adam, where the way travelled no
-    longer tells the gradient.
+    that mean is kept, as it stays correct with momentum or Adam, where the distance moved no
+    longer gives the gradient.
 
     Args:
         task: whose loss.
         network: holds the weights as received.
-        examples: the site's training split.
+        examples: the site's training split, preprocessed.
         order: row indices of each step's batch, one step or more.
         settings: optimiser and its numbers.
         proximal_mu: mu of FedProx, 0 for none.
@@ -117,7 +117,7 @@ def train(
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(steps)
         with torch.no_grad():
-            # A step of float16 that overflowed is left out, and counts as one that did not move.
+            # A float16 step that overflowed is skipped, and its gradient counts as zero.
             moves = scaler is None or all(
                 bool(p.grad.isfinite().all()) for _, p in parameters if p.grad is not None
             )

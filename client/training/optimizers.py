@@ -19,7 +19,7 @@ _adam_step: Callable[..., Any] = unwrap(Adam.step)
 
 
 class _Eager(Optimizer):
-    """What both have from ``Optimizer``."""
+    """Methods of ``Optimizer`` that both optimisers share."""
 
     add_param_group = cast(Any, unwrap(Optimizer.add_param_group))
     zero_grad = cast(Any, unwrap(Optimizer.zero_grad))

@@ -1,4 +1,4 @@
-"""The site's worker: holds the data and the warm network, answers the server's requests, lets nothing else out.
+"""The site's worker: holds the data and the loaded network, and answers the server's requests.
 
 A failure travels as its number alone; its text, which may speak of paths and values, stays in the
 site's own log.
@@ -26,7 +26,7 @@ from fedge.client.privacy.rounds import PrivateRounds
 from fedge.client.requests import Address, Terms, section_of
 from fedge.client.secagg.participant import is_secure
 from fedge.client.secagg.session import Anchors
-from fedge.client.secagg.sums import SecureWork
+from fedge.client.secagg.sums import SecureSums
 from fedge.client.settings.privacy_policy import PrivacyPolicy, simulated
 from fedge.client.training import counts
 from fedge.client.training import device as devices
@@ -54,13 +54,13 @@ class SiteWorker:
     """Answers register, train, evaluate and probe for one site and one task.
 
     Args:
-        site: its name, part of every draw.
-        task: what is learnt.
+        site: its name, part of every random seed.
+        task: that is trained.
         data: the site's raw examples.
         home: folder of this site alone, for what outlives the process.
-        device: where network and examples lie; replies are always of the CPU.
-        anchors: the site's own for secure aggregation; without them it takes part in none.
-        privacy: on which terms the site's data may be learnt from; those of a simulation where not given.
+        device: where network and examples lie; arrays of replies are always on the CPU.
+        anchors: keys and roster for secure aggregation; without them the site takes part in none.
+        privacy: gives the site's current privacy policy; that of a simulated site where not given.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SiteWorker:
         self._lock = threading.Lock()
         self.learner = Learner(site, task, data, home, device)
         floats = {n: s.shape for n, s in self.learner.control_specs.items()}
-        self._secure = SecureWork(task, floats, self.learner.trained, anchors, home)
+        self._secure = SecureSums(task, floats, self.learner.trained, anchors, home)
         ledger = ChargedReplies(home, privacy or simulated)
         work = PrivateWork(task, ledger)
         self._private = PrivateRounds(self.learner, work, self._secure, self._reply)
@@ -94,8 +94,8 @@ class SiteWorker:
             content: of the request.
 
         Raises:
-            SiteError: 414, the request is refused; 401 or 415, the site's own; 416, memory ran out; 417, the
-                device failed; 413, any failure without a number of its own.
+            SiteError: 414, the request is refused; 401, weights are not finite; 415, the data changed; 416, out of
+                memory; 417, the device failed; 413, any failure without a number of its own.
             RunError: 504, SCAFFOLD's state is damaged.
         """
         try:
@@ -107,7 +107,7 @@ class SiteWorker:
             log.error("site %s: %s", self.site, error)
             raise
         except Exception as error:
-            code = devices.number_of(error) or TASK_FAILED
+            code = devices.error_code(error) or TASK_FAILED
             log.exception("site %s: FE-%d the task failed", self.site, code)
         # Only here, as the exception's frames hold on to the tensors that were too many.
         if code == devices.OUT_OF_MEMORY:
@@ -120,7 +120,7 @@ class SiteWorker:
         return self._lock.locked()
 
     def _drop(self) -> None:
-        """Let go of all that the next request can make anew."""
+        """Release everything that the next request can compute again."""
         with self._lock:
             self.learner.drop()
             self._calibration.drop()
@@ -147,18 +147,22 @@ class SiteWorker:
         address, section = requests.address(config), section_of(config)
         self.learner.check_data_unchanged(address.run_id)
         if is_secure(request):
-            # Sizes and sums leave the site under masks alone.
+            # Numbers of examples and sums leave the site under secure aggregation only.
             self._secure.require()
             return self._reply(address, MetricRecord({}))
         # Sums leave the site only where all sites standardise alike.
         summed = self.learner.statistics if requests.standardise(config) == "federated" else None
         if summed is not None:
             self._require_statistics(section)
-        shown = shown_of(section, self.learner.data, summed)
-        return self._reply(address, MetricRecord(shown))
+        figures = registration_figures(section, self.learner.data, summed)
+        return self._reply(address, MetricRecord(figures))
 
     def _require_statistics(self, section: PrivacySection) -> None:
-        """Mean and deviation have no noise, which a mechanism must say."""
+        """Mean and standard deviation leave without noise, which the privacy section must declare.
+
+        Raises:
+            SiteError: 414, it does not.
+        """
         if section.mechanism != "off" and section.statistics == "off":
             raise requests.refuse(
                 "privacy.statistics", "unprotected for a task that standardises", "off"
@@ -167,25 +171,29 @@ class SiteWorker:
     def _train(self, request: RecordDict) -> RecordDict:
         config = requests.config_of(request, self.task.name)
         terms = requests.terms(config, self.learner.columns)
-        what = requests.training(config)
-        own_specs = self.learner.control_specs if what.control else {}
+        training = requests.training(config)
+        own_specs = self.learner.control_specs if training.control else {}
         prefixed = {protocol.CONTROL_PREFIX + name: spec for name, spec in own_specs.items()}
         received = requests.arrays(request, self.learner.specs | prefixed)
-        fit, _ = self.learner.prepare(terms)
+        examples, _ = self.learner.prepare(terms)
         section = section_of(config)
         if section.mechanism != "off":
             if self.learner.statistics is not None:
                 self._require_statistics(section)
-            round_ = Round(request, terms, section, config, what, fit)
+            round_ = Round(request, terms, section, config, training, examples)
             return self._private.answer(round_, received)
         if is_secure(request):
-            # A site that has no examples takes part with nothing: the others need not know.
-            fitted = partial(self.learner.fit, terms, what, received, fit) if len(fit.y) else None
-            bundle = self._secure.train(request, terms, what, received, fitted, len(fit.y))
-            return self._reply(terms.address, bundle)
-        trained, loss = self.learner.fit(terms, what, received, fit)
+            # A site without examples takes part with zeros, so that the other sites do not learn of it.
+            train = (
+                partial(self.learner.train, terms, training, received, examples)
+                if len(examples.y)
+                else None
+            )
+            values = self._secure.train(request, terms, training, received, train, len(examples.y))
+            return self._reply(terms.address, values)
+        trained, loss = self.learner.train(terms, training, received, examples)
         metrics: dict[str, int | float] = {
-            protocol.NUM_EXAMPLES: len(fit.y),
+            protocol.NUM_EXAMPLES: len(examples.y),
             protocol.TRAIN_LOSS: loss,
         }
         return self._reply(terms.address, MetricRecord({**metrics}), trained)
@@ -194,44 +202,52 @@ class SiteWorker:
         config = requests.config_of(request, self.task.name)
         terms = requests.terms(config, self.learner.columns)
         received = requests.arrays(request, self.learner.specs)
-        fit, held_out = self.learner.prepare(terms)
+        train_examples, held_out = self.learner.prepare(terms)
         section = section_of(config)
         if kind == protocol.EVALUATE:
             count = partial(self.learner.count, received, held_out)
-            asked = counts.of_evaluation(self.task.counter_names, len(held_out.y), count)
+            requested = counts.evaluation_counts(self.task.counter_names, len(held_out.y), count)
         else:
-            asked = self._calibration.figures(
-                kind, request, terms, received, (fit, held_out), section
+            requested = self._calibration.figures(
+                kind, request, terms, received, (train_examples, held_out), section
             )
-        noised = self._counts.evaluation(request, terms.address, section, asked)
+        noised = self._counts.evaluation(request, terms.address, section, requested)
         if noised is not None:
             return self._evaluate_noised(noised, terms)
         if is_secure(request):
-            bundle = self._secure.evaluate(request, terms, asked.kind, asked.names, asked.count)
-            return self._reply(terms.address, bundle)
-        return self._told(asked, terms, MetricRecord({**asked.told()}))
-
-    def _evaluate_noised(self, of: Evaluation, terms: Terms) -> RecordDict:
-        if self.learner.statistics is not None:
-            self._require_statistics(section_of(requests.config_of(of.request, self.task.name)))
-        if is_secure(of.request):
-            bundle = self._secure.evaluate(
-                of.request,
-                terms,
-                of.figures.kind,
-                of.counts.told,
-                partial(self._counts.charged, of),
-                noised=True,
-                min_sites=of.min_sites,
+            values = self._secure.evaluate(
+                request, terms, requested.kind, requested.names, requested.count
             )
-            return self._counts.vouch(self._reply(terms.address, bundle))
-        return self._counts.answer(of, partial(self._told, of.figures, terms))
+            return self._reply(terms.address, values)
+        return self._with_config(requested, terms, MetricRecord({**requested.reported()}))
 
-    def _told(self, asked: RequestedCounts, terms: Terms, metrics: MetricRecord) -> RecordDict:
+    def _evaluate_noised(self, evaluation: Evaluation, terms: Terms) -> RecordDict:
+        if self.learner.statistics is not None:
+            self._require_statistics(
+                section_of(requests.config_of(evaluation.request, self.task.name))
+            )
+        if is_secure(evaluation.request):
+            values = self._secure.evaluate(
+                evaluation.request,
+                terms,
+                evaluation.figures.kind,
+                evaluation.counts.told,
+                partial(self._counts.charged, evaluation),
+                noised=True,
+                min_sites=evaluation.min_sites,
+            )
+            return self._counts.vouch(self._reply(terms.address, values))
+        return self._counts.answer(
+            evaluation, partial(self._with_config, evaluation.figures, terms)
+        )
+
+    def _with_config(
+        self, requested: RequestedCounts, terms: Terms, metrics: MetricRecord
+    ) -> RecordDict:
         reply = self._reply(terms.address, metrics)
         config = reply[protocol.CONFIG]
         if isinstance(config, ConfigRecord):
-            config.update({**asked.config()})
+            config.update({**requested.config()})
         return reply
 
     def _sum_statistics(self, request: RecordDict) -> RecordDict:
@@ -253,7 +269,7 @@ class SiteWorker:
         values: MetricRecord | ConfigRecord | None = None,
         arrays: Mapping[str, Any] | None = None,
     ) -> RecordDict:
-        """Who answers what, with metrics, or with the values of a secure exchange."""
+        """A reply: the site's address record, with metrics or the values of a secure exchange, and arrays."""
         config = ConfigRecord(
             {
                 protocol.SITE: self.site,
@@ -274,27 +290,31 @@ class SiteWorker:
         return content
 
 
-Shown = dict[str, int | float | list[int] | list[float]]
+Figures = dict[str, int | float | list[int] | list[float]]
 
 
-def shown_of(section: PrivacySection, data: SiteData, statistics: Statistics | None) -> Shown:
-    """How many examples the site has, and the sums over its standardised columns where they are asked for.
+def registration_figures(
+    section: PrivacySection, data: SiteData, statistics: Statistics | None
+) -> Figures:
+    """The site's numbers of examples, and the sums over its standardised columns where they are requested.
 
-    Under local noise nothing that leaves may depend on the data but what has noise, or was declared to have none: so
-    each site says that it has one example, which is also what it weighs, and gives means in place of sums.
+    Under local noise nothing may leave that depends on the data, except values with noise or declared to have none: so
+    each site reports one example, which is also its weight, and means in place of sums.
 
     Args:
-        section: the run's mechanism.
-        data: the site's.
-        statistics: of the training split, where they leave the site.
+        section: the run's privacy section.
+        data: the site's examples.
+        statistics: of the training split; None where they do not leave the site.
     """
     train, test, share = len(data.train_labels), len(data.test_labels), 1
     if section.mechanism == "local":
         share, train = max(train, 1), 1
         if section.metrics != "unprotected":
             test = int(section.metrics == "noised")
-    shown: Shown = {protocol.NUM_TRAIN_EXAMPLES: train, protocol.NUM_TEST_EXAMPLES: test}
+    figures: Figures = {protocol.NUM_TRAIN_EXAMPLES: train, protocol.NUM_TEST_EXAMPLES: test}
     if statistics is not None:
-        shown[protocol.FEATURE_TOTAL] = [v / share for v in statistics.total]
-        shown[protocol.FEATURE_TOTAL_OF_SQUARES] = [v / share for v in statistics.total_of_squares]
-    return shown
+        figures[protocol.FEATURE_TOTAL] = [v / share for v in statistics.total]
+        figures[protocol.FEATURE_TOTAL_OF_SQUARES] = [
+            v / share for v in statistics.total_of_squares
+        ]
+    return figures

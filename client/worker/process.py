@@ -1,7 +1,7 @@
 """The site's resident worker as a process: ``python -m fedge.client.worker.process HOME``.
 
 It holds the data, the model, the device and the policy for as long as the site runs, and serves the relay
-over a Unix socket. Its supervisor starts it anew where it dies; exit status 75 asks for just that.
+over a Unix socket. Its supervisor restarts it when it dies; exit status 75 requests a restart.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(home: Path, *, with_parent: bool = False) -> int:
         DeployError: 901, not a site's home; 902, another worker serves it; 904, the socket cannot be made.
         ConfigError: 201 to 204, site.toml or policy.toml is not allowed.
         DataError: 301 to 304, task or data.
-        SiteError: 416, the data do not fit into the memory; 417, there is no such device.
+        SiteError: 416, the data exceed the memory bound; 417, there is no such device.
         DeployError, ReleaseError: see ``_anchors``.
     """
     if with_parent:
@@ -89,17 +89,19 @@ def main(home: Path, *, with_parent: bool = False) -> int:
                 lambda: policies.current().privacy,
             )
         except MemoryError:
-            raise SiteError(416, "data: must fit into policy.memory-gib, got more") from None
+            raise SiteError(
+                416, "data: must be at most policy.memory-gib in memory, got more"
+            ) from None
         if site.site.task not in allowed.tasks:
             log.warning("policy.toml: tasks must hold %s, or nothing is served", site.site.task)
         return _serve(site, worker, policies)
 
 
 def _anchors(site: str, home: Path, policies: PolicyFile) -> Anchors | None:
-    """What the site trusts in secure aggregation; None where it has no roster and its policy asks for none.
+    """The keys and roster that the site trusts in secure aggregation; None without a roster and without need of one.
 
     Raises:
-        DeployError: 917 to 919, the roster is not usable, is older than one before, or lacks this site's key.
+        DeployError: 917 to 919, the roster is not usable, is older than one used before, or lacks this site's key.
         ReleaseError: 602, the site's key is not usable.
     """
     if (
@@ -121,9 +123,9 @@ def _anchors(site: str, home: Path, policies: PolicyFile) -> Anchors | None:
 def _data(site: SiteFile, task: Task) -> SiteData:
     if site.data.share is None:
         return own_data.own_examples(task, site.site.name, site.data)
-    found = npy_files.read(site.data.share)
-    own_data.require_task_data(task, found)
-    return found
+    data = npy_files.read(site.data.share)
+    own_data.require_task_data(task, data)
+    return data
 
 
 def _serve(site: SiteFile, worker: SiteWorker, policies: PolicyFile) -> int:
@@ -176,7 +178,7 @@ def _permissions(group: str | None) -> tuple[int, int | None]:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """Hold the home for this process alone.
+    """Lock the home for this process.
 
     Raises:
         DeployError: 901, there is no such folder; 902, another worker holds it.
@@ -218,5 +220,5 @@ if __name__ == "__main__":
     exit_status = guarded("fedge worker", _command_line)
     logging.shutdown()
     sys.stderr.flush()
-    # A thread may still train; the interpreter's own end would pull torch from under it.
+    # A thread may still train; a regular interpreter shutdown would unload torch while it is in use.
     os._exit(exit_status)

@@ -1,9 +1,9 @@
-"""What the worker's process does with a connection: read, hold against the policy, answer.
+"""How the worker's process serves a connection: read the request, check it against the policy, answer.
 
-Training and evaluation take turns. Whatever else is asked (``status``, ``permit``, a probe) is answered at
+Training and evaluation run one at a time. Other requests (``status``, ``permit``, a probe) are answered at
 once by the connection's own thread. The last reply of each kind is kept as bytes: a server or a relay
-that died and asks the same again is answered from there, and nothing is trained twice.
-A computation that hangs would hold the turn for ever: beyond the deadline the process asks for a new one.
+that died and repeats its request gets the same bytes, and nothing is trained twice.
+A computation that hangs would block all others: after the deadline the process requests its own restart.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ log = logging.getLogger(__name__)
 RUN: ContextVar[str] = ContextVar("run", default="-")
 ROUND: ContextVar[int | str] = ContextVar("round", default="-")
 
-#: Connections at a time; one more is closed at once, and its relay tries again.
+#: Connections at a time; one more is closed at once, and its relay retries.
 MAX_CONNECTIONS: Final = 16
 #: Seconds to read a request and to write a reply; both ends are on one machine.
 READ_WITHIN: Final = 60.0
 WRITE_WITHIN: Final = 60.0
-#: Exit status that asks the supervisor for a new process: a fresh device context, another policy of memory.
-START_ANEW: Final = 75
+#: Exit status that requests a restart from the supervisor: for a new device context, or another memory bound.
+RESTART: Final = 75
 
 _LOOK: Final = 0.5
 _NO_POLICY_LIMIT: Final = 2**20
-_KEPT: Final = (protocol.TRAIN, *EVALUATIONS, messages.STATISTICS)
+_CACHED: Final = (protocol.TRAIN, *EVALUATIONS, messages.STATISTICS)
 _REFUSED, _MALFORMED = 418, 414
 
 
-class _NobodyWaitsError(Exception):
-    """The relay has gone, or is to ask the next process: no reply is sent."""
+class _NoReplyError(Exception):
+    """The relay has disconnected, or must ask the next process: no reply is sent."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Last:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CachedReply:
     run: str
     server_round: int
     digest: bytes
@@ -77,10 +77,10 @@ class Service:
     """Answers connections for one worker.
 
     Args:
-        worker: the site's.
-        policies: the site's policy, as it is now.
-        wait: seconds that a request waits for its turn, and that one computation may take.
-        stop: ends the process with a status.
+        worker: the site's worker.
+        policies: the site's policy, read again when its file changes.
+        wait: seconds that a request may wait for earlier ones, and that one computation may take.
+        stop: called to end the process with an exit status.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Service:
     ) -> None:
         self._worker, self._policies, self._wait, self._stop = worker, policies, wait, stop
         self._machine = _machine(policies.current())
-        self._turn = threading.Lock()
-        self._kept: dict[str, _Kept] = {}
+        self._computing = threading.Lock()
+        self._replies: dict[str, _CachedReply] = {}
         self._last: _Last | None = None
         self._started = time.monotonic()
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -116,7 +116,7 @@ class Service:
             log.exception("a connection was closed")
 
     def drain(self, seconds: float) -> None:
-        """Give threads that are about to finish the time to do so; a training run is not waited for."""
+        """Wait at most ``seconds`` for open connections to finish."""
         until = time.monotonic() + seconds
         for thread in list(self._open):
             thread.join(max(until - time.monotonic(), 0.0))
@@ -128,18 +128,18 @@ class Service:
                 parts, code = self._reply(connection)
                 frames.send(connection, parts, time.monotonic() + WRITE_WITHIN)
                 _linger(connection)
-        except (_NobodyWaitsError, OSError, EOFError) as error:
+        except (_NoReplyError, OSError, EOFError) as error:
             log.info("a connection ended early: %s", error)
         except Exception:
             log.exception("a connection failed")
         finally:
             self._places.release()
             self._open.discard(threading.current_thread())
-            if code == devices.DEVICE_GONE:
-                self._stop(START_ANEW)
+            if code == devices.DEVICE_FAILED:
+                self._stop(RESTART)
 
     def _reply(self, connection: socket.socket) -> tuple[list[bytes], int]:
-        """A reply's frame and, where it is an error, its number."""
+        """A reply's frame, and the error's number, 0 for none."""
         try:
             body = frames.receive(connection, self._limit(), time.monotonic() + READ_WITHIN)
             request = frames.decode_request(body)
@@ -150,17 +150,17 @@ class Service:
         except FedgeError as error:
             code = error.code
             log.error("refused: %s", error)
-        except (_NobodyWaitsError, OSError, EOFError):
+        except (_NoReplyError, OSError, EOFError):
             raise
         except Exception as error:
-            code = devices.number_of(error) or TASK_FAILED
+            code = devices.error_code(error) or TASK_FAILED
             log.exception("FE-%d the request failed", code)
         return frames.encode_reply(code), code
 
     def _limit(self) -> int:
         try:
             return self._policies.current().max_request_mib * 2**20
-        except SiteError:  # nothing but a look at the worker's state will be served
+        except SiteError:  # without a policy only the worker's status is served
             return _NO_POLICY_LIMIT
 
     def _answer(
@@ -179,62 +179,62 @@ class Service:
         if request.kind == protocol.PROBE:
             return frames.encode_reply(self._worker.answer(request.kind, request.content))
         digest = hashlib.sha256(body).digest()
-        with self._in_turn(connection):
+        with self._exclusive(connection):
             if _machine(self._policies.current()) != self._machine:
-                self._stop(START_ANEW)
-                raise _NobodyWaitsError("the policy names another device or memory bound")
+                self._stop(RESTART)
+                raise _NoReplyError("the policy names another device or memory bound")
             with self._watched(request.kind, run, server_round):
                 return self._work(request, run, server_round, digest)
 
     def _work(
         self, request: frames.Request, run: str, server_round: int, digest: bytes
     ) -> list[bytes]:
-        kept = self._kept.get(request.kind)
-        if kept and (kept.run, kept.server_round, kept.digest) == (run, server_round, digest):
-            log.info("%s: asked again, answered as before", request.kind)
-            return kept.reply
+        last = self._replies.get(request.kind)
+        if last and (last.run, last.server_round, last.digest) == (run, server_round, digest):
+            log.info("%s: asked again, answered with the same reply", request.kind)
+            return last.reply
         self._last = _Last(request.kind, run, server_round, time.monotonic())
         started = time.monotonic()
         reply = frames.encode_reply(self._worker.answer(request.kind, request.content))
         log.info("%s: answered in %.2f s", request.kind, time.monotonic() - started)
-        if request.kind in _KEPT:
-            self._kept[request.kind] = _Kept(run, server_round, digest, reply)
+        if request.kind in _CACHED:
+            self._replies[request.kind] = _CachedReply(run, server_round, digest, reply)
         return reply
 
     @contextmanager
-    def _in_turn(self, connection: socket.socket) -> Iterator[None]:
-        """Wait for the requests before this one, but only while its relay waits too.
+    def _exclusive(self, connection: socket.socket) -> Iterator[None]:
+        """Wait for earlier requests to finish, but only while this one's relay stays connected.
 
         Raises:
             SiteError: 420, they took too long.
         """
         until = time.monotonic() + self._wait
-        while not self._turn.acquire(timeout=_LOOK):
+        while not self._computing.acquire(timeout=_LOOK):
             if _hung_up(connection):
-                raise _NobodyWaitsError("the relay has gone")
+                raise _NoReplyError("the relay has disconnected")
             if time.monotonic() > until:
-                raise SiteError(420, f"turn: must come within {self._wait:g} s, got none")
+                raise SiteError(420, f"start: must be within {self._wait:g} s, got none")
         try:
             if _hung_up(connection):
-                raise _NobodyWaitsError("the relay has gone")
+                raise _NoReplyError("the relay has disconnected")
             yield
         finally:
-            self._turn.release()
+            self._computing.release()
 
     @contextmanager
     def _watched(self, kind: str, run: str, server_round: int) -> Iterator[None]:
-        """End the process where a computation hangs; its supervisor starts another, which is asked again."""
+        """End the process if a computation hangs; its supervisor starts another, which gets the request again."""
 
         def hangs() -> None:
             RUN.set(run)
             ROUND.set(server_round)
             log.critical(
-                "FE-%d %s: must be computed within %g s, got none; the worker starts anew",
+                "FE-%d %s: must be computed within %g s, got none; the worker is restarted",
                 TASK_FAILED,
                 kind,
                 self._wait,
             )
-            self._stop(START_ANEW)
+            self._stop(RESTART)
 
         timer = threading.Timer(self._wait, hangs)
         timer.daemon = True
@@ -246,7 +246,7 @@ class Service:
 
     def _status(self) -> ConfigRecord:
         now = time.monotonic()
-        found = ConfigRecord(
+        status = ConfigRecord(
             {
                 "pid": os.getpid(),
                 "site": self._worker.site,
@@ -258,18 +258,18 @@ class Service:
             }
         )
         if last := self._last:
-            found["last-kind"], found["last-run"] = last.kind, last.run
-            found["last-round"], found["last-seconds"] = last.server_round, now - last.at
-        return found
+            status["last-kind"], status["last-run"] = last.kind, last.run
+            status["last-round"], status["last-seconds"] = last.server_round, now - last.at
+        return status
 
 
 def _machine(allowed: Policy) -> tuple[str, float | None, float]:
-    """What of a policy holds for the life of a process."""
+    """The settings of a policy that a running process cannot change: device and memory bounds."""
     return allowed.device, allowed.memory_gib, allowed.gpu_memory_fraction
 
 
 def _address(content: RecordDict) -> tuple[str, int]:
-    """Run and round for the log and the kept reply; whether they are allowed is decided elsewhere."""
+    """Run and round for the log and the cached reply; they are validated elsewhere."""
     config = content.get(protocol.CONFIG)
     if not isinstance(config, ConfigRecord):
         return "-", 0
@@ -285,5 +285,5 @@ def _hung_up(connection: socket.socket) -> bool:
 
 
 def _linger(connection: socket.socket) -> None:
-    """Say that nothing more is read, so that a relay that still sends turns to the reply."""
+    """Shut the connection down, so that a relay that still sends stops and reads the reply."""
     connection.shutdown(socket.SHUT_RDWR)

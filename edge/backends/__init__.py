@@ -1,1 +1,1 @@
-"""What runs an artefact on this device, which of them to take, and how to try one without risk."""
+"""Backends that run artefacts on this device, the choice among them, and trials in child processes."""

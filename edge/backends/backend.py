@@ -1,4 +1,4 @@
-"""What the runtime asks of whatever executes an artefact, and what it is told of the network."""
+"""The interface of an execution backend, and the shapes of the network that it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
 
-#: Where an artefact runs, as people read it.
+#: Places where an artefact can run, as messages name them.
 CPU: Final = "CPU"
 CUDA: Final = "CUDA"
 OPENVINO: Final = "OpenVINO"
@@ -17,7 +17,7 @@ RTX: Final = "TensorRT for RTX"
 TRT: Final = "TensorRT"
 PLACES: Final = (CPU, CUDA, OPENVINO, RTX, TRT)
 
-#: ONNX Runtime's name of each place that it serves.
+#: ONNX Runtime's execution provider for each of its places.
 PROVIDERS: Final = {
     CPU: "CPUExecutionProvider",
     CUDA: "CUDAExecutionProvider",
@@ -27,10 +27,10 @@ PROVIDERS: Final = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """What goes through the network.
+    """Shapes of the network's input and output.
 
     Attributes:
-        input: of one example, without the batch axis.
+        input: shape of one example, without the batch axis.
         logits: number of logits of one example.
     """
 
@@ -39,7 +39,7 @@ class Shapes:
 
 
 class Backend(Protocol):
-    """One artefact, opened.
+    """An opened artefact, ready to run.
 
     Attributes:
         artefact: its name.
@@ -72,10 +72,10 @@ class Backend(Protocol):
         """
 
     def close(self) -> None:
-        """Free what it holds; a later run fails."""
+        """Free its resources; a later run fails."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library said, at most 200 characters."""
+    """The first line of a library's error message, at most 200 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

@@ -1,4 +1,4 @@
-"""Which artefacts this device could run, where, and in which order: facts in, a list out."""
+"""Lists the artefacts that this device could run, each with its place, in order of preference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedge.shared.bundle.manifest_artefacts import (
     Artefact,
 )
 
-#: Kinds and places, what is fastest in most cases first. Where the device has measured, its order counts.
+#: Kinds and places, usually the fastest first. The order of an installation's record takes precedence.
 ORDER: Final = (
     (RTX_INT8, RTX),
     (TRT_INT8, TRT),
@@ -52,29 +52,29 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Artefact and place, as messages name them."""
         return f"{self.artefact.name} on {self.place}"
 
     @property
     def last_resort(self) -> bool:
-        """Whether it is what always works: the fp32 graph on the CPU."""
+        """Whether this is the fp32 graph on the CPU, which always works."""
         return (self.artefact.kind, self.place) == (ONNX_FP32, CPU)
 
 
 def candidates(
     artefacts: Iterable[Artefact], device: Device, *, allow_unqualified: bool = False
 ) -> tuple[Candidate, ...]:
-    """All that the artefacts could be run as, in the order of ``ORDER``, those refused with their reason.
+    """Every combination of artefact and place, in the order of ``ORDER``; refused ones carry their reason.
 
-    What a device merely lacks for an artefact that it can run elsewhere is left out in silence.
+    A place that this device lacks is left out if the artefact can also run elsewhere.
 
     Args:
         artefacts: of the bundle.
-        device: what it has.
-        allow_unqualified: take what was executed neither at the release nor here.
+        device: this device's hardware and runtimes.
+        allow_unqualified: accept artefacts that were executed neither at the release nor here.
     """
     artefacts = tuple(artefacts)
-    found = []
+    listed = []
     for kind, place in ORDER:
         for artefact in artefacts:
             if artefact.kind != kind:
@@ -84,12 +84,18 @@ def candidates(
                 continue
             if not reason and not (allow_unqualified or _executed(artefact)):
                 reason = "was not executed at the release: `fedge-edge install` qualifies it here"
-            found.append(Candidate(artefact, place, reason))
-    return tuple(found)
+            listed.append(Candidate(artefact, place, reason))
+    return tuple(listed)
 
 
 def obstacle(artefact: Artefact, place: str, device: Device) -> str:
-    """What the device lacks for an artefact at a place, in a few words; empty where it lacks nothing."""
+    """What the device lacks for an artefact at a place, in a few words; empty where it lacks nothing.
+
+    Args:
+        artefact: of the bundle, or built on this device.
+        place: one of ``backend.PLACES``.
+        device: this device's hardware and runtimes.
+    """
     if artefact.engine is not None:
         if device.gpu is None:
             return f"needs a GPU ({device.no_gpu})"
@@ -99,12 +105,12 @@ def obstacle(artefact: Artefact, place: str, device: Device) -> str:
 
 
 def place_of(artefact: Artefact, device: Device) -> str:
-    """Where an artefact that is asked for by name runs: the best place that there is for its kind."""
+    """The best place on this device for an artefact that is requested by name."""
     if artefact.kind in ENGINE_KINDS:
         return RTX if artefact.kind in (RTX_FP16, RTX_INT8) else TRT
     return CUDA if artefact.kind == ONNX_FP16 and CUDA in device.places else CPU
 
 
 def _executed(artefact: Artefact) -> bool:
-    found = artefact.qualification
-    return artefact.kind == ONNX_FP32 or (found is not None and found.executed)
+    qualification = artefact.qualification
+    return artefact.kind == ONNX_FP32 or (qualification is not None and qualification.executed)

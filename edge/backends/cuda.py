@@ -56,10 +56,10 @@ class Gpu:
 
 
 class Driver:
-    """The driver, initialised.
+    """The initialised CUDA driver.
 
     Args:
-        library: name or path of it.
+        library: name or path of the shared library.
 
     Raises:
         BundleError: 710, there is none, it is too old, or it finds no GPU.
@@ -92,8 +92,8 @@ class Driver:
         if status:
             text = c_char_p()
             self._library.cuGetErrorName(status, byref(text))
-            told = text.value.decode("ascii", "replace") if text.value else f"error {status}"
-            raise BundleError(710, f"CUDA: {name} failed ({told[:60]})")
+            reason = text.value.decode("ascii", "replace") if text.value else f"error {status}"
+            raise BundleError(710, f"CUDA: {name} failed ({reason[:60]})")
 
     def gpu(self) -> Gpu:
         """Name and capability of the GPU."""
@@ -113,7 +113,7 @@ class Driver:
 
 
 class Context:
-    """The context that all users of the GPU in this process share, a stream and memory within it."""
+    """The GPU's primary context, which the process shares, with a stream and memory of its own."""
 
     def __init__(self, driver: Driver, device: c_int) -> None:
         self._driver, self._device = driver, device
@@ -133,7 +133,7 @@ class Context:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make it the calling thread's context; whatever was there before comes back."""
+        """Make it the calling thread's context; the previous one is restored at the end."""
         self._driver.call("cuCtxPushCurrent_v2", self._handle)
         try:
             yield
@@ -141,13 +141,13 @@ class Context:
             self._driver.call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def allocate(self, size: int) -> int:
-        """Memory of ``size`` bytes on the GPU; its address."""
+        """Allocate ``size`` bytes on the GPU and return their address."""
         address = c_uint64()
         self._driver.call("cuMemAlloc_v2", byref(address), size)
         return address.value
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free the memory at an address."""
         self._driver.call("cuMemFree_v2", address)
 
     def to_device(self, address: int, source: int, size: int) -> None:
@@ -159,11 +159,11 @@ class Context:
         self._driver.call("cuMemcpyDtoHAsync_v2", target, address, size, self._stream)
 
     def synchronise(self) -> None:
-        """Wait until the stream has done all it was given."""
+        """Wait until the stream has finished its queued work."""
         self._driver.call("cuStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Give the stream and the context back; nothing may be used afterwards."""
+        """Release the stream and the context; neither may be used afterwards."""
         with self.current():
             self._driver.call("cuStreamDestroy_v2", self._stream)
         self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)

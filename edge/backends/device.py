@@ -1,4 +1,4 @@
-"""What this device has: its processor, its GPU, ONNX Runtime's providers, TensorRT's wheels."""
+"""Detects this device's processor, GPU, ONNX Runtime providers and TensorRT wheels."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _ONNXRUNTIME: Final = (
 
 @dataclass(frozen=True)
 class Device:
-    """What artefacts can run on here.
+    """The hardware and runtimes of this device.
 
     Attributes:
         cpu: name of the processor.
-        places: of ONNX Runtime that can be had.
+        places: available places of ONNX Runtime.
         gpu: None where there is none; then ``no_gpu`` says why.
-        no_gpu: in a few words.
+        no_gpu: why there is no GPU, in a few words.
         wheels: version of each TensorRT runtime that is installed and was looked for.
     """
 
@@ -45,7 +45,7 @@ class Device:
 
 
 def detect(artefacts: tuple[Artefact, ...], *, engines: bool = False) -> Device:
-    """Look at this device, as far as the artefacts ask for it.
+    """Detect this device's hardware and runtimes, as far as the artefacts need them.
 
     Args:
         artefacts: that may be run; a GPU is only looked for where one of them, or a provider, could use it.
@@ -65,14 +65,14 @@ def detect(artefacts: tuple[Artefact, ...], *, engines: bool = False) -> Device:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself, at most 100 printable characters."""
+    """The processor's model name, at most 100 printable characters."""
     name = ""
     try:
         with Path("/proc/cpuinfo").open("rb") as file:
             lines = file.read(_CPUINFO_BYTES).decode("ascii", "replace").splitlines()
-        told = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
         # Arm's processors have no name there, their boards may.
-        name = told.get("model name") or told.get("Model") or ""
+        name = fields.get("model name") or fields.get("Model") or ""
     except OSError:
         pass
     name = name or platform.processor() or platform.machine() or CPU
@@ -80,15 +80,15 @@ def cpu_name() -> str:
 
 
 def runtime_versions() -> dict[str, str]:
-    """Versions that a qualification rests on, without loading anything."""
-    found = {}
+    """Versions of the runtimes on which a qualification depends; nothing is imported."""
+    versions = {}
     for name in _ONNXRUNTIME:
         try:
-            found["onnxruntime"] = version(name)
+            versions["onnxruntime"] = version(name)
             break
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _wheels() -> dict[str, str]:

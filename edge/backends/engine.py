@@ -20,12 +20,12 @@ from fedge.shared.bundle.manifest import GRAPH_INPUT, GRAPH_OUTPUT
 from fedge.shared.bundle.manifest_artefacts import Artefact, Engine
 from fedge.shared.errors import BundleError
 
-#: The wheel of each runtime, and how people call it.
+#: Python module and display name of each runtime.
 MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 TITLES: Final = {"tensorrt-rtx": RTX, "tensorrt": TRT}
 #: Largest input or output of one call, in bytes; larger batches go in several.
 _MAX_BYTES: Final = 2**28
-_NOTHING_SAID: Final = "no reason given"
+_NO_REASON: Final = "no reason given"
 
 _logs: list[tuple[Any, Any]] = []
 
@@ -42,9 +42,9 @@ def refusal(engine: Engine, version: str | None, capability: int) -> str:
     """Why an engine cannot run here, in a few words; empty where it can.
 
     Args:
-        engine: what it was built by and for.
-        version: of the runtime that is installed; None where there is none.
-        capability: of the GPU.
+        engine: the runtime and the GPUs that it was built for.
+        version: of the installed runtime; None where there is none.
+        capability: compute capability of the GPU, for example 89 for 8.9.
     """
     title = TITLES[engine.runtime]
     if version is None:
@@ -58,12 +58,12 @@ def refusal(engine: Engine, version: str | None, capability: int) -> str:
 
 
 class EngineBackend:
-    """An engine, deserialised, with a context and memory on the GPU.
+    """A deserialised engine with a context and memory on the GPU.
 
     Args:
-        artefact: what the manifest or the installation says of the engine.
+        artefact: the engine's entry in the manifest or in the installation's record.
         data: its bytes.
-        shapes: what the manifest says of its input and output.
+        shapes: of its input and output by the manifest.
         driver: of the GPU; the device's own where None.
         wheel: the runtime's module; the installed one where None.
 
@@ -131,7 +131,7 @@ class EngineBackend:
             cuda, self._cuda = self._cuda, None
             if cuda is None:
                 return
-            # A GPU that is lost refuses each of these; the others are tried all the same.
+            # After a failure of the GPU each of these may fail; the others are tried all the same.
             with contextlib.suppress(BundleError), cuda.current():
                 for address, _ in self._buffers.values():
                     with contextlib.suppress(BundleError):
@@ -145,7 +145,7 @@ class EngineBackend:
                 cuda.close()
 
     def __del__(self) -> None:
-        """Free what nobody closed, as after a reload."""
+        """Free the resources if ``close`` was not called, as after a reload."""
         if getattr(self, "_cuda", None) is not None:
             self.close()
 
@@ -168,20 +168,20 @@ class EngineBackend:
             ) from None
 
     def _check(self, wheel: Any) -> int:
-        """Hold the engine's own description against the manifest; the largest batch of one call."""
+        """Compare the engine's own description with the manifest; returns the largest batch of one call."""
         engine, shapes = self._engine, self._shapes
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         if sorted(names) != sorted((GRAPH_INPUT, GRAPH_OUTPUT)):
             raise BundleError(
                 710, f"{self.artefact}: must have {GRAPH_INPUT!r} and {GRAPH_OUTPUT!r} only"
             )
-        for name, wanted in ((GRAPH_INPUT, shapes.input), (GRAPH_OUTPUT, (shapes.logits,))):
-            found = tuple(engine.get_tensor_shape(name))
-            if found[1:] != wanted or found[0] != -1:
+        for name, expected in ((GRAPH_INPUT, shapes.input), (GRAPH_OUTPUT, (shapes.logits,))):
+            shape = tuple(engine.get_tensor_shape(name))
+            if shape[1:] != expected or shape[0] != -1:
                 raise BundleError(
                     710,
-                    f"{self.artefact}: {name} must have shape [batch, {', '.join(map(str, wanted))}],"
-                    f" got {list(found)}",
+                    f"{self.artefact}: {name} must have shape [batch, {', '.join(map(str, expected))}],"
+                    f" got {list(shape)}",
                 )
             if engine.get_tensor_dtype(name) != wheel.DataType.FLOAT:
                 raise BundleError(710, f"{self.artefact}: {name} must be float32")
@@ -195,12 +195,14 @@ class EngineBackend:
         target = self._buffer(cuda, GRAPH_OUTPUT, logits.nbytes)
         execution = self._execution
         try:
-            told = execution.set_input_shape(GRAPH_INPUT, tuple(x.shape))
-            told = told and execution.set_tensor_address(GRAPH_INPUT, source)
-            told = told and execution.set_tensor_address(GRAPH_OUTPUT, target)
-            given = tuple(execution.get_tensor_shape(GRAPH_OUTPUT)) if told else None
-            if given != logits.shape:
-                raise BundleError(710, f"{self.artefact}: refuses a batch of {len(x)}, got {given}")
+            accepted = execution.set_input_shape(GRAPH_INPUT, tuple(x.shape))
+            accepted = accepted and execution.set_tensor_address(GRAPH_INPUT, source)
+            accepted = accepted and execution.set_tensor_address(GRAPH_OUTPUT, target)
+            output_shape = tuple(execution.get_tensor_shape(GRAPH_OUTPUT)) if accepted else None
+            if output_shape != logits.shape:
+                raise BundleError(
+                    710, f"{self.artefact}: refuses a batch of {len(x)}, got {output_shape}"
+                )
             cuda.to_device(source, x.ctypes.data, x.nbytes)
             if not execution.execute_async_v3(cuda.stream):
                 raise BundleError(710, f"{self.artefact}: fails to run")
@@ -229,24 +231,24 @@ class EngineBackend:
 
 
 def _log_of(wheel: Any) -> Any:
-    """The process's logger of a wheel: it keeps the runtime's last complaint, which is otherwise printed.
+    """The process's logger of a wheel: it keeps the runtime's first error, which would otherwise be printed.
 
     The library holds on to the first logger that it gets for as long as the process lives, so that must live as long.
     """
-    for known, log in _logs:
-        if known is wheel:
-            log.last = _NOTHING_SAID
+    for module, log in _logs:
+        if module is wheel:
+            log.last = _NO_REASON
             return log
 
     class Log(wheel.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             wheel.ILogger.__init__(self)
-            self.last = _NOTHING_SAID
+            self.last = _NO_REASON
 
         def log(self, severity: Any, message: str) -> None:
             worse = severity in (wheel.ILogger.ERROR, wheel.ILogger.INTERNAL_ERROR)
-            # Later complaints only repeat the first.
-            if worse and self.last == _NOTHING_SAID:
+            # Later errors only repeat the first.
+            if worse and self.last == _NO_REASON:
                 self.last = " ".join(message.split())[:200]
 
     _logs.append((wheel, Log()))

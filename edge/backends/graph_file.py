@@ -1,4 +1,4 @@
-"""A look into an ONNX file without the onnx package: does it ask for data outside itself?
+"""Checks without the onnx package that an ONNX file refers to no data outside itself.
 
 Only the wire format of Protocol Buffers is walked (tag, length, bytes), as far as the tensors lie;
 field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
@@ -11,7 +11,7 @@ from typing import Final
 
 from fedge.shared.errors import BundleError
 
-# Message -> field number -> message of that field. Everything else is stepped over.
+# Message -> field number -> message of that field. Everything else is skipped.
 _FIELDS: Final[dict[str, dict[int, str]]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -41,14 +41,14 @@ def refuse_external_data(onnx: bytes, name: str) -> None:
 def _walk(data: memoryview, message: str, name: str, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
-    known = _FIELDS.get(message, {})
+    nested = _FIELDS.get(message, {})
     for field, value in _fields(data):
         if message == "tensor" and field in (_EXTERNAL_DATA, _DATA_LOCATION) and value:
             raise BundleError(
                 706, f"{name}: must hold its weights, got a tensor kept in another file"
             )
-        if field in known and isinstance(value, memoryview):
-            _walk(value, known[field], name, depth + 1)
+        if field in nested and isinstance(value, memoryview):
+            _walk(value, nested[field], name, depth + 1)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -17,12 +17,12 @@ _ONLY_FATAL: Final = 4
 
 
 def provider_options(place: str, threads: int) -> dict[str, str]:
-    """What a provider is told so that it computes as the fp32 graph means it, on no more threads than allowed."""
+    """Options of a provider that keep fp32 precision and the limit of threads."""
     if place == CUDA:
         # TensorFloat-32 has ten bits of mantissa: the graph would no longer be the fp32 one.
         return {"use_tf32": "0"}
     if place == OPENVINO:
-        # It heeds neither the session's threads, nor keeps fp32 by itself where the processor has bfloat16.
+        # It ignores the session's threads, and uses bfloat16 by default where the processor has it.
         return {"device_type": "CPU", "precision": "FP32", "num_of_threads": str(threads)}
     return {}
 
@@ -31,16 +31,16 @@ class OnnxBackend:
     """A graph in a session of ONNX Runtime.
 
     Args:
-        artefact: what the manifest says of the graph.
+        artefact: the graph's entry in the manifest.
         onnx: its bytes.
-        shapes: what the manifest says of its input and output.
+        shapes: of its input and output by the manifest.
         place: one of ``PROVIDERS``.
         threads: CPU threads of one inference.
         device: name of the processor that computes.
 
     Raises:
         BundleError: 706, its weights lie elsewhere; 708, it does not load, or is not what the
-            manifest says; 710, this place is not to be had on this device.
+            manifest says; 710, this place is not available on this device.
     """
 
     engine: Final = False
@@ -83,7 +83,7 @@ class OnnxBackend:
         return np.asarray(logits)
 
     def close(self) -> None:
-        """Let the session go; a run that is under way ends well."""
+        """Drop the session; a run in progress still finishes."""
         self._session = None
 
 
@@ -114,23 +114,23 @@ def _session(onnx: bytes, artefact: Artefact, place: str, threads: int) -> Any:
     except Exception as error:  # onnxruntime's exceptions share no base class
         code = 708 if place == CPU else 710
         raise BundleError(code, f"{artefact.name}: does not load ({first_line(error)})") from None
-    found = session.get_providers()
-    if found[:1] != [provider]:
-        raise BundleError(710, f"{artefact.name}: must run by {provider}, got {found[:1]}")
+    active = session.get_providers()
+    if active[:1] != [provider]:
+        raise BundleError(710, f"{artefact.name}: must run by {provider}, got {active[:1]}")
     return session
 
 
 def _check_graph(session: Any, shapes: Shapes, name: str) -> None:
     """Compare the graph's own description with the manifest."""
-    for kind, found, wanted, shape in (
+    for kind, nodes, expected, shape in (
         ("input", session.get_inputs(), GRAPH_INPUT, shapes.input),
         ("output", session.get_outputs(), GRAPH_OUTPUT, (shapes.logits,)),
     ):
-        if [node.name for node in found] != [wanted]:
+        if [node.name for node in nodes] != [expected]:
             raise BundleError(
-                708, f"{name}: must have one {kind} named {wanted!r}, got {len(found)}"
+                708, f"{name}: must have one {kind} named {expected!r}, got {len(nodes)}"
             )
-        (node,) = found
+        (node,) = nodes
         if node.type != "tensor(float)":
             raise BundleError(708, f"{name}: {kind} must be float32, got {node.type}")
         if node.shape[1:] != list(shape) or isinstance(node.shape[0], int):

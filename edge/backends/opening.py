@@ -1,4 +1,4 @@
-"""Opens an artefact with what its place asks for."""
+"""Opens an artefact with the backend of its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_artefact(
     """Open an artefact at a place.
 
     Args:
-        artefact: what is said of it.
+        artefact: its entry in the manifest or in the installation's record.
         place: one of ``backend.PLACES`` that can open its kind.
         data: its bytes, verified.
         shapes: of the network.

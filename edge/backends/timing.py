@@ -1,4 +1,4 @@
-"""How long a piece of work takes, and how much memory the process has held."""
+"""Times a piece of work, and reads the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ _MIN_RUNS: Final = 10
 
 
 def timed(work: Callable[[], object], runs: int, seconds: float) -> list[float]:
-    """Milliseconds of each run, after a tenth as many (at most 20) that are not counted.
+    """Time a function, after a warm-up of a tenth as many runs (at most 20).
 
     Args:
-        work: what is timed.
-        runs: to be timed.
-        seconds: after which no further run is, once there are 10.
+        work: function to time.
+        runs: number of timed runs.
+        seconds: limit after which no further run begins, once 10 are timed.
+
+    Returns:
+        Milliseconds of each timed run.
     """
     for _ in range(max(1, min(20, runs // 10))):
         work()
@@ -34,13 +37,18 @@ def timed(work: Callable[[], object], runs: int, seconds: float) -> list[float]:
 
 
 def percentile(times: list[float], percent: int) -> float:
-    """The smallest time that at least ``percent`` of all do not exceed, to the microsecond."""
+    """The smallest time that at least ``percent`` of all do not exceed, to the microsecond.
+
+    Args:
+        times: milliseconds, in any order.
+        percent: above 0, at most 100.
+    """
     ordered = sorted(times)
     return round(ordered[-(-len(ordered) * percent // 100) - 1], 4)
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process held, in MB of 10^6 bytes."""
+    """Peak resident memory of this process, in MB of 10^6 bytes."""
     # getrusage would count the parent's memory too, from before this program was started.
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -1,4 +1,4 @@
-"""Tries an artefact in a child process: if it kills its process, or never ends, that is a result.
+"""Tries an artefact in a child process, where a crash or a hang is only a failed trial.
 
 The child gets the artefact's bytes and its inputs through a pipe, and answers with a line of JSON and the logits;
 no file is written. It runs the same code as the runtime, `fedge.edge.backends.trial_child`.
@@ -30,10 +30,10 @@ _MAX_REASON: Final = 300
 
 @dataclass(frozen=True)
 class Timing:
-    """How often, and for how long, the first batch is run again to time it.
+    """Limits for timing the first batch.
 
     Attributes:
-        runs: at most; 0 times nothing.
+        runs: largest number of timed runs; 0 times nothing.
         seconds: after which no further run is timed.
     """
 
@@ -43,7 +43,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a child found.
+    """The result of a trial.
 
     Attributes:
         device: name of the processor that computed.
@@ -105,7 +105,7 @@ def try_out(
             [sys.executable, "-P", "-m", _CHILD],
             input=sent,
             stdout=subprocess.PIPE,
-            # Libraries that are about to crash say so at length.
+            # Libraries that are about to crash print long messages.
             stderr=subprocess.DEVNULL,
             timeout=deadline,
             check=False,
@@ -120,20 +120,20 @@ def try_out(
 
 
 def _answer(candidate: Candidate, data: bytes, sizes: list[int], logits: int) -> Trial:
-    """Read what the child wrote; whatever does not fit is its failure."""
+    """Parse the child's answer; an invalid one counts as a failure of the artefact."""
     line, _, body = data.partition(b"\n")
     try:
-        told: dict[str, Any] = json.loads(line)
-        if "failure" in told:
-            raise _refused(candidate, str(told["failure"])[:_MAX_REASON])
-        p50, p99 = told["p50_ms"], told["p99_ms"]
+        answer: dict[str, Any] = json.loads(line)
+        if "failure" in answer:
+            raise _refused(candidate, str(answer["failure"])[:_MAX_REASON])
+        p50, p99 = answer["p50_ms"], answer["p99_ms"]
         flat = np.frombuffer(body, "<f4").reshape(sum(sizes), logits)
         return Trial(
-            str(told["device"]),
+            str(answer["device"]),
             tuple(np.split(flat, np.cumsum(sizes)[:-1])),
             None if p50 is None else float(p50),
             None if p99 is None else float(p99),
-            float(told["peak_rss_mb"]),
+            float(answer["peak_rss_mb"]),
         )
     except (ValueError, KeyError, TypeError):
         raise _refused(candidate, "ended without an answer") from None

@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def main() -> int:
-    """Read a trial from stdin, run it, answer on stdout; 0 where there is an answer, be it a failure."""
+    """Read a trial from stdin, run it, answer on stdout; returns 0 if there is an answer, even a failure."""
     _die_with_parent()
     # Libraries that print would otherwise write into the answer.
     with os.fdopen(os.dup(1), "wb") as out:
@@ -33,22 +33,22 @@ def main() -> int:
             line, logits = _trial(sys.stdin.buffer)
         except FedgeError as error:
             line, logits = {"failure": _without_name(error)}, b""
-        except Exception as error:  # whatever it is, the parent is told
+        except Exception as error:  # reported to the parent, whatever it is
             line, logits = {"failure": brief(error)}, b""
         out.write(json.dumps(line).encode() + b"\n" + logits)
     return 0
 
 
 def _die_with_parent() -> None:
-    """Let the kernel kill this process with its parent: a run that never ends would outlive it for ever."""
+    """Let the kernel kill this process with its parent: a run that never ends would outlive it."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _trial(source: BinaryIO) -> tuple[dict[str, Any], bytes]:
     header = json.loads(source.readline(_HEADER_BYTES))
-    if os.getppid() != header["parent"]:  # it was gone before it could be asked for
-        raise ProcessLookupError("parent: must wait for the answer, it is gone")
+    if os.getppid() != header["parent"]:  # it ended before prctl took effect
+        raise ProcessLookupError("parent: must wait for the answer, it has ended")
     artefact = Artefact.from_json(header["artefact"])
     shapes = Shapes(tuple(header["input"]), header["logits"])
     data = read_exactly(source, artefact.bytes)
@@ -62,16 +62,16 @@ def _trial(source: BinaryIO) -> tuple[dict[str, Any], bytes]:
     if header["runs"]:
         times = timed(lambda: backend.run(batches[0]), header["runs"], header["seconds"])
         p50, p99 = percentile(times, 50), percentile(times, 99)
-    # Of what was timed; the larger batches below would add theirs.
+    # Before the larger batches below, which would add to it.
     peak = peak_rss_mb()
     logits = b"".join(backend.run(batch).astype("<f4").tobytes() for batch in batches)
-    told = {"device": backend.device, "p50_ms": p50, "p99_ms": p99, "peak_rss_mb": peak}
+    answer = {"device": backend.device, "p50_ms": p50, "p99_ms": p99, "peak_rss_mb": peak}
     backend.close()
-    return told, logits
+    return answer, logits
 
 
 def _without_name(error: FedgeError) -> str:
-    """The message without the artefact's name in front, which the parent says itself."""
+    """The message without the artefact's name in front, which the parent adds itself."""
     _, _, reason = error.message.partition(": ")
     return reason or error.message
 

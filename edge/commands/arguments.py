@@ -17,7 +17,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def add_bundle(parser: ArgumentParser) -> None:
-    """The arguments that every command on a bundle has."""
+    """Add the arguments that every command on a bundle has."""
     parser.add_argument(
         "bundle",
         type=Path,
@@ -71,7 +71,7 @@ def _within(
 
 
 def add_threads(parser: ArgumentParser) -> None:
-    """The option --threads."""
+    """Add the option --threads."""
     parser.add_argument(
         "--threads",
         type=whole(1, MAX_THREADS),
@@ -82,7 +82,7 @@ def add_threads(parser: ArgumentParser) -> None:
 
 
 def add_statistics(parser: ArgumentParser) -> None:
-    """The option --statistics."""
+    """Add the option --statistics."""
     parser.add_argument(
         "--statistics",
         type=Path,

@@ -1,4 +1,4 @@
-"""`fedge-edge bench`: how fast the model is on this device, and what it takes."""
+"""`fedge-edge bench`: measures time and memory of the model on this device."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ def _compared(bundle: Bundle, model: EdgeModel, threads: int) -> dict[str, float
 
     graph = reference(bundle, model.shapes, threads)
     batches = parity.examples(model.manifest, model.steps, parity.BATCH_SIZES)
-    found = parity.difference(
+    diff = parity.difference(
         [model.logits(batch) for batch in batches],
         [graph.run(batch) for batch in batches],
         model.manifest.output,
         model.artefact,
     )
-    return dict(vars(found))
+    return dict(vars(diff))
 
 
 def _text(result: dict[str, Any]) -> str:

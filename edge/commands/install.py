@@ -74,15 +74,15 @@ def install(
     """Install a bundle; where anything fails, the folder holds what it held before.
 
     Args:
-        source: the bundle.
-        key: that must have signed it.
-        directory: of the installation; made where it is missing.
-        terms: what its artefacts are tried with.
-        progress: is told what is being done.
+        source: the bundle's file.
+        key: public key that must have signed it.
+        directory: of the installation; created if missing.
+        terms: gives the inputs and limits of the trials for the verified bundle.
+        progress: called with a line of text for each step.
 
     Raises:
         BundleError: 701 to 706, the bundle is refused; 710, its fp32 graph does not run here.
-        ConfigError: 206, the folder holds what is no installation.
+        ConfigError: 206, the folder holds something other than an installation.
         UsageError: 107, it cannot be written, or another installation is under way.
     """
     from fedge.edge.backends.device import detect, runtime_versions
@@ -95,11 +95,11 @@ def install(
     with writer.locked(directory), writer.slot(directory) as folder:
         digest = writer.copy_bundle(source, folder)
         bundle = open_bundle(folder / BUNDLE, key)
-        found = terms(bundle)
+        trial_terms = terms(bundle)
         device = detect(bundle.manifest.artefacts, engines=True)
         graph, *others = _subjects(bundle, device)
         built = list(build_all(bundle, device, directory, progress))
-        entries = qualify(graph, [*built, *others], found, progress)
+        entries = qualify(graph, [*built, *others], trial_terms, progress)
         record = DeviceRecord(
             folder=writer.final(folder),
             bundle_sha256=digest,
@@ -107,7 +107,7 @@ def install(
             cpu=device.cpu,
             gpu=device.gpu.name if device.gpu else "",
             versions={**runtime_versions(), **device.wheels},
-            threads=found.threads,
+            threads=trial_terms.threads,
             entries=entries,
         )
         writer.commit(directory, folder, record, built)
@@ -115,17 +115,17 @@ def install(
 
 
 def _subjects(bundle: Bundle, device: Device) -> list[Subject]:
-    """All that the bundle's artefacts could be run as; the fp32 graph on the CPU first."""
+    """Every candidate of the bundle's artefacts; the fp32 graph on the CPU first."""
     from fedge.edge.backends.backend import CPU
     from fedge.edge.backends.candidates import Candidate, candidates
     from fedge.edge.installation.qualification import Subject
 
     artefacts = bundle.manifest.artefacts
-    found = candidates(artefacts, device, allow_unqualified=True)
-    subjects = [Subject(c, bundle.artefacts[c.artefact.name]) for c in found]
-    known = {c.artefact.name for c in found}
+    listed = candidates(artefacts, device, allow_unqualified=True)
+    subjects = [Subject(c, bundle.artefacts[c.artefact.name]) for c in listed]
+    names = {c.artefact.name for c in listed}
     for artefact in artefacts:
-        if artefact.name not in known:
+        if artefact.name not in names:
             reason = "is what engines are built of"
             subjects.append(Subject(Candidate(artefact, CPU, reason)))
     return sorted(subjects, key=lambda s: not s.candidate.last_resort)
@@ -159,7 +159,7 @@ def _progress(text: str) -> None:
 
 
 def table(entries: tuple[Entry, ...]) -> str:
-    """What was found, a line an artefact and place."""
+    """The results as text, one line for each artefact and place."""
     head = ("artefact", "bytes", "p50 ms", "p99 ms", "MB", "off by", "same labels", "")
     rows = [head, *(_row(entry) for entry in entries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]

@@ -38,7 +38,7 @@ def _run(arguments: Namespace) -> int:
     model = EdgeModel.from_bundle(
         bundle, threads=arguments.threads, statistics=statistics, record=record
     )
-    rules = RowRules.of(model.manifest.input, model.steps)
+    rules = RowRules.from_schema(model.manifest.input, model.steps)
     row = 0
     for examples in read_examples(arguments.input, rules):
         prediction = model.predict(examples, row)
@@ -59,11 +59,11 @@ def rows(
     """One JSON object a row; probabilities to seven digits, as many as float32 holds.
 
     Args:
-        prediction: of n examples.
+        prediction: for n examples.
         labels: names of the model's labels.
-        first_row: number of the first.
+        first_row: number of the first example.
         outside: names of the columns outside their features' ranges, one tuple an example; an
-            empty one leaves the key away.
+            empty one omits the key.
     """
     lines = []
     indices, probabilities = prediction.indices.tolist(), prediction.probabilities.tolist()

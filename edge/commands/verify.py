@@ -1,4 +1,4 @@
-"""`fedge-edge verify`: check a bundle, and show what it says of itself."""
+"""`fedge-edge verify`: checks a bundle and shows its contents."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _run(arguments: Namespace) -> int:
 
 
 def report(bundle: Bundle, record: DeviceRecord | None = None) -> dict[str, Any]:
-    """All that a verified bundle says of itself, and its installation of it, as JSON values."""
+    """Contents of a verified bundle and the record of its installation, as JSON values."""
     return {
         "verified": True,
         "key_id": bundle.key_id,
@@ -52,7 +52,7 @@ def report(bundle: Bundle, record: DeviceRecord | None = None) -> dict[str, Any]
 
 
 def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> str:
-    """The same for people, a line a topic."""
+    """The report as text, one line for each topic."""
     m = bundle.manifest
     sites = ", ".join(m.sites[:_SHOWN]) + (", …" if len(m.sites) > _SHOWN else "")
     labels = ", ".join(m.output.labels[:_SHOWN]) + (", …" if len(m.output.labels) > _SHOWN else "")
@@ -64,12 +64,12 @@ def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> st
         ("sites", f"{len(m.sites)}: {sites}"),
     ]
     for metric in sorted({metric for values in m.metrics.values() for metric in values}):
-        found = [
+        figures = [
             f"{values[metric]:.4g} {kind.replace('_', ' ')}"
             for kind, values in sorted(m.metrics.items())
             if metric in values
         ]
-        lines.append((metric, ", ".join(found)))
+        lines.append((metric, ", ".join(figures)))
     batches = ", ".join(map(str, m.parity.batch_sizes))
     lines += [
         ("input", f"{' x '.join(map(str, m.input.shape))} {m.input.dtype}"),
@@ -96,33 +96,35 @@ def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> st
 
 
 def artefact_line(artefact: Artefact) -> str:
-    """What the release says of an artefact, in one line."""
-    told = [f"{artefact.name}: {artefact.kind}", f"{artefact.bytes:,} bytes"]
+    """The manifest's entry of an artefact as one line of text."""
+    parts = [f"{artefact.name}: {artefact.kind}", f"{artefact.bytes:,} bytes"]
     if artefact.engine:
         built = " ".join(f"sm{c}" for c in artefact.engine.capabilities)
-        told.append(f"for {built} by {artefact.engine.runtime} {artefact.engine.version}")
-    found = artefact.qualification
-    if found is None:
+        parts.append(f"for {built} by {artefact.engine.runtime} {artefact.engine.version}")
+    qualification = artefact.qualification
+    if qualification is None:
         source = artefact.kind == ONNX_FP32
-        told.append("the graph that others are compared with" if source else "not executed")
-    elif not found.executed:
-        told.append(f"not executed ({found.reason})")
+        parts.append("the graph that others are compared with" if source else "not executed")
+    elif not qualification.executed:
+        parts.append(f"not executed ({qualification.reason})")
     else:
-        told.append(
-            f"executed, within {found.max_abs_difference:.2g} (allowed {found.tolerance:.2g})"
+        parts.append(
+            f"executed, within {qualification.max_abs_difference:.2g} (allowed {qualification.tolerance:.2g})"
         )
-    if found and found.agreement is not None:
-        told.append(f"{100 * found.agreement:.4g} % the same labels")
-    if found and found.score:
-        score = found.score
-        told.append(f"{score.metric} {score.value:.4g} at the sites (fp32 {score.reference:.4g})")
-    if found and found.latency:
-        told.append(f"p50 {found.latency.p50_ms:.3g} ms, p99 {found.latency.p99_ms:.3g} ms")
-    return ", ".join(told)
+    if qualification and qualification.agreement is not None:
+        parts.append(f"{100 * qualification.agreement:.4g} % the same labels")
+    if qualification and qualification.score:
+        score = qualification.score
+        parts.append(f"{score.metric} {score.value:.4g} at the sites (fp32 {score.reference:.4g})")
+    if qualification and qualification.latency:
+        parts.append(
+            f"p50 {qualification.latency.p50_ms:.3g} ms, p99 {qualification.latency.p99_ms:.3g} ms"
+        )
+    return ", ".join(parts)
 
 
 def installed_lines(record: DeviceRecord) -> list[tuple[str, str]]:
-    """What an installation has found, a line an artefact, in the order in which they are taken."""
+    """Results of an installation, one line for each artefact in order of preference."""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     where = ", ".join(part for part in (record.cpu, record.gpu, versions) if part)
     lines = [("installed", where)]

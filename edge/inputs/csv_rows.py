@@ -20,7 +20,11 @@ _MAX_LINE: Final = 2**30
 
 
 def from_file(path: Path, rules: RowRules) -> Iterator[Array]:
-    """Chunks ``(n, *shape)`` of float32.
+    """Read a CSV file in chunks ``(n, *shape)`` of float32.
+
+    Args:
+        path: of the file.
+        rules: that the rows must meet.
 
     Raises:
         InputError: 801 to 806; also while iterating.
@@ -36,7 +40,7 @@ def from_file(path: Path, rules: RowRules) -> Iterator[Array]:
 
 
 def from_stdin(rules: RowRules) -> Iterator[Array]:
-    """The same from standard input."""
+    """Read CSV on standard input, as ``from_file`` does."""
     return _chunks(sys.stdin.buffer, "standard input", rules)
 
 
@@ -82,7 +86,7 @@ def _lines(file: BinaryIO, name: str, rules: RowRules) -> Iterator[tuple[int, li
             )
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            found = list(csv.reader([text], strict=True))
+            rows = list(csv.reader([text], strict=True))
         except UnicodeDecodeError:
             raise InputError(801, f"{name} line {number}: must be UTF-8 text") from None
         except (csv.Error, ValueError):
@@ -90,40 +94,42 @@ def _lines(file: BinaryIO, name: str, rules: RowRules) -> Iterator[tuple[int, li
                 802, f"{name} line {number}: must be cells with commas between them"
             ) from None
         # More than one row: a carriage return within the line.
-        if len(found) != 1 and text.strip():
+        if len(rows) != 1 and text.strip():
             raise InputError(802, f"{name} line {number}: must end as other lines do")
         if text.strip():
-            yield number, [cell.strip() for cell in found[0]]
+            yield number, [cell.strip() for cell in rows[0]]
 
 
 def _header(cells: list[str], name: str, rules: RowRules) -> list[int]:
     """Position of each feature in the lines, or nothing where the first line holds numbers."""
-    known = [feature.name for feature in rules.schema.features]
-    named = set(cells) & set(known)
-    if not named and any(_is_number(cell) for cell in cells):
+    feature_names = [feature.name for feature in rules.schema.features]
+    present = set(cells) & set(feature_names)
+    if not present and any(_is_number(cell) for cell in cells):
         return []
-    if not known:
+    if not feature_names:
         raise InputError(
             802, f"{name} line 1: must be numbers, as this model's columns have no names"
         )
     for cell in cells:
-        if cell not in known:
-            near = difflib.get_close_matches(cell[:64], known, n=1)
-            hint = f"the nearest is {near[0]!r}" if near else f"known are {', '.join(known)}"
+        if cell not in feature_names:
+            near = difflib.get_close_matches(cell[:64], feature_names, n=1)
+            hint = (
+                f"the nearest is {near[0]!r}" if near else f"known are {', '.join(feature_names)}"
+            )
             raise InputError(802, f"{name} line 1: unknown column {cell[:64]!r}; {hint}")
         if cells.count(cell) > 1:
             raise InputError(802, f"{name} line 1: column {cell!r} must stand once")
-    missing = [feature for feature in known if feature not in named]
+    missing = [feature for feature in feature_names if feature not in present]
     if missing:
         raise InputError(802, f"{name} line 1: missing column {', '.join(map(repr, missing))}")
-    return [cells.index(feature) for feature in known]
+    return [cells.index(feature) for feature in feature_names]
 
 
 def _numbers(cells: list[str], where: str, rules: RowRules, order: list[int]) -> list[float]:
     if len(cells) != rules.values:
         raise InputError(802, f"{where}: must hold {rules.values} cells, got {len(cells)}")
     try:
-        # float() takes 1_000, which no other reader of CSV does.
+        # float() accepts 1_000, which no other CSV parser does.
         if not any("_" in cell for cell in cells):
             return (
                 [float(cells[index]) for index in order]

@@ -26,7 +26,13 @@ _TYPE = re.compile(r"[<>|=]?(?:f[248]|[iu][1248])")
 
 
 def from_file(path: Path, rules: RowRules) -> Iterator[Array]:
-    """Chunks ``(n, *shape)`` of float32; the array may be examples, flat examples, or one example.
+    """Read a .npy file in chunks ``(n, *shape)`` of float32.
+
+    The array may hold examples, flat examples, or one example.
+
+    Args:
+        path: of the file.
+        rules: that the rows must meet.
 
     Raises:
         InputError: 801 to 806; also while iterating.
@@ -50,8 +56,8 @@ def from_file(path: Path, rules: RowRules) -> Iterator[Array]:
         if fortran and len(shape) > 1:
             if expected > _MAX_FORTRAN_BYTES:
                 raise InputError(805, f"{path.name}: must be in C order at this size")
-            whole = _read(file, dtype, math.prod(shape), path.name)
-            flat = np.reshape(np.reshape(whole, shape, order="F"), (rows, rules.values))
+            array = _read(file, dtype, math.prod(shape), path.name)
+            flat = np.reshape(np.reshape(array, shape, order="F"), (rows, rules.values))
             for first in range(0, rows, rules.chunk):
                 yield rules.checked(flat[first : first + rules.chunk], first)
             return

@@ -1,4 +1,4 @@
-"""Examples from a file: bounded, checked against the model's schema, and handed on in chunks."""
+"""Examples from a file: bounded, validated against the model's schema, and read in chunks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _STATISTICS_LIMIT: Final = 2**20
 
 
 def read_examples(source: str, rules: RowRules) -> Iterator[Array]:
-    """Examples of a file in chunks ``(n, *shape)`` of float32.
+    """Read the examples of a file in chunks ``(n, *shape)`` of float32.
 
     Args:
         source: path of a .npy or .csv file, or ``-`` for CSV on standard input.
-        rules: what the rows must meet.
+        rules: that the rows must meet.
 
     Raises:
         InputError: 801 to 806; also while iterating.
@@ -43,7 +43,7 @@ def read_examples(source: str, rules: RowRules) -> Iterator[Array]:
 
 
 def read_statistics(path: Path) -> Standardise:
-    """A site's own mean and standard deviation, ``{"mean": [...], "std": [...]}``.
+    """Read a site's own mean and standard deviation, ``{"mean": [...], "std": [...]}``.
 
     Raises:
         InputError: 807, the file cannot be read or holds something else.

@@ -1,4 +1,4 @@
-"""What rows must hold to: as many values as the schema says, finite, and within float32; and how many are read."""
+"""Validation of input rows: number of values, finite, within float32; and limits on their size."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fedge.shared.preprocessing.steps import OneHot, Step
 Array: TypeAlias = NDArray[Any]
 
 
-#: The most that one call reads.
+#: Limits of one call.
 MAX_ROWS: Final = 10_000_000
 
 
 MAX_BYTES: Final = 8 * 2**30
 
 
-#: Rows handed on together, fewer where one row is large.
+#: Rows in one chunk, fewer where one row is large.
 CHUNK_ROWS: Final = 1024
 
 
@@ -34,10 +34,10 @@ _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class RowRules:
-    """What every row must meet.
+    """Rules that every input row must meet.
 
     Attributes:
-        schema: of the raw example.
+        schema: of one raw example.
         categories: allowed values by flat column index.
     """
 
@@ -45,8 +45,8 @@ class RowRules:
     categories: dict[int, tuple[float, ...]]
 
     @classmethod
-    def of(cls, schema: InputSchema, steps: Sequence[Step]) -> RowRules:
-        """From the schema's features, and from a one-hot step that takes the raw columns."""
+    def from_schema(cls, schema: InputSchema, steps: Sequence[Step]) -> RowRules:
+        """Rules from the schema's features, and from a one-hot step on the raw columns."""
         categories = {i: f.categories for i, f in enumerate(schema.features) if f.categories}
         if steps and isinstance(steps[0], OneHot):
             categories.update(dict(steps[0].columns))
@@ -59,16 +59,20 @@ class RowRules:
 
     @property
     def chunk(self) -> int:
-        """Rows to hand on together."""
+        """Rows in one chunk."""
         return max(1, min(CHUNK_ROWS, CHUNK_VALUES // self.values))
 
     def column(self, index: int) -> str:
-        """A column as messages name it."""
+        """Name of a column in messages."""
         features = self.schema.features
         return f"column {features[index].name!r}" if features else f"column {index}"
 
     def checked(self, flat: Array, first_row: int) -> Array:
-        """Numbers ``(n, values)`` of any real type as float32 examples ``(n, *shape)``.
+        """Validate numbers ``(n, values)`` of any real type; returns float32 examples ``(n, *shape)``.
+
+        Args:
+            flat: numbers of the rows.
+            first_row: number of the first row, for messages.
 
         Raises:
             InputError: 803, a number does not fit float32; 804, NaN or infinity; 806, an unknown
@@ -88,10 +92,10 @@ class RowRules:
         return converted.reshape(len(flat), *self.schema.shape)
 
     def outside(self, examples: Array) -> list[tuple[str, ...]]:
-        """Names of the columns, row by row, whose value lies outside its feature's low to high.
+        """For each row, the names of the columns whose value is outside the feature's range.
 
         Args:
-            examples: as ``checked`` gives them, ``(n, *shape)``.
+            examples: ``(n, *shape)`` of float32, from ``checked``.
         """
         features = self.schema.features
         if not features:

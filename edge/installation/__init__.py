@@ -1,1 +1,1 @@
-"""Qualified on this device, and noted: what `fedge-edge install` writes."""
+"""Installations by `fedge-edge install`: artefacts qualified and engines built on this device."""

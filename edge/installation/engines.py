@@ -1,4 +1,4 @@
-"""Builds what only the device can: engines for its own GPU, from the graphs in the bundle."""
+"""Builds engines for this device's own GPU from the graphs in the bundle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedge.shared.bundle.manifest_artefacts import (
 from fedge.shared.errors import FedgeError, brief
 from fedge.shared.files import open_regular, read_exactly
 
-#: Runtime, kind of the engine, kind of the graph that it is built of.
+#: Runtime, kind of the engine, kind of the graph that it is built from.
 _BUILT: Final = (
     ("tensorrt-rtx", RTX_FP16, ONNX_FP16),
     ("tensorrt-rtx", RTX_INT8, ONNX_INT8_SYMMETRIC),
@@ -45,13 +45,13 @@ _log = logging.getLogger(__name__)
 def build_all(
     bundle: Bundle, device: Device, directory: Path, progress: Callable[[str], None]
 ) -> Iterator[Subject]:
-    """Build every engine that the device could run and the bundle does not hold; one that fails is refused.
+    """Build every engine that the device could run and the bundle lacks; a failed build is a refused subject.
 
     Args:
         bundle: as verified.
-        device: its GPU and its wheels; without either nothing is built, and nothing is told of it.
-        directory: of the installation: timing caches are read and kept there.
-        progress: is told what is being done.
+        device: its GPU and its wheels; without either nothing is built or reported.
+        directory: of the installation, where timing caches are read and kept.
+        progress: called with a line of text for each step.
     """
     artefacts = bundle.manifest.artefacts
     for runtime, kind, graph_kind in _BUILT:
@@ -77,7 +77,7 @@ def build_all(
 
 
 def _build(onnx: bytes, engine: Engine, directory: Path, progress: Callable[[str], None]) -> bytes:
-    """One engine, in a child process; its timings are kept for the next time."""
+    """Build one engine in a child process and keep its timing cache for the next build."""
     from fedge.shared.compile.tensorrt import build_in_child
 
     path = directory / f"{engine.runtime}{TIMINGS}"
@@ -95,9 +95,9 @@ def _build(onnx: bytes, engine: Engine, directory: Path, progress: Callable[[str
 
 
 def _timings(path: Path) -> bytes | None:
-    """What an earlier build left; None where there is nothing, or others could have written it.
+    """Timing cache of an earlier build; None if there is none, or if others could have written it.
 
-    TensorRT parses the file, and so it counts as much as an engine.
+    TensorRT parses the file, so it must be as trustworthy as an engine.
     """
     try:
         file, size = open_regular(path)
@@ -106,7 +106,7 @@ def _timings(path: Path) -> bytes | None:
     with file:
         if size > _CACHE_BYTES:
             return None
-        # In a folder of others, the file could be an older one that was moved there.
+        # In a folder that others can write, the file could be an older one that was moved there.
         for name, status in (
             (path.parent, path.parent.stat()),
             (path, os.fstat(file.fileno())),
@@ -120,13 +120,13 @@ def _timings(path: Path) -> bytes | None:
 
 
 def _by_tenths(progress: Callable[[str], None]) -> Callable[[str, float], None]:
-    """Tells progress of the share that is done, each tenth once: a builder reports thousands of steps."""
-    told = 0
+    """A listener that reports each tenth of a build once, as a builder reports thousands of steps."""
+    reported = 0
 
     def listener(_phase: str, share: float) -> None:
-        nonlocal told
-        if int(10 * share) > told:
-            told = int(10 * share)
-            progress(f"  {10 * told} %")
+        nonlocal reported
+        if int(10 * share) > reported:
+            reported = int(10 * share)
+            progress(f"  {10 * reported} %")
 
     return listener

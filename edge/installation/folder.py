@@ -1,7 +1,7 @@
 """The folder of an installation: bundles and engines in numbered folders, and the record that names the one in use.
 
-DIR/installed.json is replaced last and in one step, so that whoever opens DIR finds the old installation or the
-new one. The one before stays, as somebody may be reading it.
+DIR/installed.json is replaced last and in one step, so that a process that opens DIR finds the old installation or
+the new one. The previous one stays, as another process may be reading it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 def open_installed(path: Path, trusted: Ed25519PublicKey) -> tuple[Bundle, DeviceRecord | None]:
-    """Open a bundle, or what is installed in a folder.
+    """Open a bundle file, or the bundle of an installation.
 
     Args:
         path: a .fedge file, or a folder of `fedge-edge install`.
-        trusted: key that must have signed it.
+        trusted: public key that must have signed it.
 
     Returns:
         The bundle, verified, and the record of the installation. That is None for a file, and where the record is
@@ -53,7 +53,7 @@ def open_installed(path: Path, trusted: Ed25519PublicKey) -> tuple[Bundle, Devic
 
 
 def source(path: Path) -> Path:
-    """The bundle's file: the path itself, or the one in use of the installation in that folder.
+    """The bundle's file: the path itself, or the bundle in use of the installation in that folder.
 
     Raises:
         BundleError: 711, the installation's record is damaged.
@@ -62,14 +62,14 @@ def source(path: Path) -> Path:
 
 
 def watched(path: Path) -> Path:
-    """The file that changes when another bundle is to serve."""
+    """The file to watch for a new bundle: the bundle itself, or the installation's record."""
     return path / FILE if path.is_dir() else path
 
 
 def slots(path: Path) -> list[Path]:
     """The numbered folders of an installation, oldest first; none where there is no such folder."""
     try:
-        found = [p for p in path.iterdir() if len(p.name) == DIGITS and p.name.isdecimal()]
+        folders = [p for p in path.iterdir() if len(p.name) == DIGITS and p.name.isdecimal()]
     except OSError:
         return []
-    return sorted(p for p in found if p.is_dir())
+    return sorted(p for p in folders if p.is_dir())

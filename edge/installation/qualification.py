@@ -36,14 +36,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Terms:
-    """What every artefact is tried with.
+    """Inputs and limits of every trial.
 
     Attributes:
         batches: ``(n, *input)`` of float32, one example first.
         shapes: of the network.
-        output: what its logits mean.
+        output: meaning of its logits.
         threads: CPU threads of one inference.
-        timing: of the first batch.
+        timing: limits for timing the first batch.
     """
 
     batches: Sequence[Array]
@@ -59,32 +59,32 @@ def qualify(
     terms: Terms,
     progress: Callable[[str], None],
 ) -> tuple[Entry, ...]:
-    """Try everything; what serves fastest comes first, what does not serve last.
+    """Try every artefact and rank the results: the fastest first, unqualified ones last.
 
     Args:
         graph: the fp32 graph on the CPU.
         subjects: all others.
-        terms: what they are tried with.
-        progress: is told what is being done.
+        terms: inputs and limits of the trials.
+        progress: called with a line of text for each step.
 
     Raises:
         BundleError: 710, the fp32 graph does not run.
     """
     progress(f"trying {graph.candidate.name}")
     base = _tried(graph, terms)
-    found = [(graph, _entry(graph, base, base, terms))]
+    results = [(graph, _entry(graph, base, base, terms))]
     for subject in subjects:
         if subject.candidate.refused:
-            found.append((subject, _left_out(subject, subject.candidate.refused)))
+            results.append((subject, _left_out(subject, subject.candidate.refused)))
             continue
         progress(f"trying {subject.candidate.name}")
-        found.append((subject, _qualified(subject, base, terms)))
-    qualified = [subject for subject, entry in found if entry.qualified]
+        results.append((subject, _qualified(subject, base, terms)))
+    qualified = [subject for subject, entry in results if entry.qualified]
     if len(qualified) == 1:
-        return ranked([entry for _, entry in found])
-    # Once more: whatever else the device was doing may have slowed one of them down and not another.
+        return ranked([entry for _, entry in results])
+    # Timed twice: other load on the device may have slowed down only one of them.
     again = []
-    for subject, entry in found:
+    for subject, entry in results:
         if subject in qualified:
             progress(f"timing {subject.candidate.name} again")
             entry = _faster(entry, _qualified(subject, base, terms))
@@ -93,19 +93,19 @@ def qualify(
 
 
 def ranked(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """By median time; what is right but no faster than the fp32 graph on the CPU does not serve."""
+    """Rank by median time; a correct artefact that is no faster than the fp32 graph on the CPU is not qualified."""
     last = next(entry for entry in entries if entry.candidate.last_resort)
     fast = sorted(
         (e for e in entries if e.qualified and e is not last and _time(e) < _time(last)),
         key=_time,
     )
-    told = [replace(e, reason=_place(n)) for n, e in enumerate([*fast, last])]
+    serving = [replace(e, reason=_place(n)) for n, e in enumerate([*fast, last])]
     slow = [
         replace(e, qualified=False, reason=f"right, but no faster than {last.candidate.name}")
         for e in entries
         if e.qualified and e is not last and e not in fast
     ]
-    return (*told, *slow, *(e for e in entries if not e.qualified))
+    return (*serving, *slow, *(e for e in entries if not e.qualified))
 
 
 def _qualified(subject: Subject, base: Trial, terms: Terms) -> Entry:
@@ -145,8 +145,8 @@ def _tried(subject: Subject, terms: Terms) -> Trial:
 def _entry(subject: Subject, trial: Trial, base: Trial, terms: Terms) -> Entry:
     artefact, place = subject.candidate.artefact, subject.candidate.place
     name = subject.candidate.name
-    found = parity.difference(trial.logits, base.logits, terms.output, name)
-    reason = parity.obstacle(artefact.kind, found)
+    diff = parity.difference(trial.logits, base.logits, terms.output, name)
+    reason = parity.obstacle(artefact.kind, diff)
     return Entry(
         artefact=artefact,
         place=place,
@@ -156,9 +156,9 @@ def _entry(subject: Subject, trial: Trial, base: Trial, terms: Terms) -> Entry:
         p50_ms=trial.p50_ms,
         p99_ms=trial.p99_ms,
         peak_rss_mb=round(trial.peak_rss_mb, 1),
-        max_abs_difference=found.max_abs_difference,
-        tolerance=tolerance(artefact.kind, found.largest_logit),
-        agreement=found.agreement,
+        max_abs_difference=diff.max_abs_difference,
+        tolerance=tolerance(artefact.kind, diff.largest_logit),
+        agreement=diff.agreement,
     )
 
 

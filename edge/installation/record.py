@@ -1,7 +1,7 @@
-"""What `fedge-edge install` found on this device: installed.json.
+"""installed.json: results of `fedge-edge install` on this device.
 
-The record is not signed. It can only choose among artefacts that are, and name engines that were built here,
-by their hash; so it is refused where somebody else than its reader or root could have written it.
+The record is not signed. It can only choose among signed artefacts, and name engines that were built here by
+their hash; so it is refused if another user than the current one or root could have written it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FIGURES: Final = (
 
 @dataclass(frozen=True)
 class Entry:
-    """How one artefact did at one place.
+    """Results of one artefact at one place.
 
     Attributes:
         artefact: of the bundle, without its qualification there; or an engine that was built here.
@@ -75,13 +75,13 @@ class Entry:
 
     @property
     def candidate(self) -> Candidate:
-        """What the runtime is to open."""
+        """The candidate that the runtime opens."""
         return Candidate(self.artefact, self.place)
 
 
 @dataclass(frozen=True)
 class DeviceRecord:
-    """An installation: of which bundle, on which device, and what may serve in which order.
+    """An installation: its bundle, its device, and its artefacts in order of preference.
 
     Attributes:
         folder: where bundle and engines lie.
@@ -118,7 +118,7 @@ class DeviceRecord:
         }
 
     def check(self, bundle: Bundle, cpu: str, versions: Mapping[str, str]) -> None:
-        """Refuse the record where it is of something else.
+        """Refuse the record of another bundle, device or runtime.
 
         Args:
             bundle: as verified.
@@ -141,10 +141,14 @@ class DeviceRecord:
                 )
 
     def content(self, entry: Entry, bundle: Bundle) -> bytes:
-        """The bytes of an entry's artefact, held against its hash.
+        """The bytes of an entry's artefact, verified against its hash.
+
+        Args:
+            entry: of this record.
+            bundle: as verified; holds the artefacts that were not built here.
 
         Raises:
-            BundleError: 711, the engine was changed or is gone, or the bundle has no such artefact.
+            BundleError: 711, the engine was changed or is missing, or the bundle has no such artefact.
         """
         artefact = entry.artefact
         if not entry.built:
@@ -197,10 +201,10 @@ def read_record(directory: Path) -> DeviceRecord:
 
 
 def refuse_foreign(status: os.stat_result) -> None:
-    """Refuse what somebody else than this user or root could have written.
+    """Refuse a file or folder that another user than this one or root could have written.
 
     Raises:
-        ValueError: with what must be so.
+        ValueError: with the rule that is broken.
     """
     if status.st_uid not in (0, os.geteuid()):
         raise ValueError("must belong to this user or root")

@@ -1,9 +1,8 @@
-"""Writes an installation: all of it aside, then one rename; whoever opens the folder finds the old or the new one."""
+"""Writes an installation to a partial folder, then puts it in use in one step: readers find the old or the new one."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from fedge.edge.installation.qualification import Subject
 from fedge.edge.installation.record import BUNDLE, FILE, DeviceRecord, read_record
 from fedge.shared.bundle.bundle import Limits
 from fedge.shared.errors import BundleError, ConfigError, UsageError
-from fedge.shared.files import flush_folder, open_regular, reason
+from fedge.shared.files import flush_folder, open_regular, reason, take_lock
 
 TIMINGS: Final = ".timing-cache"
 _PARTIAL: Final = ".partial"
@@ -33,10 +32,10 @@ _CHUNK: Final = 2**20
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make the folder where it is missing, and keep other installations out of it.
+    """Create the folder if it is missing, and lock it against other installations.
 
     Raises:
-        ConfigError: 206, it holds what is no installation; nothing was changed.
+        ConfigError: 206, it holds something other than an installation; nothing was changed.
         UsageError: 107, it cannot be written, or another installation is under way.
     """
     try:
@@ -47,23 +46,19 @@ def locked(directory: Path) -> Iterator[None]:
                 f"{directory}: must be new, empty or an earlier installation, got {foreign!r:.80} in it",
                 remedy="Give a new folder to --into, or one that nothing else uses.",
             )
-        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = take_lock(directory / _LOCK, mode=0o644)
+    except BlockingIOError:
+        raise UsageError(107, f"{directory}: another installation is under way") from None
     except OSError as error:
         raise UsageError(107, f"{directory}: cannot be written ({reason(error)})") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(107, f"{directory}: another installation is under way") from None
+    with lock:
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _foreign(directory: Path) -> str:
-    """Name of what no installation has written; empty where there is none, or where there is an installation.
+    """Name of a file that no installation has written; empty if there is none, or if the folder is an installation.
 
-    A bundle in a numbered folder is one, even if its record is damaged: to install again is what mends that.
+    A bundle in a numbered folder is an installation even if its record is damaged: installing again repairs that.
     """
     if any((folder / BUNDLE).is_file() for folder in slots(directory)) or _recorded(directory):
         return ""
@@ -73,7 +68,7 @@ def _foreign(directory: Path) -> str:
 
 @contextmanager
 def slot(directory: Path) -> Iterator[Path]:
-    """A new folder beside those that are there; it vanishes unless ``commit`` gives it its name."""
+    """A new partial folder beside the numbered ones; removed at the end of the block unless ``commit`` renames it."""
     for left in directory.glob("[0-9]" * DIGITS + _PARTIAL):
         shutil.rmtree(left, ignore_errors=True)
     last = slots(directory)
@@ -87,7 +82,7 @@ def slot(directory: Path) -> Iterator[Path]:
 
 
 def copy_bundle(source: Path, folder: Path) -> str:
-    """Copy a bundle into a slot; its SHA-256.
+    """Copy a bundle into a slot and return its SHA-256.
 
     Raises:
         BundleError: 701, it cannot be read; 705, it is larger than allowed.
@@ -111,7 +106,7 @@ def copy_bundle(source: Path, folder: Path) -> str:
 
 
 def commit(directory: Path, partial: Path, record: DeviceRecord, built: Iterable[Subject]) -> None:
-    """Write the engines and the record, and make the slot the one in use; older ones but the last go.
+    """Write the engines and the record, and put the slot in use; older ones but the previous one are removed.
 
     Args:
         directory: of the installation.
@@ -133,7 +128,7 @@ def commit(directory: Path, partial: Path, record: DeviceRecord, built: Iterable
 
 
 def final(partial: Path) -> Path:
-    """Where a slot will be once it is committed."""
+    """Path of a slot once it is committed."""
     return partial.with_name(partial.name.removesuffix(_PARTIAL))
 
 
@@ -145,7 +140,7 @@ def _recorded(directory: Path) -> Path | None:
 
 
 def write_replacing(path: Path, data: bytes) -> None:
-    """Write a file that its owner alone may change, in one step: it holds ``data``, or what it held before."""
+    """Write a file that its owner alone may change, in one step: it holds ``data`` or its previous content."""
     aside = path.with_name(f".{path.name}.tmp")
     _write(aside, data)
     aside.replace(path)
@@ -153,7 +148,7 @@ def write_replacing(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A file that its owner alone may change, whatever the umask says, as its reader asks for that."""
+    """A file that its owner alone may change, whatever the umask says, as ``refuse_foreign`` requires."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(file.fileno(), 0o644)

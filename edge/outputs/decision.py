@@ -15,10 +15,10 @@ Array: TypeAlias = NDArray[Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of ``n`` examples.
+    """Predictions for ``n`` examples.
 
     Attributes:
-        indices: ``(n,)`` of int64, of the chosen labels.
+        indices: ``(n,)`` of int64, the chosen labels.
         probabilities: ``(n, labels)`` of float64, rows sum to 1.
     """
 
@@ -27,7 +27,12 @@ class Prediction:
 
 
 def decide(logits: Array, output: OutputSchema) -> Prediction:
-    """Labels and probabilities of finite logits ``(n, k)``."""
+    """Labels and probabilities of finite logits ``(n, k)``.
+
+    Args:
+        logits: ``(n, k)``, finite; k is 1 for sigmoid, else the number of labels.
+        output: activation, threshold and labels of the model.
+    """
     logits = logits.astype(np.float64)
     if output.activation == "sigmoid":
         # exp(-|z|) cannot overflow.

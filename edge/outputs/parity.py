@@ -1,4 +1,4 @@
-"""How far an artefact is from the fp32 graph, on inputs that are made up."""
+"""Compares an artefact with the fp32 graph on generated inputs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fedge.shared.preprocessing.steps import Step
 Array: TypeAlias = NDArray[Any]
 
 BATCH_SIZES: Final = (1, 2, 7, 32)
-#: Most of the inputs on which INT8 may contradict the fp32 graph: logits within its tolerance can still change every
-#: label.
+#: Largest share of the inputs on which INT8 may contradict the fp32 graph: logits within its tolerance can still change
+#: every label.
 CONTRADICTED: Final = 0.1
 #: The fp32 graph does not decide between two labels that are closer than this part of its largest logit.
 _TIE: Final = 0.01
@@ -31,7 +31,7 @@ _TIE: Final = 0.01
 
 @dataclass(frozen=True)
 class Difference:
-    """What was found on all inputs together.
+    """Difference from the fp32 graph over all inputs.
 
     Attributes:
         max_abs_difference: of two logits.
@@ -48,30 +48,36 @@ class Difference:
 
 
 def examples(manifest: Manifest, steps: Sequence[Step], sizes: Sequence[int]) -> tuple[Array, ...]:
-    """Batches of these sizes as the network takes them; those too large to hold are left out."""
-    most = MAX_BATCH_VALUES // math.prod(manifest.input.shape)
+    """Preprocessed batches of the given sizes; those too large to hold are left out.
+
+    Args:
+        manifest: of the model.
+        steps: its preprocessing, complete.
+        sizes: number of examples in each batch.
+    """
+    max_size = MAX_BATCH_VALUES // math.prod(manifest.input.shape)
     return tuple(
         preprocessing.apply(steps, example(manifest.input, size, steps, seed=size))
         for size in sizes
-        if size <= most
+        if size <= max_size
     )
 
 
 def difference(
-    found: Sequence[Array], reference: Sequence[Array], output: OutputSchema, name: str
+    logits: Sequence[Array], reference: Sequence[Array], output: OutputSchema, name: str
 ) -> Difference:
     """Compare logits with those of the fp32 graph on the same inputs.
 
     Args:
-        found: ``(n, k)`` of each batch.
+        logits: ``(n, k)`` of each batch.
         reference: the same of the fp32 graph.
-        output: what logits mean.
+        output: meaning of the logits.
         name: of the artefact, for messages.
 
     Raises:
         BundleError: 709, a logit is not finite.
     """
-    ours, theirs = (np.concatenate([np.asarray(b) for b in x]) for x in (found, reference))
+    ours, theirs = (np.concatenate([np.asarray(b) for b in x]) for x in (logits, reference))
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise BundleError(709, f"{name}: must give finite logits, got NaN or infinity")
@@ -87,7 +93,7 @@ def difference(
 
 
 def _margins(logits: Array, labels: Array, right: Array, output: OutputSchema) -> Array:
-    """By how much each row ``(k,)`` of logits prefers its label ``right`` to another, ``(n,)``."""
+    """Margin ``(n,)`` by which each row ``(k,)`` of logits prefers its label ``right`` to another."""
     if output.activation == "sigmoid":
         threshold = output.threshold
         border = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf
@@ -96,25 +102,28 @@ def _margins(logits: Array, labels: Array, right: Array, output: OutputSchema) -
     return np.asarray(logits[rows, right] - logits[rows, labels])
 
 
-def check(kind: str, found: Difference, name: str) -> None:
+def check(kind: str, diff: Difference, name: str) -> None:
     """Refuse an artefact that is further from the fp32 graph than its kind may be.
+
+    Args:
+        kind: of the artefact.
+        diff: its difference from the fp32 graph.
+        name: of the artefact, for messages.
 
     Raises:
         BundleError: 710.
     """
-    if reason := obstacle(kind, found):
+    if reason := obstacle(kind, diff):
         raise BundleError(710, f"{name}: {reason}")
 
 
-def obstacle(kind: str, found: Difference) -> str:
+def obstacle(kind: str, diff: Difference) -> str:
     """Why an artefact of this kind may not stand for the fp32 graph, in a few words; empty where it may."""
-    allowed = tolerance(kind, found.largest_logit)
-    if found.max_abs_difference > allowed:
-        gap = found.max_abs_difference
+    allowed = tolerance(kind, diff.largest_logit)
+    if diff.max_abs_difference > allowed:
+        gap = diff.max_abs_difference
         return f"must be within {allowed:.3g} of the fp32 graph, got {gap:.3g}"
-    if "int8" in kind and found.contradicted > CONTRADICTED:
-        least, got = 1 - CONTRADICTED, 1 - found.contradicted
-        return (
-            f"must agree with the fp32 graph's labels on {least:.0%} of the inputs, got {got:.0%}"
-        )
+    if "int8" in kind and diff.contradicted > CONTRADICTED:
+        required, got = 1 - CONTRADICTED, 1 - diff.contradicted
+        return f"must agree with the fp32 graph's labels on {required:.0%} of the inputs, got {got:.0%}"
     return ""

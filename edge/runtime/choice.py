@@ -1,4 +1,4 @@
-"""Takes the best artefact that works here: the installation's order, or the usual one with a trial of each."""
+"""Chooses the best artefact that works here: by the installation's record, or by a trial of each candidate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TRIED: Final = (1, 2)
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves.
+    """The chosen backends.
 
     Attributes:
         backends: the best one first, the one that always works last; they may be the same.
@@ -45,6 +45,11 @@ class Choice:
 def reference(bundle: Bundle, shapes: Shapes, threads: int) -> Backend:
     """The fp32 graph on the CPU.
 
+    Args:
+        bundle: as verified.
+        shapes: of its network.
+        threads: CPU threads of one inference.
+
     Raises:
         BundleError: 706 or 708, there is none, or it does not load.
     """
@@ -54,7 +59,7 @@ def reference(bundle: Bundle, shapes: Shapes, threads: int) -> Backend:
 
 
 def fp32_artefact(bundle: Bundle) -> Artefact:
-    """What the manifest says of the fp32 graph.
+    """The manifest's entry of the fp32 graph.
 
     Raises:
         BundleError: 706, there is none.
@@ -75,7 +80,7 @@ def named(
         name: of one of its artefacts, or of an engine that was built here.
         shapes: of its network.
         threads: CPU threads of one inference.
-        record: what is installed here.
+        record: of the installation.
 
     Raises:
         BundleError: 706, there is none of this name, or it is not safe to open; 708, it does not load;
@@ -113,8 +118,8 @@ def best(
         shapes: of its network.
         steps: its preprocessing, complete.
         threads: CPU threads of one inference.
-        record: what is installed here; left aside, and told, where it does not fit.
-        allow_unqualified: take what was executed neither at the release nor here.
+        record: of the installation; ignored with a warning if it does not match.
+        allow_unqualified: accept artefacts that were executed neither at the release nor here.
 
     Raises:
         BundleError: 706 or 708, the fp32 graph does not load.
@@ -134,10 +139,10 @@ def best(
 def _recorded(
     bundle: Bundle, record: DeviceRecord, shapes: Shapes, threads: int, notes: list[str]
 ) -> Backend | None:
-    """What the installation measured as fastest and that still opens; None where that is the fp32 graph on the CPU.
+    """The fastest artefact of the record that still opens; None if that is the fp32 graph on the CPU.
 
     Raises:
-        BundleError: 711, the record does not fit, or an engine was changed.
+        BundleError: 711, the record does not match, or an engine was changed.
     """
     record.check(bundle, cpu_name(), runtime_versions())
     if record.threads != threads:
@@ -194,12 +199,12 @@ def _tried(
         data = bundle.artefacts[name]
         try:
             if candidate.artefact.kind in ONNX_KINDS:
-                # Garbage needs no process to be told from a graph.
+                # Bytes that are no graph are refused without a process.
                 refuse_external_data(data, name)
             left = max(0.0, end - time.monotonic())
             tried = try_out(candidate, data, batches, shapes, threads=threads, deadline=left)
-            found = parity.difference(tried.logits, expected, bundle.manifest.output, name)
-            parity.check(candidate.artefact.kind, found, candidate.name)
+            diff = parity.difference(tried.logits, expected, bundle.manifest.output, name)
+            parity.check(candidate.artefact.kind, diff, candidate.name)
             return open_artefact(candidate.artefact, candidate.place, data, shapes, threads=threads)
         except BundleError as error:
             _note(notes, error)
@@ -207,7 +212,7 @@ def _tried(
 
 
 def _note(notes: list[str], error: BundleError, *, failed: bool = True) -> None:
-    """Keep and log why something better does not serve; what the device merely lacks is no warning."""
+    """Record and log why a better artefact is not used; a warning only if it failed."""
     text = f"{error.label} {error.message}"
     notes.append(text)
     _log.log(logging.WARNING if failed else logging.INFO, "%s", text)

@@ -1,4 +1,4 @@
-"""A verified model at work: raw examples in, labels and probabilities out."""
+"""Runs a verified model: raw examples in, labels and probabilities out."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class EdgeModel:
     graph answers the same request. All methods may be called from any thread.
 
     Attributes:
-        manifest: what the bundle says of the model.
+        manifest: of the bundle.
         steps: preprocessing as it is applied.
-        shapes: what goes through the network.
+        shapes: of the network's input and output.
     """
 
     def __init__(self, manifest: Manifest, steps: Sequence[Step], choice: Choice) -> None:
@@ -67,26 +67,26 @@ class EdgeModel:
         Args:
             bundle: as verified; its bytes are used, no file of it is opened.
             threads: CPU threads of one inference.
-            statistics: a site's own mean and deviation, where the manifest leaves them to each site.
+            statistics: a site's own mean and standard deviation, where the manifest leaves them to each site.
             artefact: run exactly this one, qualified or not, and nothing in its place.
-            record: what was installed on this device; its order counts, and what it has qualified is not
-                tried again.
-            allow_unqualified: take artefacts that were executed neither at the release nor here. They are
-                tried and compared in a child process all the same. Unsafe: nothing is known of their accuracy.
+            record: of the installation on this device; its order is used, and its qualified artefacts are
+                not tried again.
+            allow_unqualified: accept artefacts that were executed neither at the release nor here. They are
+                tried and compared in a child process all the same. Unsafe: their accuracy is unknown.
             rehearsed: let the fp32 graph answer in a child process before this one opens it.
 
         Raises:
             BundleError: 706 or 708, the fp32 graph does not load, or is not what the manifest says; 709 or 710,
                 it failed its rehearsal; 706, 708, 710 or 711, the artefact that was named does not load.
-            InputError: 807, statistics are missing, do not fit, or the manifest holds its own.
+            InputError: 807, statistics are missing, do not match, or the manifest holds its own.
         """
         manifest = bundle.manifest
         steps = with_statistics(manifest, statistics)
         if rehearsed:
             rehearse(bundle, shapes(manifest), steps, threads)
         if artefact is not None:
-            found = named(bundle, artefact, shapes(manifest), threads, record)
-            return cls(manifest, steps, Choice((found,)))
+            backend = named(bundle, artefact, shapes(manifest), threads, record)
+            return cls(manifest, steps, Choice((backend,)))
         if allow_unqualified:
             _log.warning("artefacts that were executed neither at the release nor here may serve")
         choice = best(
@@ -101,12 +101,12 @@ class EdgeModel:
 
     @property
     def backend(self) -> str:
-        """What is at work: artefact and place, for example ``"model.int8.onnx on CPU"``."""
+        """The backend in use: artefact and place, for example ``"model.int8.onnx on CPU"``."""
         return self._backends[0].name
 
     @property
     def artefact(self) -> str:
-        """Name of the artefact that is at work."""
+        """Name of the artefact in use."""
         return self._backends[0].artefact
 
     @property
@@ -116,12 +116,12 @@ class EdgeModel:
 
     @property
     def engine(self) -> bool:
-        """Whether a TensorRT engine is at work, not a graph."""
+        """Whether a TensorRT engine is in use, not a graph."""
         return self._backends[0].engine
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """Why better artefacts are not at work, each with its number, in the order in which it happened."""
+        """Why better artefacts are not in use, each with its error number, in the order of events."""
         return self._fallbacks
 
     def predict(self, x: Array, first_row: int = 0) -> Prediction:
@@ -129,7 +129,7 @@ class EdgeModel:
 
         Args:
             x: the examples; finite.
-            first_row: number of the first, for messages.
+            first_row: number of the first example, for messages.
 
         Raises:
             InputError: 804, a value overflows in preprocessing; 806, it is not among its column's
@@ -144,7 +144,11 @@ class EdgeModel:
         return decide(logits, self.manifest.output)
 
     def prepare(self, x: Array, first_row: int = 0) -> Array:
-        """Raw examples ``(n, *input.shape)`` as the network takes them, ``(n, *network shape)``.
+        """Preprocess raw examples ``(n, *input.shape)``; gives ``(n, *network shape)``.
+
+        Args:
+            x: raw examples of float32; finite.
+            first_row: number of the first example, for messages.
 
         Raises:
             InputError: 804, a value overflows; 806, it is not among its column's categories.
@@ -184,12 +188,12 @@ class EdgeModel:
                 backends = self._without(backends[0], error)
 
     def close(self) -> None:
-        """Free what the backends hold; the model cannot be used afterwards."""
+        """Free the backends' resources; the model cannot be used afterwards."""
         for backend in self._backends:
             backend.close()
 
     def _without(self, failed: Backend, error: BundleError) -> tuple[Backend, ...]:
-        """Drop a backend that failed; what is left."""
+        """Drop a backend that failed, and return the others."""
         with self._lock:
             # Of several threads that it fails, the first drops it.
             first = failed is self._backends[0] and len(self._backends) > 1
@@ -205,15 +209,19 @@ class EdgeModel:
 
 
 def shapes(manifest: Manifest) -> Shapes:
-    """What goes through the manifest's network."""
+    """Shapes of the input and output of the manifest's network."""
     return Shapes(network_shape(manifest.input, manifest.preprocessing), _logits(manifest.output))
 
 
 def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple[Step, ...]:
     """The manifest's steps, with a site's own statistics where the manifest leaves them to it.
 
+    Args:
+        manifest: of the model.
+        statistics: a site's own mean and standard deviation of each column, or None.
+
     Raises:
-        InputError: 807, the model needs statistics and there are none, they do not fit, or the
+        InputError: 807, the model needs statistics and there are none, they do not match, or the
             signed manifest holds its own.
     """
     steps = manifest.preprocessing
@@ -229,8 +237,8 @@ def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple
     if not manifest.site_statistics:
         raise InputError(
             807,
-            "this model was trained with one mean and deviation for all sites, which the manifest"
-            " holds: leave --statistics out",
+            "this model was trained with one mean and standard deviation for all sites, which the"
+            " manifest holds: leave --statistics out",
         )
     replaced = tuple(
         statistics if isinstance(step, Standardise) and not step.mean else step for step in steps
@@ -239,7 +247,9 @@ def with_statistics(manifest: Manifest, statistics: Standardise | None) -> tuple
         network_shape(manifest.input, replaced)
     except BundleError:
         columns = len(statistics.mean)
-        raise InputError(807, f"statistics do not fit the model, got {columns} columns") from None
+        raise InputError(
+            807, f"statistics: must have the model's columns, got {columns} columns"
+        ) from None
     return replaced
 
 

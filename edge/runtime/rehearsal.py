@@ -1,7 +1,7 @@
-"""Runs the fp32 graph of a bundle in a child process, before a server that is at work opens it.
+"""Runs the fp32 graph of a bundle in a child process before a running server opens it.
 
-The fp32 graph has nothing behind it: one that kills its process would take the server along, one that gives NaN would
-answer nothing. At the start of a server that is plain to see; at a change of bundles the old one is to serve on.
+The fp32 graph has no fallback: one that kills its process would kill the server, one that gives NaN would answer no
+request. At the start of a server that is noticed at once; at a change of bundles the old model must keep serving.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rehearse(
     *,
     deadline: float | None = None,
 ) -> None:
-    """Let the fp32 graph answer made-up inputs in a child process.
+    """Run the fp32 graph on generated inputs in a child process.
 
     Args:
         bundle: as verified.

@@ -1,9 +1,9 @@
-"""Requests that wait together run together.
+"""Batches concurrent requests.
 
-A request that finds a run free runs at once, in its own thread, so that an idle server adds no change of threads to
-it. Those that come meanwhile sleep, and a thread of the model's own takes them, as many at a time as fit, until nobody
-waits any more. It is one and the same thread that goes on from run to run: one that had answered would still hold the
-interpreter, and one that slept would have to wake first, and the model would be idle for both.
+A request that finds a run free runs at once, in its own thread, so that an idle server adds no thread switch. Requests
+that arrive meanwhile wait, and a worker thread takes as many at a time as fit into a batch, until none waits. The same
+thread goes on from run to run: one that had answered would still hold the interpreter, a sleeping one would have to
+wake first, and the model would be idle for both.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Batcher:
         run: the model, from ``(n, *network shape)`` to ``(n, k)``; may raise ``FedgeError``.
         max_batch: most rows of one run; no request has more.
         max_queue: most requests that wait.
-        delay: seconds that a run waits for company; 0 never waits.
-        counts: is told of each run.
+        delay: seconds that a run waits for more requests; 0 never waits.
+        counts: records each run.
         parallel: most runs at once.
     """
 
@@ -86,32 +86,32 @@ class Batcher:
         self._delay = delay
         self._counts = counts
         self._lock = threading.Lock()
-        self._company = threading.Condition(self._lock)
+        self._arrival = threading.Condition(self._lock)
         self._queue: deque[_Pending] = deque()
         self._parallel = self._free = parallel
-        #: Threads of the model's own that sleep, each by what wakes it.
+        #: Sleeping worker threads, each by the lock that wakes it.
         self._sleeping: list[threading.Lock] = []
         self._closed = False
 
     @property
     def waiting(self) -> int:
-        """Requests that wait now."""
+        """Number of waiting requests."""
         return len(self._queue)
 
     def infer(self, ready: Array, deadline: float, alive: Callable[[], bool]) -> Array:
-        """Rows of logits of ``ready``, finite.
+        """Finite logits ``(n, k)`` of the rows ``ready``.
 
         Args:
             ready: ``(n, *network shape)`` of float32, n at most ``max_batch``.
             deadline: by the monotonic clock; the request is not begun afterwards.
-            alive: whether somebody still waits for the answer.
+            alive: whether the client still waits for the answer.
 
         Raises:
             InputError: 808, too many wait; 809, the deadline passed.
             BundleError: what ``run`` raises; 709, these rows' logits are not finite.
         """
         with self._lock:
-            # Where runs are free nobody waits: whoever is done goes on with those that do, or hands over.
+            # Where runs are free the queue is empty: a finished run goes on with the queue, or hands over.
             alone = self._free > 0 and not self._delay
             if not alone:
                 item = self._enter(ready, deadline, alive)
@@ -130,15 +130,15 @@ class Batcher:
         return item.result()
 
     def close(self) -> None:
-        """End the threads that sleep; those at work end when nobody waits any more."""
+        """End the sleeping worker threads; busy ones end when the queue is empty."""
         with self._lock:
             self._closed = True
             while self._sleeping:
-                self._free -= 1  # the thread gives it back when it finds that nobody waits
+                self._free -= 1  # the thread gives it back when it finds the queue empty
                 self._sleeping.pop().release()
 
     def _run_alone(self, ready: Array, deadline: float, alive: Callable[[], bool]) -> Array:
-        """A request that meets nobody, with as little beside the model's own time as can be."""
+        """Run a request that finds no other, with as little overhead as possible."""
         start = time.monotonic()
         try:
             if start >= deadline or not alive():
@@ -157,7 +157,7 @@ class Batcher:
 
     def _enter(self, ready: Array, deadline: float, alive: Callable[[], bool]) -> _Pending:
         if len(self._queue) >= self._max_queue:
-            # Those whose client is gone give up their places.
+            # Requests whose client has disconnected give up their places.
             self._queue = deque(other for other in self._queue if not self._given_up(other))
         if len(self._queue) >= self._max_queue:
             raise InputError(
@@ -166,29 +166,29 @@ class Batcher:
         item = _Pending(ready, deadline, alive)
         self._queue.append(item)
         if self._delay:
-            self._company.notify_all()
+            self._arrival.notify_all()
         return item
 
     def _given_up(self, item: _Pending) -> bool:
-        """Whether nobody waits for the answer any more; then the request has failed."""
+        """Whether the request has expired or its client has disconnected; then it fails."""
         if time.monotonic() < item.deadline and item.alive():
             return False
         item.fails(_late())
         return True
 
     def _hand_over(self) -> None:
-        """Let a thread of the model's own have a run that is taken."""
+        """Pass a taken run on to a worker thread."""
         if self._sleeping:
             self._sleeping.pop().release()
             return
         try:
             threading.Thread(target=self._work, name="fedge-model", daemon=True).start()
         except RuntimeError:
-            # The system has no more threads: who comes next runs alone, and tries again.
+            # The system has no more threads: the next request runs alone, and tries again.
             self._free += 1
 
     def _work(self) -> None:
-        """Run what waits until nothing does, sleep, and again."""
+        """Run waiting requests until there are none, sleep, and repeat."""
         wake = threading.Lock()
         wake.acquire()
         batch: list[_Pending] = []
@@ -212,22 +212,22 @@ class Batcher:
                     if item.logits is None and item.error is None:
                         item.error = error
 
-    def _wait_for_company(self) -> None:
+    def _wait_for_more(self) -> None:
         first = self._queue[0]
         end = min(first.since + self._delay, first.deadline)
         while (left := end - time.monotonic()) > 0:
-            # Another run, or who gave up, may have taken them meanwhile.
+            # Other runs or expired requests may have emptied the queue meanwhile.
             rows = sum(len(item.ready) for item in self._queue)
             if not rows or rows >= self._max_batch:
                 return
-            self._company.wait(left)
+            self._arrival.wait(left)
 
     def _take(self) -> list[_Pending]:
-        """Those that wait, in order, as many as fit and are one run's share."""
+        """Take waiting requests in order, up to the batch size and one run's share."""
         if self._delay and self._queue:
-            self._wait_for_company()
-        # What waits is shared with the other runs, each of which has a core of its own; where a delay is asked for,
-        # large batches are.
+            self._wait_for_more()
+        # The queue is shared with the other runs, each of which has a core of its own; a delay is a request for
+        # large batches.
         share = len(self._queue) if self._delay else -(-len(self._queue) // self._parallel)
         batch: list[_Pending] = []
         rows = 0

@@ -1,7 +1,7 @@
 """Requests and answers of ModelInfer: from bytes to examples, and from logits to bytes.
 
 Open Inference Protocol, gRPC form. A tensor travels as raw little-endian bytes or as typed contents; both are read,
-raw bytes are written. Whatever does not fit is refused by number before the model sees it.
+raw bytes are written. Invalid requests are refused by number before the model runs.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MAX_NAME: Final = 256
 _SHOWN: Final = 80
 #: Parameters that would change what a tensor is; others are hints, and are left unread.
 _REFUSED: Final = ("classification", "shared_memory_region", "binary_data_size")
-#: Longest beginning of a request that is remembered, in bytes, and most of them.
+#: Longest request head that is cached, in bytes, and the largest number of them.
 _MAX_HEAD: Final = 2048
-_MAX_KNOWN: Final = 64
+_MAX_HEADS: Final = 64
 _RAW_INPUT: Final = b"\x3a"  # field 7, length-delimited
 _RAW_OUTPUT: Final = b"\x32"  # field 6, length-delimited
 _ID: Final = b"\x1a"  # field 3, length-delimited
@@ -45,20 +45,20 @@ _RESPONSE: Final = message("ModelInferResponse")
 
 
 class UnknownNameError(InputError):
-    """810: what a request names is not served here."""
+    """810: the request names a model, output or service that is not served here."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What the model takes and gives, as far as the wire is concerned.
+    """The model's inputs and outputs as the protocol sees them.
 
     Attributes:
         name: of the model.
         version: of the model; a request may leave it empty.
         shape: of one raw example.
         values: numbers in one raw example.
-        logits: a row.
-        labels: a row of probabilities.
+        logits: number of logits in a row.
+        labels: number of probabilities in a row.
         max_batch: most examples in one request.
     """
 
@@ -77,12 +77,12 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client asks.
+    """One decoded request.
 
     Attributes:
-        examples: raw, ``(n, *shape)`` of float32; may hold anything that float32 can.
+        examples: raw, ``(n, *shape)`` of float32; may hold NaN and infinity.
         outputs: names, in the order of the answer.
-        id: the client's own mark, given back.
+        id: the client's own id of the request, repeated in the answer.
         timeout: seconds that the client's parameter ``timeout`` allows, None where it has none.
     """
 
@@ -93,12 +93,12 @@ class Request:
 
 
 class Decoder:
-    """Reads requests for one model, and those that begin as an earlier one did without parsing them again.
+    """Decodes requests for one model; a request that begins as an earlier one did is not parsed again.
 
-    A client asks the same thing of other numbers, and these come last. Where the bytes before them are those of a
-    request that was read in full, and as many numbers follow, then so is all but the numbers: a message is the
-    fields that it is put together from (Protocol Buffers, encoding), and the length of the last is among the bytes
-    that were compared. May be used by many threads at once.
+    A client repeats a request with other numbers, and these come last. If the bytes before them equal those of a
+    request that was parsed in full, and as many numbers follow, then all but the numbers is equal too: a message is
+    the concatenation of its fields (Protocol Buffers, encoding), and the length of the last is among the compared
+    bytes. May be used by many threads at once.
 
     Args:
         signature: of the model.
@@ -106,24 +106,29 @@ class Decoder:
 
     def __init__(self, signature: Signature) -> None:
         self._signature = signature
-        #: By the length of the request: all before its numbers, and what was read.
-        self._known: dict[int, tuple[bytes, Request]] = {}
+        #: By the length of the request: the bytes before its numbers, and the parsed request.
+        self._heads: dict[int, tuple[bytes, Request]] = {}
 
     def decode(self, data: bytes) -> Request:
-        """Read the bytes of a ModelInferRequest; as ``decode`` does, with the same errors."""
-        known = self._known.get(len(data))
-        if known is not None and data.startswith(known[0]):
-            head, like = known
+        """Decode the bytes of a ModelInferRequest, with the result and the errors of ``decode``."""
+        cached = self._heads.get(len(data))
+        if cached is not None and data.startswith(cached[0]):
+            head, template = cached
             # Copied, as a float32 must not begin at any byte.
             flat = np.frombuffer(data, dtype="<f4", offset=len(head)).copy()
-            return Request(flat.reshape(like.examples.shape), like.outputs, like.id, like.timeout)
+            return Request(
+                flat.reshape(template.examples.shape),
+                template.outputs,
+                template.id,
+                template.timeout,
+            )
         request = decode(data, self._signature)
-        # A client that marks its requests never begins two of them alike.
+        # Requests with ids never begin alike.
         if not request.id and (before := _before_numbers(data, request.examples.nbytes)):
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
+            if len(self._heads) >= _MAX_HEADS:
+                self._heads.clear()
             nothing = np.broadcast_to(np.float32(0), request.examples.shape)
-            self._known[len(data)] = before, replace(request, examples=nothing)
+            self._heads[len(data)] = before, replace(request, examples=nothing)
         return request
 
 
@@ -141,11 +146,15 @@ def _before_numbers(data: bytes, count: int) -> bytes | None:
 
 
 def decode(data: bytes, signature: Signature) -> Request:
-    """Read the bytes of a ModelInferRequest.
+    """Decode the bytes of a ModelInferRequest.
+
+    Args:
+        data: the serialised message.
+        signature: of the model.
 
     Raises:
         InputError: 802, a tensor's shape or size; 803, its type; 805, too many examples; 810, the bytes are no
-            request, or it names what is not there.
+            request, or it names something unknown.
     """
     try:
         request = _REQUEST.FromString(data)
@@ -171,6 +180,11 @@ def decode(data: bytes, signature: Signature) -> Request:
 def check_model(name: str, version: str, signature: Signature) -> None:
     """Refuse another model's name or version.
 
+    Args:
+        name: that the request names.
+        version: that the request names; may be empty.
+        signature: of the model.
+
     Raises:
         UnknownNameError: 810.
     """
@@ -183,13 +197,13 @@ def check_model(name: str, version: str, signature: Signature) -> None:
 
 
 def encode(request: Request, logits: Array, signature: Signature, output: OutputSchema) -> bytes:
-    """The bytes of a ModelInferResponse with what the request asks for.
+    """Encode a ModelInferResponse with the requested outputs.
 
     Args:
         request: as decoded.
-        logits: its rows, ``(n, signature.logits)``, finite.
+        logits: of its examples, ``(n, signature.logits)``, finite.
         signature: of the model.
-        output: what the logits mean.
+        output: meaning of the logits.
     """
     parts = [_skeleton(signature, request.outputs, len(logits))]
     if request.id:
@@ -218,11 +232,11 @@ def _skeleton(signature: Signature, outputs: tuple[str, ...], rows: int) -> byte
     return bytes(response.SerializeToString())
 
 
-def _outputs(asked: Any) -> tuple[str, ...]:
-    if len(asked) > len(OUTPUTS):
-        raise InputError(810, f"outputs: must be at most {len(OUTPUTS)}, got {len(asked)}")
-    names = tuple(tensor.name for tensor in asked)
-    for tensor in asked:
+def _outputs(tensors: Any) -> tuple[str, ...]:
+    if len(tensors) > len(OUTPUTS):
+        raise InputError(810, f"outputs: must be at most {len(OUTPUTS)}, got {len(tensors)}")
+    names = tuple(tensor.name for tensor in tensors)
+    for tensor in tensors:
         if tensor.name not in OUTPUTS:
             allowed = ", ".join(OUTPUTS)
             raise InputError(810, f"outputs: must be among {allowed}, got {tensor.name[:_SHOWN]!r}")
@@ -256,8 +270,8 @@ def _values(tensor: Any, raw: Any, signature: Signature) -> Array:
         raise InputError(803, f"{INPUT}: must be FP32, got {tensor.datatype[:_SHOWN]!r}")
     shape = tuple(tensor.shape) if len(tensor.shape) <= 32 else (0,) * 33
     if shape[1:] != signature.shape or shape[0] < 1:
-        wanted = ", ".join(map(str, signature.shape))
-        raise InputError(802, f"{INPUT}: must have shape [batch, {wanted}], got {_shown(shape)}")
+        expected = ", ".join(map(str, signature.shape))
+        raise InputError(802, f"{INPUT}: must have shape [batch, {expected}], got {_shown(shape)}")
     rows = shape[0]
     if rows > signature.max_batch:
         raise InputError(
@@ -279,9 +293,9 @@ def _typed(tensor: Any, count: int) -> Array:
     for field, _ in fields:
         if field.name != "fp32_contents":
             raise InputError(803, f"{INPUT}: must be in fp32_contents, got {field.name}")
-    found = len(fields[0][1]) if fields else 0
-    if found != count:
-        raise InputError(802, f"{INPUT}: must be {count} numbers, got {found}")
+    length = len(fields[0][1]) if fields else 0
+    if length != count:
+        raise InputError(802, f"{INPUT}: must be {count} numbers, got {length}")
     return np.fromiter(fields[0][1], dtype=np.float32, count=count)
 
 

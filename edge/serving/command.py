@@ -1,4 +1,4 @@
-"""`fedge-edge serve`: answer inference requests over gRPC until told to stop."""
+"""`fedge-edge serve`: answers inference requests over gRPC until a signal stops it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOOK: Final = 1.0
 
 
 def _run(arguments: Namespace) -> int:
-    # Otherwise whoever connects can fill the log with grpc's lines on each failed handshake.
+    # Otherwise any client can fill the log with grpc's lines on each failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedge.edge.installation.folder import watched
     from fedge.edge.serving import credentials
@@ -66,7 +66,7 @@ def _run(arguments: Namespace) -> int:
 
     reloader = Reloader(path, seen, load, service, counts)
     loading = Background(reloader)
-    _until_told_to_stop(signals, loading, service, watch=arguments.watch)
+    _until_stopped(signals, loading, service, watch=arguments.watch)
 
     _log.info("stopping")
     reloader.end()
@@ -85,7 +85,7 @@ def _run(arguments: Namespace) -> int:
 
 
 def _metrics(listen: str | None, service: Service, counts: Counts) -> MetricsServer | None:
-    """The metrics' own server, where it is asked for."""
+    """The server of the metrics, if an address for it is given."""
     if not listen:
         return None
     from fedge.edge.serving import credentials
@@ -97,7 +97,7 @@ def _metrics(listen: str | None, service: Service, counts: Counts) -> MetricsSer
 
 
 def _announce(where: str, metrics: MetricsServer | None, served: Served) -> None:
-    """Where to ask on stdout, what answers in the log."""
+    """Print the addresses to stdout, and log the model."""
     sys.stdout.write(f"listening on {where}\n")
     if metrics is not None:
         sys.stdout.write(f"metrics on http://{metrics.address}/metrics\n")
@@ -111,7 +111,7 @@ def _announce(where: str, metrics: MetricsServer | None, served: Served) -> None
     )
 
 
-def _until_told_to_stop(
+def _until_stopped(
     signals: SimpleQueue[int], loading: Background, service: Service, *, watch: bool
 ) -> None:
     while True:
@@ -125,7 +125,7 @@ def _until_told_to_stop(
 
 
 def _loader(arguments: Namespace, limits: Limits, counts: Counts) -> Callable[[], Served]:
-    """What verifies and loads the bundle that is there when it is called."""
+    """A function that verifies and loads the current bundle."""
     from fedge.edge.inputs.reader import read_statistics
     from fedge.edge.runtime.model import EdgeModel
     from fedge.edge.serving.served import Served
@@ -137,7 +137,7 @@ def _loader(arguments: Namespace, limits: Limits, counts: Counts) -> Callable[[]
         bundle, record = open_trusted(arguments)
         if bundle.key_id not in (keys or {bundle.key_id}):
             raise BundleError(703, "--trust: must hold the key that the server began with")
-        # At the start nothing serves that a graph could take along.
+        # At the start there is no running model that a bad graph could end.
         rehearsed = bool(keys)
         keys.add(bundle.key_id)
         statistics = read_statistics(arguments.statistics) if arguments.statistics else None
@@ -154,11 +154,11 @@ def _loader(arguments: Namespace, limits: Limits, counts: Counts) -> Callable[[]
 
 
 def _signals() -> SimpleQueue[int]:
-    """The signals to come, each as its number."""
-    found: SimpleQueue[int] = SimpleQueue()  # the one queue that a signal handler may put into
+    """A queue of the signals to come, by number."""
+    signals: SimpleQueue[int] = SimpleQueue()  # the one queue that a signal handler may put into
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: found.put(number))
-    return found
+        signal.signal(number, lambda number, _frame: signals.put(number))
+    return signals
 
 
 COMMAND = Command(

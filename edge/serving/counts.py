@@ -1,4 +1,4 @@
-"""What the server has done so far, in numbers; kept whether or not somebody reads them."""
+"""Counters of the server, kept whether or not they are exported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,12 @@ class Counts:
     _reloads: Counter[str] = field(default_factory=Counter)
 
     def answered(self, outcome: str, seconds: float) -> None:
-        """A request is over."""
+        """Record a finished request.
+
+        Args:
+            outcome: ``"OK"`` or an error's label.
+            seconds: that it took.
+        """
         with self._lock:
             self._requests[outcome] += 1
             self._latency[bisect_left(SECONDS, seconds)] += 1
@@ -73,7 +78,14 @@ class Counts:
                 self._failed_seconds += seconds
 
     def ran(self, requests: int, rows: int, waited: float, seconds: float) -> None:
-        """The model ran once; ``waited`` is the sum of what its requests waited."""
+        """Record a run of the model.
+
+        Args:
+            requests: in the batch.
+            rows: of the batch.
+            waited: seconds that its requests waited, in sum.
+            seconds: of the run.
+        """
         with self._lock:
             self._batches[bisect_left(ROWS, rows)] += 1
             self._rows += rows
@@ -83,12 +95,12 @@ class Counts:
             self._last = time.time()
 
     def reloaded(self, outcome: str) -> None:
-        """A changed bundle was taken or refused."""
+        """Record a reload by its outcome, ``"swapped"`` or ``"refused"``."""
         with self._lock:
             self._reloads[outcome] += 1
 
     def snapshot(self) -> Snapshot:
-        """All counts, of one moment."""
+        """All counts at one moment."""
         with self._lock:
             return Snapshot(
                 dict(self._requests),

@@ -1,4 +1,4 @@
-"""Addresses that may be served, and what TLS needs; refused before anything listens."""
+"""Listening addresses and TLS credentials, validated before the server listens."""
 
 from __future__ import annotations
 
@@ -48,8 +48,12 @@ class Address:
 def address(text: str, option: str) -> Address:
     """Read ``host:port`` or ``[v6]:port``.
 
+    Args:
+        text: value of the option.
+        option: its name, for messages.
+
     Raises:
-        DeployError: 904, it is something else; a name other than localhost is not looked up.
+        DeployError: 904, it is something else; names other than localhost are not resolved.
     """
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
@@ -68,15 +72,15 @@ def address(text: str, option: str) -> Address:
 def credentials(
     certificate: Path | None, key: Path | None, client_authority: Path | None
 ) -> Any | None:
-    """What ``grpc.Server.add_secure_port`` takes, or None without TLS.
+    """Credentials for ``grpc.Server.add_secure_port``; None without TLS.
 
     Args:
-        certificate: PEM, the server's own first, then those between it and its authority.
+        certificate: PEM, the server's own first, then the intermediate ones.
         key: PEM of its private key, without a password, readable by its owner alone.
-        client_authority: PEM; then a client must have a certificate that one of these signed.
+        client_authority: PEM of the authorities that must have signed a client's certificate; None lets in any client.
 
     Raises:
-        DeployError: 920, one is missing, cannot be read, or does not fit the others.
+        DeployError: 920, one is missing, cannot be read, or does not match the others.
     """
     if certificate is None and key is None:
         if client_authority is not None:
@@ -111,12 +115,12 @@ def _spki(key: Any) -> bytes:
 
 def _certificates(data: bytes, option: str) -> list[x509.Certificate]:
     try:
-        found = x509.load_pem_x509_certificates(data)
+        certificates = x509.load_pem_x509_certificates(data)
     except (ValueError, UnsupportedAlgorithm):
-        found = []
-    if not found:
+        certificates = []
+    if not certificates:
         raise DeployError(920, f"{option}: must hold certificates in PEM, got something else")
-    return found
+    return certificates
 
 
 def _read(path: Path, option: str, *, secret: bool = False) -> bytes:

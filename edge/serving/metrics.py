@@ -1,4 +1,4 @@
-"""The counts as Prometheus reads them, on an address of this machine."""
+"""Exports the counters in Prometheus format on a loopback address."""
 
 from __future__ import annotations
 
@@ -24,33 +24,37 @@ from fedge.shared.errors import DeployError
 from fedge.shared.files import reason
 
 _PATH: Final = "/metrics"
-_PATIENCE: Final = 5.0
+_TIMEOUT: Final = 5.0
 
 
 class _Collector(Collector):
-    """Makes the metrics anew for each reader."""
+    """Builds the metrics for each scrape."""
 
     def __init__(self, service: Service, counts: Counts) -> None:
         self._service = service
         self._counts = counts
 
     def collect(self) -> Iterator[Any]:
-        found, served = self._counts.snapshot(), self._service.served
+        counts, served = self._counts.snapshot(), self._service.served
         requests = CounterMetricFamily(
             "fedge_requests", "Inference requests that are over, by outcome.", labels=["code"]
         )
-        for code, number in sorted(found.requests.items()):
+        for code, number in sorted(counts.requests.items()):
             requests.add_metric([code], number)
         yield requests
         yield _histogram(
             "fedge_request_seconds",
             "Time of an inference request in the server.",
             SECONDS,
-            found.latency,
-            found.seconds,
+            counts.latency,
+            counts.seconds,
         )
         yield _histogram(
-            "fedge_batch_rows", "Examples in one run of the model.", ROWS, found.batches, found.rows
+            "fedge_batch_rows",
+            "Examples in one run of the model.",
+            ROWS,
+            counts.batches,
+            counts.rows,
         )
         yield GaugeMetricFamily(
             "fedge_queue_length", "Requests that wait for a run.", value=served.waiting
@@ -73,7 +77,7 @@ class _Collector(Collector):
             "fedge_reloads", "Changed bundles, by what became of them.", labels=["outcome"]
         )
         for outcome in ("swapped", "refused"):
-            reloads.add_metric([outcome], found.reloads.get(outcome, 0))
+            reloads.add_metric([outcome], counts.reloads.get(outcome, 0))
         yield reloads
 
 
@@ -90,12 +94,12 @@ def _histogram(
 
 
 class MetricsServer:
-    """Answers ``GET /metrics``, one reader at a time, each within a few seconds.
+    """Answers ``GET /metrics``, one client at a time, each within a few seconds.
 
     Args:
-        where: an address of this machine; port 0 for any that is free.
-        service: whose model is at work.
-        counts: to be read.
+        where: a loopback address; port 0 takes any that is free.
+        service: whose model is reported.
+        counts: to export.
 
     Attributes:
         address: where it listens.
@@ -111,7 +115,7 @@ class MetricsServer:
         registry.register(_Collector(service, counts))
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = _PATIENCE
+            timeout = _TIMEOUT
 
             def do_GET(self) -> None:
                 if self.path.partition("?")[0] != _PATH:
@@ -129,7 +133,7 @@ class MetricsServer:
 
         class Server(HTTPServer):
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A reader that went away is no news."""
+                """Ignore a client that disconnects."""
 
         if ":" in where.host:
             import socket
@@ -149,4 +153,4 @@ class MetricsServer:
         """Stop answering."""
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(_PATIENCE)
+        self._thread.join(_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What `fedge-edge serve` takes on its command line."""
+"""Command-line options of `fedge-edge serve`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _MAX_BATCH: Final = 4096
 _MAX_QUEUE: Final = 4096
 _MAX_REQUEST: Final = 2**30
-#: Runs at once without `--parallel`: beyond a few, what they gain in requests a second each pays in time.
+#: Runs at once without `--parallel`: beyond a few, more requests a second cost each of them time.
 _MAX_PARALLEL: Final = 4
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options."""
+    """Add the options of `fedge-edge serve`."""
     add_bundle(parser)
     parser.add_argument(
         "--listen",
@@ -107,7 +107,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def limits_of(arguments: Namespace) -> Limits:
-    """The limits that they ask for."""
+    """The server's limits from its parsed options."""
     from fedge.edge.serving.served import Limits
 
     return Limits(
@@ -121,6 +121,6 @@ def limits_of(arguments: Namespace) -> Limits:
 
 
 def _parallel(threads: int) -> int:
-    """Runs of ``threads`` each that this process' cores hold."""
+    """Number of parallel runs of ``threads`` each for which this process has cores."""
     own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return max(1, min(_MAX_PARALLEL, len(own(0)) // threads))

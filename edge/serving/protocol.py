@@ -1,8 +1,8 @@
 """Messages of the Open Inference Protocol (KServe v2) over gRPC, made at import from a table.
 
-Names and numbers are those of the protocol's published grpc_service.proto and model_config.proto; only what this
-server reads or says is declared, and whatever else a client sends is stepped over. The descriptors lie in a pool of
-their own, as clients of the protocol register the same names in protobuf's default pool.
+Names and numbers are those of the protocol's published grpc_service.proto and model_config.proto; only fields that
+this server reads or writes are declared, and all others that a client sends are skipped. The descriptors lie in a pool
+of their own, as clients of the protocol register the same names in protobuf's default pool.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def message(name: str) -> Any:
 
 
 def varint(value: int) -> bytes:
-    """A whole number, not negative, as Protocol Buffers write it."""
+    """Encode a non-negative integer as a varint of Protocol Buffers."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

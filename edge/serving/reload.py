@@ -1,4 +1,4 @@
-"""A changed bundle takes over while the old one serves; one that is refused changes nothing."""
+"""Swaps in a changed bundle while the old one serves; a refused one changes nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 class Reloader:
-    """Looks at a file now and then, and loads it once it has changed and then stayed the same for one look.
+    """Polls a file, and loads it once it has changed and then stayed the same for one poll.
 
     Args:
         path: the file to watch.
-        seen: what ``look`` said of it before the model at work was loaded.
-        load: verifies and loads what is there now; raises ``FedgeError``.
+        seen: state of the file by ``look``, from before the current model was loaded.
+        load: verifies and loads the current bundle; raises ``FedgeError``.
         service: gets the new model.
-        counts: is told what became of it.
+        counts: records the outcome.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Reloader:
         self._ended = False
 
     def changed(self) -> bool:
-        """Look once; gives whether there is something to load."""
+        """Look once; returns whether there is something to load."""
         seen, before = look(self._path), self._last
         self._last = seen
         # A file that is still being written changes from one look to the next.
         return seen is not None and seen != self._taken and seen == before
 
     def poll(self) -> bool:
-        """Look once, and load what has changed; gives whether another model is at work now."""
+        """Look once, and load a changed bundle; returns whether another model serves now."""
         return self.changed() and self.reload()
 
     def end(self) -> None:
-        """Let no other model take over any more, not even one that is being loaded."""
+        """Prevent any further swap, even to a model that is being loaded."""
         with self._lock:
             self._ended = True
 
     def reload(self) -> bool:
-        """Load the bundle now; gives whether another model is at work now."""
+        """Load the bundle now; returns whether another model serves now."""
         self._taken = look(self._path)
         old = self._service.served
         try:
@@ -104,16 +104,16 @@ class Reloader:
 
 
 class Background:
-    """Reloads in a thread of its own, one at a time, so that whoever asks for it never waits.
+    """Reloads in a thread of its own, one at a time, so that the caller never waits.
 
     Args:
-        reloader: is called in that thread, but for ``changed``.
+        reloader: called in that thread, except for ``changed``.
     """
 
     def __init__(self, reloader: Reloader) -> None:
         self._reloader = reloader
         self._thread: threading.Thread | None = None
-        self._asked = False
+        self._requested = False
 
     @property
     def busy(self) -> bool:
@@ -122,18 +122,18 @@ class Background:
 
     def ask(self) -> None:
         """Load the bundle, at once or, where one is being loaded, at a later ``step``."""
-        self._asked = True
+        self._requested = True
         self.step(watch=False)
 
     def step(self, *, watch: bool) -> None:
-        """Begin what was asked for.
+        """Start a requested reload.
 
         Args:
-            watch: look at the file too, and load what has changed.
+            watch: look at the file too, and load a changed bundle.
         """
-        if self.busy or not (self._asked or (watch and self._reloader.changed())):
+        if self.busy or not (self._requested or (watch and self._reloader.changed())):
             return
-        self._asked = False
+        self._requested = False
         self._thread = threading.Thread(
             target=self._reloader.reload, name="fedge-reload", daemon=True
         )
@@ -141,7 +141,7 @@ class Background:
 
 
 def look(path: Path) -> Seen:
-    """What tells one state of a file from another; None where it is not there."""
+    """Device, inode, size and modification time in ns of a file, to detect changes; None if it is missing."""
     try:
         status = path.stat()
     except OSError:

@@ -29,7 +29,7 @@ _VERSION_DIGITS: Final = 12
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes at a time.
+    """Limits of one server.
 
     Attributes:
         max_batch: most examples in one request, and in one run.
@@ -37,7 +37,7 @@ class Limits:
         parallel: most runs at once.
         batch_delay: seconds that a run waits for more requests; 0 never waits.
         deadline: most seconds of one request.
-        max_request_bytes: of one request; None for what a full batch needs, within reason.
+        max_request_bytes: of one request; None for the size of a full batch, up to a bound.
     """
 
     max_batch: int = 32
@@ -60,17 +60,17 @@ class Limits:
 
 
 class Served:
-    """A model at work.
+    """A model that serves.
 
     Args:
-        model: loaded.
+        model: the loaded model.
         limits: of the server.
         counts: of the server.
         sha256: of the bundle's manifest.
 
     Attributes:
         model, sha256: as given.
-        signature: as the wire knows it; the version is the beginning of the trained model's SHA-256.
+        signature: the model in terms of the protocol; the version is the beginning of the trained model's SHA-256.
         max_bytes: of one request.
     """
 
@@ -97,7 +97,7 @@ class Served:
         self._lock = threading.Lock()
         self._using = 0
         self._retired = False
-        self._rules = RowRules.of(manifest.input, model.steps)
+        self._rules = RowRules.from_schema(manifest.input, model.steps)
         self._batcher = Batcher(
             model.logits,
             max_batch=limits.max_batch,
@@ -113,14 +113,14 @@ class Served:
         return self._batcher.waiting
 
     def enter(self) -> bool:
-        """Take part in the model's use until ``leave``; False where it is retired."""
+        """Register a use of the model until ``leave``; False if it is retired."""
         with self._lock:
             if not self._retired:
                 self._using += 1
             return not self._retired
 
     def leave(self) -> None:
-        """End what ``enter`` began; the last to leave a retired model frees it."""
+        """End a use that ``enter`` registered; the last one frees a retired model."""
         with self._lock:
             self._using -= 1
             last = self._retired and not self._using
@@ -128,7 +128,7 @@ class Served:
             self._close()
 
     def retire(self) -> None:
-        """Let nobody enter any more; the model is freed when nobody uses it."""
+        """Refuse new uses; the model is freed after the last one."""
         with self._lock:
             last = not self._retired and not self._using
             self._retired = True
@@ -141,16 +141,16 @@ class Served:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody uses it now."""
+        """Whether no request uses the model now."""
         return not self._using
 
     def infer(self, data: bytes, seconds: float, alive: Callable[[], bool]) -> bytes:
         """Answer the bytes of a ModelInferRequest with those of a ModelInferResponse.
 
         Args:
-            data: as received.
+            data: the serialised request.
             seconds: until the request's deadline.
-            alive: whether the client still waits.
+            alive: whether the client still waits for the answer.
 
         Raises:
             InputError: 802 to 806, 808 to 810.
@@ -181,22 +181,22 @@ class Served:
     def metadata(self) -> Any:
         """The ModelMetadataResponse."""
         signature = self.signature
-        found = message("ModelMetadataResponse")(
+        response = message("ModelMetadataResponse")(
             name=signature.name,
             versions=[signature.version],
             platform=_PLATFORMS[self.model.engine],
         )
-        found.inputs.add(name=INPUT, datatype="FP32", shape=[-1, *signature.shape])
+        response.inputs.add(name=INPUT, datatype="FP32", shape=[-1, *signature.shape])
         for name in OUTPUTS:
             shape = [-1, *signature.columns(name)]
-            found.outputs.add(name=name, datatype=DATATYPES[name], shape=shape)
-        return found
+            response.outputs.add(name=name, datatype=DATATYPES[name], shape=shape)
+        return response
 
     def configuration(self) -> Any:
-        """The ModelConfigResponse; its parameters hold what metadata has no place for: labels, and what serves."""
+        """The ModelConfigResponse; its parameters hold what metadata has no place for: labels, and the backend."""
         signature, manifest = self.signature, self.model.manifest
-        found = message("ModelConfigResponse")()
-        config = found.config
+        response = message("ModelConfigResponse")()
+        config = response.config
         engine = self.model.engine
         config.name = signature.name
         config.platform, config.backend = _PLATFORMS[engine], _BACKENDS[engine]
@@ -204,15 +204,15 @@ class Served:
         config.input.add(name=INPUT, data_type=_CONFIG_TYPES["FP32"], dims=signature.shape)
         for name in OUTPUTS:
             columns = signature.columns(name)
-            told = config.output.add(name=name, data_type=_CONFIG_TYPES[DATATYPES[name]])
-            told.dims.extend(columns or (1,))
+            tensor = config.output.add(name=name, data_type=_CONFIG_TYPES[DATATYPES[name]])
+            tensor.dims.extend(columns or (1,))
             if not columns:
                 # An output without an axis beside the batch still needs one here; this takes it away again.
-                told.reshape.SetInParent()
+                tensor.reshape.SetInParent()
         config.dynamic_batching.max_queue_delay_microseconds = round(self._delay * 1e6)
         for key, value in (
             ("labels", json.dumps(manifest.output.labels)),
-            # By it a client sees what scale raw values have, as of an image.
+            # Tells a client the scale of raw values, as of an image.
             ("preprocessing", json.dumps([step.to_json() for step in manifest.preprocessing])),
             ("run", manifest.run),
             ("model_sha256", manifest.model_sha256),
@@ -220,13 +220,13 @@ class Served:
             ("serves", self.model.backend),
         ):
             config.parameters[key].string_value = value
-        return found
+        return response
 
     def statistics(self, counts: Snapshot) -> Any:
         """The ModelStatisticsResponse; counts are since the server began."""
-        found = message("ModelStatisticsResponse")()
+        response = message("ModelStatisticsResponse")()
         good = counts.requests.get("OK", 0)
-        model = found.model_stats.add(
+        model = response.model_stats.add(
             name=self.signature.name,
             version=self.signature.version,
             last_inference=int(counts.last * 1e3),
@@ -241,4 +241,4 @@ class Served:
             (stats.compute_infer, sum(counts.batches), counts.computed),
         ):
             part.count, part.ns = count, max(0, int(seconds * 1e9))
-        return found
+        return response

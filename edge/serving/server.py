@@ -1,4 +1,4 @@
-"""The gRPC server around the service: bounds, address, and an end that loses no request."""
+"""The gRPC server around the service: limits, address, and a graceful stop."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _log = logging.getLogger(__name__)
 
 
 class InferenceServer:
-    """Listens from the start; ``stop`` ends it.
+    """A gRPC server that listens from its construction until ``stop``.
 
     Args:
-        service: answers.
-        where: port 0 for any that is free.
-        tls: as ``credentials.credentials`` gives it; None for none.
+        service: answers the calls.
+        where: address to listen on; port 0 takes any that is free.
+        tls: from ``credentials.credentials``; None for plaintext.
         max_bytes: of one message.
         in_flight: requests that may wait or run at once; each has a thread, of which there are at most
             ``MAX_THREADS``.
-        insecure: whether an address that others reach may be served without TLS.
+        insecure: whether an address that other machines reach may be served without TLS.
 
     Attributes:
         address: where it listens.
 
     Raises:
-        DeployError: 904, the address cannot be used; 920, others would reach it without TLS.
+        DeployError: 904, the address cannot be used; 920, other machines would reach it without TLS.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class InferenceServer:
         """Refuse new calls, wait for those that have begun, and close.
 
         Args:
-            grace: seconds that they have.
+            grace: seconds until calls in progress are aborted.
 
         Returns:
             Whether all have ended; where not, threads of this process still run.

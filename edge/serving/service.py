@@ -56,16 +56,16 @@ def status(error: FedgeError) -> Any:
 
 
 class Service:
-    """What the methods share.
+    """The gRPC methods and their shared state.
 
     Args:
-        served: the model to begin with.
+        served: the first model.
         deadline: most seconds of one request, its arrival included.
-        counts: is told of each ModelInfer.
+        counts: records each ModelInfer.
 
     Attributes:
-        served: the model at work; may be set at any time, and calls that have begun keep theirs.
-        ready: whether requests are welcome.
+        served: the current model; may be replaced at any time, calls in progress keep theirs.
+        ready: whether the server accepts requests.
         max_arriving: most calls that wait for their message, each of which holds a thread; one more ends the oldest.
     """
 
@@ -79,7 +79,7 @@ class Service:
         self._arriving: dict[int, tuple[Any, float]] = {}
 
     def handlers(self) -> tuple[Any, ...]:
-        """What ``grpc.Server.add_generic_rpc_handlers`` takes."""
+        """Handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         methods: dict[str, Method] = {
             "ServerLive": lambda _data, _call: _bytes("ServerLiveResponse", live=True),
             "ServerReady": lambda _data, _call: _bytes("ServerReadyResponse", ready=self.ready),
@@ -87,22 +87,24 @@ class Service:
                 "ServerMetadataResponse", name=_NAME, version=_version(), extensions=_EXTENSIONS
             ),
             "ModelReady": self._model_ready,
-            "ModelMetadata": lambda data, _call: self._asked(data).metadata().SerializeToString(),
+            "ModelMetadata": lambda data, _call: (
+                self._requested_model(data).metadata().SerializeToString()
+            ),
             "ModelConfig": lambda data, _call: (
-                self._asked(data).configuration().SerializeToString()
+                self._requested_model(data).configuration().SerializeToString()
             ),
             "ModelStatistics": self._statistics,
         }
-        found = {name: self._handler(method, _SMALL) for name, method in methods.items()}
-        found["ModelInfer"] = grpc.stream_unary_rpc_method_handler(self._infer)
+        inference = {name: self._handler(method, _SMALL) for name, method in methods.items()}
+        inference["ModelInfer"] = grpc.stream_unary_rpc_method_handler(self._infer)
         health = {"Check": self._handler(self._check_health, _SMALL)}
         return (
-            grpc.method_handlers_generic_handler(SERVICE, found),
+            grpc.method_handlers_generic_handler(SERVICE, inference),
             grpc.method_handlers_generic_handler(HEALTH_SERVICE, health),
         )
 
     def end_stalled(self) -> int:
-        """End the calls whose message is late; gives their number."""
+        """Cancel the calls whose message is late; returns their number."""
         allowed = _ARRIVAL + _ARRIVAL_PER_BYTE * self.served.max_bytes
         before = time.monotonic() - min(self._deadline, allowed)
         with self._lock:
@@ -123,7 +125,7 @@ class Service:
                 answer = served.infer(data, seconds, call.is_active)
             finally:
                 served.leave()
-        except grpc.RpcError:  # the client was gone before its message was there
+        except grpc.RpcError:  # the client disconnected before its message had arrived
             self._counts.answered("CANCELLED", time.perf_counter() - start)
             raise
         except Exception as error:
@@ -138,7 +140,7 @@ class Service:
 
     def _enter(self) -> Served:
         while True:
-            # Between these two steps another model may have taken over.
+            # Between these two steps the model may have been replaced.
             served = self.served
             if served.enter():
                 return served
@@ -161,12 +163,14 @@ class Service:
             with self._lock:
                 self._arriving.pop(key, None)
 
-    def _handler(self, method: Method, most: int) -> Any:
+    def _handler(self, method: Method, max_bytes: int) -> Any:
         def behaviour(messages: Iterator[bytes], call: Any) -> bytes:
             try:
                 data = self._receive(messages, call)
-                if len(data) > most:
-                    raise InputError(805, f"request: must be at most {most} bytes, got {len(data)}")
+                if len(data) > max_bytes:
+                    raise InputError(
+                        805, f"request: must be at most {max_bytes} bytes, got {len(data)}"
+                    )
                 return method(data, call)
             except grpc.RpcError:
                 raise
@@ -177,7 +181,7 @@ class Service:
 
         return grpc.stream_unary_rpc_method_handler(behaviour)
 
-    def _asked(self, data: bytes) -> Served:
+    def _requested_model(self, data: bytes) -> Served:
         """The model that a ModelRequest names."""
         request, served = _parsed("ModelRequest", data), self.served
         codec.check_model(request.name, request.version, served.signature)

@@ -1,1 +1,1 @@
-"""Whether a site's reply is acceptable, and why not."""
+"""Validation of the sites' replies."""

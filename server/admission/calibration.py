@@ -1,4 +1,4 @@
-"""The admission gate of what sites say about the final model: ranges, and what graphs score."""
+"""The admission gate for what sites report about the final model: ranges, and scores of the candidates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedge.server.admission.reply_fields import (
     examples_of,
     ledger_of,
     number_of,
-    opened,
+    records_of,
 )
 from fedge.server.admission.validation_result import (
     Evaluation,
@@ -35,11 +35,12 @@ _EXAMPLES, _LOSS = "examples", "loss-sum"
 
 @dataclass(frozen=True)
 class Ranges:
-    """What one site says of its activations.
+    """What one site reports about the model's activations.
 
     Attributes:
-        num_examples: that it looked at.
-        values: ``(tensors, 2)``, smallest and largest; with noise the counts of all histograms.
+        num_examples: number of examples that they cover.
+        values: smallest and largest value by tensor, of shape (tensors, 2); with noise the counts of all histograms,
+            of shape (counts,).
     """
 
     num_examples: int
@@ -48,34 +49,48 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the candidates scored at one site: counters by candidate, and which do not count, with the reason."""
+    """The scores of the candidates at one site.
+
+    Attributes:
+        counters: candidate -> counter -> count.
+        absent: candidates that do not count, with the reason.
+    """
 
     counters: dict[str, dict[str, float]] = field(default_factory=dict)
     absent: list[Absent] = field(default_factory=list)
 
 
 def admit_ranges(
-    reply: Message, site: str, most: int, expected: Expected, graph: str, tensors: int, bound: float
+    reply: Message,
+    site: str,
+    max_examples: int,
+    expected: Expected,
+    graph: str,
+    tensors: int,
+    bound: float,
 ) -> tuple[Ranges | None, Verdict]:
     """Admit or reject one site's ranges.
 
     Args:
-        reply: of the site.
-        site: its name.
-        most: training examples that it may have looked at.
-        expected: of this exchange.
-        graph: SHA-256 (hex) of the graph that it must speak of.
-        tensors: of that graph.
-        bound: to which it clips.
+        reply: reply of the site.
+        site: name of the site.
+        max_examples: maximum number of training examples that the site may report.
+        expected: what a reply of this exchange must look like.
+        graph: SHA-256 (hex) of the graph that the reply must name.
+        tensors: number of tensors of that graph.
+        bound: absolute value to which the site clips activations.
+
+    Returns:
+        The ranges, None where they are rejected, and the result of the validation.
     """
     try:
-        metrics, num_examples = _opened(reply, site, most, expected)
+        metrics, num_examples = _metrics_of(reply, site, max_examples, expected)
         own = _config(reply).get(protocol.GRAPH)
         if own != graph:
             raise RefusedError(429, f"{protocol.GRAPH}: must be {graph}, got {printable(own)}")
         if expected.noised is not None:
-            found = Ranges(num_examples, _noised(metrics, num_examples, expected))
-            return found, _vouched(reply, site, metrics)
+            counts = Ranges(num_examples, _noised(metrics, num_examples, expected))
+            return counts, _ledger_verdict(reply, site, metrics)
         both = np.stack(
             [_numbers(metrics, k, tensors) for k in (protocol.RANGE_LOW, protocol.RANGE_HIGH)],
             axis=1,
@@ -90,7 +105,7 @@ def admit_ranges(
 def admit_scores(
     reply: Message,
     site: str,
-    most: int,
+    max_examples: int,
     expected: Expected,
     digests: Mapping[str, str],
     names: Sequence[str],
@@ -98,34 +113,37 @@ def admit_scores(
     """Admit or reject what the candidates scored at one site.
 
     Args:
-        reply: of the site.
-        site: its name.
-        most: test examples that it may have counted.
-        expected: of this exchange.
-        digests: SHA-256 (hex) of each candidate.
-        names: of the counters, ``candidate/counter``, in the order of the reply's list.
+        reply: reply of the site.
+        site: name of the site.
+        max_examples: maximum number of test examples that the site may report.
+        expected: what a reply of this exchange must look like.
+        digests: candidate -> SHA-256 (hex) of its graph.
+        names: names of the counters, ``candidate/counter``, in the order of the reply's list.
+
+    Returns:
+        The scores, None where they are rejected, and the result of the validation.
     """
     try:
-        metrics, num_examples = _opened(reply, site, most, expected)
-        own = _digests(_config(reply), len(digests))
+        metrics, num_examples = _metrics_of(reply, site, max_examples, expected)
+        site_digests = _digests(_config(reply), len(digests))
         verdict = Verdict()
         if expected.noised is not None:
             values = _noised(metrics, num_examples, expected)
-            verdict = _vouched(reply, site, metrics)
+            verdict = _ledger_verdict(reply, site, metrics)
         else:
             values = _numbers(metrics, protocol.COUNTS, len(names))
-        found = Scores()
-        for (kind, digest), made in zip(digests.items(), own, strict=True):
+        scores = Scores()
+        for (kind, digest), site_digest in zip(digests.items(), site_digests, strict=True):
             counted = {
                 name.partition("/")[2]: float(value)
                 for name, value in zip(names, values, strict=True)
                 if name.startswith(f"{kind}/")
             }
-            if absent := _fault(site, kind, digest, made, counted, num_examples, expected):
-                found.absent.append(absent)
+            if absent := _fault(site, kind, digest, site_digest, counted, num_examples, expected):
+                scores.absent.append(absent)
             else:
-                found.counters[kind] = counted
-        return found, verdict
+                scores.counters[kind] = counted
+        return scores, verdict
     except RefusedError as refused:
         return None, _rejected(site, refused)
 
@@ -134,34 +152,37 @@ def _fault(
     site: str,
     kind: str,
     digest: str,
-    made: str,
+    site_digest: str,
     counted: Mapping[str, float],
     num_examples: int,
     expected: Expected,
 ) -> Absent | None:
     """Why a candidate does not count at a site."""
-    if made != digest:
-        code = 429 if made else 413
-        return Absent(site, kind, code, "made other bytes of it" if made else "could not make it")
+    if site_digest != digest:
+        code = 429 if site_digest else 413
+        reason = "made other bytes of it" if site_digest else "could not make it"
+        return Absent(site, kind, code, reason)
     if expected.noised is not None:
         return None
     if counted[RAN] == 0:
         return Absent(site, kind, 413, "does not run there; the site's log says why")
     for name, value in counted.items():
-        least, bound = 0.0, float(num_examples)
+        minimum, bound = 0.0, float(num_examples)
         if name in (RAN, _EXAMPLES):
-            least = bound = 1.0 if name == RAN else bound
+            minimum = bound = 1.0 if name == RAN else bound
         elif name == _LOSS:
             bound *= expected.policy.max_loss
-        if not least <= value <= bound:
-            return Absent(site, kind, 405, f"{name}: must be {least:g} to {bound:g}")
+        if not minimum <= value <= bound:
+            return Absent(site, kind, 405, f"{name}: must be {minimum:g} to {bound:g}")
     return None
 
 
-def _opened(reply: Message, site: str, most: int, expected: Expected) -> tuple[MetricRecord, int]:
-    _, metrics = opened(reply, site, expected, with_arrays=False)
+def _metrics_of(
+    reply: Message, site: str, max_examples: int, expected: Expected
+) -> tuple[MetricRecord, int]:
+    _, metrics = records_of(reply, site, expected, with_arrays=False)
     whole = expected.noised is not None and expected.noised.unit == "site"
-    return metrics, examples_of(metrics, 1 if whole else most)
+    return metrics, examples_of(metrics, 1 if whole else max_examples)
 
 
 def _config(reply: Message) -> ConfigRecord:
@@ -169,10 +190,10 @@ def _config(reply: Message) -> ConfigRecord:
 
 
 def _digests(config: ConfigRecord, count: int) -> list[str]:
-    found = config.get(protocol.CANDIDATE_DIGESTS)
-    if not isinstance(found, list) or len(found) != count:
+    digests = config.get(protocol.CANDIDATE_DIGESTS)
+    if not isinstance(digests, list) or len(digests) != count:
         raise RefusedError(411, f"{protocol.CANDIDATE_DIGESTS}: must be {count} texts, got others")
-    return [value if isinstance(value, str) else "" for value in found]
+    return [value if isinstance(value, str) else "" for value in digests]
 
 
 def _numbers(metrics: MetricRecord, key: str, count: int) -> NDArray[np.float64]:
@@ -187,20 +208,22 @@ def _numbers(metrics: MetricRecord, key: str, count: int) -> NDArray[np.float64]
 
 
 def _noised(metrics: MetricRecord, num_examples: int, expected: Expected) -> NDArray[np.float64]:
-    of = expected.noised
-    reach = math.inf if of is None else of.reach
+    noised = expected.noised
+    max_noise = math.inf if noised is None else noised.reach
     values = _numbers(metrics, protocol.COUNTS, len(expected.counters))
-    if values.min(initial=0.0) < -reach or values.max(initial=0.0) > num_examples + reach:
-        most = num_examples + reach
-        raise RefusedError(401, f"{protocol.COUNTS}: must be {-reach:g} to {most:g}, got others")
+    minimum, maximum = -max_noise, num_examples + max_noise
+    if values.min(initial=0.0) < minimum or values.max(initial=0.0) > maximum:
+        raise RefusedError(
+            401, f"{protocol.COUNTS}: must be {minimum:g} to {maximum:g}, got others"
+        )
     return values
 
 
-def _vouched(reply: Message, site: str, metrics: MetricRecord) -> Verdict:
-    """What the site says of its ledger."""
+def _ledger_verdict(reply: Message, site: str, metrics: MetricRecord) -> Verdict:
+    """What the site reports about its privacy ledger."""
     spent, drops = epsilon_of(metrics, site)
-    told = Evaluation(site, {}, spent, ledger_of(reply.content))
-    return Verdict(evaluation=told, drops=drops)
+    evaluation = Evaluation(site, {}, spent, ledger_of(reply.content))
+    return Verdict(evaluation=evaluation, drops=drops)
 
 
 def _rejected(site: str, refused: RefusedError) -> Verdict:

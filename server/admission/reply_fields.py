@@ -1,7 +1,7 @@
-"""What a reply holds, each part checked where it is taken out; it may hold anything.
+"""The fields of a reply, each validated where it is read.
 
-Nothing that a site sends is trusted: not its names, types, shapes, sizes or numbers; nor is its text repeated at
-length.
+A reply is untrusted input: its names, types, shapes, sizes and numbers are checked, and its text is repeated only in
+part.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ from fedge.shared.tasks.standardised_columns import Bound
 from fedge.shared.wire.npy import UndecodableError, decode
 from fedge.shared.wire.tensors import NDArrays
 
-#: More values than any task reports; and the farthest that an integer tensor may move in a round.
-_MOST_METRICS, _COUNTER_STEP = 64, 1e9
+#: More values than any task reports; and the maximum change of an integer tensor's value in a round.
+_MAX_METRICS, _COUNTER_STEP = 64, 1e9
 _MAX_EPSILON = 1e9
 _SPENT = (protocol.EPSILON_CONSUMERS, protocol.EPSILON_SERVER)
 _PRIVATE = (protocol.NUM_EXAMPLES, *_SPENT)
 
 
 class RefusedError(Exception):
-    """A reply that is not admitted, with its number and why."""
+    """A reply is not admitted.
+
+    Args:
+        code: FE number.
+        reason: in words.
+        outcome: kind of the rejection.
+    """
 
     def __init__(self, code: int, reason: str, outcome: Outcome = "rejected") -> None:
         super().__init__(reason)
@@ -43,7 +49,11 @@ class RefusedError(Exception):
 
 
 def content_of(reply: Message, records: set[str]) -> RecordDict:
-    """A reply's content, where it has these records and no others.
+    """The content of a reply, which must hold exactly these records.
+
+    Args:
+        reply: reply of a node.
+        records: names of the records.
 
     Raises:
         RefusedError: 410, the site reports an error; 411, other records.
@@ -61,10 +71,10 @@ def content_of(reply: Message, records: set[str]) -> RecordDict:
 
 
 def config_of(content: RecordDict) -> ConfigRecord:
-    """The record that says what was answered.
+    """The ``config`` record of a reply, which names the request that it answers.
 
     Raises:
-        RefusedError: 411, it is of another kind.
+        RefusedError: 411, the record is of another kind.
     """
     config = content[protocol.CONFIG]
     if not isinstance(config, ConfigRecord):
@@ -75,29 +85,34 @@ def config_of(content: RecordDict) -> ConfigRecord:
 
 
 def metrics_of(content: RecordDict) -> MetricRecord:
-    """The record of numbers.
+    """The ``metrics`` record of a reply.
 
     Raises:
-        RefusedError: 411, it is of another kind, or holds too many.
+        RefusedError: 411, the record is of another kind, or holds too many values.
     """
     metrics = content[protocol.METRICS]
     if not isinstance(metrics, MetricRecord):
         raise RefusedError(
             411, f"{protocol.METRICS}: must be a MetricRecord, got {type(metrics).__name__}"
         )
-    if len(metrics) > _MOST_METRICS:
-        # Each unknown metric is told of by name; without a bound a site could fill the journal.
+    if len(metrics) > _MAX_METRICS:
+        # Each unknown metric is reported by name; without a bound a site could fill the journal.
         raise RefusedError(
-            411, f"{protocol.METRICS}: must hold at most {_MOST_METRICS} values, got {len(metrics)}"
+            411, f"{protocol.METRICS}: must hold at most {_MAX_METRICS} values, got {len(metrics)}"
         )
     return metrics
 
 
 def must_answer(config: ConfigRecord, run_id: str, server_round: int) -> None:
-    """Check that a reply is to this round's question.
+    """Check that a reply answers this round's request.
+
+    Args:
+        config: record of the reply.
+        run_id: fedge's id of the run.
+        server_round: number of the round.
 
     Raises:
-        RefusedError: 406, to another.
+        RefusedError: 406, it answers another.
     """
     answered = (config.get(protocol.RUN_ID), config.get(protocol.SERVER_ROUND))
     if answered != (run_id, server_round) or type(answered[1]) is not int:
@@ -107,13 +122,19 @@ def must_answer(config: ConfigRecord, run_id: str, server_round: int) -> None:
         )
 
 
-def opened(
+def records_of(
     reply: Message, site: str, expected: Expected, *, with_arrays: bool
 ) -> tuple[ArrayRecord, MetricRecord]:
-    """Arrays and metrics of a reply that answers what was asked.
+    """The arrays and metrics of a reply that answers the request.
+
+    Args:
+        reply: reply of a node.
+        site: name of the site that must have sent it.
+        expected: what a reply of this round must look like.
+        with_arrays: the reply must hold arrays; else it must hold none, and an empty record is returned.
 
     Raises:
-        RefusedError: it does not.
+        RefusedError: 406, 410 or 411, it does not answer the request.
     """
     records = {protocol.CONFIG, protocol.METRICS} | ({protocol.ARRAYS} if with_arrays else set())
     content = content_of(reply, records)
@@ -129,17 +150,22 @@ def opened(
     return arrays, metrics_of(content)
 
 
-def examples_of(metrics: MetricRecord, registered: int) -> int:
-    """How many examples a reply is of.
+def examples_of(metrics: MetricRecord, registered_examples: int) -> int:
+    """The number of examples that a reply is based on.
+
+    Args:
+        metrics: record of the reply.
+        registered_examples: maximum: the number of examples that the site registered.
 
     Raises:
-        RefusedError: 403, none, or more than the site registered.
+        RefusedError: 403, there are none, or more than the site registered.
     """
     value = metrics.get(protocol.NUM_EXAMPLES)
-    if type(value) is not int or not 1 <= value <= registered:
+    if type(value) is not int or not 1 <= value <= registered_examples:
         raise RefusedError(
             403,
-            f"{protocol.NUM_EXAMPLES}: must be 1 to {registered} as registered, got {printable(value)}",
+            f"{protocol.NUM_EXAMPLES}: must be 1 to {registered_examples} as registered,"
+            f" got {printable(value)}",
         )
     return value
 
@@ -158,15 +184,24 @@ def number_of(value: object) -> float | None:
 def ledger_of(content: RecordDict) -> str | None:
     """The digest of a site's privacy ledger, where a reply holds one."""
     config = content.get(protocol.CONFIG)
-    found = config.get(protocol.PRIVACY_LEDGER) if isinstance(config, ConfigRecord) else None
-    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{64}", found) else None
+    value = config.get(protocol.PRIVACY_LEDGER) if isinstance(config, ConfigRecord) else None
+    return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else None
 
 
 def epsilon_of(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | None, list[Drop]]:
-    """What the site says to have spent; figures that cannot be are left out, and the update counts."""
+    """The epsilon that a site reports to have spent.
+
+    Args:
+        metrics: record of the reply.
+        site: name of the site.
+
+    Returns:
+        Epsilon against the model consumers and against the server (infinite where the server gets updates without
+        noise), None where a value is not possible; and the values that were left out. The update counts anyway.
+    """
     consumers, server = (number_of(metrics.get(key)) for key in _SPENT)
     if metrics.get(protocol.EPSILON_SERVER) == math.inf:
-        # It got updates without noise.
+        # The server gets updates without noise.
         server = math.inf
     if consumers is not None and server is not None:
         bounded = 0 <= server <= _MAX_EPSILON or server == math.inf
@@ -179,10 +214,15 @@ def epsilon_of(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | 
 def loss_of(
     metrics: MetricRecord, site: str, expected: Expected
 ) -> tuple[float | None, list[Drop]]:
-    """The training loss, None where the site tells none that is usable, and what was left out of the metrics.
+    """The training loss, None where the site reports no valid one, and what was left out of the metrics.
+
+    Args:
+        metrics: record of the reply.
+        site: name of the site.
+        expected: what a reply of this round must look like.
 
     Raises:
-        RefusedError: 401, the strategy weighs by a loss that is not usable.
+        RefusedError: 401, the loss is not valid and the strategy weighs by it.
     """
     known = _PRIVATE if expected.private else (protocol.NUM_EXAMPLES, protocol.TRAIN_LOSS)
     drops = [
@@ -208,10 +248,10 @@ def counters_of(
     """The task's counters that lie within their ranges, and what was left out.
 
     Args:
-        metrics: of the reply.
-        site: its name.
-        num_examples: that the counters are over.
-        expected: of this round.
+        metrics: record of the reply.
+        site: name of the site.
+        num_examples: number of examples that the counters are over.
+        expected: what a reply of this round must look like.
     """
     counters: dict[str, float] = {}
     drops: list[Drop] = []
@@ -223,12 +263,12 @@ def counters_of(
             continue
         value = number_of(raw)
         bound = num_examples * (expected.policy.max_loss if key == "loss-sum" else 1.0)
-        least = num_examples if key == "examples" else 0.0
+        minimum = num_examples if key == "examples" else 0.0
         if expected.noised is not None and key in expected.noised.noised:
-            # Noise may carry it beyond its range; it is the metrics that are held to theirs.
-            least, bound = -expected.noised.reach, num_examples + expected.noised.reach
-        if value is None or not least <= value <= bound:
-            drops.append(Drop(site, key, f"must be {least:g} to {bound:g}, got {printable(raw)}"))
+            # Noise may move a counter beyond its range; the metrics are clipped to theirs.
+            minimum, bound = -expected.noised.reach, num_examples + expected.noised.reach
+        if value is None or not minimum <= value <= bound:
+            drops.append(Drop(site, key, f"must be {minimum:g} to {bound:g}, got {printable(raw)}"))
         else:
             counters[key] = value
     missing = [key for key in expected.counters if key not in metrics]
@@ -237,7 +277,14 @@ def counters_of(
 
 
 def arrays_of(arrays: ArrayRecord, expected: Expected) -> NDArrays:
-    """The tensors, of the reference's names, shapes and types.
+    """Decode a reply's tensors, which must have the reference's names, shapes and dtypes.
+
+    Args:
+        arrays: record of the reply.
+        expected: what a reply of this round must look like, with the reference and the bounds of the L2 norms.
+
+    Returns:
+        Tensor name -> array, in the reference's order.
 
     Raises:
         RefusedError: 401, NaN or infinity; 402, the update or a counter moved too far; 404, other tensors.
@@ -257,7 +304,7 @@ def arrays_of(arrays: ArrayRecord, expected: Expected) -> NDArrays:
             raise RefusedError(404, f"{name}: {printable(str(error), 160)}") from None
         decoded[name] = value
         if value.dtype.kind in "iu":
-            # Counters, as of batches: they may step far, but not so far that a mean overflows.
+            # Counters, such as of batches: they may change by much, but not so much that a mean overflows.
             if (
                 np.abs(value.astype(np.float64) - reference.astype(np.float64)).max(initial=0)
                 > _COUNTER_STEP
@@ -272,18 +319,23 @@ def arrays_of(arrays: ArrayRecord, expected: Expected) -> NDArrays:
         difference = value.astype(np.float64) - (0.0 if control else reference.astype(np.float64))
         squares["control" if control else "update"] += float(np.vdot(difference, difference).real)
     policy = expected.policy
-    most = policy.max_update_norm + expected.noise_norm
-    for what, bound in (("update", most), ("control", policy.max_control_norm)):
-        norm = math.sqrt(squares[what])
+    max_norm = policy.max_update_norm + expected.noise_norm
+    for kind, bound in (("update", max_norm), ("control", policy.max_control_norm)):
+        norm = math.sqrt(squares[kind])
         if not norm <= bound:
-            raise RefusedError(402, f"{what} norm: must be at most {bound:g}, got {norm:.4g}")
+            raise RefusedError(402, f"{kind} norm: must be at most {bound:g}, got {norm:.4g}")
     return decoded
 
 
 def statistics_of(
     metrics: Mapping[str, Any], count: int, bounds: tuple[Bound, ...]
 ) -> Statistics | None:
-    """Sums and sums of squares of ``count`` examples by column; None where the task learns none.
+    """The sums and sums of squares over a site's examples, by column; None where the task fits no statistics.
+
+    Args:
+        metrics: record of the reply.
+        count: number of the examples.
+        bounds: name and range of each standardised column; empty where the task fits no statistics.
 
     Raises:
         RefusedError: 412, not finite, or not those of columns within ``bounds``.
@@ -305,9 +357,9 @@ def statistics_of(
         sums.append(tuple(n for n in numbers if n is not None))
     for i, (name, low, high) in enumerate(bounds):
         mean, square = sums[0][i] / count, sums[1][i] / count
-        # A mean square below the squared mean belongs to no data, one far above the range's to no honest site.
-        least, largest = mean * mean * (1 - 1e-6) - 1e-9, 100 * max(low * low, high * high)
-        if not (low <= mean <= high and least <= square <= largest):
+        # A mean square below the squared mean is impossible, and one far above the range comes from no honest site.
+        minimum, maximum = mean * mean * (1 - 1e-6) - 1e-9, 100 * max(low * low, high * high)
+        if not (low <= mean <= high and minimum <= square <= maximum):
             raise RefusedError(
                 412,
                 f"{name}: mean must be {low:g} to {high:g}, got {mean:.4g} (mean square {square:.4g})",

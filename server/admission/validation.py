@@ -1,7 +1,7 @@
-"""The admission gate: every reply of every strategy passes here before anything is added up.
+"""The admission gate: every reply of every strategy is validated here before it is aggregated.
 
-Pure functions from a reply, which may hold anything, to an admitted value or a ``Rejection`` that says why. A rejected
-site is out for the rest of the round, and the round goes on. The table is docs/explanation/admission.md.
+Pure functions from a reply, which is untrusted input, to an admitted value or a ``Rejection`` with the reason. A
+rejected site is excluded for the rest of the round, and the round goes on. The table is docs/explanation/admission.md.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from fedge.server.admission.reply_fields import (
     examples_of,
     ledger_of,
     loss_of,
-    opened,
+    records_of,
 )
 from fedge.server.admission.validation_result import Evaluation, Expected, Rejection, Verdict
 from fedge.server.aggregation.updates import Update
 
-#: How far above the median of a round a loss may lie that decides a weight; and the least median taken for that.
+#: Maximum ratio of a loss that decides a weight to the round's median loss; and the minimum taken for that median.
 _LOSS_RATIO, _LOSS_FLOOR = 100.0, 0.1
 
 
-def admit_train(reply: Message, site: str, registered: int, expected: Expected) -> Verdict:
+def admit_train(reply: Message, site: str, registered_examples: int, expected: Expected) -> Verdict:
     """Admit or reject one site's update.
 
     Args:
-        reply: from the node that registered as ``site``.
-        site: that name.
-        registered: training examples that the site registered; it may claim fewer, never more.
-        expected: of this round.
+        reply: reply of the node that registered as ``site``.
+        site: name of the site.
+        registered_examples: number of training examples that the site registered; it may claim fewer, never more.
+        expected: what a reply of this round must look like.
+
+    Returns:
+        The update, or its rejection, with the metrics that were left out.
     """
     try:
-        arrays, metrics = opened(reply, site, expected, with_arrays=True)
-        num_examples = examples_of(metrics, registered)
+        arrays, metrics = records_of(reply, site, expected, with_arrays=True)
+        num_examples = examples_of(metrics, registered_examples)
         loss, drops = loss_of(metrics, site, expected)
         decoded = arrays_of(arrays, expected)
         spent, more = epsilon_of(metrics, site) if expected.private else (None, [])
@@ -50,10 +53,13 @@ def admit_train(reply: Message, site: str, registered: int, expected: Expected) 
 
 
 def admit_losses(updates: list[Update]) -> tuple[list[Update], list[Rejection]]:
-    """Where the loss is the weight, one far above the others' would be a takeover: refuse it.
+    """Reject updates whose loss is far above the others', where the loss is the weight: they would dominate the mean.
 
     Args:
         updates: admitted one by one; fewer than three cannot be compared and are kept.
+
+    Returns:
+        The updates that are kept, and a rejection for each of the others.
     """
     losses = [u.train_loss or 0.0 for u in updates]
     if len(losses) < 3:
@@ -68,19 +74,21 @@ def admit_losses(updates: list[Update]) -> tuple[list[Update], list[Rejection]]:
     ]
 
 
-def admit_evaluate(reply: Message, site: str, registered: int, expected: Expected) -> Verdict:
-    """Admit or reject one site's evaluation; ``registered`` counts test examples."""
+def admit_evaluate(
+    reply: Message, site: str, registered_examples: int, expected: Expected
+) -> Verdict:
+    """Admit or reject one site's evaluation; arguments as in ``admit_train``, of test examples."""
     try:
-        _, metrics = opened(reply, site, expected, with_arrays=False)
+        _, metrics = records_of(reply, site, expected, with_arrays=False)
         noised = expected.noised
-        # Where whole sites are hidden, each counts as one.
+        # Where the unit of privacy is a site, each site counts as one example.
         whole = noised is not None and noised.unit == "site"
-        num_examples = examples_of(metrics, 1 if whole else registered)
+        num_examples = examples_of(metrics, 1 if whole else registered_examples)
         counters, drops = counters_of(metrics, site, num_examples, expected)
         if noised is None:
             return Verdict(evaluation=Evaluation(site, counters), drops=drops)
         spent, more = epsilon_of(metrics, site)
-        found = Evaluation(site, counters, spent, ledger_of(reply.content))
-        return Verdict(evaluation=found, drops=[*drops, *more])
+        evaluation = Evaluation(site, counters, spent, ledger_of(reply.content))
+        return Verdict(evaluation=evaluation, drops=[*drops, *more])
     except RefusedError as refused:
         return Verdict(rejection=Rejection(site, refused.code, refused.outcome, refused.reason))

@@ -1,4 +1,4 @@
-"""What the admission gate says, and what it is told to expect."""
+"""The result of validating a reply, and what a valid reply must look like."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ Outcome: TypeAlias = Literal["rejected", "error", "stale", "duplicate", "late", 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a site's reply does not count in this round."""
+    """Why a site's reply is not accepted in this round.
+
+    Attributes:
+        site: name of the site, or "node ID" where it is not known.
+        code: FE number.
+        outcome: kind of the rejection.
+        reason: in words.
+    """
 
     site: str
     code: int
@@ -28,7 +35,7 @@ class Rejection:
     reason: str
 
     def to_json(self) -> dict[str, str]:
-        """As it stands in rounds.jsonl."""
+        """The entry in rounds.jsonl."""
         return {
             "site": self.site,
             "code": f"FE-{self.code}",
@@ -39,20 +46,26 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Drop:
-    """A metric that was left out while the reply counts."""
+    """A metric that was left out of a reply that is accepted otherwise."""
 
     site: str
     metric: str
     reason: str
 
     def to_json(self) -> dict[str, str]:
-        """As it stands in rounds.jsonl."""
+        """The entry in rounds.jsonl."""
         return {"site": self.site, "code": "FE-405", "metric": self.metric, "reason": self.reason}
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What a site says of itself before the first round."""
+    """What a site reports about itself before it takes part.
+
+    Attributes:
+        site: name of the site.
+        train_examples, test_examples: numbers of examples; 0 under secure aggregation.
+        statistics: sums over its training examples; None where the task fits none, and under secure aggregation.
+    """
 
     site: str
     train_examples: int
@@ -65,15 +78,15 @@ class Expected:
     """What a reply of this round must look like.
 
     Attributes:
-        run_id, server_round: whom and what it must answer.
-        reference: the arrays sent out; a site's tensors must have their names, shapes and types, and its update
-            is the difference to them. Control variates are compared with zero.
-        policy: bounds.
-        needs_loss: the strategy weighs by the training loss, so a bad one rejects the update.
-        counters: names that an evaluation may hold.
-        private: the sites train under differential privacy: they tell no loss, but what they have spent.
-        noise_norm: how far a site's own noise may move its update beyond the bound, 0 where it adds none.
-        noised: how an evaluation's counters got noise, None where they are exact.
+        run_id, server_round: the run and the round that it must answer.
+        reference: tensor name -> the array that was sent; a site's tensors must have these names, shapes and dtypes,
+            and its update is the difference to them. Control variates are compared with zero.
+        policy: the ``admission`` section, with the bounds.
+        needs_loss: the strategy weighs by the training loss, so that an invalid one rejects the update.
+        counters: names of the counters that an evaluation may hold.
+        private: the sites train under differential privacy: they report no loss, but the epsilon that they have spent.
+        noise_norm: L2 norm by which a site's own noise may move its update beyond the bound; 0 without noise.
+        noised: the noise on an evaluation's counters; None where they are exact.
     """
 
     run_id: str
@@ -92,7 +105,10 @@ class Evaluation:
     """Admitted counters of one site's test split.
 
     Attributes:
-        epsilon: what the site's study has spent with them, as it says; None where the counters are exact.
+        site: name of the site.
+        counters: name -> count.
+        epsilon: what the site's privacy budget account has spent with them, against the model consumers and against
+            the server, as the site reports it; None where the counters are exact.
         ledger: SHA-256 (hex) of the site's privacy ledger.
     """
 
@@ -104,7 +120,7 @@ class Evaluation:
 
 @dataclass
 class Verdict:
-    """What the gate made of one reply: at most one of ``update``, ``evaluation`` and ``rejection`` is set."""
+    """The result of validating one reply: at most one of ``update``, ``evaluation`` and ``rejection`` is set."""
 
     update: Update | None = None
     evaluation: Evaluation | None = None
@@ -113,33 +129,33 @@ class Verdict:
 
 
 def printable(value: object, limit: int = 64) -> str:
-    """A foreign value as short plain text: no control characters, no line breaks, bounded."""
+    """An untrusted value as plain text of at most ``limit`` characters, without control characters or line breaks."""
     text = value if isinstance(value, str) else repr(value)[: 4 * limit]
     text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-#: Flower's number for an exception in a ClientApp; and what of its text is looked at.
-_CLIENT_APP_RAISED, _LONGEST_REASON = 2, 2000
+#: Flower's number for an exception in a ClientApp; and how many characters of its text are searched.
+_CLIENT_APP_RAISED, _MAX_REASON = 2, 2000
 
 
 def reported(error: Error) -> int | None:
-    """The number of the catalogue that a site's error stands for; None where it names none.
+    """The number of the error catalogue that a site's error names; None where it names none.
 
-    A ClientApp that cannot even start has no other way than to raise: then the number is in the text.
+    A ClientApp that cannot start can only raise an exception: then the number is in the exception's text.
     """
     code = error.code
     if type(code) is int and code in CATALOGUE:
         return code
     if code == _CLIENT_APP_RAISED and isinstance(error.reason, str):
-        found = re.search(r"\bFE-([34]\d\d)\b", error.reason[:_LONGEST_REASON])
-        if found and int(found[1]) in CATALOGUE:
-            return int(found[1])
+        match = re.search(r"\bFE-([34]\d\d)\b", error.reason[:_MAX_REASON])
+        if match and int(match[1]) in CATALOGUE:
+            return int(match[1])
     return None
 
 
 def reported_words(error: Error) -> str:
-    """A site's error as the round's line tells it: its number and the number's title, nothing of its text."""
+    """A site's error as the round's line reports it: its number and the number's title, nothing of its text."""
     code = reported(error)
     shown = (
         "an error without a known number"

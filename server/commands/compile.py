@@ -1,4 +1,4 @@
-"""`fedge compile`: a trained model as each target runs it fastest, proved before it is kept."""
+"""`fedge compile`: compile a trained model for its targets, and qualify each artefact before it is kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: What happens to an artefact besides being built.
 STEPS = ("exporting", "converting", "qualifying")
 _WIDEST = 60
-_EVERY = 5.0  # seconds between two lines where nobody sees a line change
+_EVERY = 5.0  # seconds between two lines where stderr is no terminal
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -55,12 +55,12 @@ def _run(arguments: Namespace) -> int:
     from fedge.shared.compile import targets
     from fedge.shared.errors import ReleaseError
 
-    wanted = targets.parse(arguments.targets)
+    requested = targets.parse(arguments.targets)
     progress = _Progress()
     try:
         compiled = compile_model(
             arguments.source,
-            wanted,
+            requested,
             arguments.out,
             task=arguments.task,
             keep_slower=arguments.keep_slower,
@@ -108,14 +108,14 @@ class _Progress:
         sys.stderr.flush()
 
     def end(self) -> None:
-        """Leave nothing of the line behind."""
+        """Erase the line."""
         if self._terminal and self._width:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
 
 
 def table(compiled: Compiled) -> str:
-    """What was made, and what was not kept and why, a line each."""
+    """The artefacts as a table of text, kept ones first, then those dropped with the reason."""
     head = ("artefact", "size", "p50", "agreement", "metric", "")
     rows = [head]
     rows += [
@@ -137,22 +137,22 @@ def table(compiled: Compiled) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(size: int, found: Qualification | None) -> tuple[str, str, str, str]:
-    if found is None:
+def _cells(size: int, qualification: Qualification | None) -> tuple[str, str, str, str]:
+    if qualification is None:
         return (f"{size:,}" if size else "-", "-", "-", "-")
-    latency, score = found.latency, found.score
+    latency, score = qualification.latency, qualification.score
     return (
         f"{size:,}",
         f"{latency.p50_ms:.3g} ms" if latency else "-",
-        "-" if found.agreement is None else f"{100 * found.agreement:.1f} %",
+        "-" if qualification.agreement is None else f"{100 * qualification.agreement:.1f} %",
         "-" if score is None else f"{score.value:.4g}",
     )
 
 
-def _word(found: Qualification | None) -> str:
-    if found is None or found.executed:
+def _word(qualification: Qualification | None) -> str:
+    if qualification is None or qualification.executed:
         return ""
-    return f"not executed here: {found.reason}"
+    return f"not executed here: {qualification.reason}"
 
 
 COMMAND = Command(

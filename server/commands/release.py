@@ -58,8 +58,12 @@ def _text(summary: ReleaseSummary, out: Path) -> str:
         f"parity    within {manifest.parity.max_abs_difference:.2g} of the trained model",
     ]
     for artefact in manifest.artefacts[1:]:
-        found = artefact.qualification
-        how = "qualified here" if found and found.executed else "to be qualified on the device"
+        qualification = artefact.qualification
+        how = (
+            "qualified here"
+            if qualification and qualification.executed
+            else "to be qualified on the device"
+        )
         lines.append(f"artefact  {artefact.name}, {how}")
     if manifest.latency:
         p50, p99 = manifest.latency.p50_ms, manifest.latency.p99_ms

@@ -23,8 +23,8 @@ _ACTIONS = {
     "runs": "list the runs",
     "resume": "let a stopped run go on",
     "stop": "end a run, or the server where none is named",
-    "admit": "let a site in, by the public key that it made",
-    "expel": "take a site off the roster",
+    "admit": "admit a site, by the public key that it made",
+    "expel": "remove a site from the registry",
     "bundle": "print the SHA-256 of the Flower bundle that sites approve",
     "renew": "make a new server certificate from the same authority",
     "units": "write the systemd unit",
@@ -33,9 +33,9 @@ _ACTIONS = {
 
 def _arguments(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    made = {}
+    parsers = {}
     for name, text in _ACTIONS.items():
-        made[name] = actions.add_parser(
+        parsers[name] = actions.add_parser(
             name,
             help=text,
             description=f"{text[:1].upper()}{text[1:]}.",
@@ -43,11 +43,11 @@ def _arguments(parser: ArgumentParser) -> None:
             allow_abbrev=False,
         )
         if name not in ("bundle", "units"):
-            made[name].add_argument(
+            parsers[name].add_argument(
                 "--home", metavar="DIR", type=Path, default=Path("fedge-server"),
                 help="the server's folder (default: fedge-server)",
             )  # fmt: skip
-    new = made["init"]
+    new = parsers["init"]
     new.add_argument("--address", metavar="HOST:PORT", required=True, help="that the sites dial")
     new.add_argument(
         "--listen", metavar="IP:PORT", help="where this machine accepts sites, if not there"
@@ -55,25 +55,27 @@ def _arguments(parser: ArgumentParser) -> None:
     new.add_argument(
         "--front", choices=("none", "nginx"), help="none is for loopback addresses only"
     )
-    submit = made["submit"]
+    submit = parsers["submit"]
     submit.add_argument("config", metavar="CONFIG.toml", type=Path, help="what to run")
     submit.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key; repeatable"
     )
     submit.add_argument("--name", help="of the run (default: date, time and a number)")
     for name in ("stop", "resume"):
-        made[name].add_argument(
+        parsers[name].add_argument(
             "run", metavar="RUN", nargs="?" if name == "stop" else None, help="name of a run"
         )
-    made["admit"].add_argument("site", metavar="NAME", help="the site's name")
-    made["admit"].add_argument("key", metavar="SITE.pub", type=Path, help="as `site init` wrote it")
-    made["expel"].add_argument("site", metavar="NAME", help="the site's name")
-    made["units"].add_argument("--out", metavar="DIR", type=Path, required=True, help="folder")
-    made["units"].add_argument(
+    parsers["admit"].add_argument("site", metavar="NAME", help="the site's name")
+    parsers["admit"].add_argument(
+        "key", metavar="SITE.pub", type=Path, help="as `site init` wrote it"
+    )
+    parsers["expel"].add_argument("site", metavar="NAME", help="the site's name")
+    parsers["units"].add_argument("--out", metavar="DIR", type=Path, required=True, help="folder")
+    parsers["units"].add_argument(
         "--bin", metavar="DIR", type=Path, default=Path("/opt/fedge/bin"), help="where fedge lies"
     )
     for name in ("status", "runs", "submit", "bundle"):
-        made[name].add_argument("--json", action="store_true", help="print JSON")
+        parsers[name].add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(arguments: Namespace) -> int:
@@ -92,10 +94,10 @@ def _run(arguments: Namespace) -> int:
 
             return daemon.run(arguments.home)
         case "init":
-            found = operations.init(
+            created = operations.init(
                 arguments.home, arguments.address, arguments.listen, arguments.front
             )
-            say(None, found)
+            say(None, created)
         case "submit":
             name = operations.submit(
                 arguments.home, arguments.config, arguments.set, arguments.name

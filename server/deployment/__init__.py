@@ -1,1 +1,1 @@
-"""The resident server: its processes, certificates, known sites and queue of runs."""
+"""The resident server: its processes, certificates, site registry and run queue."""

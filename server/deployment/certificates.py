@@ -1,7 +1,7 @@
-"""The server's own certificate authority, and the certificate that sites meet.
+"""The server's own certificate authority, and the certificate that it presents to sites.
 
-Sites trust this authority and no other, so a certificate that a public authority gave to somebody else is worth
-nothing to them. ``ca/`` and ``tls/`` appear whole or not at all: each is filled beside its place and then renamed.
+Sites trust this authority and no other, so they refuse a certificate that a public authority issued to another host.
+``ca/`` and ``tls/`` appear whole or not at all: each is filled beside its place and then renamed.
 
     home/ca/ca.key       EC P-384, mode 0600; needed for renewal only
     home/ca/ca.crt       what every site gets; ten years
@@ -39,7 +39,7 @@ from fedge.server.deployment.x509 import (
 from fedge.shared.errors import DeployError
 from fedge.shared.files import flush_folder, open_regular, read_bounded, reason, write_atomically
 
-#: With fewer days left, ``warning`` speaks.
+#: Days before the end from which ``warning`` gives a text.
 WARN_DAYS: Final = 30
 
 _FILE_LIMIT: Final = 64 * 1024
@@ -94,13 +94,13 @@ def create(home: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> None
 def renew(home: Path, *, days: int = SERVER_DAYS, new_key: bool = False) -> None:
     """Replace the server certificate by a new one of the same authority, for the same names.
 
-    Sites need nothing new. The server must be restarted to show it.
+    Sites need nothing new. The server presents it after a restart.
 
     Args:
         home: the server's home.
         days: how long the new certificate lasts, at most as long as the authority.
         new_key: make a new private key too. These are two files: a kill between them leaves a pair
-            that ``check`` refuses, and another renewal with ``new_key`` mends it.
+            that ``check`` refuses, and another renewal with ``new_key`` repairs it.
 
     Raises:
         DeployError: 907, the authority, the certificate or the key that is there is not usable.
@@ -111,7 +111,7 @@ def renew(home: Path, *, days: int = SERVER_DAYS, new_key: bool = False) -> None
     issued = issue(key.public_key(), names, issuer, issuer_key, days)
     try:
         if new_key:
-            # The folder is this user's alone, so the moment before chmod shows the key to nobody.
+            # Only this user can enter the folder, so the key is private also in the moment before chmod.
             certificate_path(home).parent.chmod(0o700)
             write_atomically(key_path(home), _private(key))
             key_path(home).chmod(0o600)
@@ -121,7 +121,7 @@ def renew(home: Path, *, days: int = SERVER_DAYS, new_key: bool = False) -> None
 
 
 def check(home: Path, now: datetime, *, host: str | None = None) -> int:
-    """Whether the server's certificate can be served at ``now``.
+    """Check that the server's certificate can be served at ``now``.
 
     Args:
         home: the server's home.
@@ -139,14 +139,14 @@ def check(home: Path, now: datetime, *, host: str | None = None) -> int:
     issuer = _load_certificate(authority_path(home))
     certificate = _load_certificate(certificate_path(home))
     key = _load_key(key_path(home))
-    for path, found in ((authority_path(home), issuer), (certificate_path(home), certificate)):
-        if now < found.not_valid_before_utc:
+    for path, one in ((authority_path(home), issuer), (certificate_path(home), certificate)):
+        if now < one.not_valid_before_utc:
             raise DeployError(
-                907, f"{path}: must be valid now, got one from {found.not_valid_before_utc:%F %R}"
+                907, f"{path}: must be valid now, got one from {one.not_valid_before_utc:%F %R}"
             )
-        if now >= found.not_valid_after_utc:
+        if now >= one.not_valid_after_utc:
             raise DeployError(
-                907, f"{path}: must be valid now, got one until {found.not_valid_after_utc:%F %R}"
+                907, f"{path}: must be valid now, got one until {one.not_valid_after_utc:%F %R}"
             )
     try:
         certificate.verify_directly_issued_by(issuer)
@@ -160,15 +160,19 @@ def check(home: Path, now: datetime, *, host: str | None = None) -> int:
     if host is not None:
         names = list(_subject_names(certificate, home))
         if subject_names([host])[0] not in names:
-            known = ", ".join(str(name.value) for name in names[:20])
+            hosts = ", ".join(str(name.value) for name in names[:20])
             raise DeployError(
-                907, f"{certificate_path(home)}: must be for {host}, got one for {known}"
+                907, f"{certificate_path(home)}: must be for {host}, got one for {hosts}"
             )
     return (min(certificate.not_valid_after_utc, issuer.not_valid_after_utc) - now).days
 
 
 def warning(days: int) -> str | None:
-    """What status shows when a certificate is about to end, or None while that is far off."""
+    """The warning that status shows when the certificate ends within ``WARN_DAYS``, else None.
+
+    Args:
+        days: whole days that are left.
+    """
     if days >= WARN_DAYS:
         return None
     left = "less than a day" if days < 1 else "1 day" if days == 1 else f"{days} days"
@@ -184,7 +188,7 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 
 def _publish(folder: Path, files: dict[str, bytes]) -> None:
-    """Fill a folder that nobody else can enter (mode 0700), then give it its name.
+    """Fill a folder that only this user can enter (mode 0700), then give it its name.
 
     Raises:
         DeployError: 903, a folder of that name appeared meanwhile and is not empty.

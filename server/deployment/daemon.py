@@ -1,7 +1,7 @@
-"""The server's daemon: keeps Flower's SuperLink, its SuperExec and the TLS front running, and plays the runs.
+"""The server's daemon: supervises Flower's SuperLink, its SuperExec, the TLS reverse proxy and the runs.
 
 The SuperLink holds its state in a SQLite file and runs in process isolation, so it may die and come back while a run
-goes on. What Flower loses, the coordinators' look at the journals brings back.
+goes on. What Flower loses, the scheduler restores from the journals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedge.server.deployment.flower_control import (
     flower_environment,
     write_connection,
 )
-from fedge.server.deployment.run_scheduler import Coordinators
+from fedge.server.deployment.run_scheduler import RunScheduler
 from fedge.shared.daemon import home as homes
 from fedge.shared.daemon import launcher
 from fedge.shared.daemon.process import Program, preload, script
@@ -35,11 +35,11 @@ from fedge.shared.flower import app_bundle
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the roster, and at who is online.
-ROSTER_EVERY, NODES_EVERY = 1.0, 20.0
-#: Seconds after which a key that Flower did not take is offered again.
-ASK_AGAIN = 70.0
-#: Ends of the SuperLink in a row after which its database is held to be the cause.
+#: Seconds between two reads of the site registry, and of the sites' connection state.
+REGISTRY_EVERY, NODES_EVERY = 1.0, 20.0
+#: Seconds after which a key that Flower did not accept is registered again.
+RETRY_AFTER = 70.0
+#: Consecutive failures of the SuperLink after which its database is taken to be the cause.
 MAX_FAILURES = 4
 
 
@@ -55,13 +55,13 @@ def run(home: Path, *, fork_server: Path | None = None) -> int:
 
     Raises:
         DeployError: 901, not a home; 902, in use; 904, an address is taken; 907, the certificate is not usable;
-            909 or 910, the front is missing or refuses its configuration.
+            909 or 910, the reverse proxy is missing or refuses its configuration.
     """
     home = home.absolute()
     settings = server_config.load(home)
     homes.log_to_stderr()
     with homes.lock(home):
-        # What a daemon that was killed has left is given the time to end, and its port with it.
+        # Processes that a killed daemon left behind get time to end and to free its port.
         homes.clear(home)
         daemon = ServerDaemon(home, settings, fork_server)
         daemon.supervisor.run()
@@ -93,7 +93,9 @@ class ServerDaemon:
         for where in {settings.server.listen, f"127.0.0.1:{settings.server.port}"}:
             host, port = homes.split_address(where)
             if homes.answers("127.0.0.1" if host == "0.0.0.0" else host, port):  # noqa: S104
-                raise DeployError(904, f"{where}: must be free, got somebody who answers there")
+                raise DeployError(
+                    904, f"{where}: must be free, got another process that listens there"
+                )
         self.supervisor = Supervisor(home)
         self.supervisor.facts |= {"address": self._server.address, "certificate_days": self._days}
         self._secret = home / "superexec.secret"
@@ -105,13 +107,13 @@ class ServerDaemon:
         app_bundle.write(home / "app")
         (home / "runs").mkdir(exist_ok=True)
         self._control = Control(self.supervisor, self._environment)
-        # Flower's number of each site's node, which Flower tells only once, when the key is registered.
+        # Flower's id of each site's node, which Flower gives only once, when the key is registered.
         self._nodes = _read_nodes(home / "nodes.json")
         self.supervisor.facts["registered"] = sorted(self._nodes)
-        self._asked: dict[str, float] = {}
-        self._anew = not (home / "superlink.db").exists() and bool(self._nodes)
-        self._next_roster = self._next_nodes = 0.0
-        self._runs = Coordinators(
+        self._retry_at: dict[str, float] = {}
+        self._reset_due = not (home / "superlink.db").exists() and bool(self._nodes)
+        self._next_sync = self._next_nodes = 0.0
+        self._runs = RunScheduler(
             home, self.supervisor, self._control, self._environment, fork_server=fork_server
         )
         self._keep()
@@ -141,9 +143,9 @@ class ServerDaemon:
         self.supervisor.ticks += [self._tick]
 
     def _superlink(self) -> Program:
-        if self._anew or self.supervisor.services["superlink"].failures >= MAX_FAILURES:
-            self._make_database_anew()
-        # Without a front the SuperLink itself takes the sites; server_file allows that on a loopback address only.
+        if self._reset_due or self.supervisor.services["superlink"].failures >= MAX_FAILURES:
+            self._reset_database()
+        # Without a reverse proxy the SuperLink itself accepts the sites; server_config allows that on loopback only.
         host = "127.0.0.1"
         if self._server.front == "none":
             host = homes.split_address(self._server.listen)[0]
@@ -184,72 +186,72 @@ class ServerDaemon:
     def _tick(self) -> None:
         ready = all(self.supervisor.services[name].is_ready for name in ("superlink", "superexec"))
         now = time.monotonic()
-        if ready and now >= self._next_roster:
-            self._next_roster = now + ROSTER_EVERY
-            self._follow_roster()
+        if ready and now >= self._next_sync:
+            self._next_sync = now + REGISTRY_EVERY
+            self._sync_registry()
         if ready and now >= self._next_nodes and self._control.idle:
             self._next_nodes = now + NODES_EVERY
             self._control.call(["supernode", "list", CONNECTION], self._take_nodes)
         self._runs.tick(open_for_runs=ready)
 
-    def _follow_roster(self) -> None:
-        """Make Flower's list of keys what the roster says: a name's former key goes before its new one comes."""
+    def _sync_registry(self) -> None:
+        """Make Flower's list of keys equal to the site registry; an old key is removed before its new one is added."""
         try:
-            known = site_registry.roster(self._home)
+            keys = site_registry.site_keys(self._home)
         except FedgeError as error:
             self.supervisor.facts["roster"] = str(error)
             return
         self.supervisor.facts.pop("roster", None)
-        digests = {n: hashlib.sha256(k.read_bytes()).hexdigest() for n, k in known.items()}
+        digests = {n: hashlib.sha256(k.read_bytes()).hexdigest() for n, k in keys.items()}
         now = time.monotonic()
-        for name, seat in list(self._nodes.items()):
-            if seat["key"] != digests.get(name) and self._may_ask(name, now):
-                command = ["supernode", "unregister", seat["node"], CONNECTION]
+        for name, node in list(self._nodes.items()):
+            if node["key"] != digests.get(name) and self._may_call(name, now):
+                command = ["supernode", "unregister", node["node"], CONNECTION]
                 self._control.call(command, partial(self._unregistered, name))
-        for name, key in known.items():
-            if name not in self._nodes and self._may_ask(name, now):
+        for name, key in keys.items():
+            if name not in self._nodes and self._may_call(name, now):
                 command = ["supernode", "register", str(key), CONNECTION, "--name", name]
                 self._control.call(command, partial(self._registered, name, digests[name]))
 
-    def _may_ask(self, name: str, now: float) -> bool:
-        """One call a name at a time, and the next after a failure a little later."""
-        if now < self._asked.get(name, 0.0):
+    def _may_call(self, name: str, now: float) -> bool:
+        """Whether Flower may be called for a site: one call at a time, and after a failure a pause."""
+        if now < self._retry_at.get(name, 0.0):
             return False
-        self._asked[name] = now + ASK_AGAIN
+        self._retry_at[name] = now + RETRY_AFTER
         return True
 
-    def _registered(self, name: str, key: str, answer: dict[str, Any] | None, said: str) -> None:
+    def _registered(self, name: str, key: str, answer: dict[str, Any] | None, output: str) -> None:
         if answer is not None:
             self._nodes[name] = {"node": str(answer.get("node-id")), "key": key}
             self._write_nodes()
-            self._asked.pop(name, None)
+            self._retry_at.pop(name, None)
             self._next_nodes = 0.0
-        elif "in use" in said:
-            # Flower knows the key and does not tell its node, and never takes back one that was expelled: its
-            # database is made anew. Nothing that counts is in it: rosters and journals are ours.
-            _log.warning("site %s: Flower's database is made anew for its key", name)
-            self._anew = True
+        elif "in use" in output:
+            # Flower has the key but does not give its node, and never accepts an expelled key again: its
+            # database is reset. Nothing durable is in it: registry and journals are ours.
+            _log.warning("site %s: Flower's database is reset for its key", name)
+            self._reset_due = True
             self.supervisor.kill(self.supervisor.services["superlink"].pid)
 
-    def _unregistered(self, name: str, answer: dict[str, Any] | None, said: str) -> None:
-        if answer is not None or "not found" in said.lower():
+    def _unregistered(self, name: str, answer: dict[str, Any] | None, output: str) -> None:
+        if answer is not None or "not found" in output.lower():
             self._nodes.pop(name, None)
             self._write_nodes()
-            self._asked.pop(name, None)
+            self._retry_at.pop(name, None)
 
-    def _make_database_anew(self) -> None:
+    def _reset_database(self) -> None:
         """Put Flower's database aside; keys are registered again, runs go on from their journals."""
         for path in self._home.glob("superlink.db*"):
             if not path.name.endswith(".old"):
                 path.replace(path.with_name(path.name + ".old"))
-        self._nodes, self._asked, self._anew = {}, {}, False
+        self._nodes, self._retry_at, self._reset_due = {}, {}, False
         self._write_nodes()
 
     def _write_nodes(self) -> None:
         write_atomically(self._home / "nodes.json", json.dumps(self._nodes).encode())
         self.supervisor.facts["registered"] = sorted(self._nodes)
 
-    def _take_nodes(self, answer: dict[str, Any] | None, _said: str) -> None:
+    def _take_nodes(self, answer: dict[str, Any] | None, _output: str) -> None:
         if answer is None:
             return
         states = {str(node.get("node-id")): node for node in answer.get("nodes") or ()}
@@ -258,13 +260,13 @@ class ServerDaemon:
                 "state": states.get(number, {}).get("status", "unknown"),
                 "since": states.get(number, {}).get("online-at"),
             }
-            for name, number in sorted((n, seat["node"]) for n, seat in self._nodes.items())
+            for name, number in sorted((n, node["node"]) for n, node in self._nodes.items())
         }
 
 
 def _read_nodes(path: Path) -> dict[str, dict[str, str]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(n): {"node": str(s["node"]), "key": str(s["key"])} for n, s in found.items()}
+        nodes = json.loads(path.read_text(encoding="utf-8"))
+        return {str(n): {"node": str(s["node"]), "key": str(s["key"])} for n, s in nodes.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

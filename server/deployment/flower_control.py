@@ -1,4 +1,4 @@
-"""The operator's calls to Flower's SuperLink, by Flower's own command ``flwr``: one after the other, each in a fork.
+"""Calls to Flower's SuperLink with Flower's own command ``flwr``: one after the other, each in a fork.
 
 Its Control API knows no login, so the SuperLink listens on a loopback address only.
 """
@@ -25,7 +25,7 @@ CONNECTION = "local"
 #: Largest answer that is read, in bytes.
 MAX_ANSWER = 16 * 2**20
 
-#: Told what a call answered, None where it failed; and what it said otherwise, for people.
+#: Called with the JSON answer of a call, None where it failed, and with its other output as text.
 Done: TypeAlias = Callable[[dict[str, Any] | None, str], None]
 
 
@@ -54,11 +54,17 @@ class Control:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way or waiting."""
+        """Whether no call is running or queued."""
         return not self._busy and not self._queue
 
     def call(self, arguments: Sequence[str], done: Done, *, first: bool = False) -> None:
-        """Queue a call, for example ``["supernode", "list", CONNECTION]``; ``first`` before all that wait."""
+        """Queue a call.
+
+        Args:
+            arguments: of ``flwr``, for example ``["supernode", "list", CONNECTION]``.
+            done: called with the result.
+            first: whether it goes before all queued calls.
+        """
         entry = ([*arguments, "--format", "json"], done)
         if first:
             self._queue.appendleft(entry)
@@ -81,9 +87,9 @@ class Control:
             )
             answer = _answer(text)
             if status or answer is None or answer.get("success") is False:
-                said = " ".join(text.split())[-300:]
-                _log.warning("flwr %s failed: %s", " ".join(arguments[:2]), said)
-                done(None, said)
+                message = " ".join(text.split())[-300:]
+                _log.warning("flwr %s failed: %s", " ".join(arguments[:2]), message)
+                done(None, message)
             else:
                 done(answer, "")
             self._next()
@@ -102,18 +108,22 @@ def _answer(text: str) -> dict[str, Any] | None:
     start = text.find("{")
     while start >= 0:
         try:
-            found, _ = json.JSONDecoder().raw_decode(text, start)
+            value, _ = json.JSONDecoder().raw_decode(text, start)
         except ValueError:
             start = text.find("{", start + 1)
             continue
         except RecursionError:  # nested too deeply to be one of Flower's
             return None
-        return found if isinstance(found, dict) else None
+        return value if isinstance(value, dict) else None
     return None
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """What Flower's processes of a server find in their environment."""
+    """The environment of a server's Flower processes.
+
+    Args:
+        home: of the server.
+    """
     return {
         "FLWR_HOME": str(home / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",

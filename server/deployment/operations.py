@@ -1,4 +1,4 @@
-"""What an operator does with a server's home: make it, submit runs, look, stop. The daemon notices by itself."""
+"""An operator's actions on a server's home: create it, submit runs, show status, stop. The daemon polls for them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ from fedge.shared.tasks.registry import get_task, require_task
 
 
 def init(home: Path, address: str, listen: str | None = None, front: str | None = None) -> str:
-    """Make a server's home.
+    """Create a server's home.
+
+    Args:
+        home: folder to create.
+        address: host:port that the sites dial.
+        listen: ip:port where this machine accepts them, if different.
+        front: "none" or "nginx"; chosen by the addresses where None.
 
     Returns:
-        What was made, for people.
+        A summary as text.
 
     Raises:
         DeployError: 903, there is one; 904, an address is not usable.
@@ -52,7 +58,13 @@ def init(home: Path, address: str, listen: str | None = None, front: str | None 
 
 
 def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | None = None) -> str:
-    """Queue a run; the server plays it as soon as it runs.
+    """Queue a run; the server executes it as soon as it can.
+
+    Args:
+        home: of the server.
+        path: the run's configuration, TOML.
+        overrides: KEY=VALUE for keys of the configuration.
+        name: of the run; made from the time where None.
 
     Returns:
         The run's name.
@@ -68,7 +80,7 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
     name = name or f"{stamp}-{secrets.token_hex(2)}"
     if not re.fullmatch(SITE_NAME, name):
         raise DeployError(914, f"--name: must match {SITE_NAME}, got {name[:80]!r}")
-    # Only here: it imports torch, which those who look, and whom the above refuses, need not wait for.
+    # Imported late, as it imports torch: other actions, and refusals above, need not wait for that.
     from fedge.shared.privacy.checks.compatibility import require_compatible
 
     require_compatible(
@@ -89,34 +101,34 @@ def _directory(home: Path, name: str) -> Path:
 
 
 def resume(home: Path, name: str) -> str:
-    """Let a stopped run go on where its journal ends.
+    """Continue a stopped run from the end of its journal.
 
     Returns:
-        What becomes of it, for people.
+        The run's new state as text.
 
     Raises:
         DeployError: 914, no such run.
         ConfigError: 208, it runs already.
-        RunError: 503, all its rounds are played, and none made a model.
+        RunError: 503, all its rounds are done, and none made a model.
     """
     path = _directory(home, name)
-    told = _json(path / "run.json")
-    if state_of(path) == "stopped" and _over(told):
+    run = _json(path / "run.json")
+    if state_of(path) == "stopped" and _over(run):
         raise RunError(
             503,
-            f"run {name}: must have a round left, got {told['rounds_done']} of {told['rounds']} played and no model",
+            f"run {name}: must have a round left, got {run['rounds_done']} of {run['rounds']} done and no model",
         )
     prepare(path, RunDirectory(path).load_config(), resume=True)
-    # A request to stop that nobody has seen yet was taken back.
+    # This withdraws a request to stop that the daemon has not seen yet.
     (path / STOP_REQUEST).unlink(missing_ok=True)
     return f"{name} is {state_of(path)}" if state_of(path) == "finished" else f"{name} goes on"
 
 
 def stop(home: Path, name: str | None = None) -> str:
-    """Ask a run to end after what it is doing, or end the server.
+    """Ask a run to end after its current step, or end the server where no run is named.
 
     Returns:
-        What becomes of it, for people.
+        The outcome as text.
 
     Raises:
         DeployError: 911, the server does not run; 914, no such run.
@@ -135,35 +147,35 @@ def stop(home: Path, name: str | None = None) -> str:
 
 
 def runs(home: Path) -> list[dict[str, Any]]:
-    """All runs of a server, oldest first."""
+    """All runs of a server, oldest first, as JSON values."""
     server_config.load(home)
-    found = []
+    listing = []
     for path in in_order(home / "runs"):
-        told = _json(path / "run.json")
+        record = _json(path / "run.json")
         stopped = _json(path / "stopped.json")
-        found.append(
+        listing.append(
             {
                 "name": path.name,
                 "state": state_of(path),
-                "task": told.get("task"),
-                "strategy": told.get("strategy"),
-                "rounds": told.get("rounds"),
-                "rounds_done": told.get("rounds_done", 0),
-                "sites": len(told.get("sites") or {}),
+                "task": record.get("task"),
+                "strategy": record.get("strategy"),
+                "rounds": record.get("rounds"),
+                "rounds_done": record.get("rounds_done", 0),
+                "sites": len(record.get("sites") or {}),
                 "begun": (path / "journal.db").is_file(),
                 "stopped": stopped or None,
-                "over": bool(stopped) and _over(told),
+                "over": bool(stopped) and _over(record),
                 "directory": str(path),
             }
         )
-    return found
+    return listing
 
 
 def status(home: Path) -> dict[str, Any]:
-    """The server's processes, sites and runs."""
+    """The server's processes, sites and runs, as JSON values."""
     settings = server_config.load(home)
     running = homes.held(home)
-    told = homes.status(home) or {}
+    daemon = homes.status(home) or {}
     try:
         days: int | None = certificates.check(home, datetime.now(UTC))
         problem = certificates.warning(days or 0)
@@ -175,38 +187,38 @@ def status(home: Path) -> dict[str, Any]:
         "address": settings.server.address,
         "listen": settings.server.listen,
         "certificate": {"days_left": days, "problem": problem},
-        "services": told.get("services", {}) if running else {},
-        "sites": told.get("sites", {}) if running else {},
-        "problem": str(told.get("roster") or "") if running else "",
+        "services": daemon.get("services", {}) if running else {},
+        "sites": daemon.get("sites", {}) if running else {},
+        "problem": str(daemon.get("roster") or "") if running else "",
         "runs": runs(home),
     }
 
 
-def status_text(found: Mapping[str, Any]) -> str:
-    """A status as people read it."""
-    certificate = found["certificate"]
+def status_text(summary: Mapping[str, Any]) -> str:
+    """The text of a ``status``."""
+    certificate = summary["certificate"]
     good = f"good for {certificate['days_left']} days"
     lines = [
-        f"server       {'running' if found['running'] else 'not running'}, {found['address']}",
+        f"server       {'running' if summary['running'] else 'not running'}, {summary['address']}",
         f"certificate  {certificate['problem'] or good}",
     ]
-    if found["problem"]:
-        lines.append(f"problem      {found['problem']}")
-    for name, service in found["services"].items():
+    if summary["problem"]:
+        lines.append(f"problem      {summary['problem']}")
+    for name, service in summary["services"].items():
         restarts = f", {service['restarts']} restarts" if service["restarts"] else ""
         lines.append(f"{name:12} {service['state']}, pid {service['pid']}{restarts}")
-    if found["sites"]:
+    if summary["sites"]:
         lines.append("sites")
-        lines += [f"  {name:24} {site['state']}" for name, site in found["sites"].items()]
-    return "\n".join([*lines, runs_text(found["runs"])])
+        lines += [f"  {name:24} {site['state']}" for name, site in summary["sites"].items()]
+    return "\n".join([*lines, runs_text(summary["runs"])])
 
 
-def runs_text(found: Sequence[Mapping[str, Any]]) -> str:
-    """Runs as people read them, a line each."""
-    if not found:
+def runs_text(listing: Sequence[Mapping[str, Any]]) -> str:
+    """The text of ``runs``, a line each."""
+    if not listing:
         return "no runs"
     lines = [f"{'run':32} {'state':10} {'rounds':>9}  task"]
-    for run in found:
+    for run in listing:
         rounds = f"{run['rounds_done']}/{run['rounds'] or '?'}"
         why = f"  {run['stopped'].get('code')}" if run["stopped"] else ""
         state = run["state"]
@@ -222,18 +234,18 @@ def runs_text(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _advice(run: Mapping[str, Any]) -> str:
     if run.get("over"):
-        return "the run is over without a model; mend the cause, then submit a new one"
-    played = run["rounds"] is not None and run["rounds_done"] >= run["rounds"]
-    more = " (no round is left: it writes the model)" if played else ""
-    return f"mend the cause, then: fedge server resume {run['name']}{more}"
+        return "the run is over without a model; fix the cause, then submit a new one"
+    all_done = run["rounds"] is not None and run["rounds_done"] >= run["rounds"]
+    more = " (no round is left: it writes the model)" if all_done else ""
+    return f"fix the cause, then: fedge server resume {run['name']}{more}"
 
 
-def _over(told: Mapping[str, Any]) -> bool:
-    """Whether run.json tells of a run without a round left and without a model: nothing can come of it any more.
+def _over(record: Mapping[str, Any]) -> bool:
+    """Whether run.json shows that all rounds are done and none made a model, so that the run cannot be continued.
 
     Where a round made a model, resuming writes the results.
     """
-    sites, rounds, done = told.get("sites"), told.get("rounds"), told.get("rounds_done")
+    sites, rounds, done = record.get("sites"), record.get("rounds"), record.get("rounds_done")
     if not (isinstance(sites, dict) and isinstance(rounds, int) and isinstance(done, int)):
         return False
     return done >= rounds and not any(
@@ -243,7 +255,7 @@ def _over(told: Mapping[str, Any]) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -1,9 +1,10 @@
-"""The TLS front: nginx before Flower's SuperLink, so that sites reach the Fleet API and nothing else.
+"""The TLS reverse proxy: nginx before Flower's SuperLink, so that sites reach the Fleet API and nothing else.
 
-The SuperLink serves three APIs on one port, and its Control API, which starts and stops runs, asks nobody who they
-are. So the SuperLink listens on loopback, and the front passes on ``POST /v1/fleet/NAME`` alone, compared with the
-request line as it came: no decoding, no ``..``, no query. Everything else gets 404 and an empty body. The way to the
-SuperLink is TLS too, and verified, as another user of the machine could hold the port while the SuperLink is down.
+The SuperLink serves three APIs on one port, and its Control API, which starts and stops runs, has no
+authentication. So the SuperLink listens on loopback, and the proxy passes on ``POST /v1/fleet/NAME`` alone, compared
+with the request line as it came: no decoding, no ``..``, no query. Everything else gets 404 and an empty body. The
+connection to the SuperLink is TLS too, and verified, as another user of the machine could hold the port while the
+SuperLink is down.
 
 Files, all in the home: ``front/nginx.conf``, the pid file, and ``front/temp/`` for bodies that are still arriving.
 """
@@ -29,12 +30,12 @@ CONNECTIONS: Final = 256
 #: Requests a second of one address, and how many may come at once. A site asks every 3 s, and for each object.
 RATE, BURST = 200, 400
 #: Seconds without progress, in any phase of a request, until its connection is closed. A handshake over a link
-#: with 20 s of latency must fit.
-PATIENCE: Final = 60
+#: with 20 s of latency must succeed.
+TIMEOUT: Final = 60
 #: The name that the SuperLink's certificate is checked for; every certificate has it.
 UPSTREAM_NAME: Final = "localhost"
 
-_CHECK_PATIENCE: Final = 30.0
+_CHECK_TIMEOUT: Final = 30.0
 # What stands between quotes in nginx's language without being read as anything else.
 _PLAIN_PATH: Final = re.compile(r"/[A-Za-z0-9_./+@:, =-]*")
 _ROUTE: Final = "^POST /v1/fleet/[a-z-]{1,64}$"
@@ -44,7 +45,7 @@ _TEXT: Final = """\
 # One process in the foreground: a worker would outlive a master that is killed, and hold the port.
 daemon off;
 master_process off;
-pid "{front}/nginx.pid";
+pid "{folder}/nginx.pid";
 error_log stderr warn;
 events {{
     worker_connections 4096;
@@ -53,11 +54,11 @@ http {{
     access_log off;
     server_tokens off;
     default_type application/octet-stream;
-    client_body_temp_path "{front}/temp/body";
-    proxy_temp_path "{front}/temp/proxy";
-    fastcgi_temp_path "{front}/temp/fastcgi";
-    uwsgi_temp_path "{front}/temp/uwsgi";
-    scgi_temp_path "{front}/temp/scgi";
+    client_body_temp_path "{folder}/temp/body";
+    proxy_temp_path "{folder}/temp/proxy";
+    fastcgi_temp_path "{folder}/temp/fastcgi";
+    uwsgi_temp_path "{folder}/temp/uwsgi";
+    scgi_temp_path "{folder}/temp/scgi";
 
     # The request as it came: a path that must be decoded or shortened first is none of ours.
     map "$request_method $request_uri" $fleet {{
@@ -88,10 +89,10 @@ http {{
         ssl_session_cache shared:fleet:4m;
         ssl_session_tickets off;
 
-        client_header_timeout {patience}s;
-        client_body_timeout {patience}s;
-        send_timeout {patience}s;
-        keepalive_timeout {patience}s;
+        client_header_timeout {timeout}s;
+        client_body_timeout {timeout}s;
+        send_timeout {timeout}s;
+        keepalive_timeout {timeout}s;
         reset_timedout_connection on;
         client_header_buffer_size 2k;
         large_client_header_buffers 4 8k;
@@ -125,8 +126,8 @@ http {{
             proxy_ssl_server_name on;
             proxy_ssl_protocols TLSv1.2 TLSv1.3;
             proxy_connect_timeout 5s;
-            proxy_send_timeout {patience}s;
-            proxy_read_timeout {patience}s;
+            proxy_send_timeout {timeout}s;
+            proxy_read_timeout {timeout}s;
             proxy_max_temp_file_size 64m;
         }}
     }}
@@ -153,7 +154,7 @@ def configuration(listen: tuple[str, int], upstream: str, home: Path) -> str:
         )
     host, _, port = upstream.rpartition(":")
     return _TEXT.format(
-        front=_folder(home.absolute()),
+        folder=_folder(home.absolute()),
         route=_ROUTE,
         listen=_address("listen", *listen),
         upstream=_address("upstream", host.strip("[]"), _port(port), loopback=True),
@@ -165,7 +166,7 @@ def configuration(listen: tuple[str, int], upstream: str, home: Path) -> str:
         connections=CONNECTIONS,
         rate=RATE,
         burst=BURST,
-        patience=PATIENCE,
+        timeout=TIMEOUT,
     )
 
 
@@ -199,14 +200,14 @@ def check(home: Path) -> None:
             [*command(home), "-t", "-q"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_CHECK_PATIENCE,
+            timeout=_CHECK_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        raise DeployError(910, f"nginx: must answer within {_CHECK_PATIENCE:g} s") from None
+        raise DeployError(910, f"nginx: must answer within {_CHECK_TIMEOUT:g} s") from None
     except OSError as error:
         raise DeployError(909, f"nginx: cannot be started ({reason(error)})") from None
     if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").splitlines() or ["it says nothing"]
+        lines = done.stderr.decode(errors="replace").splitlines() or ["no output"]
         # Warnings may come first; the line that decides is an [emerg] one, after a time and numbers.
         line = next((line for line in lines if "[emerg]" in line), lines[0])
         raise DeployError(910, re.sub(r"^.*?\[emerg\] [0-9#]+: ", "nginx: ", line))
@@ -225,11 +226,11 @@ def command(home: Path) -> list[str]:
     nginx = shutil.which("nginx", path=path)
     if nginx is None:
         raise DeployError(909, "nginx: must be installed, got none on PATH")
-    found = [nginx, "-p", str(_folder(home.absolute())), "-c", str(_file(home.absolute()))]
+    arguments = [nginx, "-p", str(_folder(home.absolute())), "-c", str(_file(home.absolute()))]
     if os.geteuid() == 0:
         # Started by root, nginx would give its folders to another user.
-        found += ["-g", "user root;"]
-    return found
+        arguments += ["-g", "user root;"]
+    return arguments
 
 
 def _folder(home: Path) -> Path:
@@ -247,14 +248,14 @@ def _port(text: str) -> int:
 def _address(key: str, host: str, port: int, *, loopback: bool = False) -> str:
     """An address as nginx writes it."""
     try:
-        found = ipaddress.ip_address(host)
+        parsed = ipaddress.ip_address(host)
     except ValueError:
         raise DeployError(904, f"{key}: must be an IP address, got {host[:80]!r}") from None
     if not 1 <= port <= 65535:
         raise DeployError(904, f"{key}: must have a port of 1 to 65535, got {port}")
-    if loopback and not found.is_loopback:
+    if loopback and not parsed.is_loopback:
         raise DeployError(904, f"{key}: must be a loopback address, got {host}")
-    return f"[{found}]:{port}" if found.version == 6 else f"{found}:{port}"
+    return f"[{parsed}]:{port}" if parsed.version == 6 else f"{parsed}:{port}"
 
 
 __all__ = ["check", "command", "configuration", "write"]

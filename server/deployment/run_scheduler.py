@@ -1,7 +1,7 @@
-"""Plays every run that is not finished: submits it to Flower, watches its coordinator, continues it after a crash.
+"""Executes every unfinished run: submits it to Flower, watches its coordinator, continues it after a crash.
 
-A run is a directory below ``runs/``; its journal says how far it is. So nothing needs to be remembered here: after a
-crash of this daemon, or of the machine, the same look at the directories finds the same work. Flower loses a run with
+A run is a directory below ``runs/``; its journal holds its progress. So no state is kept here: after a
+crash of this daemon, or of the machine, the same scan of the directories finds the same work. Flower loses a run with
 its ServerApp process, so each continuation is a new Flower run of the same fedge run.
 """
 
@@ -38,11 +38,11 @@ MAX_CRASHES = 5
 #: Submissions in a row that Flower may refuse before a run is stopped.
 MAX_REFUSALS = 12
 FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
-#: Seconds between two looks at the directories.
-LOOK_EVERY = 0.5
-#: What a fork server is asked for, with Flower's arguments.
+#: Seconds between two scans of the directories.
+SCAN_EVERY = 0.5
+#: Name of the program that a fork server starts, with Flower's arguments.
 COORDINATOR = "coordinator"
-#: File by which an operator asks for a run's end.
+#: File by which an operator requests a run's end.
 STOP_REQUEST = "stop"
 
 
@@ -51,28 +51,28 @@ class _Run:
     path: Path
     flower_run: int | None = None
     submitted: float = 0.0
-    asked: bool = False
+    submitting: bool = False
     pid: int = 0
     crashes: int = 0
     rounds: int = -1
     due: float = 0.0
     # Submissions in a row that Flower refused, or took and did not start.
     refused: int = 0
-    # Its coordinator ended before `flwr run` had told the Flower run's number.
-    gone: bool = False
+    # Its coordinator ended before `flwr run` had reported the Flower run's number.
+    ended_early: bool = False
     stopping: float | None = None
 
 
-class Coordinators:
-    """The runs of one server.
+class RunScheduler:
+    """Schedules the runs of one server.
 
     Args:
         home: of the server.
         supervisor: of its daemon.
         control: of its SuperLink.
         environment: of Flower's processes.
-        at_once: runs played at the same time.
-        fork_server: socket of a process that forks coordinators; each is a fork of the daemon where there is none.
+        at_once: largest number of concurrent runs.
+        fork_server: socket of a process that forks coordinators; without one each is a fork of the daemon.
     """
 
     def __init__(
@@ -91,37 +91,41 @@ class Coordinators:
         self._fork_server = fork_server
         self._runs: dict[str, _Run] = {}
         self._given_up: set[str] = set()
-        self._next_look = 0.0
+        self._next_scan = 0.0
         # A test's fail point kills once, not at every continuation.
         self._fail_point = os.environ.pop("FEDGE_FAIL_POINT", None)
         self._forget_former()
 
     def tick(self, *, open_for_runs: bool) -> None:
-        """Look after the runs; starts none unless ``open_for_runs``."""
+        """Scan the run directories and advance every run; starts none unless ``open_for_runs``."""
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_scan:
             return
-        self._next_look = now + LOOK_EVERY
+        self._next_scan = now + SCAN_EVERY
         for path in in_order(self._folder):
             try:
-                self._look(path, now, open_for_runs=open_for_runs)
+                self._advance(path, now, open_for_runs=open_for_runs)
             except OSError as error:
-                # A folder of another user, say: it must not keep the others from being played.
-                _log.warning("run %s: cannot be looked at: %s", path.name, error)
+                # A folder of another user, say: it must not block the others.
+                _log.warning("run %s: cannot be scanned: %s", path.name, error)
         self._supervisor.facts["runs"] = {
             name: {"coordinator": run.pid, "crashes": run.crashes}
             for name, run in self._runs.items()
         }
 
     def launch(self, arguments: list[str]) -> None:
-        """Start the coordinator that Flower asks for: of the run that was submitted first and has none."""
-        # `flwr run` may end, and tell the number, later than the SuperExec takes its next look.
-        waiting = [r for r in self._runs.values() if (r.flower_run or r.asked) and not r.pid]
+        """Start the coordinator that Flower requests, for the earliest submitted run that has none.
+
+        Args:
+            arguments: of ``flwr-serverapp``, as Flower gives them.
+        """
+        # `flwr run` may end, and report the number, after the SuperExec's next poll.
+        waiting = [r for r in self._runs.values() if (r.flower_run or r.submitting) and not r.pid]
         run = min(waiting, key=lambda r: r.submitted, default=None)
         if run is None:
-            # Somebody else on this machine has reached Flower's Control API, which knows no login.
+            # Another process of this machine has reached Flower's Control API, which has no authentication.
             _log.error(
-                "Flower asks for a coordinator that nobody here submitted; it is not started"
+                "Flower requests a coordinator of a run that was not submitted here; it is not started"
             )
             return
         environment = dict(self._environment)
@@ -140,7 +144,7 @@ class Coordinators:
         ended = partial(self._ended, run)
         run.pid = self._supervisor.task(f"coordinator {name}", program, ended)
 
-    def _look(self, path: Path, now: float, *, open_for_runs: bool) -> None:
+    def _advance(self, path: Path, now: float, *, open_for_runs: bool) -> None:
         state = state_of(path)
         run = self._runs.get(path.name)
         if (path / STOP_REQUEST).exists():
@@ -162,23 +166,23 @@ class Coordinators:
             self._release(run)
             self._refused(run, "Flower took the run and did not start its coordinator")
             return
-        if not run.flower_run and not run.asked:
+        if not run.flower_run and not run.submitting:
             self._submit(run)
 
     def _submit(self, run: _Run) -> None:
-        run.asked, run.gone, run.submitted = True, False, time.monotonic()
+        run.submitting, run.ended_early, run.submitted = True, False, time.monotonic()
         value = json.dumps(str(run.path))
 
-        def done(answer: dict[str, Any] | None, said: str) -> None:
-            run.asked = False
+        def done(answer: dict[str, Any] | None, output: str) -> None:
+            run.submitting = False
             number = (answer or {}).get("run-id")
             if number is None:
-                self._refused(run, said)
+                self._refused(run, output)
                 return
             run.refused = 0
             run.flower_run, run.submitted = int(number), time.monotonic()
             _log.info("run %s is Flower's run %d", run.path.name, run.flower_run)
-            if run.gone or self._runs.get(run.path.name) is not run:
+            if run.ended_early or self._runs.get(run.path.name) is not run:
                 # It crashed, or its operator stopped it, in the meantime.
                 self._release(run)
             self._remember()
@@ -186,21 +190,21 @@ class Coordinators:
         command = ["run", str(self._app), CONNECTION, "--run-config", f"run-dir={value}"]
         self._control.call(command, done, first=True)
 
-    def _refused(self, run: _Run, said: str) -> None:
+    def _refused(self, run: _Run, output: str) -> None:
         run.refused += 1
         run.due = time.monotonic() + min(FIRST_PAUSE * 2**run.refused, LAST_PAUSE)
-        _log.error("run %s: could not be submitted: %s", run.path.name, said)
+        _log.error("run %s: could not be submitted: %s", run.path.name, output)
         if run.refused >= MAX_REFUSALS:
-            self._give_up(run, f"coordinator: must be started by Flower, got {said[-200:]!r}")
+            self._give_up(run, f"coordinator: must be started by Flower, got {output[-200:]!r}")
 
     def _give_up(self, run: _Run, why: str) -> None:
         results.stop(RunDirectory(run.path), RunError(509, why))
-        # Where even that cannot be written, the run must not be tried for ever, nor keep others from being played.
+        # Where even that cannot be written, the run must not be tried endlessly, nor block others.
         self._given_up.add(run.path.name)
         self._runs.pop(run.path.name, None)
 
     def _ended(self, run: _Run, status: int) -> None:
-        run.pid, run.gone = 0, run.asked
+        run.pid, run.ended_early = 0, run.submitting
         state = state_of(run.path)
         if state == "finished":
             # Flower's run ends with its ServerApp.
@@ -227,7 +231,7 @@ class Coordinators:
             run.due = time.monotonic() + min(FIRST_PAUSE * 2**run.crashes, LAST_PAUSE)
 
     def _release(self, run: _Run) -> None:
-        """Tell Flower that its run is over: what it still holds for the sites is of no use to anybody."""
+        """Have Flower stop its run: the messages that it still holds for the sites are obsolete."""
         if run.flower_run:
             self._control.call(["stop", str(run.flower_run), CONNECTION], lambda *_: None)
         run.flower_run = None
@@ -277,7 +281,7 @@ def in_order(folder: Path) -> list[Path]:
 
 
 def play(arguments: Sequence[str]) -> int | None:
-    """What a fork runs for ``flwr-serverapp``: Flower's own command, but no code that a bundle brings."""
+    """Run ``flwr-serverapp`` in a fork: Flower's own command, but no code that a bundle brings."""
     patches.before_bundle(SERVER_APP, app_bundle.require_ours)
     return script("flwr-serverapp", arguments)()
 

@@ -30,21 +30,21 @@ class ServerSection(Section):
 
 
 class ServerFile(Section):
-    """A server."""
+    """The content of server.toml."""
 
     server: ServerSection
 
 
 def check(address: str, listen: str | None, front: str | None) -> ServerFile:
-    """Where a new server listens.
+    """Choose and check the addresses of a new server.
 
     Args:
-        address: that the sites dial.
+        address: host:port that the sites dial.
         listen: where to accept them; the address itself where it is a loopback one, else its port on all addresses.
         front: "none", "nginx", or None to choose: none where both addresses are loopback ones.
 
     Raises:
-        DeployError: 904, an address is not host:port, or would be open to others without a front.
+        DeployError: 904, an address is not host:port, or would be open to others without a reverse proxy.
     """
     host, port = split_address(address)
     listen = listen or (address if is_loopback(host) else f"0.0.0.0:{port}")
@@ -60,14 +60,14 @@ def check(address: str, listen: str | None, front: str | None) -> ServerFile:
 
 
 def _require_closed(listen: str, front: str) -> None:
-    """Flower's Control API knows no login, so without a front only this machine may reach the SuperLink.
+    """Refuse an open SuperLink: its Control API has no authentication, so without a proxy it must be on loopback.
 
     Raises:
         DeployError: 904.
     """
     if front == "none" and not is_loopback(split_address(listen)[0]):
         raise DeployError(
-            904, f"listen: must be a loopback address without a front, got {listen}; use nginx"
+            904, f"listen: must be a loopback address where front is none, got {listen}; use nginx"
         )
 
 
@@ -84,10 +84,10 @@ def load(home: Path) -> ServerFile:
         DeployError: 901, there is none; 904, an address is not host:port, or would be open to others.
         ConfigError: 201 to 204, it is not as it must be.
     """
-    found = home_files.read(home / NAME, ServerFile)
-    split_address(found.server.address)
-    _require_closed(found.server.listen, found.server.front)
-    return found
+    settings = home_files.read(home / NAME, ServerFile)
+    split_address(settings.server.address)
+    _require_closed(settings.server.listen, settings.server.front)
+    return settings
 
 
 def is_loopback(host: str) -> bool:

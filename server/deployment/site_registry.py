@@ -1,15 +1,12 @@
-"""The roster: which sites the server knows, one public key for each, in ``home/sites/NAME.pub``.
+"""The site registry: the admitted sites, one public key for each, in ``home/sites/NAME.pub``.
 
-Only the operator writes it. Flower's own list is filled from it whenever the server starts, so what counts survives the
-loss of Flower's database.
+Only the operator writes it. Flower's own list is filled from it whenever the server starts, so it survives the loss of
+Flower's database.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,43 +21,48 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedge.shared.errors import DeployError, SiteError
-from fedge.shared.files import flush_folder, read_bounded, reason, write_atomically
+from fedge.shared.files import flush_folder, read_bounded, reason, take_lock, write_atomically
 from fedge.shared.protocol import SITE_NAME
 
-#: Most sites that one server knows.
+#: Largest number of sites that one server admits.
 MAX_SITES: Final = 10_000
 
 # An EC P-384 key in OpenSSH's format takes about 210 bytes, and a comment may follow.
 _FILE_LIMIT: Final = 4096
-#: Seconds to wait for another command that changes the roster.
-_PATIENCE: Final = 10.0
+#: Seconds to wait for another command that changes the registry.
+_LOCK_TIMEOUT: Final = 10.0
 
 
 def admit(home: Path, name: str, key_file: Path) -> Path:
-    """Let a site in, under a name, with the ``site.pub`` that it made.
+    """Admit a site.
+
+    Args:
+        home: of the server.
+        name: of the site.
+        key_file: the ``site.pub`` that the site generated.
 
     Returns:
-        The copy in the roster.
+        Path of the copy in the registry.
 
     Raises:
         SiteError: 412, the name does not follow the rule for names.
         DeployError: 908, the file holds no EC P-384 public key; 916, the name is taken, or the key is
-            another site's; 902, another command holds the roster; 901, it cannot be written.
+            another site's; 902, another command holds the registry; 901, it cannot be written.
     """
     _check_name(name)
     line = _read(key_file)
     with _locked(home):
-        known = roster(home)
-        if name in known:
+        keys = site_keys(home)
+        if name in keys:
             raise DeployError(
                 916, f"site {name}: must not be admitted yet, got a second key for it"
             )
-        for other, path in known.items():
+        for other, path in keys.items():
             if _read(path) == line:
                 raise DeployError(
                     916, f"site {name}: must bring a key of its own, got the key of site {other}"
                 )
-        if len(known) >= MAX_SITES:
+        if len(keys) >= MAX_SITES:
             raise DeployError(916, f"site {name}: must be one of at most {MAX_SITES} sites")
         path = _folder(home) / f"{name}.pub"
         try:
@@ -71,11 +73,11 @@ def admit(home: Path, name: str, key_file: Path) -> Path:
 
 
 def expel(home: Path, name: str) -> None:
-    """Take a site off the roster.
+    """Remove a site from the registry.
 
     Raises:
         SiteError: 412, the name does not follow the rule for names.
-        DeployError: 913, no such site; 902, another command holds the roster; 901, it cannot be
+        DeployError: 913, no such site; 902, another command holds the registry; 901, it cannot be
             written.
     """
     _check_name(name)
@@ -84,35 +86,33 @@ def expel(home: Path, name: str) -> None:
             (_folder(home) / f"{name}.pub").unlink()
             flush_folder(_folder(home))
         except FileNotFoundError:
-            raise DeployError(
-                913, f"site {name}: must be on the roster, got no such site"
-            ) from None
+            raise DeployError(913, f"site {name}: must be admitted, got no such site") from None
         except OSError as error:
             raise DeployError(
                 901, f"{_folder(home)}: cannot be written ({reason(error)})"
             ) from None
 
 
-def roster(home: Path) -> dict[str, Path]:
-    """The public key of every admitted site, by name, in order of names.
+def site_keys(home: Path) -> dict[str, Path]:
+    """The path of every admitted site's public key, by name, in order of names.
 
     Raises:
         DeployError: 901, the folder cannot be read; 908, it holds a file that is not a site's key.
     """
     folder = _folder(home)
-    found: dict[str, Path] = {}
+    keys: dict[str, Path] = {}
     try:
         entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:
-        return found
+        return keys
     except OSError as error:
         raise DeployError(901, f"{folder}: cannot be read ({reason(error)})") from None
     for path in sorted(entries, key=lambda path: path.stem):
         if path.suffix != ".pub" or re.fullmatch(SITE_NAME, path.stem) is None:
             raise DeployError(908, f"{path}: must be named after a site, as NAME.pub")
         _read(path)
-        found[path.stem] = path
-    return found
+        keys[path.stem] = path
+    return keys
 
 
 def _folder(home: Path) -> Path:
@@ -145,26 +145,17 @@ def _read(path: Path) -> bytes:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """Hold the roster alone: two names for one key must not slip in side by side."""
+    """Lock the registry, so that one key cannot be admitted under two names at the same time."""
     folder = _folder(home)
     try:
         folder.mkdir(mode=0o700, parents=False, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = take_lock(folder / ".lock", timeout=_LOCK_TIMEOUT)
+    except BlockingIOError:
+        raise DeployError(902, f"{folder}: held by another command") from None
     except OSError as error:
         raise DeployError(901, f"{folder}: cannot be written ({reason(error)})") from None
-    try:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise DeployError(902, f"{folder}: held by another command") from None
-                time.sleep(0.05)
+    with lock:
         yield
-    finally:
-        os.close(descriptor)
 
 
-__all__ = ["MAX_SITES", "admit", "expel", "roster"]
+__all__ = ["MAX_SITES", "admit", "expel", "site_keys"]

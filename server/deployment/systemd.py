@@ -22,7 +22,7 @@ _PLAIN_PATH: Final = re.compile(r"(/[A-Za-z0-9_.+@-]+)+/?")
 
 
 def texts(*, bin: Path) -> dict[str, str]:
-    """The files by name.
+    """The content of the unit and user files, by file name.
 
     Args:
         bin: the folder of the ``fedge`` command, absolute.
@@ -45,15 +45,15 @@ def write(folder: Path, *, bin: Path) -> list[Path]:
         ConfigError: 201, as ``texts``.
         UsageError: 107, the folder cannot be written.
     """
-    found = texts(bin=bin)
+    contents = texts(bin=bin)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in found.items():
+        for name, text in contents.items():
             write_atomically(folder / name, text.encode())
             (folder / name).chmod(0o644)
     except OSError as error:
         raise UsageError(107, f"{folder}: cannot be written ({reason(error)})") from None
-    return [folder / name for name in found]
+    return [folder / name for name in contents]
 
 
 __all__ = ["UNIT", "USERS", "texts", "write"]

@@ -1,7 +1,7 @@
-"""What the server's certificates say: an authority of its own, and certificates for a server's names.
+"""Certificate building: an authority of the server's own, and certificates for a server's names.
 
-Nothing is read or written here, but for the clock and random numbers. X.509 as RFC 5280 has it, with the
-extensions that strict verifiers ask for: both key identifiers, key usage, the hosts as alternative names.
+No file is read or written here; the clock and random numbers are used. X.509 as RFC 5280 has it, with the
+extensions that strict verifiers require: both key identifiers, key usage, the hosts as alternative names.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fedge.shared.errors import DeployError
 AUTHORITY_DAYS: Final = 3650
 #: Days that a server certificate lasts; some clients refuse more than 825.
 SERVER_DAYS: Final = 825
-#: Most names and addresses in one certificate.
+#: Largest number of names and addresses in one certificate.
 MAX_HOSTS: Final = 100
-#: In every certificate: the SuperLink behind the front uses the same one.
+#: In every certificate: the SuperLink behind the reverse proxy uses the same one.
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 _LABEL: Final = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -50,7 +50,7 @@ def subject_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
             continue
         except ValueError:
             pass
-        # Only digits and dots, but no address: a name of that form is a slip of the pen.
+        # Only digits and dots, but no address: a typing error.
         if _DNS_NAME.fullmatch(host) is None or re.fullmatch(r"[0-9.]+", host):
             raise DeployError(904, f"host: must be a DNS name or an IP address, got {host[:80]!r}")
         names.append(x509.DNSName(host.lower()))
@@ -60,7 +60,7 @@ def subject_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
 def authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     """A self-signed authority that can issue server certificates, and no further authority."""
     now = _now()
-    # Its own number in its name, so that two authorities of one site are told apart.
+    # A random number in its name distinguishes two authorities of one site.
     name = x509.Name(
         [x509.NameAttribute(NameOID.COMMON_NAME, f"fedge authority {secrets.token_hex(4)}")]
     )
@@ -85,13 +85,13 @@ def issue(
 
     Args:
         public: the server's public key.
-        names: what ``subject_names`` gave.
+        names: as ``subject_names`` returns them.
         issuer: the authority's certificate.
         issuer_key: the authority's private key.
         days: how long it lasts, at most as long as the authority.
 
     Raises:
-        DeployError: 907, fewer days than one, or an authority that has ended.
+        DeployError: 907, fewer days than one, or an expired authority.
     """
     if days < 1:
         raise DeployError(907, f"days: must be at least 1, got {days}")

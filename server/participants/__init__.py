@@ -1,1 +1,1 @@
-"""Which sites there are, which are there, and asking them."""
+"""Registration and availability of the sites, and the exchanges with them."""

@@ -1,4 +1,4 @@
-"""A registered site, and how its word of its size binds it."""
+"""A registered site, and the checks of a registration."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Member:
     """A registered site.
 
     Attributes:
-        node_id: Flower's, in this Flower run.
-        train_examples, test_examples: the most that it may report, in any round.
+        site: name of the site.
+        node_id: Flower's id of its node, in this Flower run.
+        train_examples, test_examples: maximum numbers of examples that it may report, in any round.
     """
 
     site: str
@@ -42,40 +43,51 @@ class Member:
 def dominant(
     admitted: Mapping[str, tuple[int, Registration]], before: Mapping[str, object], ratio: float
 ) -> dict[str, Rejection]:
-    """New sites that would outweigh the others by what they say of themselves.
+    """Reject new sites whose registered number of training examples would outweigh the others'.
 
-    A site's weight is bounded by what it registers, so that word must be bounded too: by the others'.
-    Fewer than three sites, and sites that the run already knows, are left alone.
+    A site's weight is bounded by the number that it registers, so that this number must be bounded too: by the
+    others'. Fewer than three sites, and sites that the run already knows, are not checked.
+
+    Args:
+        admitted: site -> (node id, registration).
+        before: the run's sites that are not new.
+        ratio: maximum of a site's examples, in medians of the other sites' examples.
+
+    Returns:
+        Site -> rejection.
     """
     sizes = {site: r.train_examples for site, (_, r) in admitted.items()}
-    found: dict[str, Rejection] = {}
+    rejections: dict[str, Rejection] = {}
     for site in sorted(sizes, key=lambda s: (-sizes[s], s)):
-        others = [n for other, n in sizes.items() if other != site and other not in found]
+        others = [n for other, n in sizes.items() if other != site and other not in rejections]
         if len(others) < 2 or site in before:
             continue
         bound = int(ratio * statistics.median(others))
         if sizes[site] > bound:
-            found[site] = Rejection(
+            rejections[site] = Rejection(
                 site,
                 412,
                 "rejected",
                 f"examples: must be at most {bound} ({ratio:g} medians of the other sites, "
                 f"admission.max-size-ratio), got {sizes[site]}",
             )
-    return found
+    return rejections
 
 
 def admit_node(
-    registration: Registration, node: int, seats: Mapping[str, str]
+    registration: Registration, node: int, admitted_nodes: Mapping[str, str]
 ) -> Registration | Rejection:
-    """The registration, or a refusal where the name is not the one under which this node's key was admitted.
+    """Check that a registration names the site under which the node's key was admitted.
 
     Args:
-        registration: just admitted; the name in it is the site's own word.
-        node: that sent it, which Flower has told by its key.
-        seats: number of the node of each admitted site, as text.
+        registration: just admitted; the name in it is the site's own claim.
+        node: id of the node that sent it, which Flower has authenticated by its key.
+        admitted_nodes: site -> id of the node that the server has admitted for it, as text.
+
+    Returns:
+        The registration, or a rejection where the name is another.
     """
-    if seats.get(registration.site) == str(node):
+    if admitted_nodes.get(registration.site) == str(node):
         return registration
     return Rejection(
         registration.site,
@@ -90,12 +102,15 @@ def admit_again(
     before: dict[str, tuple[int, int]],
     admitted: dict[str, tuple[int, Registration]],
 ) -> Registration | Rejection:
-    """The registration, or why it does not fit what the run has heard before.
+    """Check that a registration agrees with the site's earlier ones in this run.
 
     Args:
         registration: just admitted.
-        before: sizes of the run's sites, as journalled.
-        admitted: who registered since the coordinator's last start.
+        before: site -> its numbers of training and test examples, as journalled.
+        admitted: site -> (node id, registration), of those since the coordinator's last start.
+
+    Returns:
+        The registration, or a rejection where the site is registered already or its numbers have changed.
     """
     site = registration.site
     if site in admitted:
@@ -121,12 +136,15 @@ def admit_registration(
     """Admit a site to the run.
 
     Args:
-        reply: of one node.
-        node: how to call it until its name is known.
-        run_id: fedge's run.
-        policy: bounds.
-        bounds: of each standardised column's mean; empty where the task learns no statistics.
-        sizes: the site must say how many examples it has; under masks it says nothing, and none are noted.
+        reply: reply of one node; untrusted input.
+        node: name of the node for a rejection, where the reply holds no valid site name.
+        run_id: fedge's id of the run.
+        policy: the ``admission`` section, with the maximum number of examples.
+        bounds: bounds of each standardised column's mean; empty where the task fits no statistics.
+        sizes: the reply must hold numbers of examples; under secure aggregation it holds none, and 0 is recorded.
+
+    Returns:
+        The registration, or a rejection that says why there is none.
     """
     try:
         config = config_of(content_of(reply, {protocol.CONFIG, protocol.METRICS}))
@@ -141,14 +159,14 @@ def admit_registration(
         metrics = metrics_of(reply.content)
         if not sizes:
             return Registration(site, 0, 0, None)
-        found = []
-        for key, least in ((protocol.NUM_TRAIN_EXAMPLES, 1), (protocol.NUM_TEST_EXAMPLES, 0)):
+        counts = []
+        for key, minimum in ((protocol.NUM_TRAIN_EXAMPLES, 1), (protocol.NUM_TEST_EXAMPLES, 0)):
             size = metrics.get(key)
-            if type(size) is not int or not least <= size <= policy.max_examples:
+            if type(size) is not int or not minimum <= size <= policy.max_examples:
                 raise RefusedError(
-                    412, f"{key}: must be {least} to {policy.max_examples}, got {printable(size)}"
+                    412, f"{key}: must be {minimum} to {policy.max_examples}, got {printable(size)}"
                 )
-            found.append(size)
-        return Registration(site, found[0], found[1], statistics_of(metrics, found[0], bounds))
+            counts.append(size)
+        return Registration(site, counts[0], counts[1], statistics_of(metrics, counts[0], bounds))
     except RefusedError as refused:
         return Rejection(node, refused.code, refused.outcome, refused.reason)

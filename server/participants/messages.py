@@ -1,9 +1,7 @@
-"""What the server asks of a site, as Flower messages."""
+"""The server's requests to the sites, as Flower messages."""
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -27,50 +25,54 @@ from fedge.shared.wire.tensors import NDArrays
 
 @cache
 def own_version() -> str:
-    """This fedge's version, which every request carries."""
+    """Version of this fedge, which every request carries."""
     return version("fedge")
 
 
-def cohort(
-    members: Mapping[str, Member], config: Config, server_round: int, least: int
-) -> list[str]:
-    """The sites of a round, drawn by (seed, round) alone; required sites are always among them."""
-    names = sorted(members)
-    size = min(
-        len(names),
-        max(int(len(names) * config.round.fraction_train), config.round.min_sites, least),
-    )
-    seed = hashlib.sha256(f"fedge cohort {config.run.seed} {server_round}".encode()).digest()
-    drawn = random.Random(seed).sample(names, size)  # noqa: S311 - reproducible by intent, no secret
-    return sorted(set(drawn) | (set(config.round.require_sites) & set(names)))
+def address(
+    run_id: str, server_round: int, task: str, cohort_size: int
+) -> dict[str, ConfigRecordValues]:
+    """The values that every request holds in its ``config`` record, a probe included.
 
-
-def address(run_id: str, server_round: int, task: str, asked: int) -> dict[str, ConfigRecordValues]:
-    """What every request holds in ``config``, a probe included; ``asked`` nodes are in the exchange."""
+    Args:
+        run_id: fedge's id of the run.
+        server_round: from 1; 0 before the first round.
+        task: name of the task.
+        cohort_size: number of nodes in the exchange.
+    """
     return {
         protocol.RUN_ID: run_id,
         protocol.SERVER_ROUND: server_round,
         protocol.TASK: task,
         protocol.VERSION: own_version(),
-        protocol.COHORT: asked,
+        protocol.COHORT: cohort_size,
     }
 
 
-def probe(run_id: str, server_round: int, task: str, asked: int) -> RecordDict:
-    """The content of a probe."""
-    return RecordDict({protocol.CONFIG: ConfigRecord(address(run_id, server_round, task, asked))})
+def probe(run_id: str, server_round: int, task: str, cohort_size: int) -> RecordDict:
+    """The content of a probe; arguments as in ``address``."""
+    return RecordDict(
+        {protocol.CONFIG: ConfigRecord(address(run_id, server_round, task, cohort_size))}
+    )
 
 
 def register(run_id: str, config: Config, nodes: Sequence[int], deadline: float) -> list[Message]:
-    """Requests to register, a node each."""
+    """Compose requests to register, one a node.
+
+    Args:
+        run_id: fedge's id of the run.
+        config: configuration of the run.
+        nodes: Flower's ids of the nodes.
+        deadline: time for the reply, in seconds.
+    """
     content: dict[str, ConfigRecordValues] = {
         **address(run_id, 0, config.task.name, len(nodes)),
         protocol.STANDARDISE: config.data.standardise,
     }
     if config.privacy.mechanism != "off":
-        # By it a site knows how much it may say of itself.
+        # The mechanism decides what a site may report about its data.
         content[protocol.PRIVACY] = config.privacy.model_dump_json(by_alias=True)
-    # Where sums are masked a site says nothing of its sizes, and this asks for nothing.
+    # Under secure aggregation a site does not report its numbers of examples, and this does not ask for them.
     secure = ConfigRecord({PROTOCOL: VERSION}) if config.secure_aggregation.enabled else None
     return [
         Message(
@@ -84,11 +86,19 @@ def register(run_id: str, config: Config, nodes: Sequence[int], deadline: float)
 
 
 def settings(
-    config: Config, run_id: str, server_round: int, steps: Sequence[Step], asked: int
+    config: Config, run_id: str, server_round: int, steps: Sequence[Step], cohort_size: int
 ) -> dict[str, ConfigRecordValues]:
-    """What every request to train or evaluate holds in ``config``; ``asked`` sites are invited."""
+    """The values that every request to train or evaluate holds in its ``config`` record.
+
+    Args:
+        config: configuration of the run.
+        run_id: fedge's id of the run.
+        server_round: from 1.
+        steps: the run's preprocessing, with the fitted means and standard deviations.
+        cohort_size: number of invited sites.
+    """
     values: dict[str, ConfigRecordValues] = {
-        **address(run_id, server_round, config.task.name, asked),
+        **address(run_id, server_round, config.task.name, cohort_size),
         protocol.SEED: config.run.seed,
         protocol.THREADS: config.run.threads,
         protocol.STANDARDISE: config.data.standardise,
@@ -115,15 +125,28 @@ def train(
     arrays: NDArrays,
     common: Mapping[str, ConfigRecordValues],
     members: Sequence[Member],
-    accepted: Mapping[str, int],
+    accepted_rounds: Mapping[str, int],
     config: Config,
     *,
     needs_loss: bool,
     secure: ConfigRecord | None = None,
 ) -> list[Message]:
-    """Training requests in site-name order, as the strategy composes them, each with its site's accepted round.
+    """Compose the requests to train, in the order of ``members``.
 
-    ``secure`` is the record that begins a secure sum.
+    Args:
+        grid: Flower's grid, of which the strategy sees only the nodes of ``members``.
+        strategy: composes the requests; an adaptive strategy also stores ``arrays``.
+        arrays: tensor name -> the round's weights, each of the model's shape and dtype.
+        common: values of the ``config`` record that all requests share, from ``settings``.
+        members: the sites that are asked to train, in name order.
+        accepted_rounds: site -> last round in which its update was accepted; 0 for a site that is missing.
+        config: configuration of the run.
+        needs_loss: whether the strategy weighs by the loss of the received weights; else the sites report the running
+            loss of their training.
+        secure: record that begins a secure sum; None without secure aggregation.
+
+    Returns:
+        One message a member, which Flower keeps for ``round.deadline`` and ``GRACE`` seconds.
     """
     server_round = int(str(common[protocol.SERVER_ROUND]))
     composed = ConfigRecord(
@@ -144,7 +167,7 @@ def train(
         own = ConfigRecord(
             {
                 **content.config_records[protocol.CONFIG],
-                protocol.ACCEPTED_ROUND: accepted.get(member.site, 0),
+                protocol.ACCEPTED_ROUND: accepted_rounds.get(member.site, 0),
             }
         )
         requests.append(
@@ -167,7 +190,16 @@ def evaluate(
     secure: ConfigRecord | None = None,
     kind: str = protocol.EVALUATE,
 ) -> list[Message]:
-    """Requests for figures in site-name order; ``secure`` is the record that begins a secure sum."""
+    """Compose requests to evaluate the model, in the order of ``members``.
+
+    Args:
+        arrays: tensor name -> the model's weights.
+        common: values of the ``config`` record, from ``settings``.
+        members: the sites that are asked, in name order.
+        config: configuration of the run.
+        secure: record that begins a secure sum; None without secure aggregation.
+        kind: message type.
+    """
     content = _with(
         {protocol.ARRAYS: record(arrays), protocol.CONFIG: ConfigRecord({**common})}, secure
     )
@@ -182,7 +214,15 @@ def _with(records: Mapping[str, Any], secure: ConfigRecord | None) -> RecordDict
 def message(
     content: RecordDict, member: Member, kind: str, server_round: int, deadline: float
 ) -> Message:
-    """A request to a member, which Flower keeps a while longer than the deadline in seconds."""
+    """Compose a request to a member.
+
+    Args:
+        content: records of the message.
+        member: its receiver.
+        kind: message type.
+        server_round: becomes the message's group id.
+        deadline: in seconds; Flower keeps the message ``GRACE`` seconds longer.
+    """
     return Message(
         content,
         dst_node_id=member.node_id,

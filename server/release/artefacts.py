@@ -1,4 +1,4 @@
-"""From the fp32 graph to every artefact that the targets ask for; what cannot be built here is told, not hidden."""
+"""Builds every artefact that the targets need from the fp32 graph; what cannot be built here is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedge.shared.compile.targets import SOURCES, Target
 from fedge.shared.compile.tensorrt import build_in_child
 from fedge.shared.errors import ReleaseError
 
-#: Tells of a long build: name of the artefact, what the builder is at, share done.
+#: Called during a long build with the artefact's name, the builder's phase and the share done, from 0 to 1.
 Progress = Callable[[str, str, float], None]
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -45,12 +45,12 @@ class Built:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that was asked for: built, or not and why.
+    """The result of a build.
 
     Attributes:
         built: artefacts, the fp32 graph first.
-        failed: what is not there.
-        unmet: targets of which nothing is there, as building failed; not those that the device builds for.
+        failed: artefacts that were not built, with the reason.
+        unmet: targets without any artefact as building failed; not those that the device builds for.
     """
 
     built: tuple[Built, ...]
@@ -58,8 +58,13 @@ class Outcome:
     unmet: tuple[Target, ...] = ()
 
 
-def name_of(kind: str, capabilities: Sequence[int] = ()) -> str:
-    """File name of an artefact; an engine's tells its GPUs."""
+def file_name(kind: str, capabilities: Sequence[int] = ()) -> str:
+    """File name of an artefact; an engine's names its GPUs.
+
+    Args:
+        kind: of the artefact, as in the manifest.
+        capabilities: compute capabilities of an engine's GPUs, for example 89.
+    """
     if kind in _NAMES:
         return _NAMES[kind]
     runtime, _, precision = kind.rpartition("-")
@@ -68,8 +73,15 @@ def name_of(kind: str, capabilities: Sequence[int] = ()) -> str:
 
 
 def artefact(kind: str, data: bytes, opset: int, engine: Engine | None = None) -> Artefact:
-    """The record of what was built, not yet qualified."""
-    name = name_of(kind, engine.capabilities if engine else ())
+    """The manifest's record of an artefact, not yet qualified.
+
+    Args:
+        kind: of the artefact, as in the manifest.
+        data: its bytes.
+        opset: ONNX opset of the graph, or of the graph from which an engine is built.
+        engine: runtime and GPUs of an engine; None for a graph.
+    """
+    name = file_name(kind, engine.capabilities if engine else ())
     return Artefact(name, kind, hashlib.sha256(data).hexdigest(), len(data), opset, engine)
 
 
@@ -79,8 +91,8 @@ class Builder:
     Args:
         fp32: the graph that all others derive from.
         opset: of it.
-        ranges: of its activations; None where nothing was calibrated.
-        progress: told of long builds.
+        ranges: (low, high) of its activations by tensor; None where nothing was calibrated.
+        progress: called during long builds.
     """
 
     def __init__(self, fp32: bytes, opset: int, ranges: Ranges | None, progress: Progress) -> None:
@@ -89,7 +101,7 @@ class Builder:
         self._timing: bytes | None = None
 
     def build(self, targets: Sequence[Target]) -> Outcome:
-        """Every artefact of the targets, the fp32 graph first; what several targets ask for is made once.
+        """Build every artefact of the targets, the fp32 graph first; one that several targets share is built once.
 
         Raises:
             ReleaseError: 608, a wheel is missing that a target needs; 609, a tensor has no range.
@@ -101,7 +113,7 @@ class Builder:
         broken: set[str] = set()
         for target in targets:
             for kind in target.kinds(calibrated=self._ranges is not None):
-                name = name_of(kind, target.capabilities)
+                name = file_name(kind, target.capabilities)
                 if name in {b.artefact.name for b in built} | {f.name for f in failed}:
                     continue
                 try:
@@ -112,12 +124,12 @@ class Builder:
                     # Without its wheel or a GPU the device builds the engine from the graphs in the bundle.
                     why = f"{error.label} {error.message}"
                     if error.code == 608:
-                        why = f"the device builds it at install, of {name_of(SOURCES[kind])}"
+                        why = f"the device builds it at install, of {file_name(SOURCES[kind])}"
                     else:
                         broken.add(name)
                     failed.append(Dropped(name, kind, why))
             for kind in self._without_ranges(target):
-                name = name_of(kind, target.capabilities)
+                name = file_name(kind, target.capabilities)
                 failed.append(Dropped(name, kind, "there are no activation ranges to quantise by"))
         unmet = tuple(target for target in targets if self._is_unmet(target, broken))
         return Outcome(tuple(built), tuple(failed), unmet)
@@ -126,12 +138,12 @@ class Builder:
         """Whether all that the target is for is broken: its engines where it has some, as graphs only come along."""
         kinds = target.kinds(calibrated=self._ranges is not None)
         sought = [kind for kind in kinds if kind in ENGINE_KINDS] or kinds
-        return bool(sought) and broken.issuperset(name_of(k, target.capabilities) for k in sought)
+        return bool(sought) and broken.issuperset(file_name(k, target.capabilities) for k in sought)
 
     def _without_ranges(self, target: Target) -> list[str]:
-        """Kinds that the target would have asked for, had the sites told their ranges."""
-        asked = set(target.kinds(calibrated=self._ranges is not None))
-        return [kind for kind in target.kinds(calibrated=True) if kind not in asked]
+        """Kinds that the target would include if the sites had reported activation ranges."""
+        included = set(target.kinds(calibrated=self._ranges is not None))
+        return [kind for kind in target.kinds(calibrated=True) if kind not in included]
 
     def graph(self, kind: str) -> bytes:
         """The graph of a kind, made on first use.
@@ -140,7 +152,7 @@ class Builder:
             ReleaseError: 611, the converter fails.
         """
         if kind not in self._graphs:
-            self._progress(name_of(kind), "converting", 0.0)
+            self._progress(file_name(kind), "converting", 0.0)
             self._graphs[kind] = derived(kind, self._graphs[ONNX_FP32], self._ranges)
         return self._graphs[kind]
 
@@ -148,20 +160,18 @@ class Builder:
         if kind not in ENGINE_KINDS:
             data = self.graph(kind)
             return Built(artefact(kind, data, self._opset), data)
-        name = name_of(kind, target.capabilities)
+        name = file_name(kind, target.capabilities)
         runtime = kind.rpartition("-")[0]
         try:
-            made = build_in_child(
+            result = build_in_child(
                 self.graph(SOURCES[kind]),
                 runtime=runtime,
                 capabilities=target.capabilities,
                 timing_cache=self._timing,
                 listener=lambda phase, share: self._progress(name, phase, share),
             )
-        except (
-            ValueError
-        ) as error:  # an open axis beside the batch's, whose sizes nothing here tells
+        except ValueError as error:  # a dynamic axis beside the batch's, of unknown size
             raise ReleaseError(611, f"{name}: {error}") from None
-        self._timing = made.timing_cache or self._timing
-        engine = Engine(runtime, made.version, tuple(made.capabilities))
-        return Built(artefact(kind, made.engine, self._opset, engine), made.engine)
+        self._timing = result.timing_cache or self._timing
+        engine = Engine(runtime, result.version, tuple(result.capabilities))
+        return Built(artefact(kind, result.engine, self._opset, engine), result.engine)

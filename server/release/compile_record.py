@@ -1,4 +1,4 @@
-"""compile.json: what was compiled of which model, what was kept, and what was left out and why."""
+"""compile.json: the record of a compilation, with kept artefacts and those dropped with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Dropped:
         name, kind: as it would have been called.
         reason: in one line.
         bytes: its size; 0 where it was never built.
-        qualification: how it did; None where it was not built.
+        qualification: result of its qualification; None where it was not built.
     """
 
     name: str
@@ -46,28 +46,28 @@ class Dropped:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Dropped:
         """Read what ``to_json`` wrote."""
-        found = value.get("qualification")
+        qualification = value.get("qualification")
         return cls(
             str(value["name"]),
             str(value["kind"]),
             str(value["reason"]),
             whole(value["bytes"]),
-            None if found is None else Qualification.from_json(found),
+            None if qualification is None else Qualification.from_json(qualification),
         )
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What `fedge compile` made.
+    """The record of one `fedge compile`.
 
     Attributes:
         task: name of the task.
         model_sha256: of the safetensors file that was compiled.
-        targets: as they were asked for.
+        targets: as requested.
         fedge: version that compiled.
         device: where the artefacts were qualified.
         kept: artefacts, the fp32 graph first.
-        dropped: those that were asked for and not kept.
+        dropped: those that were requested and not kept.
         failed: targets without any artefact of their own, as building failed.
     """
 
@@ -96,7 +96,7 @@ class Compiled:
 
 
 def load(folder: Path) -> Compiled:
-    """The record in the output of `fedge compile`.
+    """Load the record from the output folder of `fedge compile`.
 
     Raises:
         ReleaseError: 610, there is none, or it does not parse.
@@ -122,10 +122,10 @@ def load(folder: Path) -> Compiled:
 
 
 def content(folder: Path, artefact: Artefact) -> bytes:
-    """The bytes of a kept artefact, held against the record.
+    """Read a kept artefact and check its size and SHA-256 against the record.
 
     Raises:
-        ReleaseError: 610, the file is missing, too large or another.
+        ReleaseError: 610, the file is missing, too large or not the recorded one.
     """
     path = folder / artefact.name
     try:
@@ -140,5 +140,5 @@ def content(folder: Path, artefact: Artefact) -> bytes:
 
 
 def dump(compiled: Compiled) -> bytes:
-    """The record as compile.json holds it."""
+    """The record as bytes of compile.json."""
     return (json.dumps(compiled.to_json(), indent=2, allow_nan=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""The whole of `fedge compile`: export, build, qualify, keep what earns its place, write it all into one folder."""
+"""The steps of `fedge compile`: export, build, qualify, select, and write everything into one folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from fedge.server.release import compile_record, qualification
 from fedge.server.release.artefacts import Builder, Built, Progress
 from fedge.server.release.compile_record import Compiled
-from fedge.server.release.placeholder_manifest import stand_in, statistics_options
+from fedge.server.release.placeholder_manifest import placeholder_manifest, statistics_options
 from fedge.server.report.page.render import write as write_report
 from fedge.server.runs import trained_model
 from fedge.server.runs.trained_model import Trained
@@ -58,10 +58,10 @@ def compile_model(
         out: a folder that must not exist yet, in one that does.
         task: of a checkpoint that lies in no run's directory.
         keep_slower: keep an INT8 graph for CPUs that is no faster on this machine; the device times it again.
-        progress: told of long steps.
+        progress: called during long steps.
 
     Returns:
-        What was made; a target that could not be built is named in its ``failed``, and raises nothing.
+        The record; a target that could not be built is named in its ``failed``, and raises nothing.
 
     Raises:
         UsageError: 102, a task is named for a run.
@@ -79,17 +79,17 @@ def compile_model(
     if not out.absolute().parent.is_dir():
         raise ReleaseError(606, f"{out}: must lie in a folder that exists")
     model = (
-        trained_model.of_run(source)
+        trained_model.from_run(source)
         if source.is_dir()
-        else trained_model.of_checkpoint(source, task)
+        else trained_model.from_checkpoint(source, task)
     )
-    # Here, as what is wrong with a path is told without torch.
+    # Imported late: a wrong path is refused without torch.
     from fedge.shared.compile.onnx_export import export_onnx, opset_of
     from fedge.shared.compile.parity import parity
 
     progress("model.onnx", "exporting", 0.0)
     fp32 = export_onnx(model.network, model.shape)
-    found = parity(model.network, fp32, model.shape)
+    fp32_parity = parity(model.network, fp32, model.shape)
     calibrated = _calibration(model)
     ranges = calibrated.ranges if calibrated else None
     if ranges is None and any(ONNX_INT8 in t.kinds(calibrated=False) for t in targets):
@@ -97,7 +97,7 @@ def compile_model(
             609, f"cpu-int8: must have activation ranges, got none ({_why(calibrated)})"
         )
     outcome = Builder(fp32, opset_of(fp32), ranges, progress).build(targets)
-    artefacts = _qualify(model, found, outcome.built, calibrated, progress)
+    artefacts = _qualify(model, fp32_parity, outcome.built, calibrated, progress)
     kept, dropped = qualification.split(artefacts, keep_slower=keep_slower)
     compiled = Compiled(
         task=model.task.name,
@@ -111,30 +111,32 @@ def compile_model(
     )
     _write(out, compiled, {b.artefact.name: b.data for b in outcome.built})
     if source.is_dir():
-        _tell(source, compiled)
+        _add_to_report(source, compiled)
     return compiled
 
 
-def _tell(run_dir: Path, compiled: Compiled) -> None:
-    """Into the run's report; the artefacts are complete without."""
+def _add_to_report(run_dir: Path, compiled: Compiled) -> None:
+    """Add the record to the run's report; a failure is only logged, as the artefacts are complete without it."""
     try:
         write_atomically(run_dir / compile_record.FILE, compile_record.dump(compiled))
         write_report(run_dir)
     except OSError as error:
-        _log.warning("%s: the report does not tell of it (%s)", run_dir, error.strerror)
+        _log.warning("%s: the report could not be updated (%s)", run_dir, error.strerror)
 
 
 def _calibration(model: Trained) -> Calibration | None:
-    """What the sites said of this very model; of another one it is worth nothing."""
+    """The sites' calibration of this model; None where there is none, or only one of another model."""
     if model.folder is None or not (model.folder / calibration.FILE).is_file():
         return None
-    found = calibration.load(model.folder / calibration.FILE)
-    return found if found.model_sha256 == model.sha256 else None
+    loaded = calibration.load(model.folder / calibration.FILE)
+    return loaded if loaded.model_sha256 == model.sha256 else None
 
 
-def _why(found: Calibration | None) -> str:
+def _why(calibrated: Calibration | None) -> str:
     return (
-        f"{calibration.FILE}: {found.reason}" if found else f"no {calibration.FILE} of this model"
+        f"{calibration.FILE}: {calibrated.reason}"
+        if calibrated
+        else f"no {calibration.FILE} of this model"
     )
 
 
@@ -145,37 +147,37 @@ def _qualify(
     calibrated: Calibration | None,
     progress: Progress,
 ) -> list[Artefact]:
-    """Every artefact with what a child process found of it."""
+    """Every artefact with its qualification, measured in a child process."""
     unproven = Qualification(False, "being qualified")
     listed = [replace(b.artefact, qualification=unproven) for b in built]
     with tempfile.TemporaryDirectory(prefix="fedge-compile-") as temporary:
         folder = Path(temporary)
         key, bundle = folder / "key", folder / "model.fedge"
         new_key(key)
-        manifest = stand_in(model, fp32, tuple(listed))
+        manifest = placeholder_manifest(model, fp32, tuple(listed))
         write_bundle(bundle, manifest, {b.artefact.name: b.data for b in built}, load_private(key))
         options = statistics_options(manifest, folder)
-        found = {}
+        timed = {}
         for number, one in enumerate(built):
             progress(one.artefact.name, "qualifying", number / len(built))
-            found[one.artefact.name] = qualification.bench(
+            timed[one.artefact.name] = qualification.bench(
                 bundle, public_path(key), one.artefact.name, options
             )
         # Those two are compared by their times, which another process may disturb in one pass.
         for one in (b for b in built if b.artefact.kind in (ONNX_FP32, ONNX_INT8)):
             name = one.artefact.name
             again = qualification.bench(bundle, public_path(key), name, options)
-            found[name] = qualification.faster(found[name], again)
+            timed[name] = qualification.faster(timed[name], again)
     return [
         qualification.qualified(
-            one.artefact, found[one.artefact.name], _score(model, one.artefact, calibrated)
+            one.artefact, timed[one.artefact.name], _score(model, one.artefact, calibrated)
         )
         for one in built
     ]
 
 
 def _score(model: Trained, artefact: Artefact, calibrated: Calibration | None) -> Score | None:
-    """The task's first metric as the sites counted it without noise, of these very bytes."""
+    """The task's first metric as the sites measured it, without noise, on exactly these bytes; else None."""
     if calibrated is None:
         return None
     own, metric = calibrated.candidates.get(artefact.kind), model.task.metrics[0].name
@@ -183,18 +185,18 @@ def _score(model: Trained, artefact: Artefact, calibrated: Calibration | None) -
         return None
     reference = own.metrics if artefact.kind == ONNX_FP32 else own.reference
     if metric not in own.metrics or metric not in reference or metric in own.noise:
-        # A difference of two noised figures says nothing about one point.
+        # The difference of two noised figures cannot resolve one point.
         return None
     return Score(metric, own.metrics[metric], reference[metric], own.num_examples)
 
 
 def _device(fp32: Artefact) -> str:
-    found = fp32.qualification
-    return found.latency.device if found and found.latency else ""
+    qualified = fp32.qualification
+    return qualified.latency.device if qualified and qualified.latency else ""
 
 
 def _write(out: Path, compiled: Compiled, contents: Mapping[str, bytes]) -> None:
-    """The folder appears whole or not at all."""
+    """Write the output folder, whole or not at all."""
     aside = out.absolute().with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
     try:
         aside.mkdir()

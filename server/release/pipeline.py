@@ -33,7 +33,7 @@ RELEASE: Final = "release.json"
 
 @dataclass(frozen=True)
 class ReleaseSummary:
-    """What a release made.
+    """The result of a release.
 
     Attributes:
         bundle: name, size and hash of the file.
@@ -89,9 +89,9 @@ def release(
         raise ReleaseError(605, f"{out}: must not exist yet")
     if not out.parent.is_dir():
         raise ReleaseError(606, f"{out}: must lie in a folder that exists")
-    model = trained_model.of_run(run_dir)
+    model = trained_model.from_run(run_dir)
     config = directory.load_config()
-    contributors = _contributors(model.run, secret=is_secret_sample(config.privacy))
+    contributors = _contributors(model.run, sample_is_secret=is_secret_sample(config.privacy))
     manifest, onnx = _prepare(directory, model, contributors)
     manifest = replace(manifest, latency=_timed(manifest, onnx))
     contents = {MODEL: onnx}
@@ -109,7 +109,7 @@ def release(
 
 
 def _compiled(folder: Path, manifest: Manifest) -> tuple[Compiled, dict[str, bytes]]:
-    """What `fedge compile` kept for this very model, and its bytes.
+    """The record of `fedge compile` for this model, and the bytes of its artefacts.
 
     Raises:
         ReleaseError: 610, it is of another model, or was changed.
@@ -123,19 +123,24 @@ def _compiled(folder: Path, manifest: Manifest) -> tuple[Compiled, dict[str, byt
     return compiled, {a.name: compile_record.content(folder, a) for a in compiled.kept}
 
 
-def _contributors(run: dict[str, Any], *, secret: bool = False) -> tuple[str, ...]:
-    """Names of the sites whose update counted in a round at least.
+def _contributors(run: dict[str, Any], *, sample_is_secret: bool = False) -> tuple[str, ...]:
+    """Names of the sites whose update counted in at least one round.
 
     Args:
-        run: of run.json.
-        secret: whose updates counted must not be told, as epsilon rests on that; then all registered sites.
+        run: values of run.json.
+        sample_is_secret: whether epsilon assumes that the sampled sites stay secret; then all registered sites are
+            named.
 
     Raises:
-        RunError: 504, run.json does not tell; 505, there is none.
+        RunError: 504, run.json holds no valid sites; 505, there is none.
     """
     try:
         names = tuple(
-            sorted(s for s, told in run["sites"].items() if secret or int(told["rounds"]) > 0)
+            sorted(
+                name
+                for name, site in run["sites"].items()
+                if sample_is_secret or int(site["rounds"]) > 0
+            )
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(504, f"{trained_model.RUN}: sites cannot be read ({error!r})") from None
@@ -148,7 +153,7 @@ def _prepare(
     directory: RunDirectory, model: Trained, contributors: tuple[str, ...]
 ) -> tuple[Manifest, bytes]:
     """The manifest without latency, and the exported model."""
-    # Here, as what is wrong with a path or a key is told without torch.
+    # Imported late: a wrong path or key is refused without torch.
     from fedge.shared.compile.onnx_export import export_onnx, opset_of
     from fedge.shared.compile.parity import parity
 
@@ -184,7 +189,7 @@ def _prepare(
 
 
 def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
-    """What the run's configuration and the sites' last words say of differential privacy."""
+    """The manifest's privacy statement, from the run's configuration and the sites' last ledger digests."""
     section = directory.load_config().privacy
     if section.mechanism == "off":
         return None
@@ -194,13 +199,13 @@ def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
             last |= json.loads(line).get("privacy_ledgers", {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(504, f"{directory.rounds.name}: cannot be read ({error!r})") from None
-    # A digest comes with an update, so that to have one tells that a site was drawn.
-    told = () if is_secret_sample(section) else sites
+    # A digest comes with an update, so having one reveals that a site was sampled.
+    named = () if is_secret_sample(section) else sites
     return Privacy(
         section.mechanism,
         section.noise_multiplier,
         section.clipping_bound,
-        {site: last[site] for site in told if site in last},
+        {site: last[site] for site in named if site in last},
         section.epsilon,
         section.delta if section.epsilon is not None else None,
         section.unit,
@@ -214,7 +219,7 @@ def _privacy(directory: RunDirectory, sites: tuple[str, ...]) -> Privacy | None:
 
 
 def _metrics(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The last round's metrics, those that could be computed and that noise leaves something of."""
+    """The last round's metrics, without those that could not be computed or lie below the noise floor."""
     try:
         noise = metrics["final"].get("noise")
         return {

@@ -1,4 +1,4 @@
-"""A manifest that lets a device open artefacts before there is a release: it says nothing of where they come from."""
+"""A manifest without provenance, with which a device can open artefacts before there is a release."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from fedge.shared.bundle.manifest_artefacts import Artefact
 from fedge.shared.preprocessing.steps import Standardise
 
 
-def stand_in(model: Trained, parity: Parity, artefacts: tuple[Artefact, ...]) -> Manifest:
-    """A manifest with these artefacts, for a bundle that is signed by a key of the moment and thrown away."""
+def placeholder_manifest(
+    model: Trained, parity: Parity, artefacts: tuple[Artefact, ...]
+) -> Manifest:
+    """A manifest for a temporary bundle that is signed by a temporary key.
+
+    Args:
+        model: whose graphs the artefacts are.
+        parity: of the fp32 graph with the network.
+        artefacts: of the bundle.
+    """
     return Manifest(
         task=model.task.name,
         run="compile",
@@ -35,7 +43,12 @@ def stand_in(model: Trained, parity: Parity, artefacts: tuple[Artefact, ...]) ->
 
 
 def statistics_options(manifest: Manifest, folder: Path) -> list[str]:
-    """Options with statistics of made-up examples, where a site's own belong."""
+    """Command-line options that pass statistics of generated examples, for a model that takes a site's own.
+
+    Args:
+        manifest: of the bundle.
+        folder: takes statistics.json where it is needed.
+    """
     if not manifest.site_statistics:
         return []
     (step,) = (s for s in generated_examples.stand_in(manifest) if isinstance(s, Standardise))

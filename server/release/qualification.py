@@ -1,7 +1,7 @@
-"""Whether an artefact earns its place: opened, compared and timed in a child process, as a device would.
+"""Qualification of artefacts: loaded, compared and timed in a child process, as a device would.
 
 A child that crashes is a result. What this machine cannot execute, such as an engine without its GPU, is kept and
-says so: the device qualifies it at install.
+marked so: the device qualifies it at install.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NOT_FINITE: Final = "FE-709"
 
 @dataclass(frozen=True)
 class Timed:
-    """What `fedge-edge bench` said of an artefact; ``failure`` is in one line where it said nothing."""
+    """The result of `fedge-edge bench` for an artefact; ``failure`` is one line where there is none."""
 
     result: Mapping[str, Any]
     failure: str = ""
@@ -51,8 +51,8 @@ def bench(bundle: Path, trust: Path, name: str, extra: list[str]) -> Timed:
     """Time an artefact of a bundle and compare it with the fp32 graph, in a process of its own.
 
     Args:
-        bundle: that holds it.
-        trust: the key that signed the bundle.
+        bundle: that holds the artefact.
+        trust: public key that verifies the bundle.
         name: of the artefact.
         extra: further options, such as a site's statistics.
     """
@@ -79,14 +79,14 @@ def bench(bundle: Path, trust: Path, name: str, extra: list[str]) -> Timed:
 
 
 def faster(one: Timed, other: Timed) -> Timed:
-    """The one of two passes that something else on the machine disturbed less."""
+    """The faster of two measurements, which other load on the machine disturbed less."""
     if one.failure or other.failure:
         return one if one.failure else other
     return min(one, other, key=lambda timed: float(timed.result["p50_ms"]))
 
 
 def latency_of(timed: Timed) -> Latency:
-    """What the manifest holds of the times."""
+    """The manifest's record of the measured times."""
     result = timed.result
     return Latency(
         float(result["p50_ms"]),
@@ -98,10 +98,16 @@ def latency_of(timed: Timed) -> Latency:
 
 
 def qualified(artefact: Artefact, timed: Timed, score: Score | None) -> Artefact:
-    """The artefact with what was found of it."""
+    """The artefact with its qualification.
+
+    Args:
+        artefact: not yet qualified.
+        timed: its measurement.
+        score: its metric at the sites; None where it was not measured there.
+    """
     if timed.failure:
-        found = Qualification(False, timed.failure, score=score)
-        return replace(artefact, qualification=found)
+        failed = Qualification(False, timed.failure, score=score)
+        return replace(artefact, qualification=failed)
     result = timed.result
     allowed = tolerance(artefact.kind, float(result["largest_logit"]))
     return replace(
@@ -119,11 +125,11 @@ def qualified(artefact: Artefact, timed: Timed, score: Score | None) -> Artefact
 
 
 def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) -> str:
-    """Why an artefact is not kept, in one line; empty where it is.
+    """Why an artefact is dropped, in one line; empty where it is kept.
 
     Args:
         artefact: with its qualification.
-        fp32: the graph that it must be worth more than.
+        fp32: the reference graph that it must improve on.
         keep_slower: whether INT8 for CPUs may be slower here, as the device's CPU is another.
 
     Raises:
@@ -137,8 +143,8 @@ def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) ->
             raise ReleaseError(604, f"{artefact.name}: fedge-edge bench failed ({q.reason})")
         return ""
     if q.score is not None and q.score.value < q.score.reference - METRIC_BUDGET:
-        lost = 100 * (q.score.reference - q.score.value)
-        return f"loses {lost:.1f} points of {q.score.metric}, more than {100 * METRIC_BUDGET:g}"
+        loss = 100 * (q.score.reference - q.score.value)
+        return f"loses {loss:.1f} points of {q.score.metric}, more than {100 * METRIC_BUDGET:g}"
     if artefact.kind in (ONNX_INT8, ONNX_INT8_SYMMETRIC) and q.score is None:
         return "no site counted its metric, or only with noise"
     if not q.executed:
@@ -147,7 +153,7 @@ def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) ->
         # A graph for GPUs may fail here and run there; one for CPUs may not.
         if artefact.kind == ONNX_INT8:
             return f"does not run here: {q.reason}"
-        if artefact.engine is not None and _has_what_it_needs(artefact.engine):
+        if artefact.engine is not None and _runs_here(artefact.engine):
             return f"does not run here: {q.reason}"
         return ""
     if q.max_abs_difference is not None and q.max_abs_difference > (q.tolerance or 0.0):
@@ -157,14 +163,14 @@ def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) ->
     return ""
 
 
-def _has_what_it_needs(engine: Engine) -> bool:
+def _runs_here(engine: Engine) -> bool:
     """Whether this machine has the GPU and the runtime of an engine, so that its failure is the engine's own."""
     here = gpu.capability()
     return here in engine.capabilities and tensorrt.version(engine.runtime) == engine.version
 
 
 def _worth(artefact: Artefact, fp32: Artefact) -> str:
-    """INT8 for CPUs must be faster on the machine that measured."""
+    """Why INT8 for CPUs is not worth keeping: it must be faster than fp32 on this machine."""
     own, other = artefact.qualification, fp32.qualification
     if own is None or other is None or own.latency is None or other.latency is None:
         return "was not timed"
@@ -179,10 +185,10 @@ def _worth(artefact: Artefact, fp32: Artefact) -> str:
 def split(
     artefacts: Sequence[Artefact], *, keep_slower: bool = False
 ) -> tuple[tuple[Artefact, ...], tuple[Dropped, ...]]:
-    """What is kept, and what is not and why.
+    """Split artefacts into those that are kept and those that are dropped, with the reason.
 
     Args:
-        artefacts: with their qualification; the first is the fp32 graph, and an engine stands behind its graph.
+        artefacts: with their qualification; the first is the fp32 graph, and an engine comes after its graph.
         keep_slower: see ``verdict``.
     """
     kept: list[Artefact] = []
@@ -191,7 +197,7 @@ def split(
         reason = verdict(artefact, artefacts[0], keep_slower=keep_slower)
         source = SOURCES.get(artefact.kind)
         if not reason and artefact.engine and source not in {a.kind for a in kept}:
-            # What the sites counted, and what was compared, is the graph that it was built of.
+            # The sites' metric and the comparison are of the graph from which the engine was built.
             why = next((d.reason for d in dropped if d.kind == source), "was not qualified")
             reason = f"its graph is not kept: {why}"
         if reason:

@@ -1,4 +1,4 @@
-"""The arithmetic of a chart: round numbers for its axes, fewer points, labels that keep apart."""
+"""The arithmetic of a chart: round numbers for its axes, thinning of points, spacing of labels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-#: Least distance of two labels' baselines, in px.
+#: Smallest distance of two labels' baselines, in px.
 LABEL_PITCH: Final = 15.0
 
-#: Most points of a line; more would not be seen.
+#: Largest number of points of a line; more would not be visible.
 MAX_POINTS: Final = 400
 
 
@@ -51,17 +51,24 @@ def round_ticks(first: int, last: int, target: int) -> list[int]:
     return ticks
 
 
-def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most ``most`` of the points, evenly chosen, the first and the last always."""
-    if len(points) <= most:
+def thin(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
+    """At most ``max_points`` of the points, evenly chosen, the first and the last always."""
+    if len(points) <= max_points:
         return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+    return [points[round(i * (len(points) - 1) / (max_points - 1))] for i in range(max_points)]
 
 
 def spread(
     positions: Sequence[float], low: float, high: float, pitch: float = LABEL_PITCH
 ) -> list[float]:
-    """Move positions apart until neighbours keep ``pitch``, within [low, high] while there is room; order is kept."""
+    """Move positions apart until neighbours keep a distance; their order is kept.
+
+    Args:
+        positions: in px.
+        low: lower limit of the result, in px, while there is room.
+        high: upper limit.
+        pitch: smallest distance, in px.
+    """
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = [min(max(positions[i], low), high) for i in order]
     for k in range(1, len(placed)):

@@ -31,7 +31,7 @@ class Line:
         label: text at the right end, empty for none; ``short`` replaces it on phones.
         ringed: mark points with rings, which show where another curve lies below.
         marked: mark the points, where they are few.
-        spans: (x, low, high), drawn as error bars.
+        spans: (x, low, high) of the error bars.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Frame:
-    """A drawn pair of axes: where the plot lies in the picture and what it spans."""
+    """A pair of axes: the plot's place in the picture, in px, and the data range that it spans."""
 
     left: float
     top: float
@@ -140,7 +140,7 @@ def line_chart(
     """Curves, by round unless ``x_ticks`` say otherwise, labelled at their right ends.
 
     Args:
-        label: what the picture says, for those who cannot see it.
+        label: description of the picture for screen readers.
         names: of the x axis and of the y axis with its unit.
         lines: drawn in order, the last on top.
         bands: drawn below the lines.
@@ -240,7 +240,7 @@ def column_chart(
     """Stacked columns.
 
     Args:
-        label: what the picture says, for those who cannot see it.
+        label: description of the picture for screen readers.
         names: of the x axis and of the y axis with its unit.
         columns: by ascending x.
         css: class of each part, from below.
@@ -280,7 +280,15 @@ def column_chart(
 def sparkline(
     label: str, values: Sequence[float], low: float, high: float, width: float = 110
 ) -> str:
-    """A line without axes, 22 px high, on a scale that its neighbours share."""
+    """A line without axes, 22 px high.
+
+    Args:
+        label: description for screen readers.
+        values: in order.
+        low: lower end of the vertical axis, the same for neighbouring lines.
+        high: its upper end.
+        width: in px.
+    """
     if not values:
         return ""
     points = thin(list(enumerate(values)), 120)
@@ -307,5 +315,9 @@ def bar(label: str, share: float, mark: float | None = None) -> str:
 
 
 def responsive(draw: Callable[[float, bool], str]) -> str:
-    """The chart twice, drawn for a wide page and for a phone; ``draw`` takes the width and whether it is a phone."""
+    """The chart twice, drawn for a wide page and for a phone.
+
+    Args:
+        draw: takes the width in px and whether it is for a phone, and returns HTML.
+    """
     return f'<div class="wide">{draw(540, False)}</div><div class="narrow">{draw(330, True)}</div>'

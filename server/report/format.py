@@ -118,7 +118,7 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def value_text(value: Any, depth: int = 0) -> str:
-    """A JSON value that the report knows nothing about, as one line of (unescaped) text."""
+    """A JSON value of unknown meaning as one line of (unescaped) text."""
     match value:
         case None | "":
             return MISSING
@@ -157,16 +157,16 @@ def table(
     tall: bool = False,
     labels: Sequence[str] = (),
 ) -> str:
-    """A table in a box of its own that scrolls sideways, first column as row headers.
+    """A table in a container that scrolls sideways, first column as row headers.
 
-    With ``labels`` it scrolls nowhere: on a narrow page each row is a block of its own, and each cell tells what it is.
+    With ``labels`` it scrolls nowhere: on a narrow page each row is a block of its own, and each cell has a label.
 
     Args:
-        caption: text; names the table for those who cannot see it.
+        caption: text; names the table for screen readers.
         head: (text, class) of each column; class ``n`` aligns numbers right.
         rows: HTML of the cells.
         css: further classes of the table.
-        tall: whether the box has a greatest height and scrolls.
+        tall: whether the container has a maximal height and scrolls.
         labels: text of what each column's cells are where there is no head; the first one's is not shown.
     """
     columns = list(head)

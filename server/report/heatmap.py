@@ -11,7 +11,7 @@ from fedge.server.report.format import esc
 
 #: Shades, from black to white.
 SHADES: Final = 32
-#: Most values in a row, and bins of a histogram.
+#: Largest number of values in a row, and number of bins of a histogram.
 WIDTH: Final = 32
 BINS: Final = 32
 #: Side of a value, in px.
@@ -30,10 +30,10 @@ def greys(values: Sequence[float], low: float, high: float) -> list[int]:
 
 def scaled_bins(values: Sequence[float], low: float, high: float) -> list[int]:
     """How many values lie in each of ``BINS`` equal parts of the range."""
-    found = [0] * BINS
+    counts = [0] * BINS
     for value in values:
-        found[_place(value, low, high, BINS)] += 1
-    return found
+        counts[_place(value, low, high, BINS)] += 1
+    return counts
 
 
 def range_text(index: int, parts: int, low: float, high: float) -> str:
@@ -48,8 +48,8 @@ def picture(label: str, shades: Sequence[int]) -> str:
     """The shades in rows, from the top left; one path for each shade keeps the page small.
 
     Args:
-        label: what the picture says, for those who cannot see it.
-        shades: of ``greys``.
+        label: description of the picture for screen readers.
+        shades: as ``greys`` returns them.
     """
     if not shades:
         return ""

@@ -1,4 +1,4 @@
-"""Lenient readers of JSON values: what is of another type than expected counts as absent."""
+"""Lenient parsing of JSON values: a value of an unexpected type counts as missing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def number(value: Any) -> float | None:
 
 def whole(value: Any) -> int | None:
     """The value as an int, or None."""
-    found = number(value)
-    return None if found is None else int(found)
+    parsed = number(value)
+    return None if parsed is None else int(parsed)
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -41,5 +41,5 @@ def text(value: Any) -> str:
 
 def numbers(value: Any) -> dict[str, float]:
     """The finite members of an object."""
-    found = ((name, number(v)) for name, v in mapping(value).items())
-    return {name: v for name, v in found if v is not None}
+    parsed = ((name, number(v)) for name, v in mapping(value).items())
+    return {name: v for name, v in parsed if v is not None}

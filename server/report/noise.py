@@ -10,7 +10,7 @@ from fedge.server.report.format import MISSING, THIN, is_share, metric_name, met
 from fedge.server.report.json_values import mapping, numbers, text
 from fedge.server.report.records import Round, Run
 
-#: Standard deviation beyond which a share between 0 and 1 says nothing; the terminal and the release have the same.
+#: Standard deviation beyond which noise hides a share between 0 and 1; the terminal and the release have the same.
 NOISE_FLOOR: Final = 0.25
 WORDS: Final = "lost in noise"
 #: What the figure after the sign is.
@@ -18,72 +18,88 @@ SIGN: Final = "± is the standard deviation of the noise"
 
 
 class Noise(NamedTuple):
-    """Of an evaluation's figures.
+    """Standard deviations of the noise on an evaluation's figures.
 
     Attributes:
-        unit: what it hides, ``site`` or ``example``; empty where there is none.
-        views: by view, by metric: standard deviation.
-        per_site: by site, by metric.
+        unit: of privacy, ``site`` or ``example``; empty where there is no noise.
+        views: by view (``site_mean``, ``pooled``) and metric.
+        per_site: by site and metric.
     """
 
     unit: str
     views: Mapping[str, Mapping[str, float]]
     per_site: Mapping[str, Mapping[str, float]]
 
-    def of(self, view: str, metric: str) -> float | None:
-        """Standard deviation of a figure about all sites, None where it is exact; ``view`` as in the round's line."""
-        found = self.views.get(view, {}).get(metric)
-        # Noise of which nothing is known hides everything.
-        return math.inf if found is None and self.unit else found
+    def stddev(self, view: str, metric: str) -> float | None:
+        """Standard deviation of the noise on a figure of all sites, None where it is exact.
 
-    def of_site(self, site: str, metric: str) -> float | None:
-        """Likewise of one site's own."""
-        found = self.per_site.get(site, {}).get(metric)
-        return math.inf if found is None and self.unit else found
+        Args:
+            view: ``site_mean`` or ``pooled``, as in the round's line.
+            metric: name of the metric.
+        """
+        stddev = self.views.get(view, {}).get(metric)
+        # Noise of unknown size hides everything.
+        return math.inf if stddev is None and self.unit else stddev
+
+    def site_stddev(self, site: str, metric: str) -> float | None:
+        """Standard deviation of the noise on one site's own figure, None where it is exact."""
+        stddev = self.per_site.get(site, {}).get(metric)
+        return math.inf if stddev is None and self.unit else stddev
 
 
-def parsed(told: Mapping[str, Any]) -> Noise:
-    """What a line's metrics, or metrics.json, say of noise."""
-    views = {view: numbers(told.get(view)) for view in ("site_mean", "pooled")}
-    per_site = {s: numbers(v) for s, v in mapping(told.get("per_site")).items()}
-    return Noise(text(told.get("unit")), views, per_site)
+def parsed(values: Mapping[str, Any]) -> Noise:
+    """The noise record of a line's metrics, or of metrics.json."""
+    views = {view: numbers(values.get(view)) for view in ("site_mean", "pooled")}
+    per_site = {s: numbers(v) for s, v in mapping(values.get("per_site")).items()}
+    return Noise(text(values.get("unit")), views, per_site)
 
 
 def last(run: Run) -> Noise:
-    """That of the evaluation that the report leads with."""
+    """The noise on the evaluation that the report leads with."""
     return parsed(run.noise)
 
 
-def of_round(r: Round) -> Noise:
-    """A round's."""
+def round_noise(r: Round) -> Noise:
+    """The noise on a round's evaluation."""
     return parsed(r.noise)
 
 
-def below_noise_floor(deviation: float | None) -> bool:
-    """Whether a figure says nothing."""
-    return deviation is not None and not deviation <= NOISE_FLOOR
+def below_noise_floor(stddev: float | None) -> bool:
+    """Whether noise of this standard deviation hides a share between 0 and 1; False where there is none."""
+    return stddev is not None and not stddev <= NOISE_FLOOR
 
 
-def spread(metric: str, deviation: float) -> str:
-    """A standard deviation in the metric's unit, rounded up: noise must not read smaller than it is."""
+def spread(metric: str, stddev: float) -> str:
+    """A standard deviation in the metric's unit, rounded up: it must not read smaller than it is.
+
+    Args:
+        metric: name of the metric; shares are in percentage points, without a sign.
+        stddev: in the unit of the metric.
+    """
     if is_share(metric):
-        return f"{math.ceil(1000 * deviation - 1e-9) / 10:.1f}"
-    return f"{math.ceil(1000 * deviation - 1e-9) / 1000:.3f}"
+        return f"{math.ceil(1000 * stddev - 1e-9) / 10:.1f}"
+    return f"{math.ceil(1000 * stddev - 1e-9) / 1000:.3f}"
 
 
-def shown(metric: str, value: float | None, deviation: float | None) -> str:
-    """A metric in its own unit with what the noise may have made of it (text)."""
+def shown(metric: str, value: float | None, stddev: float | None) -> str:
+    """A metric in its own unit with the standard deviation of its noise (text).
+
+    Args:
+        metric: name of the metric.
+        value: None where it was not measured.
+        stddev: None where the value is exact.
+    """
     if value is None:
         return MISSING
-    if deviation is None:
+    if stddev is None:
         return metric_value(metric, value)
-    if below_noise_floor(deviation):
+    if below_noise_floor(stddev):
         return WORDS
-    return f"{metric_value(metric, value)}{THIN}±{THIN}{spread(metric, deviation)}"
+    return f"{metric_value(metric, value)}{THIN}±{THIN}{spread(metric, stddev)}"
 
 
 def sites_alike(run: Run) -> bool:
-    """Whether every site weighs the same in what is said of all of them, so that there is one such figure only."""
+    """Whether every site has the same weight in figures of all sites, so that site mean and pooled are one figure."""
     return last(run).unit == "site"
 
 
@@ -93,28 +109,28 @@ def outcome(run: Run) -> str:
     views = [(run.site_mean, "site_mean", " site mean"), (run.pooled, "pooled", " pooled")]
     if alike:
         views = [(run.pooled, "pooled", "")]
-    found = [(values[lead], noise.of(v, lead), w) for values, v, w in views if lead in values]
-    told = [
+    figures = [(values[lead], noise.stddev(v, lead), w) for values, v, w in views if lead in values]
+    parts = [
         f"{shown(lead, value, sd)}{words}"
-        for value, sd, words in found
+        for value, sd, words in figures
         if not below_noise_floor(sd)
     ]
-    if not told:
-        return f"{metric_name(lead)} {WORDS}" if found else ""
+    if not parts:
+        return f"{metric_name(lead)} {WORDS}" if figures else ""
     sign = f" ({SIGN})" if noise.unit else ""
-    return f"{' and '.join(told)} {metric_name(lead)}{', every site alike' if alike else ''}{sign}"
+    return f"{' and '.join(parts)} {metric_name(lead)}{', every site alike' if alike else ''}{sign}"
 
 
 def over_all(run: Run) -> list[str]:
-    """What was measured over all sites together, where no site's own result is told (text)."""
+    """The pooled result as a sentence (text), where no site's own result is reported."""
     lead, noise = run.lead, last(run)
-    deviation = noise.of("pooled", lead)
+    stddev = noise.stddev("pooled", lead)
     how = ", every site alike" if sites_alike(run) else ""
-    value = shown(lead, run.pooled[lead], deviation)
+    value = shown(lead, run.pooled[lead], stddev)
     value = (
         f"{metric_name(lead)} is {WORDS}"
-        if below_noise_floor(deviation)
+        if below_noise_floor(stddev)
         else f"{metric_name(lead)} of {value}"
     )
-    sign = f" ({SIGN})" if noise.unit and not below_noise_floor(deviation) else ""
+    sign = f" ({SIGN})" if noise.unit and not below_noise_floor(stddev) else ""
     return [f"Measured over all sites' held-out examples together{how}: {value}{sign}."]

@@ -1,4 +1,4 @@
-"""What the report knows of a run, a round and a site."""
+"""Records of a run, a round and a site, as the report shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Site:
-    """A registered site; None for what run.json does not tell. ``rounds``: in how many its update counted."""
+    """A registered site; None for what run.json does not hold.
+
+    Attributes:
+        train_examples, test_examples: as registered.
+        rounds: number of rounds in which its update counted.
+    """
 
     train_examples: int | None = None
     test_examples: int | None = None
@@ -29,11 +34,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Round:
-    """One line of rounds.jsonl. Metrics are finite; those that were not measured are absent.
+    """One line of rounds.jsonl. Metrics are finite; those that were not measured are missing.
 
-    ``secure`` is what it says of a secure sum, as it is, ``central`` of noise that the server added, ``masked_epsilon``
-    of what noise under masks comes to, and ``noise`` of that on the metrics; ``privacy`` what each site says to have
-    spent, infinite where nothing bounds what the server learns.
+    Attributes:
+        secure: the line's record of a secure sum, unparsed.
+        privacy: epsilon that each site reports as spent, by adversary; infinite where nothing bounds what the server
+            learns.
+        central: the line's record of noise that the server added, unparsed.
+        masked_epsilon: epsilon of distributed noise under secure aggregation, unparsed.
+        noise: standard deviations of the noise on the metrics, unparsed.
     """
 
     number: int
@@ -60,11 +69,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Run:
-    """All that the report shows.
+    """All that the report shows of a run.
 
-    ``masked``: the server saw sums alone; ``seen`` is then what it keeps of them to be shown, as it is. ``sweep``: the
-    sweep that the run belongs to, as it is; ``noise`` what is said of that on the last evaluation; ``compiled`` what
-    `fedge compile` made of the model, as it is.
+    Attributes:
+        masked: whether the run used secure aggregation, so that the server saw sums alone.
+        seen: samples of masked and unmasked values that the server keeps for the report, unparsed.
+        sweep: the sweep that the run belongs to, unparsed.
+        noise: standard deviations of the noise on the last evaluation, unparsed.
+        compiled: the record of `fedge compile`, unparsed.
     """
 
     name: str
@@ -109,7 +121,7 @@ class Run:
         """The metric that the report leads with: accuracy where the task has it, loss as the last resort."""
         names = [name for r in self.rounds for name in (*r.site_mean, *r.pooled)]
         names = [*self.site_mean, *self.pooled, *names]
-        for wanted in ("accuracy", "balanced-accuracy", "auc", "auroc"):
-            if wanted in names:
-                return wanted
+        for preferred in ("accuracy", "balanced-accuracy", "auc", "auroc"):
+            if preferred in names:
+                return preferred
         return next((name for name in names if name != "loss"), "loss" if names else "accuracy")

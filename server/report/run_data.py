@@ -1,4 +1,4 @@
-"""A run directory read into plain values for the report: bounded, finite, and lenient about what is missing.
+"""A run directory read into plain values for the report: bounded, finite, and lenient about missing data.
 
 A run that is still going, or that was killed while a line was being written, reads like any other; what cannot
 be read is named in ``notes`` rather than stopping the report.
@@ -18,20 +18,20 @@ from fedge.server.report.json_values import mapping, number, numbers, sequence, 
 from fedge.server.report.records import Refusal, Round, Run, Site
 from fedge.shared.errors import ConfigError
 
-#: Greatest size of rounds.jsonl and of any other file that is read, in bytes.
+#: Largest size of rounds.jsonl and of any other file that is read, in bytes.
 MAX_ROUNDS_BYTES: Final = 256 * 2**20
 MAX_FILE_BYTES: Final = 16 * 2**20
 
 
 def _epsilons(value: Any) -> dict[str, float]:
-    """What a site tells, by reader; null stands for infinity, and only the server's can be that."""
+    """Epsilon that a site reports, by adversary; null stands for infinity, which only the server's may be."""
     unbounded = "server" in mapping(value) and value["server"] is None
     return numbers(value) | ({"server": math.inf} if unbounded else {})
 
 
 def _total(parts: list[float | None]) -> float | None:
-    known = [p for p in parts if p is not None]
-    return sum(known) if known else None
+    measured = [p for p in parts if p is not None]
+    return sum(measured) if measured else None
 
 
 def _read(path: Path, limit: int, notes: list[str]) -> str:
@@ -64,13 +64,13 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any]:
 
 
 def _refusals(line: Mapping[str, Any], key: str, round_number: int) -> tuple[Refusal, ...]:
-    found = []
+    refusals = []
     for item in map(mapping, sequence(line.get(key))):
         reason = text(item.get("reason"))
         if key == "dropped":
             metric = text(item.get("metric"))
             reason = f"{metric}: {reason}" if metric and reason else metric or reason
-        found.append(
+        refusals.append(
             Refusal(
                 round=round_number,
                 site=text(item.get("site")),
@@ -81,7 +81,7 @@ def _refusals(line: Mapping[str, Any], key: str, round_number: int) -> tuple[Ref
                 reason=reason,
             )
         )
-    return tuple(found)
+    return tuple(refusals)
 
 
 def parse_round(line: Mapping[str, Any]) -> Round | None:
@@ -116,7 +116,7 @@ def parse_round(line: Mapping[str, Any]) -> Round | None:
 
 def _read_rounds(path: Path, notes: list[str]) -> tuple[Round, ...]:
     """Every round once, in order; the last line of a round counts, and a line that does not parse is skipped."""
-    found: dict[int, Round] = {}
+    rounds: dict[int, Round] = {}
     lines = _read(path, MAX_ROUNDS_BYTES, notes).splitlines()
     for index, line in enumerate(lines):
         if not line.strip():
@@ -126,14 +126,14 @@ def _read_rounds(path: Path, notes: list[str]) -> tuple[Round, ...]:
         except (ValueError, RecursionError):
             parsed = None
         if parsed is not None:
-            found[parsed.number] = parsed
+            rounds[parsed.number] = parsed
         elif index < len(lines) - 1:  # the last may still be in the writing
             notes.append(f"{path.name}, line {index + 1} does not parse and is left out.")
-    return tuple(found[n] for n in sorted(found))
+    return tuple(rounds[n] for n in sorted(rounds))
 
 
-def _masks(config: str) -> bool:
-    """Whether a configuration asks for sums under masks."""
+def _uses_secure_aggregation(config: str) -> bool:
+    """Whether a configuration enables secure aggregation."""
     try:
         section = mapping(tomllib.loads(config).get("secure-aggregation"))
     except tomllib.TOMLDecodeError:
@@ -161,7 +161,7 @@ def read(run_dir: Path) -> Run:
             final = {"round": last.number, "per_site": last.per_site, "site_mean": last.site_mean}
             final |= {"pooled": last.pooled, "noise": last.noise}
     config = _read(run_dir / "config.toml", MAX_FILE_BYTES, notes)
-    masked = _masks(config) or any(r.secure for r in rounds)
+    masked = _uses_secure_aggregation(config) or any(r.secure for r in rounds)
     sites = {
         name: Site(
             *(whole(mapping(v).get(k)) for k in ("train_examples", "test_examples", "rounds"))
@@ -175,7 +175,7 @@ def read(run_dir: Path) -> Run:
             sites.setdefault(name, Site())
     moved = mapping(totals.get("bytes"))
     done = max((r.number for r in rounds), default=0)
-    found = number(totals.get("seconds"))
+    seconds = number(totals.get("seconds"))
     sent, received = number(moved.get("sent")), number(moved.get("received"))
     return Run(
         name=text(head.get("run")) or run_dir.name,
@@ -196,7 +196,7 @@ def read(run_dir: Path) -> Run:
         per_site={s: numbers(v) for s, v in mapping(final.get("per_site")).items()},
         site_mean=numbers(final.get("site_mean")),
         pooled=numbers(final.get("pooled")),
-        seconds=found if found is not None else _total([r.seconds for r in rounds]),
+        seconds=seconds if seconds is not None else _total([r.seconds for r in rounds]),
         sent=sent if sent is not None else _total([r.sent for r in rounds]),
         received=received if received is not None else _total([r.received for r in rounds]),
         config=config,

@@ -1,4 +1,4 @@
-"""What rounds.jsonl says of secure sums, as plain values for the report."""
+"""The secure sums of rounds.jsonl, as plain values for the report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import Any, Final
 from fedge.server.report.json_values import mapping, sequence, text, whole
 from fedge.server.report.records import Round, Run
 
-#: What the server calls the exchanges.
+#: Names of the exchanges, as the server records them.
 EXCHANGES: Final = ("begin", "share", "masked", "commit", "unmask")
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A site that dropped out of an attempt at the sum of the updates, or of an evaluation."""
+class Dropout:
+    """A site that dropped out of an attempt at a secure sum.
+
+    Attributes:
+        kind: of the sum, ``update`` or ``evaluation``.
+        exchange: at which it dropped out, one of ``EXCHANGES``.
+    """
 
     round: int
-    what: str
+    kind: str
     attempt: int
     site: str
     exchange: str
@@ -29,39 +34,39 @@ class Loss:
 
 @dataclass(frozen=True)
 class Sum:
-    """What a round's line says of its secure sums.
+    """The secure sums of a round.
 
     Attributes:
-        groups: sites whose vectors were opened, by group.
-        attempts: that were made at the updates; 0 where too few sites were there to try.
-        threshold: sites that had to stay, of the first group; None where no sum was opened.
+        groups: sites in each group's unmasked sum of updates.
+        attempts: at the sum of the updates; 0 where too few sites were connected.
+        threshold: smallest number of sites that must not drop out, of the first group; None where no sum was unmasked.
         counts: ``clipped`` and ``capped`` sites, ``saturated`` values.
-        lost: who dropped out of the sum of the updates.
-        evaluated: sites in the evaluation's sum; 0 where it was not opened, None where there was no evaluation.
-        evaluation_reason: why it was not opened.
-        evaluation_lost: who dropped out of it.
+        dropouts: sites that dropped out of the sum of the updates.
+        evaluated: sites in the evaluation's sum; 0 where it was not unmasked, None where there was no evaluation.
+        evaluation_reason: why it was not unmasked.
+        evaluation_dropouts: sites that dropped out of it.
     """
 
     groups: tuple[tuple[str, ...], ...]
     attempts: int
     threshold: int | None
     counts: Mapping[str, int]
-    lost: tuple[Loss, ...]
+    dropouts: tuple[Dropout, ...]
     evaluated: int | None
     evaluation_reason: str
-    evaluation_lost: tuple[Loss, ...]
+    evaluation_dropouts: tuple[Dropout, ...]
 
     def answered(self) -> dict[str, int]:
-        """How many sites answered each exchange of the attempt that was opened, after who was asked."""
-        opened = set(chain.from_iterable(self.groups))
-        # Groups may be opened in different attempts; one sum is opened in the last.
-        counted = [x for x in self.lost if len(self.groups) > 1 or x.attempt == self.attempts]
-        last = {loss.site: loss for loss in counted}
-        out = Counter(loss.exchange for site, loss in last.items() if site not in opened)
+        """Number of sites that answered each exchange of the attempt that was unmasked, after the number asked."""
+        unmasked = set(chain.from_iterable(self.groups))
+        # Groups may be unmasked in different attempts; a single sum is unmasked in the last.
+        counted = [x for x in self.dropouts if len(self.groups) > 1 or x.attempt == self.attempts]
+        last = {dropout.site: dropout for dropout in counted}
+        out = Counter(dropout.exchange for site, dropout in last.items() if site not in unmasked)
         late = Counter(
-            x.exchange for x in self.lost if x.site in opened and x.attempt == self.attempts
+            x.exchange for x in self.dropouts if x.site in unmasked and x.attempt == self.attempts
         )
-        there = len(opened)
+        there = len(unmasked)
         return {
             "asked": there + out["begin"] + out["share"] + out["masked"],
             "begin": there + out["share"] + out["masked"],
@@ -72,20 +77,20 @@ class Sum:
         }
 
 
-def _losses(r: Round, found: Any, what: str) -> tuple[Loss, ...]:
+def _dropouts(r: Round, entries: Any, kind: str) -> tuple[Dropout, ...]:
     return tuple(
-        Loss(
+        Dropout(
             r.number,
-            what,
+            kind,
             whole(x.get("attempt")) or 1,
             *(text(x.get(key)) for key in ("site", "exchange", "reason")),
         )
-        for x in map(mapping, sequence(found))
+        for x in map(mapping, sequence(entries))
     )
 
 
-def sum_of(r: Round) -> Sum | None:
-    """A round's secure sums; None where it had none."""
+def secure_sum(r: Round) -> Sum | None:
+    """The secure sums of a round; None where it had none."""
     if not r.secure:
         return None
     groups = (sequence(group) for group in sequence(r.secure.get("groups")))
@@ -95,14 +100,14 @@ def sum_of(r: Round) -> Sum | None:
         whole(r.secure.get("attempts")) or 0,
         whole(r.secure.get("threshold")),
         {name: whole(r.secure.get(name)) or 0 for name in ("clipped", "capped", "saturated")},
-        _losses(r, r.secure.get("lost"), "update"),
+        _dropouts(r, r.secure.get("lost"), "update"),
         (whole(evaluation.get("sites")) or 0) if evaluation else None,
         text(evaluation.get("reason")),
-        _losses(r, evaluation.get("lost"), "evaluation"),
+        _dropouts(r, evaluation.get("lost"), "evaluation"),
     )
 
 
 def sums(run: Run) -> list[tuple[Round, Sum]]:
-    """The rounds that tried a secure sum."""
-    found = ((r, sum_of(r)) for r in run.rounds)
-    return [(r, s) for r, s in found if s is not None]
+    """The rounds that attempted a secure sum."""
+    parsed = ((r, secure_sum(r)) for r in run.rounds)
+    return [(r, s) for r, s in parsed if s is not None]

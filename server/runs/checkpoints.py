@@ -1,4 +1,4 @@
-"""A round's checkpoint: the global model and the strategy's memory, in one safetensors file."""
+"""A round's checkpoint: the global model and the strategy's state, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task
 
 _ARRAYS, _MEMORY = "arrays/", "memory/"
-#: The newest is what counts; the one before it is kept against a disk that lies about a flush.
-KEPT = 2
+#: Checkpoints that are kept: the newest counts, the one before it guards against a disk that lies about a flush.
+CHECKPOINTS_KEPT = 2
 
 
 def initial_arrays(task: Task, seed: int) -> NDArrays:
-    """The task's network as drawn from ``seed``, whatever was drawn before."""
+    """The task's initial weights, a function of ``seed`` alone.
+
+    Args:
+        task: the task whose network is initialised.
+        seed: of torch's generator; its global state is left as it was.
+
+    Returns:
+        Arrays by the names of the network's state dict, in its order.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -34,7 +42,14 @@ def initial_arrays(task: Task, seed: int) -> NDArrays:
 
 
 def write(folder: Path, server_round: int, arrays: NDArrays, memory: NDArrays) -> Commit:
-    """Write the round's file; it counts only when the journal has committed what this returns."""
+    """Write a round's checkpoint; it counts only when the journal has committed the returned record.
+
+    Args:
+        folder: of the checkpoints; made where missing.
+        server_round: number of the round, 0 for the initial model.
+        arrays: the global model.
+        memory: state of the strategy.
+    """
     folder.mkdir(exist_ok=True)
     data = encode(
         {_ARRAYS + k: a for k, a in arrays.items()} | {_MEMORY + k: a for k, a in memory.items()}
@@ -45,7 +60,12 @@ def write(folder: Path, server_round: int, arrays: NDArrays, memory: NDArrays) -
 
 
 def load(folder: Path, commit: Commit, order: list[str]) -> tuple[NDArrays, NDArrays]:
-    """The arrays, in the model's order, and the strategy's memory.
+    """Load a checkpoint: the model's arrays, in the order of ``order``, and the strategy's state.
+
+    Args:
+        folder: of the checkpoints.
+        commit: as the journal has it; names the file and its SHA-256.
+        order: names of the model's arrays.
 
     Raises:
         RunError: 504, the file is missing or not the one that was committed, or is of another network.
@@ -57,17 +77,24 @@ def load(folder: Path, commit: Commit, order: list[str]) -> tuple[NDArrays, NDAr
     return {name: stored[_ARRAYS + name] for name in order}, memory
 
 
-def prune(folder: Path, newest: int, kept: int = KEPT) -> None:
-    """Remove what is older than the last commits, two unless ``kept`` says otherwise, and what was never committed."""
-    keep = {f"round-{n:06d}.safetensors" for n in range(max(newest - kept + 1, 0), newest + 1)}
+def prune(folder: Path, newest: int, keep: int = CHECKPOINTS_KEPT) -> None:
+    """Remove all checkpoints but those of the last ``keep`` committed rounds.
+
+    Args:
+        folder: of the checkpoints.
+        newest: number of the last committed round.
+        keep: how many checkpoints to keep.
+    """
+    names = {f"round-{n:06d}.safetensors" for n in range(max(newest - keep + 1, 0), newest + 1)}
     for path in folder.iterdir():
-        if path.name not in keep:
+        if path.name not in names:
             path.unlink()
 
 
-def checkpoints_kept(section: PrivacySection, rounds: int, done: int) -> int:
-    """How many checkpoints to keep after a round.
+def checkpoints_to_keep(section: PrivacySection, rounds: int, done: int) -> int:
+    """How many checkpoints to keep after round ``done`` of ``rounds``.
 
-    After the last one only its own, which holds no past noise: with that, the model's could be taken off.
+    With noise of the server's only the last one is kept at the end of a run: an earlier one holds past noise, which
+    could be subtracted from the model.
     """
-    return 1 if section.mechanism in CENTRAL and done == rounds else KEPT
+    return 1 if section.mechanism in CENTRAL and done == rounds else CHECKPOINTS_KEPT

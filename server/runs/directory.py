@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from fedge.server.runs.journal import Journal
 from fedge.shared.config import reader
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, RunError
-from fedge.shared.files import write_atomically
+from fedge.shared.files import take_lock, write_atomically
 
 # Locks that this process holds: flock would refuse a second descriptor of the same process too.
 _held: set[Path] = set()
@@ -55,24 +54,21 @@ class RunDirectory:
         if key in _held:
             yield
             return
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    208, f"{self.path}: must be free, got a lock of another process"
-                ) from None
+            lock = take_lock(self.path / "lock", mode=0o644)
+        except BlockingIOError:
+            raise ConfigError(
+                208, f"{self.path}: must be free, got a lock of another process"
+            ) from None
+        with lock:
             _held.add(key)
             try:
                 yield
             finally:
                 _held.discard(key)
-        finally:
-            os.close(descriptor)
 
     def says_finished(self) -> bool:
-        """Whether run.json says so; the journal alone knows."""
+        """Whether run.json states that the run is finished; only the journal is authoritative."""
         try:
             state = json.loads(self.run.read_text(encoding="utf-8"))["state"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -108,11 +104,11 @@ State: TypeAlias = Literal["none", "unfinished", "stopped", "finished"]
 
 
 def state_of(path: Path) -> State:
-    """How far the run in a directory is, without opening it for writing; damaged files never raise.
+    """The state of the run in a directory, without opening it for writing; damaged files never raise.
 
     Returns:
         ``none``: there is no run. ``finished``: its results are complete. ``stopped``: an error of fedge ended it,
-        and somebody must mend the cause. ``unfinished``: it goes on, or was killed, and can simply be continued.
+        and its cause must be fixed first. ``unfinished``: it is running, or was killed, and can simply be continued.
     """
     directory = RunDirectory(path)
     try:
@@ -126,20 +122,29 @@ def state_of(path: Path) -> State:
 
 
 def _journal_says_finished(journal: Path) -> bool:
-    """A kill may have come between run.json and the journal's last word; an unreadable one will be told of later."""
+    """Whether the journal has the run finished; a kill may have come between run.json and its last transaction.
+
+    An unreadable journal counts as unfinished: opening it for the run reports the error.
+    """
     try:
-        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)) as opened:
-            row = opened.execute("SELECT finished FROM run").fetchone()
+        with closing(
+            sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)
+        ) as database:
+            row = database.execute("SELECT finished FROM run").fetchone()
     except sqlite3.Error:
         return False
     return row is not None and row[0] is not None
 
 
 def require_free(path: Path, *, resume: bool) -> list[str]:
-    """Refuse a directory that no run may begin in, at a glance and without making anything.
+    """Refuse a directory in which no run may begin; nothing is created.
+
+    Args:
+        path: the run directory.
+        resume: whether it may hold a run already.
 
     Returns:
-        What it holds already, by name, the lock aside; nothing unless ``resume``.
+        Names of its entries, the lock file aside; none unless ``resume``.
 
     Raises:
         ConfigError: 206, not empty and not resumed; 209, a file; 210, cannot be read.
@@ -147,14 +152,16 @@ def require_free(path: Path, *, resume: bool) -> list[str]:
     try:
         if path.exists() and not path.is_dir():
             raise ConfigError(209, f"{path}: must be a directory, got a file")
-        found = sorted(p.name for p in path.iterdir() if p.name != "lock") if path.exists() else []
+        entries = (
+            sorted(p.name for p in path.iterdir() if p.name != "lock") if path.exists() else []
+        )
     except OSError as error:
         raise _cannot_be_made(path, error) from None
-    if found and not resume:
+    if entries and not resume:
         raise ConfigError(
-            206, f"{path}: must be empty, got {len(found)} entries such as {found[0]}"
+            206, f"{path}: must be empty, got {len(entries)} entries such as {entries[0]}"
         )
-    return found
+    return entries
 
 
 def _cannot_be_made(path: Path, error: OSError) -> ConfigError:
@@ -188,12 +195,12 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
         raise ConfigError(210, f"{path}: must be writable, got a directory that is not")
     with directory.lock():
         if not directory.config.is_file():
-            # A kill may have come before the first file was complete: then nothing was lost and we start.
+            # A kill may have come before the first file was complete: nothing was lost, and the run starts.
             strays = [name for name in foreign if name != ".config.toml.tmp"]
             if strays:
                 raise ConfigError(209, f"{path}: must be a run directory or empty, got {strays[0]}")
             write_atomically(directory.config, reader.dump(config).encode())
-        finished, rounds = _come_so_far(directory)
+        finished, rounds = _progress(directory)
         begun = directory.load_config()
         if begun != config and rounds:
             raise ConfigError(
@@ -201,18 +208,18 @@ def prepare(path: Path, config: Config, *, resume: bool) -> tuple[RunDirectory, 
                 f"{path}: must be the same configuration, got another {_difference(begun, config)}",
             )
         if begun != config:
-            # No round was committed, so nothing is lost: a mistake before the first round is simply mended.
+            # No round was committed, so nothing is lost: a mistake before the first round may simply be corrected.
             _clear(directory)
             write_atomically(directory.config, reader.dump(config).encode())
         directory.stopped.unlink(missing_ok=True)
         return directory, finished
 
 
-def _come_so_far(directory: RunDirectory) -> tuple[bool, int]:
+def _progress(directory: RunDirectory) -> tuple[bool, int]:
     """Whether the run is finished, and its committed rounds.
 
     Raises:
-        RunError: 504, the journal is damaged, or gone while run.json speaks of a run.
+        RunError: 504, the journal is damaged, or missing although run.json names a run.
     """
     row, last = None, None
     if directory.journal.is_file():
@@ -227,7 +234,7 @@ def _come_so_far(directory: RunDirectory) -> tuple[bool, int]:
 
 
 def _clear(directory: RunDirectory) -> None:
-    """Remove what a run without a committed round has left; run.json first, as it vouches for the journal."""
+    """Remove what a run without a committed round has left; run.json first, as it requires the journal to be there."""
     for name in (
         "run.json",
         "report.html",

@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 #: The file's name in a run directory.
 NAME: Final = "events.jsonl"
-#: Bytes beyond which the file begins anew.
+#: Bytes beyond which the file is started over.
 MAX_BYTES: Final = 5 * 2**20
 #: The longest line that is written or read, in bytes; what is longer is left out.
 MAX_LINE: Final = 256 * 2**10
 _CHUNK: Final = 2**20
-#: Bytes by which a file is told from another, a time with its microseconds among them.
+#: Leading bytes that identify a file; they include a time with its microseconds.
 _BEGINNING: Final = 64
 _PAUSE: Final = 0.2
 
@@ -33,13 +33,13 @@ Fields = dict[str, Any]
 
 
 class EventLog:
-    """A listener that writes what it hears.
+    """A listener that appends every event to a file, one JSON object a line.
 
-    A file that cannot be written is told of once; the run goes on.
+    A file that cannot be written is logged once; the run goes on.
 
     Args:
-        path: the file; appended to, and begun anew beyond ``limit`` bytes.
-        limit: bytes.
+        path: the file; appended to, and started over beyond ``limit`` bytes.
+        limit: largest size of the file, in bytes.
     """
 
     def __init__(self, path: Path, limit: int = MAX_BYTES) -> None:
@@ -48,23 +48,23 @@ class EventLog:
         self._broken = False
 
     def start(self, total_rounds: int, done: int = 0) -> None:
-        """Write it down."""
+        """Append the event."""
         self._write("start", total=total_rounds, done=done)
 
     def site(self, server_round: int, site: str, done: int, total: int) -> None:
-        """Write it down."""
+        """Append the event."""
         self._write("site", round=server_round, site=site, done=done, total=total)
 
     def round(self, line: Fields) -> None:
-        """Write it down."""
+        """Append the event."""
         self._write("round", line=line)
 
     def sent(self, server_round: int, done: int, total: int, nbytes: int) -> None:
-        """Write it down."""
+        """Append the event."""
         self._write("sent", round=server_round, done=done, total=total, bytes=nbytes)
 
     def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
-        """Write it down, and into the log."""
+        """Append the event, and log it."""
         _log.info(
             "round %d: %s, waiting for %d sites since %.0f s",
             server_round,
@@ -80,13 +80,13 @@ class EventLog:
             seconds=round(seconds, 3),
         )
 
-    def lost(self, server_round: int, site: str, seconds: float) -> None:
-        """Write it down, and into the log."""
+    def disconnected(self, server_round: int, site: str, seconds: float) -> None:
+        """Append the event, and log it."""
         _log.warning("round %d: %s is not connected any more", server_round, site)
         self._write("lost", round=server_round, site=site, seconds=round(seconds, 3))
 
-    def back(self, server_round: int, site: str, seconds: float) -> None:
-        """Write it down, and into the log."""
+    def reconnected(self, server_round: int, site: str, seconds: float) -> None:
+        """Append the event, and log it."""
         _log.info("round %d: %s is back after %.0f s", server_round, site, seconds)
         self._write("back", round=server_round, site=site, seconds=round(seconds, 3))
 
@@ -106,8 +106,13 @@ class EventLog:
             self._broken = True
 
 
-def tell(event: object, listener: Listener) -> None:
-    """Tell a listener what one parsed line of the file says; a line that says nothing known is left out."""
+def dispatch(event: object, listener: Listener) -> None:
+    """Call the listener's method for one event.
+
+    Args:
+        event: one parsed line of the file, untrusted; an unknown or malformed event is ignored.
+        listener: to be called.
+    """
     if not isinstance(event, dict):
         return
     try:
@@ -135,9 +140,13 @@ def tell(event: object, listener: Listener) -> None:
                     int(event["round"]), str(event["phase"]), sites, float(event["seconds"])
                 )
             case "lost":
-                listener.lost(int(event["round"]), str(event["site"]), float(event["seconds"]))
+                listener.disconnected(
+                    int(event["round"]), str(event["site"]), float(event["seconds"])
+                )
             case "back":
-                listener.back(int(event["round"]), str(event["site"]), float(event["seconds"]))
+                listener.reconnected(
+                    int(event["round"]), str(event["site"]), float(event["seconds"])
+                )
             case _:
                 pass
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -145,7 +154,7 @@ def tell(event: object, listener: Listener) -> None:
 
 
 class _Reader:
-    """The complete lines of a file that grows, is begun anew, or is not there yet."""
+    """The complete lines of a file that grows, is started over, or does not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -155,7 +164,7 @@ class _Reader:
     def lines(self) -> Iterator[bytes]:
         try:
             with self._path.open("rb") as file:
-                self._begin_anew_if_other(file)
+                self._restart_if_replaced(file)
                 file.seek(self._offset)
                 data = file.read(_CHUNK)
                 self._offset += len(data)
@@ -166,7 +175,7 @@ class _Reader:
             self._rest = b""
         yield from whole
 
-    def _begin_anew_if_other(self, file: IO[bytes]) -> None:
+    def _restart_if_replaced(self, file: IO[bytes]) -> None:
         # Each line holds its time, so another beginning is another file, even where it has outgrown the old one.
         first, status = file.read(_BEGINNING), os.fstat(file.fileno())
         same = status.st_ino == self._inode and status.st_size >= self._offset
@@ -181,26 +190,26 @@ def follow(
     stop: Callable[[], bool],
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Tell a listener every event of a file, from its beginning and as it grows.
+    """Pass every event of a file to a listener, from its beginning and as it grows.
 
     Args:
-        path: of the file; it need not be there yet, and may be begun anew.
-        listener: told.
-        stop: asked after all there is was told; then this returns where it says so.
-        sleep: pauses between two looks.
+        path: of the file; it need not exist yet, and may be started over.
+        listener: gets the events.
+        stop: whether to return once all events that are in the file have been passed on.
+        sleep: pauses between two reads, in seconds.
     """
-    reader = _Reader(path)
+    file = _Reader(path)
     while True:
         last = stop()
-        found = False
-        for line in reader.lines():
-            found = True
+        progressed = False
+        for line in file.lines():
+            progressed = True
             try:
                 event = json.loads(line) if len(line) <= MAX_LINE else None
             except (ValueError, RecursionError):
                 continue
-            tell(event, listener)
-        if found:
+            dispatch(event, listener)
+        if progressed:
             continue
         if last:
             return

@@ -1,4 +1,4 @@
-"""The write-ahead journal of a run: SQLite in WAL mode, the one truth about what was committed.
+"""The write-ahead journal of a run: SQLite in WAL mode, the only authority on what was committed.
 
 A round is committed by one transaction that names its checkpoint and the checkpoint's SHA-256; files written before
 it are worthless until then, files derived from it (rounds.jsonl, metrics.json) can be made again.
@@ -34,7 +34,13 @@ CREATE TABLE IF NOT EXISTS round (
 
 @dataclass(frozen=True)
 class Commit:
-    """A committed round; round 0 is the initial model and has no line."""
+    """A committed round; round 0 is the initial model and has no line.
+
+    Attributes:
+        number: of the round.
+        checkpoint: file name in the folder of checkpoints.
+        checkpoint_sha256: of that file, hexadecimal.
+    """
 
     number: int
     checkpoint: str
@@ -43,7 +49,15 @@ class Commit:
 
 @dataclass(frozen=True)
 class RunRow:
-    """The run: fedge's id, which outlives Flower's, and its times in UTC."""
+    """The run.
+
+    Attributes:
+        id: fedge's, which stays the same when Flower's changes.
+        config: text of the resolved configuration, TOML.
+        started: time in UTC.
+        finished: time in UTC; None while it runs.
+        preprocessing: fitted steps as JSON values; None before they are fitted.
+    """
 
     id: str
     config: str
@@ -86,7 +100,13 @@ class Journal:
             raise RunError(504, f"{self._path.name}: must hold JSON, got {error}") from None
 
     def begin_run(self, run_id: str, config: str, started: str) -> None:
-        """Write down the run, once."""
+        """Record the run, once.
+
+        Args:
+            run_id: fedge's id.
+            config: text of the resolved configuration, TOML.
+            started: time in UTC, as ``results.now`` writes it.
+        """
         self._query(
             "INSERT INTO run (id, config, started) VALUES (?, ?, ?)", run_id, config, started
         )
@@ -106,27 +126,27 @@ class Journal:
         )
 
     def begin_flower_run(self, flower_run_id: int, started: str) -> None:
-        """Write down that one of Flower's runs now carries this run."""
+        """Record that one of Flower's runs now executes this run."""
         self._query("INSERT INTO flower_run VALUES (?, ?)", str(flower_run_id), started)
 
     def flower_runs(self) -> list[str]:
-        """Ids of the Flower runs that carried this run, in order."""
+        """Ids of the Flower runs that executed this run, in order."""
         return [
             row[0] for row in self._query("SELECT flower_run_id FROM flower_run ORDER BY rowid")
         ]
 
     def run_preprocessing_missing(self) -> bool:
-        """Whether ``fix_preprocessing`` was not called yet."""
+        """Whether no fitted preprocessing has been recorded yet."""
         return bool(self._query("SELECT 1 FROM run WHERE preprocessing IS NULL"))
 
     def fix_preprocessing(self, steps: list[dict[str, Any]]) -> None:
-        """Write down the fitted preprocessing; it never changes within a run."""
+        """Record the fitted preprocessing; it never changes within a run."""
         self._query(
             "UPDATE run SET preprocessing = ? WHERE preprocessing IS NULL", json.dumps(steps)
         )
 
     def add_site(self, name: str, train_examples: int, test_examples: int) -> None:
-        """Write down what a site registered with; the first word counts."""
+        """Record the numbers of examples that a site registered with; only its first registration counts."""
         self._query(
             "INSERT OR IGNORE INTO site VALUES (?, ?, ?)", name, train_examples, test_examples
         )
@@ -139,11 +159,16 @@ class Journal:
         }
 
     def order(self) -> list[str]:
-        """Every registered site in the order in which they were first written down, which never changes."""
+        """Every registered site in the order of first registration, which never changes."""
         return [row[0] for row in self._query("SELECT name FROM site ORDER BY rowid")]
 
     def commit(self, commit: Commit, line: Line) -> None:
-        """Commit a round: from here on it counts."""
+        """Commit a round.
+
+        Args:
+            commit: names the round's checkpoint.
+            line: the round's line of rounds.jsonl.
+        """
         self._query(
             "INSERT INTO round VALUES (?, ?, ?, ?)",
             commit.number,
@@ -153,19 +178,25 @@ class Journal:
         )
 
     def amend(self, number: int, line: Line) -> None:
-        """Complete the line of a committed round by what was measured afterwards."""
+        """Replace the line of a committed round, completed by later measurements."""
         self._query(
             "UPDATE round SET line = ? WHERE number = ?", json.dumps(line, allow_nan=False), number
         )
 
     def calibrate(self, text: str, number: int, line: Line) -> None:
-        """Write down calibration.json, and what it adds to the line of the last round, together."""
+        """Record calibration.json and the amended line of the last round, in one transaction.
+
+        Args:
+            text: of calibration.json.
+            number: of the round.
+            line: the round's line, complete.
+        """
         self._rewrite(
             "DELETE FROM calibration", "INSERT INTO calibration VALUES (?)", text, number, line
         )
 
     def keep_ranges(self, text: str, number: int, line: Line) -> None:
-        """Write down what of calibration.json is known after its first exchange, likewise."""
+        """Record the part of calibration.json that its first exchange gives; arguments as ``calibrate``."""
         self._rewrite("DELETE FROM ranges", "INSERT INTO ranges VALUES (?)", text, number, line)
 
     def _rewrite(self, delete: str, insert: str, text: str, number: int, line: Line) -> None:
@@ -180,12 +211,12 @@ class Journal:
         self._query("COMMIT")
 
     def ranges(self) -> str | None:
-        """What was known of calibration.json after its first exchange; None where it was not written down."""
+        """The part of calibration.json that its first exchange gave; None where none was recorded."""
         rows = self._query("SELECT text FROM ranges")
         return None if not rows else str(rows[0][0])
 
     def calibration(self) -> str | None:
-        """calibration.json as it was written down; None where it was not."""
+        """The text of calibration.json; None where none was recorded."""
         rows = self._query("SELECT text FROM calibration")
         return None if not rows else str(rows[0][0])
 
@@ -204,5 +235,5 @@ class Journal:
         ]
 
     def finish(self, finished: str) -> None:
-        """Write down that the run is complete and its files are written."""
+        """Record that the run is complete and its files are written."""
         self._query("UPDATE run SET finished = ?", finished)

@@ -1,4 +1,4 @@
-"""Who wants to see a run's progress says so here; the loop tells, and never waits for the answer."""
+"""Observers of a run's progress: the round loop notifies the listener of its context, and never waits for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class Listener(Protocol):
-    """What the round loop tells."""
+    """Events of the round loop."""
 
     def start(self, total_rounds: int, done: int = 0) -> None:
         """A run of ``total_rounds`` begins, or goes on after ``done`` of them."""
@@ -24,46 +24,46 @@ class Listener(Protocol):
         """Requests are out, ``done`` of ``total`` in this exchange, ``nbytes`` in all so far."""
 
     def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
-        """Nothing has come for a while; told every 15 s or more often.
+        """No reply has come for a while; called every 15 s or more often.
 
         Args:
             server_round: 0 before the first.
             phase: ``connect``, ``register``, ``train``, ``evaluate``, ``calibrate``, ``qualify``, or ``superlink``
                 while that does not answer.
-            sites: that are waited for; none where it is not known who will come.
+            sites: whose replies are missing; none where it is not known which sites will connect.
             seconds: since this phase began.
         """
 
-    def lost(self, server_round: int, site: str, seconds: float) -> None:
-        """A site is no longer connected, ``seconds`` after it was asked; told once."""
+    def disconnected(self, server_round: int, site: str, seconds: float) -> None:
+        """A site has disconnected, ``seconds`` after its request was sent; called once."""
 
-    def back(self, server_round: int, site: str, seconds: float) -> None:
-        """A lost site is connected again after ``seconds``."""
+    def reconnected(self, server_round: int, site: str, seconds: float) -> None:
+        """A disconnected site is connected again after ``seconds``."""
 
 
-class Silent:
-    """The listener of a run that nobody watches; the base of one that wants to hear of a few things only."""
+class NullListener:
+    """A listener that ignores every event; base class of those that handle only some."""
 
     def start(self, total_rounds: int, done: int = 0) -> None:
-        """Say nothing."""
+        """Ignore the event."""
 
     def site(self, server_round: int, site: str, done: int, total: int) -> None:
-        """Say nothing."""
+        """Ignore the event."""
 
     def round(self, line: dict[str, Any]) -> None:
-        """Say nothing."""
+        """Ignore the event."""
 
     def sent(self, server_round: int, done: int, total: int, nbytes: int) -> None:
-        """Say nothing."""
+        """Ignore the event."""
 
     def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
-        """Say nothing."""
+        """Ignore the event."""
 
-    def lost(self, server_round: int, site: str, seconds: float) -> None:
-        """Say nothing."""
+    def disconnected(self, server_round: int, site: str, seconds: float) -> None:
+        """Ignore the event."""
 
-    def back(self, server_round: int, site: str, seconds: float) -> None:
-        """Say nothing."""
+    def reconnected(self, server_round: int, site: str, seconds: float) -> None:
+        """Ignore the event."""
 
 
 _listener: ContextVar[Listener | None] = ContextVar("fedge_progress", default=None)
@@ -76,7 +76,7 @@ def current() -> Listener | None:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Make ``listener`` the one that is told, within the block."""
+    """Make ``listener`` the listener of this context, within the block."""
     token = _listener.set(listener)
     try:
         yield

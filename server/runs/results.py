@@ -30,7 +30,7 @@ def now() -> str:
 
 
 def begin(journal: Journal, directory: RunDirectory) -> RunRow:
-    """The journal's run, made with a new id where there is none."""
+    """The journal's run; recorded with a new id where there is none."""
     if journal.run() is None:
         stamp = datetime.now(UTC).strftime("%Y%m%d")
         journal.begin_run(
@@ -59,19 +59,19 @@ def write_run(
     finished: str | None = None,
     model_sha256: str | None = None,
 ) -> None:
-    """Write run.json: what the run is, who takes part, how far it has come.
+    """Write run.json: the run's identity, its sites and its progress.
 
     Args:
         directory: of the run.
         journal: of the run.
         config: of the run.
-        counted: by site, the rounds in which its update counted.
-        finished: when, in UTC; None while it runs.
+        counted: number of rounds in which each site's update counted, by site.
+        finished: time of its end in UTC; None while it runs.
         model_sha256: of model.safetensors, once it is written.
     """
     row, last = begun(journal), journal.last()
-    # Under masks no site says how much it holds, and the journal has 0 there; under local noise it has 1.
-    known = not config.secure_aggregation.enabled and config.privacy.mechanism != "local"
+    # Under secure aggregation the sites do not report their sizes, and the journal has 0; under local noise it has 1.
+    sizes_known = not config.secure_aggregation.enabled and config.privacy.mechanism != "local"
     directory.write_json(
         directory.run,
         {
@@ -83,8 +83,8 @@ def write_run(
             "rounds_done": 0 if last is None else last.number,
             "sites": {
                 s: {
-                    "train_examples": a if known else None,
-                    "test_examples": b if known else None,
+                    "train_examples": a if sizes_known else None,
+                    "test_examples": b if sizes_known else None,
                     "rounds": counted.get(s, 0),
                 }
                 for s, (a, b) in journal.sites().items()
@@ -101,14 +101,20 @@ def write_run(
 
 
 def rounds_counted(lines: list[dict[str, Any]]) -> Counter[str]:
-    """By site, the rounds in which its update counted."""
+    """The number of rounds in which each site's update counted."""
     return Counter(
         site for line in lines if line["outcome"] == "committed" for site in line["trained"]
     )
 
 
 def results(run_id: str, config: Config, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """metrics.json: the last evaluation, and totals over all rounds."""
+    """The content of metrics.json: the last evaluation, and totals over all rounds.
+
+    Args:
+        run_id: fedge's id of the run.
+        config: of the run.
+        lines: of rounds.jsonl.
+    """
     evaluated = [line for line in lines if "per_site" in line["metrics"]]
     final: dict[str, Any] = {"round": 0, "per_site": {}, "site_mean": {}, "pooled": {}}
     if evaluated:
@@ -134,23 +140,29 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
 
     Every file is replaced as a whole, and the declaration comes last: a kill in between repeats this function.
 
+    Args:
+        directory: of the run.
+        journal: of the run.
+        config: of the run.
+        arrays: the final model.
+
     Raises:
-        RunError: 503, no round has made a model, so there is none to hand out.
+        RunError: 503, no round has made a model.
     """
     lines = journal.lines()
     counted = rounds_counted(lines)
-    # With noise of the server's a round may be made of noise alone.
+    # With noise of the server's a committed round may consist of noise alone.
     if not any(line["outcome"] == "committed" for line in lines):
         raise RunError(
-            503, "run: must make a model in one round at least, got none; see rounds.jsonl"
+            503, "run: must make a model in at least one round, got none; see rounds.jsonl"
         )
     data = encode(arrays)
     write_atomically(directory.model, data)
     row = begun(journal)
     directory.write_lines(lines)
     directory.write_json(directory.metrics, results(row.id, config, lines))
-    if (told := journal.calibration()) is not None:
-        write_atomically(directory.calibration, told.encode())
+    if (calibrated := journal.calibration()) is not None:
+        write_atomically(directory.calibration, calibrated.encode())
     finished = now()
     write_run(directory, journal, config, counted, finished, hashlib.sha256(data).hexdigest())
     write_report(directory.path)
@@ -158,9 +170,13 @@ def complete(directory: RunDirectory, journal: Journal, config: Config, arrays: 
 
 
 def stop(directory: RunDirectory, error: FedgeError) -> None:
-    """Write stopped.json, which tells a run that must not be continued by itself from one that was killed.
+    """Write stopped.json, which marks a run that must not be continued automatically, unlike one that was killed.
 
-    It comes on top of an error that is being told, so its own failure is only logged.
+    It is called while an error is being reported, so its own failure is only logged.
+
+    Args:
+        directory: of the run.
+        error: why the run must not be continued.
     """
     if not directory.config.is_file():
         return
@@ -176,7 +192,7 @@ def stop(directory: RunDirectory, error: FedgeError) -> None:
 def report_so_far(directory: RunDirectory) -> None:
     """Write the report of a run that stops early, if it has come as far as a run.json.
 
-    It comes on top of an error that is being told, so its own failure is only logged.
+    It is called while an error is being reported, so its own failure is only logged.
     """
     if not directory.run.is_file():
         return
@@ -187,7 +203,7 @@ def report_so_far(directory: RunDirectory) -> None:
 
 
 def restore(directory: RunDirectory) -> None:
-    """Hold a finished run's files against its journal; write again those that can be made from it.
+    """Compare a finished run's files with its journal, and write again those that can be derived from it.
 
     Raises:
         RunError: 504, the model is missing or is not the one that the last round made.
@@ -202,8 +218,8 @@ def restore(directory: RunDirectory) -> None:
         raise RunError(
             504, f"{directory.model.name}: must be what the last round made, got another"
         )
-    told = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    if not _holds(directory.rounds, told):
+    rounds = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    if not _holds(directory.rounds, rounds):
         directory.write_lines(lines)
     metrics = results(row.id, directory.load_config(), lines)
     if not _holds(directory.metrics, json.dumps(metrics, indent=2, allow_nan=False) + "\n"):

@@ -1,4 +1,4 @@
-"""A trained network as it lies on disk: that of a finished run, or of a checkpoint."""
+"""A trained network read from disk: that of a finished run, or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 JSON_LIMIT: Final = 64 * 2**20
 RUN: Final = "run.json"
-#: In a checkpoint the weights stand beside the strategy's memory.
+#: In a checkpoint the weights stand beside the strategy's state.
 _ARRAYS: Final = "arrays/"
 #: What to do where it is not a run's file that is damaged.
 _SOURCE: Final = "Give a finished run's directory, or a safetensors file in one."
 _ALONE: Final = "Name with --task the task that these weights were trained for."
 _IN_RUN: Final = (
-    "Give a checkpoint of this run; other weights belong elsewhere, with the --task they are of."
+    "Give a checkpoint of this run; move other weights elsewhere, and name their task with --task."
 )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with its weights, and all that leads from a raw example to it.
+    """A network with its weights and its preprocessing.
 
     Attributes:
-        task: that was learnt.
+        task: for which it was trained.
         network: in evaluation mode, on the CPU.
         steps: preprocessing, fitted.
-        shape: of one example as the network takes it.
-        sha256: of the weights as model.safetensors holds them, wherever they were read.
+        shape: of one example at the network's input, without the batch axis.
+        sha256: of the weights as model.safetensors holds them, also where they were read from a checkpoint.
         run: run.json's values; empty for a checkpoint of no run.
         folder: the run's directory; None for a checkpoint of no run.
     """
@@ -57,8 +57,8 @@ class Trained:
     folder: Path | None
 
 
-def of_run(run_dir: Path) -> Trained:
-    """The model of a finished run.
+def from_run(run_dir: Path) -> Trained:
+    """Load the model of a finished run.
 
     Raises:
         ConfigError: 209, not a run directory.
@@ -75,17 +75,17 @@ def of_run(run_dir: Path) -> Trained:
     return _trained(str(run.get("task")), weights, run, run_dir)
 
 
-def of_checkpoint(path: Path, task: str | None = None) -> Trained:
-    """The network of a safetensors file: a run's model, one of its checkpoints, or weights by the task's names.
+def from_checkpoint(path: Path, task: str | None = None) -> Trained:
+    """Load the network of a safetensors file: a run's model, one of its checkpoints, or bare weights.
 
     Args:
-        path: the file; where it lies in a run's directory, that run says what it is of.
+        path: the file; where it lies in a run's directory, that run names the task.
         task: name of the task, for a file that lies elsewhere.
 
     Raises:
         ConfigError: 209, no run is beside it and no task is named.
         UsageError: 102, the run beside it is of another task.
-        DataError: 304, the task is not known.
+        DataError: 304, unknown task.
         RunError: 504, the file is damaged or not of the task's network, or the task standardises by statistics
             that the run alone knows.
     """
@@ -112,7 +112,7 @@ def of_checkpoint(path: Path, task: str | None = None) -> Trained:
 def _trained(
     name: str, weights: NDArrays, run: dict[str, Any], folder: Path | None, *, remedy: str = ""
 ) -> Trained:
-    """``remedy`` is for weights that are not the task's."""
+    """Check the weights against the task; ``remedy`` is for weights of another network."""
     task = get_task(name)
     network = _network(task, weights, remedy=remedy)
     try:
@@ -134,12 +134,20 @@ def _trained(
 def _weights(path: Path, sha256: str | None) -> NDArrays:
     """The weights of a safetensors file, without a checkpoint's other arrays."""
     loaded = tensors.read(path, sha256)
-    of_checkpoint = {n: a for n, a in loaded.items() if n.startswith(_ARRAYS)}
-    return {n.removeprefix(_ARRAYS): a for n, a in of_checkpoint.items()} or loaded
+    checkpoint_arrays = {n: a for n, a in loaded.items() if n.startswith(_ARRAYS)}
+    return {n.removeprefix(_ARRAYS): a for n, a in checkpoint_arrays.items()} or loaded
 
 
 def load_network(path: Path, task: Task, sha256: str) -> nn.Module:
-    """The task's network with the weights of a safetensors file.
+    """Load the weights of a safetensors file into the task's network.
+
+    Args:
+        path: the file.
+        task: whose network is built.
+        sha256: expected SHA-256 of the file, hexadecimal.
+
+    Returns:
+        The network in evaluation mode, on the CPU.
 
     Raises:
         RunError: 504, the file is damaged, or not that of the task's network.
@@ -148,19 +156,19 @@ def load_network(path: Path, task: Task, sha256: str) -> nn.Module:
 
 
 def _network(task: Task, weights: NDArrays, *, remedy: str = "") -> nn.Module:
-    # Here, as a directory that is none is refused without.
+    # Imported late: a directory that is no run is refused without torch.
     import torch
 
     with torch.random.fork_rng(devices=[]):
         network = task.network()
     expected = {name: (tuple(t.shape), t.numpy().dtype) for name, t in network.state_dict().items()}
-    found = {name: (a.shape, a.dtype) for name, a in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    given = {name: (a.shape, a.dtype) for name, a in weights.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
             raise RunError(
                 504,
                 f"weights: {name} must be {_tensor(expected.get(name))} for {task.name}, "
-                f"got {_tensor(found.get(name))}",
+                f"got {_tensor(given.get(name))}",
                 remedy=remedy,
             )
     network.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in weights.items()})
@@ -168,7 +176,7 @@ def _network(task: Task, weights: NDArrays, *, remedy: str = "") -> nn.Module:
 
 
 def read(path: Path) -> bytes:
-    """A small file of a run.
+    """Read a small file of a run.
 
     Raises:
         RunError: 504, it cannot be read.
@@ -180,10 +188,10 @@ def read(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run.
+    """Read a JSON object of a run.
 
     Raises:
-        RunError: 504, it cannot be read, or is something else.
+        RunError: 504, it cannot be read, or is no JSON object.
     """
     try:
         value = json.loads(read(path))

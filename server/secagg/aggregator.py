@@ -134,14 +134,14 @@ class SecureSums:
             control: SCAFFOLD's changes of the control variates are summed too.
 
         """
-        of = self._layout(control=control)
+        layout = self._layout(control=control)
         groups = self._groups(server_round, asked)
-        outcome = self._run(server_round, "train", of, groups, compose)
+        outcome = self._run(server_round, "train", layout, groups, compose)
         sums: list[Summed] = []
         facts = _facts(outcome)
         for opened in outcome.opened:
             try:
-                made, counted = self._mean(of, opened, current)
+                made, counted = self._mean(layout, opened, current)
             except RunError as error:
                 outcome.failed.append(f"{', '.join(opened.sites[:_NAMED])}: {error}")
                 continue
@@ -160,7 +160,7 @@ class SecureSums:
             _log.warning("round %d: goes on without a group (%s)", server_round, words)
         self._warn(server_round, facts)
         result = sums[0] if len(groups) == 1 else Groups(tuple(sums))
-        return Trained(result, outcome, facts, None, _seen(of, outcome, sums[0], current))
+        return Trained(result, outcome, facts, None, _seen(layout, outcome, sums[0], current))
 
     def _layout(self, *, control: bool) -> Layout:
         if self._private == "distributed":
@@ -171,12 +171,12 @@ class SecureSums:
         )
 
     def _mean(
-        self, of: Layout, opened: UnmaskedSum, current: NDArrays
+        self, layout: Layout, opened: UnmaskedSum, current: NDArrays
     ) -> tuple[Summed, Mapping[str, float]]:
         if self._private == "distributed":
-            return decoding.noised_mean(of, opened, current), {}
+            return decoding.noised_mean(layout, opened, current), {}
         found, counted = decoding.mean_weights(
-            of, opened, self._bounds, current, self._config.admission
+            layout, opened, self._bounds, current, self._config.admission
         )
         # Under DP-SGD the sites tell no loss, so that its sum is 0.
         return (found if self._private == "off" else replace(found, loss_total=None)), counted
@@ -215,11 +215,11 @@ class SecureSums:
         """
         counters = counters or Counters("evaluate", self._task.counter_names, self.noised_counts())
         names, noised = counters.summed, counters.noised
-        of = vector_layout.of_evaluation(names, noised=noised is not None)
-        outcome = self._run(server_round, counters.purpose, of, [asked], compose)
+        layout = vector_layout.of_evaluation(names, noised=noised is not None)
+        outcome = self._run(server_round, counters.purpose, layout, [asked], compose)
         for opened in outcome.opened:
             try:
-                counted = decoding.counted(of, opened)
+                counted = decoding.counted(layout, opened)
             except RunError as error:
                 outcome.failed.append(str(error))
                 continue
@@ -251,7 +251,7 @@ class SecureSums:
             RunError: 510, the sum could not be opened, or is of no examples.
         """
         bounds = column_bounds(self._task)
-        of = vector_layout.of_statistics(len(bounds))
+        layout = vector_layout.of_statistics(len(bounds))
 
         def compose(members: list[Member], secure: ConfigRecord) -> list[Message]:
             address = requests.address(self._talk.run_id, 0, self._task.name, len(members))
@@ -263,10 +263,10 @@ class SecureSums:
             deadline = self._config.round.deadline
             return [requests.message(content, m, messages.STATISTICS, 0, deadline) for m in members]
 
-        outcome = self._run(0, "statistics", of, [asked], compose)
+        outcome = self._run(0, "statistics", layout, [asked], compose)
         if not outcome.opened:
             raise RunError(_FAILED, f"statistics: must be summed, got {'; '.join(outcome.failed)}")
-        counted = decoding.counted(of, outcome.opened[0])
+        counted = decoding.counted(layout, outcome.opened[0])
         if not counted[vector_layout.EXAMPLES]:
             raise RunError(_FAILED, "statistics: must be of 1 example or more, got none")
         units = np.array([bound.unit for bound in bounds])
@@ -289,14 +289,14 @@ class SecureSums:
         self,
         server_round: int,
         purpose: transcript.Purpose,
-        of: Layout,
+        layout: Layout,
         groups: Sequence[list[Member]],
         compose: Compose,
     ) -> Outcome:
         def begin(members: list[Member], number: int) -> list[Message]:
             return compose(members, self._record(number))
 
-        return self._sum.run(SumRequest(purpose, server_round, of.length, begin), groups)
+        return self._sum.run(SumRequest(purpose, server_round, layout.length, begin), groups)
 
     def _record(self, number: int) -> ConfigRecord:
         least = {messages.MIN_SITES: self._config.secure_aggregation.min_sites}
@@ -334,7 +334,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _seen(
-    of: Layout, outcome: Outcome, opened: Summed, current: NDArrays
+    layout: Layout, outcome: Outcome, opened: Summed, current: NDArrays
 ) -> dict[str, list[float]]:
-    update = decoding.sample(of, opened, current)
+    update = decoding.sample(layout, opened, current)
     return {"masked": [float(v) for v in outcome.sample[: len(update)]], "opened": update}

@@ -22,7 +22,7 @@ from fedge.server.secagg.attempt import STEPS, GroupAttempt, lost_at
 from fedge.server.secagg.group import Group, LostError
 from fedge.server.secagg.outcome import NAMES, SAMPLE, Outcome, SumRequest, UnmaskedSum
 from fedge.server.secagg.recovery import RecoveryStore
-from fedge.server.transport.exchange import Exchange, absence
+from fedge.server.transport.exchange import Exchange, no_reply_reason
 from fedge.shared import protocol
 from fedge.shared.failpoints import reach
 from fedge.shared.secagg import messages, request_digest, transcript
@@ -168,7 +168,7 @@ class SecureSum:
         def take(site: str, content: RecordDict) -> None:
             values = messages.values_of(content)
             raw = messages.data(values, messages.BUNDLE, 256, 1)
-            (bundle,) = transcript.unpack_bundles(raw)
+            (bundle,) = transcript.unpack_advertisements(raw)
             if bundle.site != site:
                 raise ValueError(f"bundle: must be of {site}, got {bundle.site}")
             bundles[site] = bundle
@@ -209,14 +209,14 @@ class SecureSum:
         """One exchange with all groups that are still in it."""
         members: list[Member] = []
         asked: list[Message] = []
-        of: dict[str, GroupAttempt] = {}
+        by_site: dict[str, GroupAttempt] = {}
         for trial in trials:
             if trial.group is None:
                 continue
             left = trial.left(kind)
             for member in (m for m in trial.members if m.site in left):
                 members.append(member)
-                of[member.site] = trial
+                by_site[member.site] = trial
                 asked.append(
                     self._message(kind, trial.group, told(trial.group, member.site), member)
                 )
@@ -227,13 +227,13 @@ class SecureSum:
         )
 
         def take(site: str, content: RecordDict) -> None:
-            group = of[site].group
+            group = by_site[site].group
             values = content.get(messages.SECURE)
             if isinstance(values, ConfigRecord) and messages.BLAMED in values:
                 peer = str(values.get(messages.BLAMED))
-                of[site].blames.setdefault(peer, set()).add(site)
+                by_site[site].blames.setdefault(peer, set()).add(site)
                 if values.get(messages.CODE) == _UNVOUCHED:
-                    of[site].unvouched.add(peer)
+                    by_site[site].unvouched.add(peer)
                 why = f"finds fault with {printable(peer)}, {_code(values)}"
                 raise _FaultFoundError(why, values.get(messages.CODE))
             if group is not None:
@@ -242,7 +242,7 @@ class SecureSum:
                     outcome.sample = heard[:SAMPLE].tolist()
 
         self._hear(result, members, NAMES[kind], outcome, take)
-        for trial in {id(t): t for t in of.values()}.values():
+        for trial in {id(t): t for t in by_site.values()}.values():
             if trial.group is not None and kind == messages.MASKED:
                 for site, why in trial.group.add_masked().items():
                     self._lose(outcome, site, NAMES[kind], why, 411)
@@ -268,12 +268,12 @@ class SecureSum:
         """Exchange 4, and the sums."""
         asked: list[Message] = []
         whom: list[Member] = []
-        of: dict[str, Group] = {}
+        by_site: dict[str, Group] = {}
         for group in groups:
             for site in group.survivors:
                 if site in members:
                     whom.append(members[site])
-                    of[site] = group
+                    by_site[site] = group
                     asked.append(
                         self._message(messages.UNMASK, group, group.unmask_values(), members[site])
                     )
@@ -282,7 +282,7 @@ class SecureSum:
         )
 
         def take(site: str, content: RecordDict) -> None:
-            of[site].take_unmask(site, messages.values_of(content))
+            by_site[site].take_unmask(site, messages.values_of(content))
 
         self._hear(result, whom, NAMES[messages.UNMASK], outcome, take)
         for group in groups:
@@ -324,7 +324,7 @@ class SecureSum:
         for member in asked:
             reply = result.replies.get(member.node_id)
             if reply is None:
-                why, code, how = absence(result, member.node_id, deadline), 409, "absent"
+                why, code, how = no_reply_reason(result, member.node_id, deadline), 409, "absent"
                 if member.node_id in result.late:
                     why, code, how = f"reply after the deadline of {deadline:g} s", 408, "late"
                 self._lose(outcome, member.site, exchange, why, code, how)

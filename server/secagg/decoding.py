@@ -25,7 +25,7 @@ _CHUNK: Final = 2**16
 _DOT: Final = 2**13
 
 
-def counted(of: Layout, opened: UnmaskedSum) -> dict[str, float]:
+def counted(layout: Layout, opened: UnmaskedSum) -> dict[str, float]:
     """The exact counters of a sum.
 
     Raises:
@@ -33,7 +33,9 @@ def counted(of: Layout, opened: UnmaskedSum) -> dict[str, float]:
     """
     sites = len(opened.sites)
     try:
-        found = exact_counters.decode_counters(opened.total[of.values :], of.counters, sites)
+        found = exact_counters.decode_counters(
+            opened.total[layout.values :], layout.counters, sites
+        )
     except ValueError:
         raise _out_of_range("counters") from None
     if found[vector_layout.SITES] != sites:
@@ -42,12 +44,12 @@ def counted(of: Layout, opened: UnmaskedSum) -> dict[str, float]:
 
 
 def mean_weights(
-    of: Layout, opened: UnmaskedSum, bounds: Bounds, current: NDArrays, policy: AdmissionSection
+    layout: Layout, opened: UnmaskedSum, bounds: Bounds, current: NDArrays, policy: AdmissionSection
 ) -> tuple[Summed, Mapping[str, float]]:
     """A sum of weighted updates as the weighted mean of the sites' weights.
 
     Args:
-        of: layout of a training sum.
+        layout: of a training sum.
         opened: the sum. Its memory becomes the mean's: it can be read once.
         bounds: that the sites kept.
         current: the round's weights. What is not aggregated stays as it is here.
@@ -59,16 +61,16 @@ def mean_weights(
     Raises:
         RunError: 511, it is not a sum of what sites may send; 510, of no examples.
     """
-    counters = counted(of, opened)
+    counters = counted(layout, opened)
     examples, sites = int(counters[vector_layout.EXAMPLES]), len(opened.sites)
     if examples < 1:
         raise RunError(_FAILED, "examples: must be at least 1 over all sites, got none")
     if examples > sites * bounds.weight_cap:
         raise _out_of_range("examples")
     weight = examples / bounds.weight_cap
-    mean, norm = _moved(of, opened, weight, current)
-    steps = sites / fixed_point.scale(of.segments[0].bound, opened.sharers)
-    if not norm <= bounds.clipping_bound * _SLACK + steps / weight * of.segments[0].size ** 0.5:
+    mean, norm = _moved(layout, opened, weight, current)
+    steps = sites / fixed_point.scale(layout.segments[0].bound, opened.sharers)
+    if not norm <= bounds.clipping_bound * _SLACK + steps / weight * layout.segments[0].size ** 0.5:
         raise _out_of_range("update")
     if not norm <= policy.max_update_norm:
         raise _beyond("update", norm, "admission.max-update-norm", policy.max_update_norm)
@@ -80,7 +82,7 @@ def mean_weights(
     return Summed(opened.sites, ordered, examples, counters[vector_layout.LOSS]), counters
 
 
-def noised_mean(of: Layout, opened: UnmaskedSum, current: NDArrays) -> Summed:
+def noised_mean(layout: Layout, opened: UnmaskedSum, current: NDArrays) -> Summed:
     """The mean of a sum with distributed noise, over sites that weigh the same.
 
     Nothing is held against a bound: the noise is part of the mean, and only the sites know what is under it.
@@ -88,17 +90,17 @@ def noised_mean(of: Layout, opened: UnmaskedSum, current: NDArrays) -> Summed:
     Raises:
         RunError: 511, the number of sites is not that of the vectors.
     """
-    counted(of, opened)
+    counted(layout, opened)
     sites = len(opened.sites)
-    mean, _ = _moved(of, opened, sites, current)
+    mean, _ = _moved(layout, opened, sites, current)
     ordered = {name: mean.pop(name, a) for name, a in current.items()}
     return Summed(opened.sites, ordered, sites, None)
 
 
-def sample(of: Layout, opened: Summed, current: NDArrays) -> list[float]:
+def sample(layout: Layout, opened: Summed, current: NDArrays) -> list[float]:
     """The first values of the mean update."""
     found: list[float] = []
-    for tensor in of.tensors[: _updated(of)]:
+    for tensor in layout.tensors[: _updated(layout)]:
         if len(found) >= SAMPLE:
             break
         pair = (opened.mean[tensor.name], current[tensor.name])
@@ -108,20 +110,20 @@ def sample(of: Layout, opened: Summed, current: NDArrays) -> list[float]:
 
 
 def _moved(
-    of: Layout, opened: UnmaskedSum, weight: float, current: NDArrays
+    layout: Layout, opened: UnmaskedSum, weight: float, current: NDArrays
 ) -> tuple[NDArrays, float]:
     """Each tensor moved by its mean change, and the L2 norm of the parameters' change.
 
     One pass over memory, and in the sum's own where a value is as wide: the first touch of new memory takes longer
     than all the rest.
     """
-    found = {t.name: _room(t, opened.total, current) for t in of.tensors}
-    flat = [found[t.name].reshape(-1) for t in of.tensors]
+    found = {t.name: _room(t, opened.total, current) for t in layout.tensors}
+    flat = [found[t.name].reshape(-1) for t in layout.tensors]
     # SCAFFOLD's changes are no difference to anything.
-    old = [np.ravel(current[t.name]) if t.name in current else None for t in of.tensors]
-    segments = _segments(of)
-    squares, updated = 0.0, _updated(of)
-    for i, t in enumerate(of.tensors):
+    old = [np.ravel(current[t.name]) if t.name in current else None for t in layout.tensors]
+    segments = _segments(layout)
+    squares, updated = 0.0, _updated(layout)
+    for i, t in enumerate(layout.tensors):
         # What is neither is decoded in float64, and rounded once.
         dtype = np.dtype(np.float32 if flat[i].dtype == np.float32 else np.float64)
         kept = old[i]
@@ -158,27 +160,28 @@ def _room(tensor: Placed, total: NDArray[np.uint32], current: NDArrays) -> NDArr
     return np.empty(tensor.shape, np.float64 if a is None else a.dtype)
 
 
-def _updated(of: Layout) -> int:
+def _updated(layout: Layout) -> int:
     """How many tensors are parameters: they come first, in one segment."""
-    return sum(t.start < of.segments[0].size for t in of.tensors)
+    return sum(t.start < layout.segments[0].size for t in layout.tensors)
 
 
-def _segments(of: Layout) -> list[fixed_point.Segment]:
+def _segments(layout: Layout) -> list[fixed_point.Segment]:
     """The segment of each tensor."""
-    ends = np.cumsum([segment.size for segment in of.segments])
-    found = np.searchsorted(ends, [t.start for t in of.tensors], "right")
+    ends = np.cumsum([segment.size for segment in layout.segments])
+    found = np.searchsorted(ends, [t.start for t in layout.tensors], "right")
     # An empty tensor may start where the last segment ends.
-    return [of.segments[min(int(i), len(of.segments) - 1)] for i in found]
+    return [layout.segments[min(int(i), len(layout.segments) - 1)] for i in found]
 
 
-def _out_of_range(what: str) -> RunError:
+def _out_of_range(quantity: str) -> RunError:
     return RunError(
-        _OUT_OF_RANGE, f"secure sum: {what} must be in the range that its sites have, got another"
+        _OUT_OF_RANGE,
+        f"secure sum: {quantity} must be in the range that its sites have, got another",
     )
 
 
-def _beyond(what: str, value: float, key: str, bound: float) -> RunError:
+def _beyond(quantity: str, value: float, key: str, bound: float) -> RunError:
     return RunError(
         _OUT_OF_RANGE,
-        f"secure sum: mean {what} must be at most {key}, {bound:g}, got {value:.4g}",
+        f"secure sum: mean {quantity} must be at most {key}, {bound:g}, got {value:.4g}",
     )

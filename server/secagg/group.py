@@ -257,7 +257,7 @@ def to_json(group: Group) -> dict[str, object]:
     """What must outlive the coordinator between the last two exchanges, without the sum itself."""
     a = group.attempt
     return {
-        "attempt": [a.job.hex(), a.run_id, a.purpose, a.server_round, a.number],
+        "attempt": [a.request_digest.hex(), a.run_id, a.purpose, a.server_round, a.number],
         "length": group.length,
         "bundles": messages.joined(list(group.bundles.values())).hex(),
         "sharers": messages.joined([group.sharers[s] for s in sorted(group.sharers)]).hex(),
@@ -273,7 +273,7 @@ def from_json(told: Mapping[str, Any], total: NDArray[np.uint32]) -> Group:
         ValueError, KeyError, TypeError: damaged.
     """
     job, run_id, purpose, server_round, number = told["attempt"]
-    bundles = transcript.unpack_bundles(bytes.fromhex(told["bundles"]))
+    bundles = transcript.unpack_advertisements(bytes.fromhex(told["bundles"]))
     sharers = messages.sharers_of(
         messages.record({messages.SHARERS: bytes.fromhex(told["sharers"])})
     )

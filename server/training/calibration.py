@@ -1,10 +1,10 @@
-"""After the last round: how far the final model's activations go at the sites, and what smaller graphs score there.
+"""Calibration after the last round: ranges of the final model's activations and scores of smaller graphs at the sites.
 
 The server sees no example. It exports the model as every site does by itself, asks for ranges (``calibrate``), derives
-the candidates from weights and ranges alone, and asks for what they score on held-out examples (``qualify``). Both are
-evaluations with counters of their own: with masks, noise and charges as the run's evaluations have them. Whatever is
-missing is told with its reason, and the run finishes all the same. Ranges are in the journal before scores are asked
-for, as sites answer a masked sum once.
+the candidates from weights and ranges alone, and asks for their scores on held-out examples (``qualify``). Both are
+evaluations with counters of their own: secure aggregation, noise and charges are those of the run's evaluations. A
+missing result is reported with its reason, and the run finishes all the same. Ranges are in the journal before scores
+are requested, as sites answer a secure sum once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedge.server.admission import calibration as gate
 from fedge.server.admission.calibration import RAN
 from fedge.server.runs.journal import Line
 from fedge.server.training import calibration_scores as scores
-from fedge.server.training.calibration_exchange import Asked, Exchanges, Model
+from fedge.server.training.calibration_exchange import CalibrationRequest, Exchanges, Model
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_checks import network_shape
 from fedge.shared.compile import calibration, candidates, ranges
@@ -43,14 +43,14 @@ class _Merged:
     """The ranges of all sites together.
 
     Attributes:
-        both: ``(tensors, 2)``; None where there are none.
-        reason: why not.
-        sites: that are in them.
-        examples: that these looked at; None where nobody knows.
-        clipped: sites that reached the bound.
+        bounds: smallest and largest value by tensor, of shape (tensors, 2); None where there are no ranges.
+        reason: why there are none.
+        sites: names of the sites whose values they cover.
+        examples: number of examples in them; None where it is not known.
+        clipped: names of the sites whose values reached the bound.
     """
 
-    both: NDArray[np.float64] | None = None
+    bounds: NDArray[np.float64] | None = None
     reason: str = ""
     sites: tuple[str, ...] = ()
     examples: int | None = None
@@ -61,33 +61,36 @@ class Calibrator:
     """Asks the sites of one run about its final model.
 
     Args:
-        exchanges: with them.
-        task: of the run.
-        known: the ranges, where a coordinator before this one was told them.
-        keep: writes the ranges down.
+        exchanges: asks the sites.
+        task: task of the run.
+        kept_ranges: the ranges that an earlier coordinator of the run has stored; None where there are none.
+        keep: stores the ranges.
     """
 
     def __init__(
         self,
         exchanges: Exchanges,
         task: Task,
-        known: Calibration | None,
+        kept_ranges: Calibration | None,
         keep: Callable[[Calibration], None],
     ) -> None:
         self._exchanges, self._task = exchanges, task
-        self._known, self._keep = known, keep
+        self._kept_ranges, self._keep = kept_ranges, keep
         self._section = exchanges.config.calibration
         self._releases = 0
 
     def run(self, server_round: int, arrays: NDArrays, last: Line) -> Calibration:
-        """Ask the sites that are there.
+        """Ask the available sites.
 
         Args:
-            server_round: the last.
-            arrays: the final model.
-            last: that round's line.
+            server_round: number of the last round.
+            arrays: tensor name -> the final model's weights.
+            last: line of that round.
+
+        Returns:
+            Ranges and scores of the candidates; where they are missing, with the reason.
         """
-        nothing = Calibration(self._exchanges.run_id, digest(arrays), None, self._exchanges.mode)
+        empty = Calibration(self._exchanges.run_id, digest(arrays), None, self._exchanges.mode)
         try:
             shape = network_shape(self._task.input, self._exchanges.steps)
             graph = candidates.fp32(self._task, arrays, shape)
@@ -99,172 +102,178 @@ class Calibrator:
         else:
             sha256 = hashlib.sha256(graph).hexdigest()
             present = self._exchanges.present(last)
-            of = Model(server_round, arrays, graph, sha256, tensors, present)
-            found = self._asked(of, replace(nothing, graph_sha256=sha256))
-            if found.reason:
-                _log.warning("calibration: %s", found.reason)
-            return found
+            model = Model(server_round, arrays, graph, sha256, tensors, present)
+            result = self._calibrate_model(model, replace(empty, graph_sha256=sha256))
+            if result.reason:
+                _log.warning("calibration: %s", result.reason)
+            return result
         _log.warning("not calibrated: %s", reason)
-        return replace(nothing, reason=reason[:_MAX_REASON])
+        return replace(empty, reason=reason[:_MAX_REASON])
 
-    def line(self, last: Line, found: Calibration, seconds: float) -> Line:
-        """The last round's line with what this has cost and spent.
+    def line(self, last: Line, result: Calibration, seconds: float) -> Line:
+        """The last round's line with the cost and the privacy loss of the calibration.
 
         Args:
-            last: as it was.
-            found: by ``run``.
-            seconds: that it took.
+            last: line of the last round.
+            result: what ``run`` has returned.
+            seconds: duration of the calibration.
         """
-        moved = self._exchanges.tally
+        moved = self._exchanges.record
         more: Line = {
             "calibration": {
-                "mode": found.mode,
-                "sites": len(found.sites),
-                "ranges": found.ranges is not None,
-                "candidates": sorted(found.candidates),
-                "reason": found.reason,
+                "mode": result.mode,
+                "sites": len(result.sites),
+                "ranges": result.ranges is not None,
+                "candidates": sorted(result.candidates),
+                "reason": result.reason,
                 "seconds": round(seconds, 4),
                 "bytes": {"sent": moved.sent, "received": moved.received},
             }
         }
         return self._exchanges.charged(last) | more | self._exchanges.spent(last, self._releases)
 
-    def _asked(self, of: Model, nothing: Calibration) -> Calibration:
-        found = self._ranges(of, nothing)
-        reach(BETWEEN, of.server_round)
-        digests, reasons = self._candidates(of, found.ranges)
-        scored, reason, more = self._qualify(of, digests, found.ranges)
-        for one in (*found.absent, *more):
+    def _calibrate_model(self, model: Model, empty: Calibration) -> Calibration:
+        calibrated = self._ranges(model, empty)
+        reach(BETWEEN, model.server_round)
+        digests, reasons = self._candidates(model, calibrated.ranges)
+        scored, reason, more = self._qualify(model, digests, calibrated.ranges)
+        for one in (*calibrated.absent, *more):
             _log.warning("%s: %s is not counted: FE-%d %s", one.of, one.site, one.code, one.reason)
         return replace(
-            found,
-            reason="; ".join(filter(None, (found.reason, *reasons, reason)))[:_MAX_REASON],
+            calibrated,
+            reason="; ".join(filter(None, (calibrated.reason, *reasons, reason)))[:_MAX_REASON],
             candidates=scored,
-            absent=(*found.absent, *more),
+            absent=(*calibrated.absent, *more),
         )
 
-    def _ranges(self, of: Model, nothing: Calibration) -> Calibration:
-        """The merged ranges, which the sites are asked for unless they are known already."""
-        known, graph = self._known, nothing.graph_sha256
-        if known and (known.model_sha256, known.graph_sha256) == (nothing.model_sha256, graph):
-            _log.info("calibration: goes on with the ranges of %d sites", len(known.sites))
+    def _ranges(self, model: Model, empty: Calibration) -> Calibration:
+        """The merged ranges, which are requested from the sites unless an earlier coordinator has kept them."""
+        kept, graph = self._kept_ranges, empty.graph_sha256
+        if kept and (kept.model_sha256, kept.graph_sha256) == (empty.model_sha256, graph):
+            _log.info("calibration: goes on with the ranges of %d sites", len(kept.sites))
         else:
-            merged, absent = self._calibrate(of)
-            known = replace(
-                nothing,
+            merged, absent = self._calibrate(model)
+            kept = replace(
+                empty,
                 sites=merged.sites,
                 examples=merged.examples,
                 reason=f"no ranges: {merged.reason}"[:_MAX_REASON],
                 clipped=merged.clipped,
                 absent=absent,
             )
-            if merged.both is not None:
-                pairs = ((float(low), float(high)) for low, high in merged.both)
-                known = replace(known, ranges=dict(zip(of.tensors, pairs, strict=True)), reason="")
-            self._keep(known)
-        self._releases += self._exchanges.releases("calibrate", of.server_round)
-        return known
+            if merged.bounds is not None:
+                pairs = ((float(low), float(high)) for low, high in merged.bounds)
+                kept = replace(kept, ranges=dict(zip(model.tensors, pairs, strict=True)), reason="")
+            self._keep(kept)
+        self._releases += self._exchanges.releases("calibrate", model.server_round)
+        return kept
 
-    def _calibrate(self, of: Model) -> tuple[_Merged, tuple[Absent, ...]]:
-        count, most = len(of.tensors), self._section.examples
+    def _calibrate(self, model: Model) -> tuple[_Merged, tuple[Absent, ...]]:
+        count, max_examples = len(model.tensors), self._section.examples
         names = ranges.names(count)
         noised = self._exchanges.noise(names, ranges.sensitivity(count))
         every = noised is not None and noised.unit == "example"
-        asked = Asked(
+        request = CalibrationRequest(
             "calibrate",
             protocol.CALIBRATE,
             (*names, EXAMPLES),
             names,
             noised,
-            lambda m: m.train_examples if every else min(m.train_examples, most),
+            lambda m: m.train_examples if every else min(m.train_examples, max_examples),
         )
         if self._exchanges.sums is None:
-            merged = self._merged(of, asked)
+            merged = self._merged(model, request)
         else:
-            counted, sites, reason = self._exchanges.summed(self._exchanges.sums, of, asked)
+            counted, sites, reason = self._exchanges.summed(self._exchanges.sums, model, request)
             merged = _Merged(None, reason)
             if counted is not None:
                 counts = np.array([counted[name] for name in names])
-                merged = self._outermost(counts, of, asked.noised, sites)
+                merged = self._outermost(counts, model, request.noised, sites)
                 examples = counted.get(EXAMPLES)
                 merged = replace(merged, examples=None if examples is None else int(examples))
-        return merged, self._exchanges.absent(asked, calibration.RANGES)
+        return merged, self._exchanges.absent(request, calibration.RANGES)
 
-    def _merged(self, of: Model, asked: Asked) -> _Merged:
-        """Ranges that are told in clear."""
-        told: dict[str, gate.Ranges] = {}
+    def _merged(self, model: Model, request: CalibrationRequest) -> _Merged:
+        """Merge the ranges that sites report without secure aggregation."""
+        reported: dict[str, gate.Ranges] = {}
         bound = self._section.bound
-        for member, reply, expected in self._exchanges.told(of, asked):
-            found, verdict = gate.admit_ranges(
-                reply, member.site, asked.most(member), expected, of.sha256, len(of.tensors), bound
+        for member, reply, expected in self._exchanges.replies(model, request):
+            admitted, verdict = gate.admit_ranges(
+                reply,
+                member.site,
+                request.max_examples(member),
+                expected,
+                model.sha256,
+                len(model.tensors),
+                bound,
             )
             self._exchanges.take(verdict)
-            if found is not None:
-                told[member.site] = found
-        if not told:
+            if admitted is not None:
+                reported[member.site] = admitted
+        if not reported:
             return _Merged(None, "no site's count")
-        sites = tuple(sorted(told))
-        if asked.noised is not None:
-            counts = np.sum([told[s].values for s in sites], axis=0)
-            return self._outermost(counts, of, asked.noised, sites)
+        sites = tuple(sorted(reported))
+        if request.noised is not None:
+            counts = np.sum([reported[s].values for s in sites], axis=0)
+            return self._outermost(counts, model, request.noised, sites)
         hidden = self._exchanges.config.privacy.mechanism == "local"
         return _Merged(
-            ranges.merged([told[s].values for s in sites]),
+            ranges.merged([reported[s].values for s in sites]),
             sites=sites,
-            examples=None if hidden else sum(r.num_examples for r in told.values()),
-            clipped=tuple(s for s in sites if (np.abs(told[s].values) >= bound).any()),
+            examples=None if hidden else sum(r.num_examples for r in reported.values()),
+            clipped=tuple(s for s in sites if (np.abs(reported[s].values) >= bound).any()),
         )
 
     def _outermost(
         self,
         counts: NDArray[np.float64],
-        of: Model,
+        model: Model,
         noised: NoisedCounts | None,
         sites: tuple[str, ...],
     ) -> _Merged:
-        """The ranges that summed histograms tell, or why they tell none."""
-        threshold, count = 0.0, len(of.tensors)
+        """The ranges from summed histograms, or the reason why there are none."""
+        threshold, count = 0.0, len(model.tensors)
         if noised is not None:
-            deviation = noised.deviation * math.sqrt(len(sites))
-            threshold = ranges.above_noise(deviation, count)
+            stddev = noised.deviation * math.sqrt(len(sites))
+            threshold = ranges.above_noise(stddev, count)
         shaped = counts.reshape(count, ranges.SIDES, ranges.BINS)
         try:
-            both = ranges.outermost(shaped, self._section.bound, threshold)
-            return _Merged(both, sites=sites)
+            bounds = ranges.outermost(shaped, self._section.bound, threshold)
+            return _Merged(bounds, sites=sites)
         except ranges.HiddenError as error:
             if noised is None:
                 return _Merged(None, "no site has training examples", sites)
             unit = "examples" if noised.unit == "example" else "sites"
             return _Merged(
                 None,
-                f"{of.tensors[error.tensor]}: must have a bin of more than {threshold:.1f} {unit} to stand above"
+                f"{model.tensors[error.tensor]}: must have a bin of more than {threshold:.1f} {unit} to stand above"
                 " the noise, got none; more of them would do, or a smaller privacy.metrics-noise-multiplier",
                 sites,
             )
 
     def _candidates(
-        self, of: Model, known: candidates.Ranges | None
+        self, model: Model, known_ranges: candidates.Ranges | None
     ) -> tuple[dict[str, str], list[str]]:
-        """SHA-256 of each candidate that can be made, and why the others cannot."""
+        """SHA-256 of each candidate that can be derived from the graph, and why the others cannot."""
         digests: dict[str, str] = {}
         reasons = []
         for kind in candidates.CANDIDATES:
-            if kind in candidates.QUANTISED and known is None:
+            if kind in candidates.QUANTISED and known_ranges is None:
                 continue
             try:
-                made = candidates.derived(kind, of.graph, known)
-                digests[kind] = hashlib.sha256(made).hexdigest()
-            except Exception as error:  # converters let exceptions of every kind through
+                graph = candidates.derived(kind, model.graph, known_ranges)
+                digests[kind] = hashlib.sha256(graph).hexdigest()
+            except Exception as error:  # converters raise exceptions of every kind
                 _log.exception("%s cannot be made", kind)
                 reasons.append(f"{kind}: cannot be made ({type(error).__name__})")
         return digests, reasons
 
     def _qualify(
-        self, of: Model, digests: Mapping[str, str], known: candidates.Ranges | None
+        self, model: Model, digests: Mapping[str, str], known_ranges: candidates.Ranges | None
     ) -> tuple[dict[str, Counted], str, tuple[Absent, ...]]:
         own = tuple(sorted({*self._task.counter_names, EXAMPLES}))
         order = tuple(f"{kind}/{name}" for kind in digests for name in own if name != LOSS)
-        asked = Asked(
+        request = CalibrationRequest(
             "qualify",
             protocol.QUALIFY,
             tuple(f"{kind}/{name}" for kind in digests for name in (RAN, *own)),
@@ -272,30 +281,30 @@ class Calibrator:
             self._exchanges.noise(order),
             lambda m: m.test_examples,
         )
-        asked.more = {
+        request.more = {
             protocol.CANDIDATES: list(digests),
             protocol.CANDIDATE_DIGESTS: list(digests.values()),
         }
-        if known is not None:
-            low, high = zip(*(known[name] for name in of.tensors), strict=True)
-            asked.more |= {protocol.RANGE_LOW: list(low), protocol.RANGE_HIGH: list(high)}
+        if known_ranges is not None:
+            low, high = zip(*(known_ranges[name] for name in model.tensors), strict=True)
+            request.more |= {protocol.RANGE_LOW: list(low), protocol.RANGE_HIGH: list(high)}
         parts: list[scores.Counters] = []
-        reason, each = "no site's figures count", 1
+        reason, sites_per_part = "no site's figures count", 1
         if self._exchanges.sums is not None:
-            counted, sites, reason = self._exchanges.summed(self._exchanges.sums, of, asked)
+            counted, sites, reason = self._exchanges.summed(self._exchanges.sums, model, request)
             if counted is not None:
-                parts, each = [scores.by_kind(counted)], len(sites)
+                parts, sites_per_part = [scores.by_kind(counted)], len(sites)
         else:
-            listed = asked.names if asked.noised is None else order
-            for member, reply, expected in self._exchanges.told(of, asked):
-                found, verdict = gate.admit_scores(
-                    reply, member.site, asked.most(member), expected, digests, listed
+            names = request.names if request.noised is None else order
+            for member, reply, expected in self._exchanges.replies(model, request):
+                admitted, verdict = gate.admit_scores(
+                    reply, member.site, request.max_examples(member), expected, digests, names
                 )
                 self._exchanges.take(verdict)
-                if found is not None:
-                    parts.append(found.counters)
-                    asked.absent += found.absent
-        self._releases += self._exchanges.releases("qualify", of.server_round)
-        scored = scores.counted(self._task, digests, parts, asked.noised, each)
+                if admitted is not None:
+                    parts.append(admitted.counters)
+                    request.absent += admitted.absent
+        self._releases += self._exchanges.releases("qualify", model.server_round)
+        scored = scores.counted(self._task, digests, parts, request.noised, sites_per_part)
         reason = "" if parts else f"no candidate is counted: {reason}"
-        return scored, reason, self._exchanges.absent(asked, calibration.CANDIDATES)
+        return scored, reason, self._exchanges.absent(request, calibration.CANDIDATES)

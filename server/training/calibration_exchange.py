@@ -1,4 +1,4 @@
-"""How the sites are asked about the final model: in clear or under masks, with noise or without."""
+"""Exchanges with the sites about the final model: with or without secure aggregation and noise."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from fedge.shared.wire.tensors import NDArrays
 
 @dataclass(frozen=True)
 class Model:
-    """What the sites are asked about.
+    """The final model, about which the sites are asked.
 
     Attributes:
-        server_round: the last.
-        arrays: the model.
-        graph: as it is exported, with its SHA-256 and the tensors whose ranges are asked for.
-        present: whom to ask.
+        server_round: number of the last round.
+        arrays: tensor name -> the model's weights.
+        graph: the exported ONNX graph.
+        sha256: its digest (hex).
+        tensors: names of its tensors whose ranges are requested.
+        present: the available members.
     """
 
     server_round: int
@@ -47,18 +49,18 @@ class Model:
 
 
 @dataclass
-class Asked:
-    """One exchange.
+class CalibrationRequest:
+    """One request to the sites about the final model.
 
     Attributes:
-        purpose: of it.
+        purpose: purpose of a secure sum, and phase of the exchange.
         kind: message type.
-        names: of the counters without noise.
-        order: of those with noise, as a reply lists them.
-        noised: how they get noise; None where they have none.
-        most: examples that a site may speak of.
-        more: keys of its requests.
-        absent: sites that are not in it.
+        names: names of the counters without noise.
+        order: names of the counters with noise, in the order of a reply's list.
+        noised: the noise on the counters; None where they have none.
+        max_examples: gives the maximum number of examples that a member may report.
+        more: further values of the ``config`` record.
+        absent: sites that are not in the result.
     """
 
     purpose: Purpose
@@ -66,105 +68,125 @@ class Asked:
     names: tuple[str, ...]
     order: tuple[str, ...]
     noised: NoisedCounts | None
-    most: Callable[[Member], int]
+    max_examples: Callable[[Member], int]
     more: Mapping[str, ConfigRecordValues] = field(default_factory=dict)
     absent: list[Absent] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Whom a run asks, and how.
+    """Asks the sites of a run about its final model.
 
     Attributes:
         config, run_id: of the run.
-        talk: with the sites.
-        attendance: who is there.
+        member_exchange: sends requests to the sites.
+        availability: which sites are available.
         steps: the run's preprocessing.
-        sums: where counts are masked.
-        tally: of bytes, and of what the sites say of their ledgers.
+        sums: sums the counters under secure aggregation; None without it.
+        record: collects bytes, rejections, and what the sites report about their ledgers.
     """
 
     config: Config
     run_id: str
-    talk: MemberExchange
-    attendance: Availability
+    member_exchange: MemberExchange
+    availability: Availability
     steps: tuple[Step, ...]
     sums: SecureSums | None
-    tally: RoundRecord = field(default_factory=lambda: RoundRecord([], []))
+    record: RoundRecord = field(default_factory=lambda: RoundRecord([], []))
 
     @property
     def mode(self) -> str:
-        """As calibration.json has it."""
+        """The ``mode`` in calibration.json: "exact", "histogram" or "noised"."""
         if self.config.privacy.metrics == "noised":
             return "noised"
         return "exact" if self.sums is None else "histogram"
 
     def present(self, last: Line) -> list[Member]:
-        """As an evaluation: what sent a bad update is not asked for figures either."""
-        out = {r["site"] for r in last["rejected"] if r["outcome"] in ("rejected", "stale")}
-        out = (out - set(last["trained"])) | self.attendance.gone()
-        return [m for m in self.attendance.members.values() if m.site not in out]
+        """The members to ask: as in an evaluation, a site that sent a bad update is left out.
+
+        Args:
+            last: line of the last round.
+        """
+        excluded = {r["site"] for r in last["rejected"] if r["outcome"] in ("rejected", "stale")}
+        excluded = (excluded - set(last["trained"])) | self.availability.dropped_out()
+        return [m for m in self.availability.members.values() if m.site not in excluded]
 
     def noise(
         self, names: tuple[str, ...], sensitivity: float | None = None
     ) -> NoisedCounts | None:
-        """How each site's counters get noise; None where they have none."""
+        """The noise that each site adds to its counters; None where they have none.
+
+        Args:
+            names: names of the counters.
+            sensitivity: L2 sensitivity of the counters to one example or site; the default of counts unless given.
+        """
         if self.sums is not None:
             return self.sums.noised_counts(names, sensitivity)
         return noised_counts.plan(self.config.privacy, names, 1, sensitivity)
 
-    def told(self, of: Model, asked: Asked) -> Iterator[tuple[Member, Message, Expected]]:
-        """Replies in clear, each with who sent it and what it must look like."""
-        members = [m for m in of.present if asked.most(m)]
-        messages = self._messages(of, asked, members, None)
-        result = self.talk.ask(of.server_round, asked.purpose, members, messages)
-        self.tally.count(result, members, self.config.round.deadline)
+    def replies(
+        self, model: Model, request: CalibrationRequest
+    ) -> Iterator[tuple[Member, Message, Expected]]:
+        """Send a request without secure aggregation; yield each reply with its sender and what it must look like."""
+        members = [m for m in model.present if request.max_examples(m)]
+        messages = self._messages(model, request, members, None)
+        result = self.member_exchange.ask(model.server_round, request.purpose, members, messages)
+        self.record.count(result, members, self.config.round.deadline)
         expected = Expected(
             self.run_id,
-            of.server_round,
+            model.server_round,
             {},
             self.config.admission,
-            counters=asked.names if asked.noised is None else asked.order,
-            noised=asked.noised,
+            counters=request.names if request.noised is None else request.order,
+            noised=request.noised,
         )
         for member in members:
             if member.node_id in result.replies:
                 yield member, result.replies[member.node_id], expected
 
     def take(self, verdict: Verdict) -> None:
-        """Note what the gate says of a reply."""
-        self.tally.take(verdict)
+        """Add the outcome of a reply's validation to the record."""
+        self.record.take(verdict)
         if isinstance(verdict.evaluation, Evaluation):
-            self.tally.told(verdict.evaluation)
+            self.record.add_evaluation(verdict.evaluation)
 
     def summed(
-        self, sums: SecureSums, of: Model, asked: Asked
+        self, sums: SecureSums, model: Model, request: CalibrationRequest
     ) -> tuple[dict[str, float] | None, tuple[str, ...], str]:
-        """Counters under masks, the sites that are in them, and why there are none."""
+        """Sum counters under secure aggregation.
 
-        def compose(some: list[Member], secure: ConfigRecord) -> list[Message]:
-            return self._messages(of, asked, some, secure)
+        Returns:
+            The summed counters by name, None where there are none; the sites that are in them; and why there are none.
+        """
 
-        counters = Counters(asked.purpose, asked.names, asked.noised)
-        counted, outcome = sums.evaluate(of.server_round, of.present, compose, counters)
-        self.tally.add(outcome.sent, outcome.received, outcome.rejections(of.present))
-        if asked.noised is not None:
-            self.tally.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
+        def compose(members: list[Member], secure: ConfigRecord) -> list[Message]:
+            return self._messages(model, request, members, secure)
+
+        counters = Counters(request.purpose, request.names, request.noised)
+        counted, outcome = sums.evaluate(model.server_round, model.present, compose, counters)
+        self.record.add(outcome.sent, outcome.received, outcome.rejections(model.present))
+        if request.noised is not None:
+            self.record.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
         sites = tuple(outcome.sites) if counted is not None else ()
         return counted, sites, "; ".join(outcome.failed)
 
     def releases(self, purpose: Purpose, server_round: int) -> int:
-        """How often each site was charged for an exchange at most, by coordinators before this one too."""
-        # In clear the same request has the same answer.
+        """The maximum number of times that each site was charged for a request, earlier coordinators included."""
+        # Without secure aggregation the same request has the same reply.
         return 1 if self.sums is None else self.sums.attempts(purpose, server_round)
 
     def charged(self, last: Line) -> Line:
-        """The last round's line with what the sites have said of their ledgers so far; the rest is the round's own."""
-        told = self.tally.completed(last, 0.0)
-        return last | {key: told[key] for key in ("privacy", "privacy_ledgers") if key in told}
+        """The last round's line with what the sites have reported about their ledgers since; the rest is unchanged."""
+        line = self.record.completed(last, 0.0)
+        return last | {key: line[key] for key in ("privacy", "privacy_ledgers") if key in line}
 
     def spent(self, last: Line, releases: int) -> Line:
-        """Epsilon of the run with so many releases more, where it is the server that reckons it."""
+        """The keys of the last round's line with the run's epsilon, where the server accounts for it.
+
+        Args:
+            last: line of the last round.
+            releases: number of releases in addition to the line's.
+        """
         privacy, run = self.config.privacy, self.config.run
         if privacy.metrics != "noised":
             return {}
@@ -177,19 +199,30 @@ class Exchanges:
             return {"central": {**last["central"], "epsilon": spent}}
         return {}
 
-    def absent(self, asked: Asked, of: str) -> tuple[Absent, ...]:
-        """Who is not in the figures; the tally begins anew for the next exchange."""
-        told = [Absent(r.site, of, r.code, r.reason) for r in self.tally.rejections]
-        self.tally.rejections = []
-        return (*told, *asked.absent)
+    def absent(self, request: CalibrationRequest, subject: str) -> tuple[Absent, ...]:
+        """The sites that are not in the result; the record's rejections are cleared for the next exchange.
+
+        Args:
+            request: the request of the exchange.
+            subject: what the sites are absent from: ranges or candidates, as calibration.json names them.
+        """
+        rejected = [Absent(r.site, subject, r.code, r.reason) for r in self.record.rejections]
+        self.record.rejections = []
+        return (*rejected, *request.absent)
 
     def _messages(
-        self, of: Model, asked: Asked, some: list[Member], secure: ConfigRecord | None
+        self,
+        model: Model,
+        request: CalibrationRequest,
+        members: list[Member],
+        secure: ConfigRecord | None,
     ) -> list[Message]:
         common: dict[str, Any] = {
-            **requests.settings(self.config, self.run_id, of.server_round, self.steps, len(some)),
+            **requests.settings(
+                self.config, self.run_id, model.server_round, self.steps, len(members)
+            ),
             protocol.CALIBRATION: self.config.calibration.model_dump_json(by_alias=True),
-            protocol.GRAPH: of.sha256,
-            **asked.more,
+            protocol.GRAPH: model.sha256,
+            **request.more,
         }
-        return requests.evaluate(of.arrays, common, some, self.config, secure, asked.kind)
+        return requests.evaluate(model.arrays, common, members, self.config, secure, request.kind)

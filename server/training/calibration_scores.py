@@ -1,4 +1,4 @@
-"""What the candidates scored over all sites, each beside the fp32 graph over the same ones."""
+"""The metrics of the candidates over all sites, each with those of the fp32 graph over the same sites."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TypeAlias
 
 from fedge.server.admission.calibration import RAN
 from fedge.server.report.noise import below_noise_floor
-from fedge.server.training.metrics import deviations, ratios
+from fedge.server.training.metrics import ratios, stddevs
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP32
 from fedge.shared.compile.calibration import Counted
 from fedge.shared.privacy.mechanisms.noised_counts import EXAMPLES, NoisedCounts
 from fedge.shared.tasks.task import Task
 
-#: Of one site, or summed under masks over several: counters by candidate; one that did not run is not there.
+#: Candidate -> its counters, of one site or summed over several; a candidate that did not run is missing.
 Counters: TypeAlias = Mapping[str, Mapping[str, float]]
 
 
@@ -24,35 +24,38 @@ def counted(
     digests: Mapping[str, str],
     parts: Sequence[Counters],
     noised: NoisedCounts | None,
-    each: int,
+    sites_per_part: int,
 ) -> dict[str, Counted]:
-    """The candidates' figures, of those that ran somewhere.
+    """Compute the metrics of the candidates that ran at a site.
 
     Args:
-        task: of the run.
-        digests: SHA-256 (hex) of each candidate.
-        parts: what was told.
-        noised: how the counters got noise; None where they have none.
-        each: sites of each part.
+        task: task of the run.
+        digests: candidate -> SHA-256 (hex) of its graph.
+        parts: reported counters, of a site or of a secure sum each.
+        noised: the noise on the counters; None where they have none.
+        sites_per_part: number of sites in each part.
+
+    Returns:
+        Candidate -> its counters and metrics.
     """
     return {
-        kind: _counted(task, sha256, own, _over(ONNX_FP32, parts, kind), noised, each)
+        kind: _counted(task, sha256, own, _over(ONNX_FP32, parts, kind), noised, sites_per_part)
         for kind, sha256 in digests.items()
         if (own := _over(kind, parts, kind))
     }
 
 
 def by_kind(summed: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Counters ``candidate/counter`` by candidate; one that ran nowhere is left out."""
-    found: dict[str, dict[str, float]] = {}
+    """Group counters named ``candidate/counter`` by candidate; one that ran at no site is left out."""
+    candidates: dict[str, dict[str, float]] = {}
     for name, value in summed.items():
         kind, _, counter = name.partition("/")
-        found.setdefault(kind, {})[counter] = value
-    return {kind: counters for kind, counters in found.items() if counters.get(RAN) != 0}
+        candidates.setdefault(kind, {})[counter] = value
+    return {kind: counters for kind, counters in candidates.items() if counters.get(RAN) != 0}
 
 
 def _over(kind: str, parts: Sequence[Counters], ran: str) -> list[Mapping[str, float]]:
-    """Of one candidate, the parts in which that one and another ran."""
+    """The counters of a candidate from the parts in which that candidate and a second one ran."""
     return [part[kind] for part in parts if kind in part and ran in part]
 
 
@@ -62,7 +65,7 @@ def _counted(
     own: Sequence[Mapping[str, float]],
     fp32: Sequence[Mapping[str, float]],
     noised: NoisedCounts | None,
-    each: int,
+    sites_per_part: int,
 ) -> Counted:
     total = _summed(own)
     reference = _reference(task, total, fp32) if noised is None else {}
@@ -70,9 +73,9 @@ def _counted(
     metrics = ratios(task.metrics, total, noised=noised is not None)
     noise: dict[str, float] = {}
     if noised is not None:
-        # Here the number of examples has noise whatever the unit.
-        of = replace(noised, unit="example", told=tuple(sorted(total)))
-        noise = deviations(task.metrics, total, of, each * len(own))
+        # Here the number of examples has noise, whatever the unit of privacy.
+        noise_source = replace(noised, unit="example", told=tuple(sorted(total)))
+        noise = stddevs(task.metrics, total, noise_source, sites_per_part * len(own))
         metrics = {name: v for name, v in metrics.items() if not below_noise_floor(noise[name])}
     return Counted(
         sha256=sha256,
@@ -90,16 +93,16 @@ def _reference(
 ) -> dict[str, float]:
     """Metrics of the fp32 graph; none where it did not run at as many sites, on as many examples, as the candidate.
 
-    In clear ``fp32`` is of sites where both ran, so that as many means the same ones. Of a masked sum nothing more
-    than their number is known.
+    Without secure aggregation ``fp32`` is of sites at which both ran, so that the same number means the same sites. Of
+    a secure sum only their number is known.
     """
     if not fp32:
         return {}
-    theirs = _summed(fp32)
-    if any(theirs[name] != total[name] for name in (RAN, EXAMPLES)):
+    reference = _summed(fp32)
+    if any(reference[name] != total[name] for name in (RAN, EXAMPLES)):
         return {}
-    theirs.pop(RAN)
-    return ratios(task.metrics, theirs, noised=False)
+    reference.pop(RAN)
+    return ratios(task.metrics, reference, noised=False)
 
 
 def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

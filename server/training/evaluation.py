@@ -1,4 +1,4 @@
-"""The evaluation of a round's model at the sites that are there: what they count, with or without masks and noise."""
+"""The evaluation of a round's model at the available sites, with or without secure aggregation and noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedge.server.participants.availability import Availability
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.secagg.aggregator import SecureSums
-from fedge.server.training.metrics import masked_summary, summary
+from fedge.server.training.metrics import secure_summary, summary
 from fedge.server.training.round_record import RoundRecord
 from fedge.shared.config.federation import Config
 from fedge.shared.preprocessing.steps import Step
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Model:
-    """What is evaluated."""
+    """The model that is evaluated."""
 
     server_round: int
     arrays: NDArrays
@@ -35,100 +35,102 @@ class _Model:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Whom a run asks for figures, and how.
+    """Evaluates the models of a run at its sites.
 
     Attributes:
         config, task, run_id: of the run.
-        talk: with the sites.
-        attendance: who is there.
+        member_exchange: sends requests to the sites.
+        availability: which sites are available.
         steps: the run's preprocessing.
-        sums: where counts are masked.
+        sums: sums the counters under secure aggregation; None without it.
     """
 
     config: Config
     task: Task
     run_id: str
-    talk: MemberExchange
-    attendance: Availability
+    member_exchange: MemberExchange
+    availability: Availability
     steps: tuple[Step, ...]
     sums: SecureSums | None
 
     def measure(
-        self, server_round: int, arrays: NDArrays, trained: set[str], tally: RoundRecord
+        self, server_round: int, arrays: NDArrays, trained: set[str], record: RoundRecord
     ) -> None:
-        """Evaluate a round's model where it is due and may be told, into the round's tally.
+        """Evaluate a round's model, where that is due and allowed, and add the metrics to the round's record.
 
         Args:
-            server_round: whose model it is.
-            arrays: the model.
-            trained: sites whose update counted.
-            tally: of the round.
+            server_round: number of the round.
+            arrays: tensor name -> the model's weights.
+            trained: sites whose update was accepted.
+            record: record of the round.
         """
         every, privacy = self.config.run.evaluate_every, self.config.privacy
         if privacy.mechanism != "off" and privacy.metrics == "off":
-            # Exact counts over held-out examples would be a release without noise.
-            tally.metrics |= {"per_site": {}, "site_mean": {}, "pooled": {}}
+            # Exact counts over held-out examples would be released without noise.
+            record.metrics |= {"per_site": {}, "site_mean": {}, "pooled": {}}
         elif server_round % every == 0 or server_round == self.config.run.rounds:
-            self._evaluate(_Model(server_round, arrays), trained, tally)
+            self._evaluate(_Model(server_round, arrays), trained, record)
 
-    def _evaluate(self, of: _Model, trained: set[str], tally: RoundRecord) -> None:
-        # Quarantine for the round: what sent a bad update is not asked for figures either.
-        out = {r.site for r in tally.rejections if r.outcome in ("rejected", "stale")} - trained
-        out |= self.attendance.gone()
-        present = [m for m in self.attendance.members.values() if m.site not in out]
+    def _evaluate(self, model: _Model, trained: set[str], record: RoundRecord) -> None:
+        # Quarantine for the round: a site that sent a bad update is not asked to evaluate either.
+        excluded = {
+            r.site for r in record.rejections if r.outcome in ("rejected", "stale")
+        } - trained
+        excluded |= self.availability.dropped_out()
+        present = [m for m in self.availability.members.values() if m.site not in excluded]
         if self.sums is not None:
-            self._evaluate_securely(self.sums, of, present, tally)
+            self._evaluate_securely(self.sums, model, present, record)
             return
-        asked = [m for m in present if m.test_examples]
+        members = [m for m in present if m.test_examples]
         common = requests.settings(
-            self.config, self.run_id, of.server_round, self.steps, len(asked)
+            self.config, self.run_id, model.server_round, self.steps, len(members)
         )
-        messages = requests.evaluate(of.arrays, common, asked, self.config)
+        messages = requests.evaluate(model.arrays, common, members, self.config)
         noised = noised_counts.plan(self.config.privacy, self.task.counter_names)
         counters = self.task.counter_names if noised is None else noised.told
         expected = Expected(
             self.run_id,
-            of.server_round,
+            model.server_round,
             {},
             self.config.admission,
             counters=counters,
             noised=noised,
         )
-        result = self.talk.ask(of.server_round, "evaluate", asked, messages)
-        tally.count(result, asked, self.config.round.deadline)
+        result = self.member_exchange.ask(model.server_round, "evaluate", members, messages)
+        record.count(result, members, self.config.round.deadline)
         admitted: dict[str, dict[str, float]] = {}
-        for member in asked:
+        for member in members:
             if member.node_id in result.replies:
                 verdict = admit_evaluate(
                     result.replies[member.node_id], member.site, member.test_examples, expected
                 )
-                tally.take(verdict)
+                record.take(verdict)
                 if isinstance(verdict.evaluation, Evaluation):
                     admitted[member.site] = verdict.evaluation.counters
-                    tally.told(verdict.evaluation)
-        tally.metrics |= summary(self.task.metrics, admitted, noise=noised)
+                    record.add_evaluation(verdict.evaluation)
+        record.metrics |= summary(self.task.metrics, admitted, noise=noised)
 
     def _evaluate_securely(
-        self, sums: SecureSums, of: _Model, asked: list[Member], tally: RoundRecord
+        self, sums: SecureSums, model: _Model, members: list[Member], record: RoundRecord
     ) -> None:
-        """Only the pooled metrics: no site's own leaves it."""
+        """Evaluate under secure aggregation: only pooled metrics, as no site reports its own."""
 
-        def compose(some: list[Member], secure: ConfigRecord) -> list[Message]:
+        def compose(invited: list[Member], secure: ConfigRecord) -> list[Message]:
             common = requests.settings(
-                self.config, self.run_id, of.server_round, self.steps, len(some)
+                self.config, self.run_id, model.server_round, self.steps, len(invited)
             )
-            return requests.evaluate(of.arrays, common, some, self.config, secure)
+            return requests.evaluate(model.arrays, common, invited, self.config, secure)
 
-        counted, outcome = sums.evaluate(of.server_round, asked, compose)
-        tally.add(outcome.sent, outcome.received, outcome.rejections(asked))
+        counted, outcome = sums.evaluate(model.server_round, members, compose)
+        record.add(outcome.sent, outcome.received, outcome.rejections(members))
         facts = {"sites": len(outcome.sites), "attempts": outcome.attempts, "lost": outcome.lost}
         reason = "; ".join(outcome.failed)[:400] if counted is None else None
-        tally.secure = {**(tally.secure or {}), "evaluation": {**facts, "reason": reason}}
+        record.secure = {**(record.secure or {}), "evaluation": {**facts, "reason": reason}}
         if reason:
-            _log.warning("round %d is not evaluated: %s", of.server_round, reason)
+            _log.warning("round %d is not evaluated: %s", model.server_round, reason)
         noised = sums.noised_counts()
         if noised is not None:
-            tally.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
-        tally.metrics |= masked_summary(
+            record.ledgers |= {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
+        record.metrics |= secure_summary(
             self.task.metrics, counted or {}, noised, len(outcome.sites)
         )

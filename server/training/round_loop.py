@@ -1,8 +1,8 @@
 """One round after the other: invite, collect until the deadline, admit, aggregate, evaluate, commit.
 
 Everything random is a function of (seed, round, site), so a redone round is the same round. Noise that the server adds
-is none of this: a redone round draws anew, and so nothing of a round may leave before it is committed; there, the model
-goes out to be evaluated afterwards.
+is not: a redone round samples new noise, so nothing of a round may leave the server before its commit, and its model is
+evaluated after that.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from fedge.server.aggregation.privacy_cost import is_secret_sample
 from fedge.server.aggregation.step import aggregate
 from fedge.server.aggregation.updates import RoundResult, Singles, Update
 from fedge.server.participants import messages as requests
+from fedge.server.participants import selection
 from fedge.server.participants.availability import Availability
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.runs import checkpoints
 from fedge.server.runs import results as run_results
-from fedge.server.runs.checkpoints import checkpoints_kept
+from fedge.server.runs.checkpoints import checkpoints_to_keep
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.runs.journal import Journal, Line
 from fedge.server.runs.listener import Listener
@@ -57,8 +58,9 @@ _log = logging.getLogger(__name__)
 class Loop:
     """A run in progress.
 
-    ``arrays`` and ``strategy`` are the state after round ``done``; ``sums`` is there where updates are masked,
-    ``central`` where the server adds noise.
+    ``strategy`` and ``arrays`` are the state after round ``done``; ``sums`` is set under secure aggregation,
+    ``central`` where the server adds noise. ``accepted_rounds`` holds the last round in which a site's update was
+    accepted, ``update_counts`` the number of such rounds; ``skipped`` counts rounds in a row without a model.
     """
 
     directory: RunDirectory
@@ -67,30 +69,30 @@ class Loop:
     journal: Journal
     run_id: str
     listener: Listener
-    talk: MemberExchange
-    attendance: Availability
+    member_exchange: MemberExchange
+    availability: Availability
     strategy: flower.FedAvg
     steps: tuple[Step, ...]
     arrays: NDArrays
     done: int
     sums: SecureSums | None = None
     central: CentralNoise | None = None
-    accepted: dict[str, int] = field(default_factory=dict)
-    counted: Counter[str] = field(default_factory=Counter)
+    accepted_rounds: dict[str, int] = field(default_factory=dict)
+    update_counts: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     consecutive_failed_rounds: int = 0
     spent: dict[str, float | None] = field(default_factory=dict)
 
     def remember(self, lines: list[Line]) -> None:
-        """Take from committed rounds whose update counted when, and how many were skipped at the end."""
+        """Restore the counts of accepted updates and of skipped rounds from the lines of committed rounds."""
         for line in lines:
             self._note(line)
 
     def _note(self, line: Line) -> None:
         self.spent = line.get(privacy_cost.KEY, self.spent)
         if line["outcome"] == "committed":
-            self.counted.update(line["trained"])
-            self.accepted |= dict.fromkeys(line["trained"], line["round"])
+            self.update_counts.update(line["trained"])
+            self.accepted_rounds |= dict.fromkeys(line["trained"], line["round"])
             self.skipped = 0
             if line["trained"]:
                 self.consecutive_failed_rounds = 0
@@ -107,42 +109,42 @@ class Loop:
                 row without a model (the last of them is committed).
         """
         started = time.monotonic()
-        present, absent = self.attendance.open(server_round, self._least)
+        present, rejections = self.availability.open(server_round, self._min_sites)
         if isinstance(self.strategy, strategies.Scaffold):
             self.strategy.num_sites = len(self.journal.sites())
         names = self._cohort(present, server_round)
-        tally = RoundRecord(invited=names, rejections=absent)
+        record = RoundRecord(invited=names, rejections=rejections)
         result: RoundResult
         if self.sums is not None:
-            result, reason = self._train_securely(self.sums, server_round, names, tally)
+            result, reason = self._train_securely(self.sums, server_round, names, record)
             reason = reason or self._aggregate(server_round, result)
         elif self.central is not None:
             result, reason = self._train_for_noise(
-                self.central, server_round, list(present.values()), tally
+                self.central, server_round, list(present.values()), record
             )
         else:
-            updates = self._train(server_round, names, tally)
+            updates = self._train(server_round, names, record)
             result, reason = Singles(updates), self._too_few("updates", len(updates))
             reason = reason or self._aggregate(server_round, result)
         if self.central is None:
-            self._measure(server_round, set(site_updates.sites(result)), tally)
-        tally.masked_epsilon = self._secure_epsilon(server_round)
-        line = tally.line(
+            self._measure(server_round, set(site_updates.sites(result)), record)
+        record.masked_epsilon = self._secure_epsilon(server_round)
+        line = record.line(
             server_round, reason, result, digest(self.arrays), time.monotonic() - started
         )
         self._commit(server_round, line)
         if self.central is not None:
-            self._measure(server_round, set(line["trained"]), tally)
-            line = tally.completed(line, time.monotonic() - started)
+            self._measure(server_round, set(line["trained"]), record)
+            line = record.completed(line, time.monotonic() - started)
             self.journal.amend(server_round, line)
         if self.sums is not None:
             self.sums.settled()
         self.done = server_round
         self._note(line)
         self.directory.append_line(line)
-        kept = checkpoints_kept(self.config.privacy, self.config.run.rounds, server_round)
+        kept = checkpoints_to_keep(self.config.privacy, self.config.run.rounds, server_round)
         checkpoints.prune(self.directory.checkpoints, server_round, kept)
-        run_results.write_run(self.directory, self.journal, self.config, self.counted)
+        run_results.write_run(self.directory, self.journal, self.config, self.update_counts)
         self.listener.round(line)
         failed = self.consecutive_failed_rounds
         if failed >= self.config.round.max_skipped:
@@ -158,18 +160,18 @@ class Loop:
             )
 
     def catch_up(self) -> None:
-        """Evaluate the last round where a kill came after its commit; only then does it lack that."""
+        """Evaluate the last round where that is missing: the coordinator was killed after the commit."""
         lines = self.journal.lines()
         if self.central is None or not lines or "pooled" in lines[-1]["metrics"]:
             return
-        tally, line = RoundRecord.of(lines[-1]), lines[-1]
-        self._measure(self.done, set(line["trained"]), tally)
-        if tally.metrics:
-            self.journal.amend(self.done, tally.completed(line, line["seconds"]))
+        record, line = RoundRecord.from_line(lines[-1]), lines[-1]
+        self._measure(self.done, set(line["trained"]), record)
+        if record.metrics:
+            self.journal.amend(self.done, record.completed(line, line["seconds"]))
             self.directory.write_lines(self.journal.lines())
 
     def calibrate(self) -> None:
-        """Ask the sites about the final model where that is configured and not done yet."""
+        """Calibrate the final model at the sites, where that is configured and not done yet."""
         lines = self.journal.lines()
         if not self.config.calibration.enabled or self.journal.calibration() is not None:
             return
@@ -177,10 +179,10 @@ class Loop:
             return
         started = time.monotonic()
         exchanges = Exchanges(
-            self.config, self.run_id, self.talk, self.attendance, self.steps, self.sums
+            self.config, self.run_id, self.member_exchange, self.availability, self.steps, self.sums
         )
-        kept = self.journal.ranges()
-        known = None if kept is None else calibration.parse(kept.encode())
+        text = self.journal.ranges()
+        kept_ranges = None if text is None else calibration.parse(text.encode())
 
         def keep(ranges: Calibration) -> None:
             line = exchanges.charged(lines[-1])
@@ -188,10 +190,10 @@ class Loop:
             if self.sums is not None:
                 self.sums.settled()
 
-        calibrator = Calibrator(exchanges, self.task, known, keep)
-        found = calibrator.run(self.done, self.arrays, lines[-1])
-        line = calibrator.line(lines[-1], found, time.monotonic() - started)
-        self.journal.calibrate(calibration.dump(found).decode(), self.done, line)
+        calibrator = Calibrator(exchanges, self.task, kept_ranges, keep)
+        result = calibrator.run(self.done, self.arrays, lines[-1])
+        line = calibrator.line(lines[-1], result, time.monotonic() - started)
+        self.journal.calibrate(calibration.dump(result).decode(), self.done, line)
         if self.sums is not None:
             self.sums.settled()
         self.directory.write_lines(self.journal.lines())
@@ -204,64 +206,66 @@ class Loop:
         self.journal.commit(commit, line)
         reach("after-commit", server_round)
 
-    def _measure(self, server_round: int, trained: set[str], tally: RoundRecord) -> None:
-        Evaluator(
-            self.config, self.task, self.run_id, self.talk, self.attendance, self.steps, self.sums
-        ).measure(server_round, self.arrays, trained, tally)
+    def _measure(self, server_round: int, trained: set[str], record: RoundRecord) -> None:
+        exchange, availability = self.member_exchange, self.availability
+        evaluator = Evaluator(
+            self.config, self.task, self.run_id, exchange, availability, self.steps, self.sums
+        )
+        evaluator.measure(server_round, self.arrays, trained, record)
 
     def _cohort(self, present: dict[str, Member], server_round: int) -> list[str]:
-        """Who is asked to train."""
+        """The names of the sites that are invited to train."""
         if self.central is None:
-            return requests.cohort(present, self.config, server_round, self._least)
-        # How few were drawn is no reason to leave a round out, or it would tell.
-        if len(present) < self._least:
+            return selection.cohort(present, self.config, server_round, self._min_sites)
+        # A small sample is no reason to skip a round: that would reveal the size of the secret sample.
+        if len(present) < self._min_sites:
             return []
         return self.central.invite(server_round, present, self.journal.order())
 
-    def _too_few(self, what: str, found: int) -> str | None:
-        """Why a round makes no model, where these are too few."""
-        least = self._least
-        return None if found >= least else f"FE-501 {what}: must be at least {least}, got {found}"
+    def _too_few(self, kind: str, count: int) -> str | None:
+        """The reason why a round makes no model, where there are too few updates or sites; else None."""
+        low = self._min_sites
+        return None if count >= low else f"FE-501 {kind}: must be at least {low}, got {count}"
 
     @property
-    def _least(self) -> int:
-        """Sites without which a round makes no model."""
+    def _min_sites(self) -> int:
+        """The minimum number of sites with which a round makes a model."""
         secure = self.config.secure_aggregation
         if self.sums is not None:
             return max(self.config.round.min_sites, secure.min_sites * secure.groups)
-        least = strategies.minimum_replies(self.config.strategy)
-        return max(self.config.round.min_sites, least)
+        minimum = strategies.minimum_replies(self.config.strategy)
+        return max(self.config.round.min_sites, minimum)
 
     def _compose(
         self,
         server_round: int,
-        asked: list[Member],
+        members: list[Member],
         secure: ConfigRecord | None = None,
-        among: int | None = None,
+        cohort_size: int | None = None,
     ) -> list[Message]:
-        """The requests to train; ``among`` how many sites, which are told that number, is ``asked`` unless given."""
-        told = len(asked) if among is None else among
+        """The requests to train; ``cohort_size``, which the sites get, is the number of members unless given."""
+        size = len(members) if cohort_size is None else cohort_size
         return requests.train(
-            self.talk.live.link.grid,
+            self.member_exchange.node_status.grid_client.grid,
             self.strategy,
             self.arrays,
-            requests.settings(self.config, self.run_id, server_round, self.steps, told),
-            asked,
-            self.accepted,
+            requests.settings(self.config, self.run_id, server_round, self.steps, size),
+            members,
+            self.accepted_rounds,
             self.config,
             needs_loss=strategies.weighs_by_loss(self.config.strategy),
             secure=secure,
         )
 
     def _train(
-        self, server_round: int, names: list[str], tally: RoundRecord, among: int | None = None
+        self, server_round: int, names: list[str], record: RoundRecord, size: int | None = None
     ) -> tuple[Update, ...]:
-        """Updates that pass the gate."""
-        asked = [self.attendance.members[name] for name in names]
+        """Request updates from these sites; return those that pass validation. ``size`` as in ``_compose``."""
+        members = [self.availability.members[name] for name in names]
         updates: list[Update] = []
-        if asked:
+        if members:
             needs_loss = strategies.weighs_by_loss(self.config.strategy)
-            messages = self._compose(server_round, asked, among=among)
+            messages = self._compose(server_round, members, cohort_size=size)
             sent = messages[0].content.array_records[protocol.ARRAYS]
             expected = Expected(
                 self.run_id,
@@ -273,45 +277,45 @@ class Loop:
                 noise_norm=self._noise_norm(),
             )
             reach("before-dispatch", server_round)
-            result = self.talk.ask(server_round, "train", asked, messages)
+            result = self.member_exchange.ask(server_round, "train", members, messages)
             reach("all-received", server_round)
-            tally.count(result, asked, self.config.round.deadline)
-            for member in asked:
+            record.count(result, members, self.config.round.deadline)
+            for member in members:
                 if member.node_id in result.replies:
                     reply = result.replies[member.node_id]
                     verdict = admit_train(reply, member.site, member.train_examples, expected)
-                    tally.take(verdict)
+                    record.take(verdict)
                     if verdict.update is not None:
                         updates.append(verdict.update)
             if needs_loss:
                 updates, outliers = admit_losses(updates)
-                tally.rejections += outliers
-        self._require(server_round, {u.site for u in updates}, tally)
+                record.rejections += outliers
+        self._require(server_round, {u.site for u in updates}, record)
         return tuple(updates)
 
     def _train_for_noise(
-        self, central: CentralNoise, server_round: int, present: list[Member], tally: RoundRecord
+        self, central: CentralNoise, server_round: int, present: list[Member], record: RoundRecord
     ) -> tuple[Singles, str | None]:
-        """Single updates, and the model stepped by their noised mean; the reason where there is none."""
+        """The single updates, after the model was stepped by their noised mean; the reason where it was not."""
         if reason := self._too_few("sites", len(present)):
-            self._require(server_round, set(), tally)
-            tally.central = central.skip(server_round)
+            self._require(server_round, set(), record)
+            record.central = central.skip(server_round)
             return Singles(()), reason
-        # Where the sample is secret, nobody is told its size.
-        among = len(present) if is_secret_sample(self.config.privacy) else None
-        if not tally.invited:
-            # A strategy learns the round's weights as it composes requests; this one is not sent.
-            self._compose(server_round, present[:1], among=among)
-        updates = self._train(server_round, tally.invited, tally, among)
-        if tally.invited and not updates:
-            _log.warning("round %d: no update counted, so that it is noise alone", server_round)
+        # Where the sample is secret, the sites get the number of available sites instead of its size.
+        cohort_size = len(present) if is_secret_sample(self.config.privacy) else None
+        if not record.invited:
+            # A strategy stores the round's weights as it composes requests; this one is not sent.
+            self._compose(server_round, present[:1], cohort_size=cohort_size)
+        updates = self._train(server_round, record.invited, record, cohort_size)
+        if record.invited and not updates:
+            _log.warning("round %d: no update was accepted, it is noise alone", server_round)
         registered = len(self.journal.sites())
         noised = central.release(server_round, updates, self.arrays, registered)
-        tally.central = noised.facts
+        record.central = noised.facts
         return Singles(updates), self._aggregate(server_round, noised.result)
 
     def _noise_norm(self) -> float:
-        """What a site's own noise may add to its update's norm."""
+        """The maximum L2 norm that a site's own noise may add to its update."""
         privacy = self.config.privacy
         if privacy.mechanism != "local":
             return 0.0
@@ -319,52 +323,53 @@ class Loop:
         return local.max_update_norm(privacy.clipping_bound, privacy.noise_multiplier or 0.0, size)
 
     def _train_securely(
-        self, sums: SecureSums, server_round: int, names: list[str], tally: RoundRecord
+        self, sums: SecureSums, server_round: int, names: list[str], record: RoundRecord
     ) -> tuple[RoundResult, str | None]:
-        """The sum of the updates under masks; the reason where there is none."""
-        asked = [self.attendance.members[name] for name in names]
-        if len(asked) < self._least:
-            self._require(server_round, set(), tally)
-            return Singles(()), f"FE-501 sites: must be at least {self._least}, got {len(asked)}"
-        found = sums.train(
+        """The sum of the updates under secure aggregation; the reason where there is none."""
+        members = [self.availability.members[name] for name in names]
+        if reason := self._too_few("sites", len(members)):
+            self._require(server_round, set(), record)
+            return Singles(()), reason
+        training = sums.train(
             server_round,
-            asked,
+            members,
             partial(self._compose, server_round),
             self.arrays,
             control=isinstance(self.strategy, strategies.Scaffold),
         )
-        outcome = found.outcome
-        tally.add(outcome.sent, outcome.received, outcome.rejections(asked))
-        tally.secure = found.facts
-        tally.ledgers = {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
-        if found.seen:
-            self.directory.write_json(self.directory.seen, {"round": server_round, **found.seen})
-        result: RoundResult = found.result or Singles(())
-        trained, least = site_updates.sites(result), self.config.round.min_sites
-        self._require(server_round, set(trained), tally)
-        reason = found.reason
-        if reason is None and len(trained) < least:
-            reason = f"FE-501 updates: must be at least {least}, got {len(trained)}"
+        outcome = training.outcome
+        record.add(outcome.sent, outcome.received, outcome.rejections(members))
+        record.secure = training.facts
+        record.ledgers = {s: d for s, d in outcome.ledgers.items() if s in outcome.sites}
+        if training.seen:
+            seen = {"round": server_round, **training.seen}
+            self.directory.write_json(self.directory.seen, seen)
+        result: RoundResult = training.result or Singles(())
+        trained, minimum = site_updates.sites(result), self.config.round.min_sites
+        self._require(server_round, set(trained), record)
+        reason = training.reason
+        if reason is None and len(trained) < minimum:
+            reason = f"FE-501 updates: must be at least {minimum}, got {len(trained)}"
         return result, reason
 
     def _secure_epsilon(self, server_round: int) -> dict[str, float | None] | None:
-        """What the run has cost a site at most, where distributed noise lets the server reckon it."""
+        """The epsilon of the run by adversary, where noise is distributed and the server can account for it."""
         if self.sums is None or self.config.privacy.mechanism != "distributed":
             return None
         updates, evaluations = (self.sums.attempts(p, server_round) for p in ("train", "evaluate"))
         return privacy_cost.masked_spent(self.config.privacy, self.spent, updates, evaluations)
 
-    def _require(self, server_round: int, trained: set[str], tally: RoundRecord) -> None:
+    def _require(self, server_round: int, trained: set[str], record: RoundRecord) -> None:
         if missing := sorted(set(self.config.round.require_sites) - trained):
-            why = "; ".join(
-                f"{r.site}: FE-{r.code} {r.reason}" for r in tally.rejections if r.site in missing
+            reasons = "; ".join(
+                f"{r.site}: FE-{r.code} {r.reason}" for r in record.rejections if r.site in missing
             )
             raise RunError(
-                502, f"round {server_round}: must hold {', '.join(missing)}, got {why[:600]}"
+                502, f"round {server_round}: must hold {', '.join(missing)}, got {reasons[:600]}"
             )
 
     def _aggregate(self, server_round: int, result: RoundResult) -> str | None:
-        """Step the model; the reason where the round makes none."""
+        """Step the model; the reason where the round makes none, else None."""
         try:
             arrays = aggregate(
                 self.strategy,
@@ -386,6 +391,6 @@ def _numpy(sent: ArrayRecord) -> NDArrays:
 
 
 def _first(line: Line) -> str:
-    """Why the first site's update did not count."""
-    found = line["rejected"][:1]
-    return "; ".join(f"{r['site']}: FE-{r['code']} {r['reason']}" for r in found)[:300]
+    """Why the first rejected site's update was not accepted."""
+    first = line["rejected"][:1]
+    return "; ".join(f"{r['site']}: FE-{r['code']} {r['reason']}" for r in first)[:300]

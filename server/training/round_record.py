@@ -1,4 +1,4 @@
-"""What happened in a round, gathered while it happens: the line of rounds.jsonl."""
+"""The record of a round, collected while the round goes on: its line in rounds.jsonl."""
 
 from __future__ import annotations
 
@@ -12,12 +12,25 @@ from fedge.server.aggregation import privacy_cost, updates
 from fedge.server.aggregation.updates import RoundResult
 from fedge.server.participants.members import Member
 from fedge.server.runs.journal import Line
-from fedge.server.transport.exchange import Exchange, absence
+from fedge.server.transport.exchange import Exchange, no_reply_reason
 
 
 @dataclass
 class RoundRecord:
-    """What a round's line is made of."""
+    """What a round's line in rounds.jsonl is made of.
+
+    Attributes:
+        invited: sites that are asked to train.
+        rejections: sites without an accepted reply, each with the reason.
+        drops: metrics that were left out of accepted replies.
+        metrics: metrics of the evaluation.
+        sent, received: payload in bytes.
+        secure: facts about the secure sums; None without secure aggregation.
+        ledgers: site -> SHA-256 (hex) of its privacy ledger.
+        central: facts about the server's noise; None without it.
+        masked_epsilon: epsilon of the run under distributed noise, by adversary; None without it.
+        spent: site -> the (model consumers', server's) epsilon that it reported with an evaluation.
+    """
 
     invited: list[str]
     rejections: list[Rejection]
@@ -35,8 +48,8 @@ class RoundRecord:
         self.rejections = list(self.rejections)
 
     @classmethod
-    def of(cls, line: Line) -> RoundRecord:
-        """What a line tells of a round, to go on from there; ``metrics`` is what comes in addition."""
+    def from_line(cls, line: Line) -> RoundRecord:
+        """Continue the record of a committed round; its ``metrics`` are those in addition to the line's."""
         rejections = [
             Rejection(r["site"], int(r["code"].removeprefix("FE-")), r["outcome"], r["reason"])
             for r in line["rejected"]
@@ -47,7 +60,12 @@ class RoundRecord:
         )  # fmt: skip
 
     def completed(self, line: Line, seconds: float) -> Line:
-        """The line of a committed round with what an evaluation has brought since."""
+        """The line of a committed round, completed by the evaluation that followed.
+
+        Args:
+            line: the line as it was committed.
+            seconds: duration of the round, the evaluation included.
+        """
         more: Line = {
             "rejected": [r.to_json() for r in self.rejections],
             "dropped": self.drops,
@@ -62,35 +80,41 @@ class RoundRecord:
         return line | more
 
     def take(self, verdict: Verdict) -> None:
-        """Note what the gate said."""
+        """Add the rejection and the dropped metrics of a validated reply."""
         if verdict.rejection is not None:
             self.rejections.append(verdict.rejection)
         self.drops += [drop.to_json() for drop in verdict.drops]
 
-    def told(self, evaluation: Evaluation) -> None:
-        """Note what an evaluation with noise says of the site's ledger."""
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Add what an evaluation with noise reports about the site's ledger."""
         if evaluation.epsilon is not None:
             self.spent[evaluation.site] = evaluation.epsilon
         if evaluation.ledger is not None:
             self.ledgers[evaluation.site] = evaluation.ledger
 
-    def count(self, result: Exchange, asked: list[Member], deadline: float) -> None:
-        """Note bytes, and who was late, absent, heard twice or unasked."""
+    def count(self, result: Exchange, members: list[Member], deadline: float) -> None:
+        """Add an exchange's bytes, and its late, missing, duplicate and unexpected replies.
+
+        Args:
+            result: outcome of the exchange.
+            members: the members to which a request was sent.
+            deadline: of the exchange, in seconds.
+        """
         self.sent += result.sent
         self.received += result.received
-        site = {m.node_id: m.site for m in asked}
+        site = {m.node_id: m.site for m in members}
         self.rejections += [
             *(
                 Rejection(site[n], 408, "late", f"reply after the deadline of {deadline:g} s")
                 for n in result.late
             ),
             *(
-                Rejection(site[n], 409, "absent", absence(result, n, deadline))
-                for n in result.absent
+                Rejection(site[n], 409, "absent", no_reply_reason(result, n, deadline))
+                for n in result.timed_out
             ),
             *(
                 Rejection(site[n], 407, "duplicate", "a second reply; the first one counts")
-                for n in result.again
+                for n in result.duplicates
             ),
             *(
                 Rejection(
@@ -104,11 +128,17 @@ class RoundRecord:
         ]
 
     def add(self, sent: int, received: int, rejections: list[Rejection]) -> None:
-        """Note the bytes of a secure sum, and who was asked and is not in it."""
+        """Add the bytes of a secure sum, and the members that are not in it.
+
+        Args:
+            sent: payload in bytes.
+            received: payload in bytes.
+            rejections: why members are not in the sum; one of a site that is rejected already is left out.
+        """
         self.sent += sent
         self.received += received
-        told = {r.site for r in self.rejections}
-        self.rejections += [r for r in rejections if r.site not in told]
+        rejected = {r.site for r in self.rejections}
+        self.rejections += [r for r in rejections if r.site not in rejected]
 
     def line(
         self,
@@ -118,7 +148,15 @@ class RoundRecord:
         model_sha256: str,
         seconds: float,
     ) -> Line:
-        """The round's line in rounds.jsonl."""
+        """The round's line in rounds.jsonl.
+
+        Args:
+            server_round: number of the round.
+            reason: why the round makes no model; None where it makes one.
+            result: the accepted updates, single or summed.
+            model_sha256: digest (hex) of the model after the round.
+            seconds: duration of the round.
+        """
         loss = updates.train_loss(result)
         train = {} if loss is None else {"loss": loss}
         line: Line = {
@@ -135,7 +173,7 @@ class RoundRecord:
             "bytes": {"sent": self.sent, "received": self.received},
             "model_sha256": model_sha256,
         }
-        # What an evaluation says was spent comes after what the training said.
+        # The epsilon that a site reports with an evaluation is later than the one of its update.
         if epsilon := updates.epsilon(result) | self.spent:
             line["privacy"] = _epsilons(epsilon)
         if ledgers := updates.ledgers(result) | self.ledgers:
@@ -147,9 +185,9 @@ class RoundRecord:
         return line if self.secure is None else line | {"secure": self.secure}
 
 
-def _epsilons(told: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float | None]]:
-    """By site and reader. None: a server that gets updates without noise learns without bound; JSON has no infinity."""
+def _epsilons(spent: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float | None]]:
+    """Epsilon by site and adversary; None for infinity (a server that gets updates without noise), not in JSON."""
     return {
         site: {"consumers": consumers, "server": server if math.isfinite(server) else None}
-        for site, (consumers, server) in told.items()
+        for site, (consumers, server) in spent.items()
     }

@@ -1,4 +1,4 @@
-"""A run: its registration, its rounds, its end. Ours, over Flower's Grid.
+"""One run over Flower's Grid, from the registration of the sites to the results after the last round.
 
 A round either commits, with its checkpoint and its line, or leaves no trace; a killed coordinator continues after the
 last commit. Everything random is a function of (seed, round, site), so a redone round is the same round.
@@ -35,7 +35,7 @@ from fedge.shared.tasks.standardised_columns import column_bounds
 from fedge.shared.tasks.task import Task
 from fedge.shared.wire.tensors import NDArrays
 
-#: What a full, read-only or failing disk answers.
+#: Error numbers of a full, read-only or failing disk.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -44,20 +44,20 @@ def run(
     directory: RunDirectory,
     flower_run_id: int,
     listener: Listener,
-    patience: Timeouts | None = None,
+    timeouts: Timeouts | None = None,
     clock: Clock | None = None,
-    seats: Callable[[], Mapping[str, str]] | None = None,
+    admitted_nodes: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Play all rounds that are not committed yet, then write the run's results.
+    """Run all rounds that are not committed yet, then write the run's results.
 
     Args:
-        grid: Flower's, whose nodes are the sites.
-        directory: prepared, see ``run_directory.prepare``.
-        flower_run_id: of the Flower run that carries this run now.
-        listener: told of every reply and round, and of what is waited for.
-        patience: how long what is waited for.
-        clock: where the time is from.
-        seats: see ``Census``.
+        grid: Flower's grid, whose nodes are the sites.
+        directory: directory of the run, prepared by ``directory.prepare``.
+        flower_run_id: id of the Flower run that carries this run now.
+        listener: gets every reply and round, and what the run waits for.
+        timeouts: how long the run waits; the defaults unless given.
+        clock: source of time; the system's unless given.
+        admitted_nodes: see ``Registry``.
 
     Raises:
         RunError: 501 to 507; what was committed stays, and the run can be resumed.
@@ -72,12 +72,20 @@ def run(
             if row.finished is not None:
                 return
             journal.begin_flower_run(flower_run_id, results.now())
-            link = GridClient(grid, clock or Clock(), patience or Timeouts())
+            grid_client = GridClient(grid, clock or Clock(), timeouts or Timeouts())
             loop = _prepare(
-                link, directory, config, task, journal, row.id, flower_run_id, listener, seats
+                grid_client,
+                directory,
+                config,
+                task,
+                journal,
+                row.id,
+                flower_run_id,
+                listener,
+                admitted_nodes,
             )
             listener.start(config.run.rounds, loop.done)
-            # Some of Flower's strategies collect garbage once a reply; torch's many objects need no walk each time.
+            # Some of Flower's strategies collect garbage at every reply: exempt torch's many objects from that.
             gc.freeze()
             loop.catch_up()
             while loop.done < config.run.rounds:
@@ -86,7 +94,7 @@ def run(
             reach("before-export", config.run.rounds)
             results.complete(directory, journal, config, loop.arrays)
         except (RunError, KeyboardInterrupt, SystemExit):
-            # The report is wanted most when a run stops.
+            # A report is needed most when a run stops.
             results.report_so_far(directory)
             raise
         except OSError as error:
@@ -101,7 +109,7 @@ def run(
 
 
 def _prepare(
-    link: GridClient,
+    grid_client: GridClient,
     directory: RunDirectory,
     config: Config,
     task: Task,
@@ -109,7 +117,7 @@ def _prepare(
     run_id: str,
     flower_run_id: int,
     listener: Listener,
-    seats: Callable[[], Mapping[str, str]] | None,
+    admitted_nodes: Callable[[], Mapping[str, str]] | None,
 ) -> Loop:
     arrays = checkpoints.initial_arrays(task, config.run.seed)
     memory: NDArrays = {}
@@ -119,15 +127,17 @@ def _prepare(
         journal.commit(last, {})
     else:
         arrays, memory = checkpoints.load(directory.checkpoints, last, list(arrays))
-    kept = checkpoints.checkpoints_kept(config.privacy, config.run.rounds, last.number)
+    kept = checkpoints.checkpoints_to_keep(config.privacy, config.run.rounds, last.number)
     checkpoints.prune(directory.checkpoints, last.number, kept)
-    census = Registry(NodeStatus(link), config, task, run_id, journal, listener, seats)
-    members, refused = census.take(flower_run_id)
-    least = strategies.minimum_replies(config.strategy)
-    if len(members) < least:
+    registry = Registry(
+        NodeStatus(grid_client), config, task, run_id, journal, listener, admitted_nodes
+    )
+    members, refused = registry.take(flower_run_id)
+    min_sites = strategies.minimum_replies(config.strategy)
+    if len(members) < min_sites:
         raise RunError(
             506,
-            f"strategy: {config.strategy.name} must have {least} sites or more, got {len(members)}",
+            f"strategy: {config.strategy.name} must have {min_sites} sites or more, got {len(members)}",
         )
     strategy = strategies.build(
         config.strategy,
@@ -140,17 +150,17 @@ def _prepare(
     )
     if noise is not None:
         noise.restore(memory, last.number)
-        # Past noise is as secret as the updates under it.
+        # Noise of past rounds is as confidential as the updates that it protects.
         directory.checkpoints.chmod(0o700)
     lines = journal.lines()
     directory.write_lines(lines)
-    attendance = Availability(census, members, refused)
-    talk = MemberExchange(run_id, config, census.live, attendance, listener)
+    availability = Availability(registry, members, refused)
+    member_exchange = MemberExchange(run_id, config, registry.node_status, availability, listener)
     sums = None
     if config.secure_aggregation.enabled:
-        sums = SecureSums(talk, RecoveryStore(directory.path), config, task)
+        sums = SecureSums(member_exchange, RecoveryStore(directory.path), config, task)
     if journal.run_preprocessing_missing():
-        fit_preprocessing(journal, task, config, census, sums)
+        fit_preprocessing(journal, task, config, registry, sums)
         if sums is not None:
             sums.settled()
     steps = from_json(results.begun(journal).preprocessing)
@@ -161,8 +171,8 @@ def _prepare(
         journal,
         run_id,
         listener,
-        talk,
-        attendance,
+        member_exchange,
+        availability,
         strategy,
         steps,
         arrays,
@@ -171,28 +181,30 @@ def _prepare(
         noise,
     )
     loop.remember(lines)
-    results.write_run(directory, journal, config, loop.counted)
+    results.write_run(directory, journal, config, loop.update_counts)
     return loop
 
 
 def fit_preprocessing(
-    journal: Journal, task: Task, config: Config, census: Registry, sums: SecureSums | None = None
+    journal: Journal, task: Task, config: Config, registry: Registry, sums: SecureSums | None = None
 ) -> None:
-    """Write down the preprocessing with mean and deviation over all registered sites, where they are to be had.
+    """Fit the preprocessing to the statistics of all registered sites, and store it in the journal.
+
+    Without statistics the task's own preprocessing is stored.
 
     Args:
-        journal: of the run, which has none yet.
-        task: of the run.
-        config: of the run.
-        census: taken.
-        sums: where the sites' statistics are summed under masks.
+        journal: journal of the run, without preprocessing yet.
+        task: task of the run.
+        config: configuration of the run.
+        registry: with all registered sites.
+        sums: sums the sites' statistics under secure aggregation; None without it.
 
     Raises:
-        RunError: 510, that sum could not be opened.
+        RunError: 510, that sum could not be unmasked.
     """
     steps = task.preprocessing
     if sums is not None and config.data.standardise == "federated" and column_bounds(task):
-        steps = preprocessing.fitted(steps, sums.statistics(census.members()).standardise())
-    elif parts := census.statistics():
+        steps = preprocessing.fitted(steps, sums.statistics(registry.members()).standardise())
+    elif parts := registry.statistics():
         steps = preprocessing.fitted(steps, preprocessing.pooled(parts).standardise())
     journal.fix_preprocessing([step.to_json() for step in steps])

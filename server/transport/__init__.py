@@ -1,1 +1,1 @@
-"""Flower's Grid, with deadlines and resends; nothing about learning."""
+"""Flower's Grid with deadlines and retries; independent of machine learning."""

@@ -1,7 +1,7 @@
-"""The state of one exchange: what is under way to and from each node, and what to do where nothing comes.
+"""The delivery state of one exchange: what is under way to and from each node, when to retry and when to give up.
 
 Requests and replies get lost: a SuperNode forgets what it holds when it stops, and Flower drops what it holds for a
-site that is not connected, and a reply whose upload broke off; 1.43 does so without a word. A SuperNode handles one
+site that is not connected, and a reply whose upload broke off; 1.43 does so without an error. A SuperNode handles one
 message after the other, so where a small probe is answered while the reply is missing, the reply will not come, and
 the request is sent once more. Requests are idempotent at a site.
 """
@@ -14,59 +14,60 @@ from typing import TypeAlias
 
 from flwr.app import Array, Message, RecordDict
 
-from fedge.server.transport.grid_calls import TimedGrid, silent
+from fedge.server.transport.grid_calls import TimedGrid, no_op
 from fedge.server.transport.node_status import NodeStatus
 from fedge.server.transport.pulls import PendingPulls
 from fedge.shared import protocol
 
-#: Seconds that Flower keeps a message beyond the deadline, so that a late reply is told from none.
+#: Seconds that Flower keeps a message beyond the deadline, to distinguish a late reply from none.
 GRACE = 60.0
-#: Replies out of turn that are told of in one exchange; a flood of them must not fill the memory.
-_REPORTED = 1000
+#: Maximum number of unexpected replies that an exchange records; a flood of them must not fill the memory.
+_MAX_REPORTED = 1000
 #: Flower's numbers for a site that is not connected, and for a ClientApp whose process died.
 _NODE_UNAVAILABLE, _CLIENT_APP_CRASHED = 5, 8
 #: Seconds until a request that Flower has dropped, or not stored, is sent again.
 _PUSH_PAUSE = 2.0
-#: How often in a row Flower may refuse to store a node's request, until nobody waits for that node any more.
-_REFUSALS = 3
-#: How much longer than the first an unanswered probe may live, at most.
+#: How often in a row Flower may refuse to store a node's request until the exchange no longer waits for that node.
+_MAX_REFUSALS = 3
+#: Maximum ratio of an unanswered probe's lifetime to the first one's.
 _MAX_PROBE = 8
 
 
 @dataclass(frozen=True)
 class DeliveryEvents:
-    """Who is told what while an exchange goes on.
+    """Callbacks for what happens during an exchange; each does nothing unless given.
 
     Attributes:
-        reply: (node id, replies so far).
-        pushed: all requests are out.
-        sent: (requests so far, all requests, bytes so far).
-        waiting: (node ids without a reply, seconds).
-        lost: (node id, seconds since it was asked); it is no longer connected.
-        back: (node id, seconds that it was away); told of nodes that were not asked, too.
+        reply: a reply came; called with (node id, replies so far).
+        pushed: all requests are sent.
+        sent: a request was sent; called with (requests so far, all requests, bytes so far).
+        waiting: called now and then with (node ids without a reply, seconds since the start).
+        disconnected: a node is no longer connected; called with (node id, seconds since its request was sent).
+        reconnected: a node is connected again; called with (node id, seconds that it was disconnected), for nodes
+            without a request too.
     """
 
-    reply: Callable[[int, int], None] = silent
-    pushed: Callable[[], None] = silent
-    sent: Callable[[int, int, int], None] = silent
-    waiting: Callable[[Sequence[int], float], None] = silent
-    lost: Callable[[int, float], None] = silent
-    back: Callable[[int, float], None] = silent
+    reply: Callable[[int, int], None] = no_op
+    pushed: Callable[[], None] = no_op
+    sent: Callable[[int, int, int], None] = no_op
+    waiting: Callable[[Sequence[int], float], None] = no_op
+    disconnected: Callable[[int, float], None] = no_op
+    reconnected: Callable[[int, float], None] = no_op
 
 
 @dataclass
-class _Asked:
-    """One node's part: its request, the copies of it that are under way, and the probe that is."""
+class _NodeState:
+    """One node's delivery state: its request, and the copies of it and the probe that are under way."""
 
     request: Message
-    asked_at: float
+    pushed_at: float
     copies: set[str] = field(default_factory=set)
     probe: str | None = None
     probed_at: float = 0.0
     probes_lost: int = 0
-    pushes_again: int = 0
+    retries: int = 0
     refused: int = 0  # pushes in a row that were not stored; no copy is under way then
-    answered: bool = False  # a probe, since the last push
+    probe_answered: bool = False  # since the last push
     done: bool = False
 
 
@@ -74,64 +75,73 @@ class Delivery:
     """The state of one exchange.
 
     Args:
-        live: what is known of the nodes, and the grid.
-        requests: one a node.
+        node_status: connection status of the nodes, with the client of the grid.
+        requests: one request a node.
         deadline: seconds from now.
-        probe: the content of a probe; None for a grid that loses nothing.
-        watch: who is told.
+        probe: content of a probe; None for a grid that loses nothing.
+        events: callbacks for the progress.
+
+    Attributes:
+        replies: node id -> reply that came within the deadline.
+        late: ids of the nodes whose reply came after the deadline.
+        duplicates: ids of the nodes that answered one request more than once.
+        stray: ids of the nodes that replied to nothing that was sent here.
+        sent, received: payload in bytes.
+        retries: number of requests that were sent again.
     """
 
     def __init__(
         self,
-        live: NodeStatus,
+        node_status: NodeStatus,
         requests: Sequence[Message],
         deadline: float,
         probe: RecordDict | None,
-        watch: DeliveryEvents,
+        events: DeliveryEvents,
     ) -> None:
-        self.live, self.link, self.watch = live, live.link, watch
-        self.clock, self.patience = live.link.clock, live.link.patience
-        self.fetches = PendingPulls(live.link)
+        self.node_status, self.events = node_status, events
+        self.grid_client = grid_client = node_status.grid_client
+        self.clock, self.timeouts = grid_client.clock, grid_client.timeouts
+        self.pending_pulls = PendingPulls(grid_client)
         self.deadline, self.probe = deadline, probe
-        self.started = self.told = self.clock.now()
-        self.nodes = {m.metadata.dst_node_id: _Asked(m, self.started) for m in requests}
-        self.main: dict[str, int] = {}  # message id to node
-        self.probes: dict[str, int] = {}
-        self.answered: set[str] = set()
+        self.started = self.reported_at = self.clock.now()
+        self.nodes = {m.metadata.dst_node_id: _NodeState(m, self.started) for m in requests}
+        self.request_nodes: dict[str, int] = {}  # message id of a request to node
+        self.probe_nodes: dict[str, int] = {}
+        self.answered_ids: set[str] = set()
         self.replies: dict[int, Message] = {}
         self.late: list[int] = []
-        self.again: list[int] = []
+        self.duplicates: list[int] = []
         self.stray: list[int] = []
-        self.sent = self.received = self.pushed_again = 0
+        self.sent = self.received = self.retries = 0
 
     @property
     def until(self) -> float:
-        """The deadline by the clock."""
+        """Time of the deadline, by the clock."""
         return self.started + self.deadline
 
     def pending(self) -> list[int]:
         """Nodes that may still answer."""
-        return [n for n, a in self.nodes.items() if not a.done and a.refused < _REFUSALS]
+        return [n for n, a in self.nodes.items() if not a.done and a.refused < _MAX_REFUSALS]
 
     def unsent(self) -> list[int]:
-        """Nodes of which the SuperLink has not stored the request."""
+        """Nodes whose request the SuperLink has not stored."""
         return [node for node, a in self.nodes.items() if a.refused]
 
     def push_all(self) -> None:
         """Send every request, large ones one by one, so that the progress can be seen."""
         requests = [a.request for a in self.nodes.values()]
         each = max((payload_bytes(m) for m in requests), default=0)
-        size = 1 if each > self.patience.large else max(len(requests), 1)
+        size = 1 if each > self.timeouts.large else max(len(requests), 1)
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
             for message, number in zip(some, self._push(some), strict=True):
-                self._pushed(message.metadata.dst_node_id, number)
-            self.watch.sent(start + len(some), len(requests), self.sent)
-        self.watch.pushed()
+                self._note_push(message.metadata.dst_node_id, number)
+            self.events.sent(start + len(some), len(requests), self.sent)
+        self.events.pushed()
 
     def _push(self, messages: list[Message]) -> list[str | None]:
-        grid = self.link.grid
-        given = self.link.call(
+        grid = self.grid_client.grid
+        given = self.grid_client.call(
             "send requests", lambda: list(grid.push_messages(messages)), self.until, self.tick
         )
         # Flower gives "" or None for a message that it did not store, and no ids at all where it took none.
@@ -139,92 +149,92 @@ class Delivery:
         self.sent += sum(payload_bytes(m) for m, n in zip(messages, ids, strict=True) if n)
         return ids
 
-    def _pushed(self, node: int, number: str | None) -> None:
-        asked = self.nodes[node]
-        asked.asked_at = self.clock.now()
+    def _note_push(self, node: int, number: str | None) -> None:
+        state = self.nodes[node]
+        state.pushed_at = self.clock.now()
         if number:
-            self.main[number] = node
-            asked.copies.add(number)
-            asked.refused = 0
-        elif not asked.copies:
-            asked.refused += 1
+            self.request_nodes[number] = node
+            state.copies.add(number)
+            state.refused = 0
+        elif not state.copies:
+            state.refused += 1
 
     def pull(self, pending: Iterable[int]) -> None:
-        """Take what has come for these nodes."""
+        """Collect the replies of these nodes that have arrived."""
         for _ in range(2):
             groups = [sorted(self.nodes[node].copies) for node in pending]
             groups += [[p] for node in self.pending() if (p := self.nodes[node].probe)]
-            if self.link.direct:
-                replies = self.link.grid.pull_messages([i for ids in groups for i in ids])
+            if self.grid_client.direct:
+                replies = self.grid_client.grid.pull_messages([i for ids in groups for i in ids])
                 unreadable, failed = list[str](), False
             else:
-                replies, unreadable, failed = self.fetches.take(groups)
+                replies, unreadable, failed = self.pending_pulls.take(groups)
             for reply in replies:
                 self._take(reply)
             for number in unreadable:
                 self._take_unreadable(number)
             if not failed:
                 return
-            # Wait here until the SuperLink is back, then look once more: there may be no later, at the deadline.
+            # Wait here until the SuperLink answers again, then pull once more: after the deadline nothing is pulled.
             self._look()
 
     def arriving(self) -> list[int]:
         """Nodes whose reply has begun to arrive, and is not complete."""
-        held = self.fetches.held
+        held = self.pending_pulls.held
         return [node for node in self.pending() if held & self.nodes[node].copies]
 
     def _take(self, reply: Message) -> None:
         self.received += payload_bytes(reply)
         number, source = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
-        node = self.main.get(number, self.probes.get(number))
+        node = self.request_nodes.get(number, self.probe_nodes.get(number))
         if node is None or (source != node and not reply.has_error()):
             self.stray.append(source)
-            del self.stray[_REPORTED:]
+            del self.stray[_MAX_REPORTED:]
             return
-        asked = self.nodes[node]
+        state = self.nodes[node]
         # Flower itself answers for a site whose message is lost: then the source is not the site.
         of_site = source == node
-        if number in self.probes:
-            if asked.probe == number:
-                asked.probe = None
+        if number in self.probe_nodes:
+            if state.probe == number:
+                state.probe = None
                 if of_site:
-                    asked.answered, asked.probes_lost = True, 0
-        elif number in self.answered:
-            self.again += [node] if of_site and len(self.again) < _REPORTED else []
-        elif not self._is_lost(reply, asked, of_site=of_site):
-            self.answered.add(number)
-            if not asked.done:  # else another copy was answered before: our own doing
-                self._count(node, asked, reply)
+                    state.probe_answered, state.probes_lost = True, 0
+        elif number in self.answered_ids:
+            self.duplicates += [node] if of_site and len(self.duplicates) < _MAX_REPORTED else []
+        elif not self._is_lost(reply, state, of_site=of_site):
+            self.answered_ids.add(number)
+            if not state.done:  # else another copy was answered before, which our retry has caused
+                self._count(node, state, reply)
         else:
-            asked.copies.discard(number)
+            state.copies.discard(number)
         if not of_site and reply.error.code == _NODE_UNAVAILABLE:
-            self._gone(node)
+            self._mark_disconnected(node)
 
     def _take_unreadable(self, number: str) -> None:
-        """Flower gives such a reply no second time: it counts as one that holds nothing."""
-        node = self.main.get(number, self.probes.get(number))
+        """Count an unreadable reply as an empty one: Flower does not give it a second time."""
+        node = self.request_nodes.get(number, self.probe_nodes.get(number))
         if node is None:
             return
-        asked = self.nodes[node]
-        if number == asked.probe:
-            asked.probe = None
-        elif number in self.main and not asked.done:
-            self.answered.add(number)
-            self._count(node, asked, Message(RecordDict(), reply_to=asked.request))
+        state = self.nodes[node]
+        if number == state.probe:
+            state.probe = None
+        elif number in self.request_nodes and not state.done:
+            self.answered_ids.add(number)
+            self._count(node, state, Message(RecordDict(), reply_to=state.request))
 
-    def _is_lost(self, reply: Message, asked: _Asked, *, of_site: bool) -> bool:
-        """Whether this says no more than that the request, or its reply, is lost."""
-        if self.link.direct or not reply.has_error():
+    def _is_lost(self, reply: Message, state: _NodeState, *, of_site: bool) -> bool:
+        """Whether this reply only reports that the request, or the reply to it, is lost."""
+        if self.grid_client.direct or not reply.has_error():
             return False
-        may_push = asked.pushes_again < self.patience.pushes_again
-        return not of_site or (may_push and reply.error.code == _CLIENT_APP_CRASHED)
+        may_retry = state.retries < self.timeouts.max_retries
+        return not of_site or (may_retry and reply.error.code == _CLIENT_APP_CRASHED)
 
-    def _count(self, node: int, asked: _Asked, reply: Message) -> None:
-        asked.done = True
-        if (seconds := self.live.away(node)) is not None:
-            del self.live.gone[node]
-            self.watch.back(node, seconds)
-        grid = self.link.grid
+    def _count(self, node: int, state: _NodeState, reply: Message) -> None:
+        state.done = True
+        if (seconds := self.node_status.disconnected_for(node)) is not None:
+            del self.node_status.disconnected[node]
+            self.events.reconnected(node, seconds)
+        grid = self.grid_client.grid
         taken = (
             grid.elapsed(reply) if isinstance(grid, TimedGrid) else self.clock.now() - self.started
         )
@@ -232,54 +242,54 @@ class Delivery:
             self.late.append(node)
         else:
             self.replies[node] = reply
-        self.watch.reply(node, len(self.replies) + len(self.late))
+        self.events.reply(node, len(self.replies) + len(self.late))
 
-    def _gone(self, node: int) -> None:
-        if self.live.mark_gone(node):
-            self.watch.lost(node, self.clock.now() - self.nodes[node].asked_at)
+    def _mark_disconnected(self, node: int) -> None:
+        if self.node_status.mark_disconnected(node):
+            self.events.disconnected(node, self.clock.now() - self.nodes[node].pushed_at)
 
     def look(self) -> None:
-        """See who is connected, when it is time."""
-        if self.live.due():
+        """Check which nodes are connected, when the last check is old enough."""
+        if self.node_status.due():
             self._look()
 
     def _look(self) -> None:
-        lost, back = self.live.look(self.pending(), self.until, self.tick)
-        for node in lost:
-            self.watch.lost(node, self.clock.now() - self.nodes[node].asked_at)
-        for node, seconds in back:
-            self.watch.back(node, seconds)
+        disconnected, reconnected = self.node_status.look(self.pending(), self.until, self.tick)
+        for node in disconnected:
+            self.events.disconnected(node, self.clock.now() - self.nodes[node].pushed_at)
+        for node, seconds in reconnected:
+            self.events.reconnected(node, seconds)
             if node in self.nodes:
                 self.nodes[node].probe = None  # it may have stopped with the node
                 self.nodes[node].probed_at = 0.0
 
-    def mend(self) -> None:
-        """Repeat requests that are lost, and probe nodes that are silent."""
+    def retry(self) -> None:
+        """Send lost requests again, and probe nodes that have not replied for a while."""
         now = self.clock.now()
         for node in self.pending():
-            asked = self.nodes[node]
-            if node in self.live.gone and not asked.refused:
+            state = self.nodes[node]
+            if node in self.node_status.disconnected and not state.refused:
                 continue
-            dropped = not asked.copies and now - asked.asked_at >= _PUSH_PAUSE
-            if (asked.answered or dropped) and asked.pushes_again < self.patience.pushes_again:
-                self._push_again(node, asked)
+            dropped = not state.copies and now - state.pushed_at >= _PUSH_PAUSE
+            if (state.probe_answered or dropped) and state.retries < self.timeouts.max_retries:
+                self._retry_push(node, state)
                 continue
-            asked.answered = False
-            life = self.patience.probe_life * min(2**asked.probes_lost, _MAX_PROBE)
-            if asked.probe is not None and now - asked.probed_at > life:
-                asked.probe, asked.probes_lost = None, asked.probes_lost + 1
-            silent_for = now - max(asked.asked_at, asked.probed_at)
-            due = silent_for >= self.patience.probe_after
-            if due and self.probe is not None and asked.copies and not asked.probe:
-                self._push_probe(node, self.probe, asked, life)
+            state.probe_answered = False
+            life = self.timeouts.probe_life * min(2**state.probes_lost, _MAX_PROBE)
+            if state.probe is not None and now - state.probed_at > life:
+                state.probe, state.probes_lost = None, state.probes_lost + 1
+            waited = now - max(state.pushed_at, state.probed_at)
+            due = waited >= self.timeouts.probe_after
+            if due and self.probe is not None and state.copies and not state.probe:
+                self._push_probe(node, self.probe, state, life)
 
-    def _push_again(self, node: int, asked: _Asked) -> None:
-        # Anew, as Flower knows a message by what it holds, its time included, and delivers it once.
-        (number,) = self._push([self._fresh(asked.request)])
-        asked.answered = False
-        asked.pushes_again += 1
-        self.pushed_again += 1
-        self._pushed(node, number)
+    def _retry_push(self, node: int, state: _NodeState) -> None:
+        # A new message, as Flower identifies one by its content and creation time, and delivers it once.
+        (number,) = self._push([self._fresh(state.request)])
+        state.probe_answered = False
+        state.retries += 1
+        self.retries += 1
+        self._note_push(node, number)
 
     def _fresh(self, request: Message) -> Message:
         left = max(self.until - self.clock.now(), 1.0)
@@ -291,32 +301,32 @@ class Delivery:
             ttl=left + GRACE,
         )
 
-    def _push_probe(self, node: int, probe: RecordDict, asked: _Asked, life: float) -> None:
+    def _push_probe(self, node: int, probe: RecordDict, state: _NodeState, life: float) -> None:
         message = Message(
             probe,
             dst_node_id=node,
             message_type=protocol.PROBE,
-            group_id=asked.request.metadata.group_id,
+            group_id=state.request.metadata.group_id,
             ttl=life,
         )
-        (asked.probe,) = self._push([message])
-        asked.probed_at = self.clock.now()
-        if asked.probe:
-            self.probes[asked.probe] = node
+        (state.probe,) = self._push([message])
+        state.probed_at = self.clock.now()
+        if state.probe:
+            self.probe_nodes[state.probe] = node
 
     def tick(self) -> None:
-        """Tell now and then that we wait."""
+        """Report now and then that the exchange waits."""
         now = self.clock.now()
-        if now - self.told >= self.patience.telling:
-            self.told = now
-            self.watch.waiting(self.pending(), now - self.started)
+        if now - self.reported_at >= self.timeouts.reporting:
+            self.reported_at = now
+            self.events.waiting(self.pending(), now - self.started)
 
 
 ConfigScalar: TypeAlias = bool | int | float | str | bytes
 
 
 def payload_bytes(message: Message) -> int:
-    """Bytes of arrays, metrics and settings in a message."""
+    """Size in bytes of the arrays, metrics and settings in a message; 0 where it has no content."""
     if not message.has_content():
         return 0
     return sum(
@@ -327,7 +337,7 @@ def payload_bytes(message: Message) -> int:
 
 
 def _bytes_of(value: Array | ConfigScalar) -> int:
-    # Flower's own count_bytes does the same, but raises at an empty text or list, which a site may well send.
+    # Flower's own count_bytes does the same, but raises at an empty text or list, which a site may send.
     if isinstance(value, Array):
         return len(value.data)
     if isinstance(value, str | bytes):

@@ -1,6 +1,6 @@
 """One exchange over Flower's Grid: push requests, pull replies until all are here or the deadline has passed.
 
-``Grid.send_and_receive`` polls every three seconds and waits for ever by default, so the public ``push_messages``
+``Grid.send_and_receive`` polls every three seconds and has no timeout by default, so the public ``push_messages``
 and ``pull_messages`` are used directly.
 """
 
@@ -22,99 +22,107 @@ _FIRST_PAUSE, _LAST_PAUSE, _SHARE = 0.05, 1.0, 0.1
 
 @dataclass(frozen=True)
 class Exchange:
-    """What came back.
+    """The outcome of one exchange.
 
     Attributes:
-        replies: one a node, within the deadline.
-        late: node ids whose reply came after it.
-        absent: node ids without a reply.
-        again: node ids that answered one request more than once; the first reply counts.
-        stray: node ids that replied to nothing that was asked here (as ``again``, the first thousand).
+        replies: node id -> reply that came within the deadline.
+        late: ids of the nodes whose reply came after the deadline.
+        timed_out: ids of the nodes without a reply.
+        duplicates: ids of the nodes that answered one request more than once; the first reply counts.
+        stray: ids of the nodes that replied to nothing that was sent here; of these, as of ``duplicates``, the first
+            thousand.
         sent, received: payload in bytes.
-        away: by absent node, for how many seconds it has not been connected.
-        unsent: absent nodes for which the SuperLink took no request.
-    arriving: absent nodes whose reply had begun to arrive and was not complete.
-        pushed_again: requests that were sent once more.
+        disconnected: of ``timed_out``, the disconnected nodes: node id -> seconds since the connection was lost.
+        unsent: of ``timed_out``, the nodes for which the SuperLink took no request.
+        arriving: of ``timed_out``, the nodes whose reply had begun to arrive and was not complete.
+        retries: number of requests that were sent again.
     """
 
     replies: dict[int, Message]
     late: tuple[int, ...]
-    absent: tuple[int, ...]
-    again: tuple[int, ...]
+    timed_out: tuple[int, ...]
+    duplicates: tuple[int, ...]
     stray: tuple[int, ...]
     sent: int
     received: int
-    away: dict[int, float] = field(default_factory=dict)
+    disconnected: dict[int, float] = field(default_factory=dict)
     unsent: tuple[int, ...] = ()
     arriving: tuple[int, ...] = ()
-    pushed_again: int = 0
+    retries: int = 0
 
 
 def exchange(
-    live: NodeStatus | Grid,
+    node_status: NodeStatus | Grid,
     requests: Sequence[Message],
     deadline: float,
-    watch: DeliveryEvents | None = None,
+    events: DeliveryEvents | None = None,
     probe: RecordDict | None = None,
 ) -> Exchange:
-    """Send every request and collect what comes back.
+    """Send every request and collect the replies.
 
     Args:
-        live: Flower's grid, with what is known of its nodes.
-        requests: one a node.
+        node_status: connection status of the nodes, with the client of the grid; or Flower's grid alone.
+        requests: one request a node.
         deadline: seconds from now.
-        watch: who is told.
-        probe: the content of a probe; None for a grid that loses nothing.
+        events: callbacks for the progress.
+        probe: content of a probe; None for a grid that loses nothing.
 
     Raises:
         RunError: 501, the SuperLink does not answer.
     """
-    live = NodeStatus(GridClient(live)) if isinstance(live, Grid) else live
-    clock, direct = live.link.clock, live.link.direct
-    of = Delivery(live, requests, deadline, probe, watch or DeliveryEvents())
-    of.push_all()
+    if isinstance(node_status, Grid):
+        node_status = NodeStatus(GridClient(node_status))
+    clock, direct = node_status.grid_client.clock, node_status.grid_client.direct
+    delivery = Delivery(node_status, requests, deadline, probe, events or DeliveryEvents())
+    delivery.push_all()
     if not direct:
-        live.wait_for_next()
-    news = clock.now()
-    while pending := of.pending():
-        asked_at = clock.now()
-        of.pull(pending)
-        took = clock.now() - asked_at
-        left = of.until - clock.now()
-        if len(of.pending()) < len(pending):
-            news = clock.now()
+        node_status.wait_for_next()
+    last_reply_at = clock.now()
+    while pending := delivery.pending():
+        pulled_at = clock.now()
+        delivery.pull(pending)
+        took = clock.now() - pulled_at
+        left = delivery.until - clock.now()
+        if len(delivery.pending()) < len(pending):
+            last_reply_at = clock.now()
             if direct or left > 0:
                 continue
-        # Whatever came, nothing of it was waited for: a flood of strays must not outlive the deadline.
+        # No pending node has replied: a flood of stray replies must not extend the exchange beyond the deadline.
         if left <= 0:
             break
         if not direct:
-            of.look()
-            of.mend()
-        of.tick()
-        # Many sites are many calls: the SuperLink shall have as long for others as for us.
-        pause = max(_FIRST_PAUSE, took, _SHARE * (clock.now() - news))
+            delivery.look()
+            delivery.retry()
+        delivery.tick()
+        # Many sites are many calls: leave the SuperLink as much time for other clients as these calls took.
+        pause = max(_FIRST_PAUSE, took, _SHARE * (clock.now() - last_reply_at))
         clock.sleep(min(pause, _LAST_PAUSE, max(left, 0.0)))
-    absent = tuple(node for node, asked in of.nodes.items() if not asked.done)
+    timed_out = tuple(node for node, state in delivery.nodes.items() if not state.done)
     return Exchange(
-        of.replies,
-        tuple(of.late),
-        absent,
-        tuple(of.again),
-        tuple(of.stray),
-        of.sent,
-        of.received,
-        {n: s for n in absent if (s := live.away(n)) is not None},
-        tuple(of.unsent()),
-        tuple(of.arriving()),
-        of.pushed_again,
+        delivery.replies,
+        tuple(delivery.late),
+        timed_out,
+        tuple(delivery.duplicates),
+        tuple(delivery.stray),
+        delivery.sent,
+        delivery.received,
+        {n: s for n in timed_out if (s := node_status.disconnected_for(n)) is not None},
+        tuple(delivery.unsent()),
+        tuple(delivery.arriving()),
+        delivery.retries,
     )
 
 
-def absence(result: Exchange, node: int, deadline: float) -> str:
-    """Why there is no reply of a node that was asked."""
-    if node in result.away:
-        return f"not connected for {result.away[node]:.0f} s"
+def no_reply_reason(result: Exchange, node: int, deadline: float) -> str:
+    """Explain, for the round's record, why a node has not replied.
+
+    Args:
+        result: outcome of the exchange.
+        node: id of a node in ``result.timed_out``.
+        deadline: of the exchange, in seconds.
+    """
+    if node in result.disconnected:
+        return f"not connected for {result.disconnected[node]:.0f} s"
     if node in result.unsent:
         return "the SuperLink takes no requests for it"
     if node in result.arriving:

@@ -1,4 +1,4 @@
-"""Flower's Grid around another Grid: passes every call on, for those that change one or two of them."""
+"""Wrappers around Flower's Grid: one passes every call on, the others change one or two calls of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedge.shared.wire.frames import WireError
 
 
 class WrappedGrid(Grid):
-    """Passes everything on.
+    """A Grid that passes every call on; the base of those that change a few.
 
     Args:
-        grid: to which.
+        grid: the wrapped Grid.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -71,14 +71,14 @@ _log = logging.getLogger(__name__)
 
 
 class PackedGrid(WrappedGrid):
-    """Packs what is pushed, unpacks what is pulled, passes everything else on.
+    """A Grid that packs pushed messages, unpacks pulled replies and passes everything else on.
 
     Args:
         grid: Flower's own.
     """
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages, each packed; the messages given are left as they are."""
+        """Push each message packed; the messages themselves are not changed."""
         return self._grid.push_messages([_packed(message) for message in messages])
 
     def pull_messages(
@@ -87,10 +87,10 @@ class PackedGrid(WrappedGrid):
         *,
         reply_to_message_ids: Iterable[str] | None = None,
     ) -> Iterable[Message]:
-        """Pull replies; one that cannot be unpacked stays as it came, and the gate refuses it.
+        """Pull replies; one that cannot be unpacked stays as it came, and the admission gate refuses it.
 
         Args:
-            message_ids: of the requests.
+            message_ids: ids of the requests.
             reply_to_message_ids: the same, as Flower 1.43 names them.
         """
         # By position, as the inner grid's name for them depends on the release.
@@ -102,7 +102,7 @@ class PackedGrid(WrappedGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push packed, and unpack what comes back."""
+        """Push each message packed, and unpack the replies."""
         sent = [_packed(message) for message in messages]
         replies = list(self._grid.send_and_receive(sent, timeout=timeout))
         for reply in replies:
@@ -134,8 +134,12 @@ def _unpack(reply: Message) -> None:
 class CohortView(WrappedGrid):
     """Flower's Grid as a strategy sees it: only the nodes of this round's cohort exist.
 
-    Flower's strategies sample in ``configure_train``, where the adaptive ones also learn the current arrays; here
-    they sample everybody whom they see.
+    Flower's strategies sample in ``configure_train``, where the adaptive ones also store the current arrays; with this
+    view they sample every node of the cohort.
+
+    Args:
+        grid: the wrapped Grid.
+        node_ids: Flower's ids of the cohort's nodes.
     """
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
@@ -143,5 +147,5 @@ class CohortView(WrappedGrid):
         self._node_ids = list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The cohort."""
+        """Node ids of the cohort."""
         return list(self._node_ids)

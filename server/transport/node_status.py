@@ -1,7 +1,7 @@
-"""Which nodes Flower lists as connected, since when others are not, and which of them were asked in vain.
+"""Which nodes Flower lists as connected, and since when the others are disconnected.
 
-A node that stops is listed for another 60 s or so. Flower answers for a node that is not listed with an error of its
-own, and drops the request: whoever comes back must be asked anew.
+A node that stops is listed for another 60 s or so. For a node that is not listed, Flower answers with an error of its
+own and drops the request: a node that reconnects must be sent the request again.
 """
 
 from __future__ import annotations
@@ -14,58 +14,69 @@ from fedge.server.transport.grid_calls import GridClient
 
 @dataclass
 class NodeStatus:
-    """What is known of nodes over the whole run.
+    """The connection status of nodes over the whole run.
 
     Attributes:
-        gone: by node id, when it was first found not to be connected.
-        listed: of the last look.
+        grid_client: calls Flower's grid.
+        disconnected: node id -> time, by the clock, at which the node was first found not to be connected.
+        listed: ids of the nodes that Flower listed at the last look.
     """
 
-    link: GridClient
-    gone: dict[int, float] = field(default_factory=dict)
+    grid_client: GridClient
+    disconnected: dict[int, float] = field(default_factory=dict)
     listed: frozenset[int] = frozenset()
     _looked: float | None = None
 
     def due(self) -> bool:
-        """Whether the last look is too old."""
-        now = self.link.clock.now()
-        return self._looked is None or now - self._looked >= self.link.patience.listing
+        """Whether the last look is older than ``timeouts.listing``."""
+        now = self.grid_client.clock.now()
+        return self._looked is None or now - self._looked >= self.grid_client.timeouts.listing
 
     def wait_for_next(self) -> None:
-        """Let one pause pass before the next look, as an exchange has just begun."""
-        self._looked = self.link.clock.now()
+        """Postpone the next look by one interval, as an exchange has just begun."""
+        self._looked = self.grid_client.clock.now()
 
     def look(
         self, nodes: Iterable[int], until: float, tick: Callable[[], None]
     ) -> tuple[list[int], list[tuple[int, float]]]:
-        """Ask who is connected.
+        """List the connected nodes.
 
         Args:
-            nodes: that matter.
-            until: by the clock, when to give up.
+            nodes: ids of the nodes to check.
+            until: when to give up, by the clock.
             tick: called while this waits.
 
         Returns:
-            Nodes that are newly gone, and those that came back with the seconds that they were away.
+            Ids of ``nodes`` that are newly disconnected, and the reconnected nodes, each with the number of seconds
+            for which it was disconnected.
+
+        Raises:
+            RunError: 501, the SuperLink did not answer in time.
         """
-        grid = self.link.grid
-        listed = self.link.call(
+        grid = self.grid_client.grid
+        listed = self.grid_client.call(
             "list the sites", lambda: frozenset(grid.get_node_ids()), until, tick
         )
-        now = self.link.clock.now()
+        now = self.grid_client.clock.now()
         self.listed, self._looked = listed, now
-        lost = [node for node in nodes if node not in listed and self.mark_gone(node)]
-        back = [(node, now - self.gone.pop(node)) for node in list(self.gone) if node in listed]
-        return lost, back
+        disconnected = [
+            node for node in nodes if node not in listed and self.mark_disconnected(node)
+        ]
+        reconnected = [
+            (node, now - self.disconnected.pop(node))
+            for node in list(self.disconnected)
+            if node in listed
+        ]
+        return disconnected, reconnected
 
-    def mark_gone(self, node: int) -> bool:
-        """Note that a node is not connected; whether that is news."""
-        if node in self.gone:
+    def mark_disconnected(self, node: int) -> bool:
+        """Record that a node is not connected; True where it was connected until now."""
+        if node in self.disconnected:
             return False
-        self.gone[node] = self.link.clock.now()
+        self.disconnected[node] = self.grid_client.clock.now()
         return True
 
-    def away(self, node: int) -> float | None:
-        """For how many seconds a node has not been connected; None where it is."""
-        since = self.gone.get(node)
-        return None if since is None else self.link.clock.now() - since
+    def disconnected_for(self, node: int) -> float | None:
+        """Number of seconds for which a node has been disconnected; None where it is connected."""
+        since = self.disconnected.get(node)
+        return None if since is None else self.grid_client.clock.now() - since

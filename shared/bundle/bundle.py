@@ -1,4 +1,4 @@
-"""A bundle: the only thing that reaches a device.
+"""The signed bundle in which a model reaches a device.
 
 A ``.fedge`` file is a plain tar archive: the signed statement, the manifest, then the artefacts in
 the manifest's order. The signature covers the statement, the statement holds the hash and size of
@@ -30,13 +30,13 @@ from fedge.shared.files import flush_folder, open_regular, reason
 
 STATEMENT: Final = "statement.dsse.json"
 _CHUNK: Final = 2**20
-#: Name, size, SHA-256 and content of what is to be written.
+#: Name, size, SHA-256 and content of a member to write.
 _Member: TypeAlias = "tuple[str, int, str, bytes | Path]"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is read or held, in bytes."""
+    """Largest sizes that are read or held, in bytes."""
 
     statement: int = 16 * 2**20
     manifest: int = 16 * 2**20
@@ -46,7 +46,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """One member of a bundle that was read."""
+    """One verified member of a bundle.
+
+    Attributes:
+        name: of the archive's member.
+        bytes: its size.
+        sha256: of its content, in hexadecimal.
+    """
 
     name: str
     bytes: int
@@ -58,7 +64,7 @@ class Bundle:
     """A bundle whose every byte was verified.
 
     Attributes:
-        manifest: what the artefacts are.
+        manifest: description of the model and its artefacts.
         statement: the signed in-toto Statement, as JSON values.
         artefacts: name -> bytes, in the manifest's order; the very bytes that were hashed.
         parts: all members in the archive's order.
@@ -111,9 +117,9 @@ def write_bundle(
         manifest: names, sizes and hashes of the artefacts are compared with the artefacts
             themselves.
         artefacts: name -> contents, or a file that holds them.
-        key: signs the statement.
+        key: private key that signs the statement.
         replace: whether an existing file may be replaced.
-        limits: of the devices that are to read it.
+        limits: of the devices that will read it.
 
     Returns:
         Name, size and hash of the file.
@@ -163,7 +169,7 @@ def write_bundle(
 
 
 def _refuse_large(members: Sequence[_Member], limits: Limits) -> None:
-    """Hold what is to be written against what is read.
+    """Compare the sizes of the members with what devices read.
 
     Raises:
         BundleError: 705.
@@ -182,12 +188,12 @@ def _refuse_large(members: Sequence[_Member], limits: Limits) -> None:
 
 def _member(name: str, size: int, sha256: str, content: bytes | Path) -> Iterator[bytes]:
     yield ustar.header(name, size)
-    found, count = hashlib.sha256(), 0
+    digest, count = hashlib.sha256(), 0
     for chunk in _chunks(content):
-        found.update(chunk)
+        digest.update(chunk)
         count += len(chunk)
         yield chunk
-    if (count, found.hexdigest()) != (size, sha256):
+    if (count, digest.hexdigest()) != (size, sha256):
         raise ReleaseError(
             603, f"{name}: must be the {size} bytes of the manifest, got {count} others"
         )
@@ -206,10 +212,15 @@ def _chunks(content: bytes | Path) -> Iterator[bytes]:
 def open_bundle(path: Path, trusted: Ed25519PublicKey, *, limits: Limits | None = None) -> Bundle:
     """Read and verify a bundle, each byte once, in the order of the archive.
 
+    Args:
+        path: of the bundle.
+        trusted: public key that must have signed it.
+        limits: largest sizes that are accepted.
+
     Raises:
         BundleError: 701, the file cannot be read; 702, it was altered; 703, the signature is not
             the trusted key's; 704, a part is not the signed one; 705, a part is larger than
-            ``limits``; 706, the manifest asks for what is not known here. The message begins with
+            ``limits``; 706, the manifest needs something unknown here. The message begins with
             the part at fault.
     """
     try:

@@ -1,4 +1,4 @@
-"""Examples that are made up: to compare an artefact with the fp32 graph by, and to time it; never to learn from."""
+"""Generated examples for comparing an artefact with the fp32 graph and for timing it, never for training."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from fedge.shared.preprocessing.steps import Scale, Standardise, Step
 
 Array: TypeAlias = NDArray[Any]
 
-#: Examples by which a site's own statistics are stood in for.
+#: Generated examples from which placeholder statistics are computed.
 _ENOUGH: Final = 32
 MAX_BATCH_VALUES: Final = 2**26
 
 
 def example(schema: InputSchema, batch: int, steps: Sequence[Step] = (), *, seed: int = 0) -> Array:
-    """Raw examples ``(batch, *shape)`` of float32 that the schema allows.
+    """Generate raw examples ``(batch, *shape)`` of float32 that the schema allows.
 
-    Columns are uniform within their ranges. What has no columns is uniform in [0, 1) once it has been scaled: of
-    an image of 0 to 255, raw values below 1 would show the network next to nothing.
+    Columns are uniform within their ranges. Inputs without columns are uniform in [0, 1) after scaling: for an image
+    of 0 to 255, raw values below 1 would be nearly black.
 
     Args:
         schema: of the raw examples.
-        batch: number of them.
+        batch: number of examples.
         steps: the model's preprocessing.
-        seed: of the values.
+        seed: of the random values.
 
     Raises:
         InputError: 805, the batch is too large to hold.
@@ -57,18 +57,18 @@ def example(schema: InputSchema, batch: int, steps: Sequence[Step] = (), *, seed
 
 
 def stand_in(manifest: Manifest) -> tuple[Step, ...]:
-    """The manifest's steps; where a site's own statistics belong, those of made-up examples.
+    """The manifest's steps, with statistics of generated examples in place of a site's own.
 
-    Good enough to compare two artefacts of one network by, and to time them; not to predict by.
+    Good enough for comparing and timing artefacts of one network, not for predictions.
     """
     steps = manifest.preprocessing
     if not manifest.site_statistics:
         return steps
     x = example(manifest.input, _ENOUGH, steps)
-    found: list[Step] = []
+    complete: list[Step] = []
     for step in steps:
         if isinstance(step, Standardise) and not step.mean:
             step = Standardise(tuple(x.mean(axis=0).tolist()), tuple(x.std(axis=0).tolist()))
         x = step.apply(x)
-        found.append(step)
-    return tuple(found)
+        complete.append(step)
+    return tuple(complete)

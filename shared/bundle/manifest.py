@@ -1,7 +1,7 @@
 """The manifest of a bundle: what the artefacts are, what goes in and out, and where it comes from.
 
 A manifest is read only after its hash was found in a signed statement. It is checked all the same:
-a release may be made by another version of fedge, and a device must refuse what it does not know
+a release may be made by another version of fedge, and a device must refuse unknown content
 rather than guess.
 """
 
@@ -56,11 +56,11 @@ _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?Z")
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the exported model is from the trained one, over random inputs.
+    """Difference of the exported model from the trained one, over random inputs.
 
     Attributes:
         max_abs_difference: of two logits.
-        tolerance: the most that was allowed, in the same unit.
+        tolerance: largest allowed difference, in the same unit.
         batch_sizes: that were tried.
     """
 
@@ -71,11 +71,11 @@ class Parity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a device is told about a model.
+    """Everything that a device knows about a model.
 
     Attributes:
-        task, run, strategy, rounds, sites: where the model was learnt; ``rounds`` that made it,
-            ``sites`` by name.
+        task, run, strategy, rounds, sites: how the model was trained; ``rounds`` is the number of committed
+            rounds, ``sites`` are names.
         created: when the run finished, UTC, so that a release of the same run is the same bytes.
         fedge: version that made the release.
         config_sha256: of the run's resolved configuration file.
@@ -84,7 +84,7 @@ class Manifest:
         input, output, preprocessing: from the raw example to the label.
         metrics: of the last round: ``"pooled"`` and ``"site_mean"``, each metric by its name.
         parity, latency: as measured at the release; ``latency`` is None where it was not measured.
-        privacy: None where the run had none; then its key is absent.
+        privacy: None where the run had none; then its key is missing.
     """
 
     task: str
@@ -129,7 +129,7 @@ class Manifest:
         }
 
     def to_bytes(self) -> bytes:
-        """The manifest as it lies in the bundle: canonical JSON."""
+        """The manifest as canonical JSON, its form in the bundle."""
         return canonical_json(self.to_json())
 
     @classmethod
@@ -137,8 +137,8 @@ class Manifest:
         """Read and check a manifest.
 
         Raises:
-            BundleError: 702, not canonical JSON; 706, the manifest asks for what is not known or
-                not possible here.
+            BundleError: 702, not canonical JSON; 706, the manifest needs something unknown or
+                impossible here.
         """
         value = parse_canonical(data, PART)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -159,7 +159,7 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """Refuse what no device could run.
+        """Refuse a manifest that no device could run.
 
         Raises:
             BundleError: 706, with the key at fault.
@@ -216,9 +216,9 @@ class Manifest:
             "must hold pooled and site_mean only",
         )
         for site, digest in self.privacy.ledgers.items() if self.privacy else ():
-            known = site in self.sites and _SHA256.fullmatch(digest) is not None
+            valid = site in self.sites and _SHA256.fullmatch(digest) is not None
             require(
-                known, "privacy", "ledgers must be SHA-256 in hexadecimal, of the model's sites"
+                valid, "privacy", "ledgers must be SHA-256 in hexadecimal, of the model's sites"
             )
         sizes = self.parity.batch_sizes
         require(
@@ -227,7 +227,7 @@ class Manifest:
 
     @property
     def site_statistics(self) -> bool:
-        """Whether the model standardises by statistics that each site keeps to itself."""
+        """Whether the model standardises by statistics that stay at each site."""
         return any(isinstance(step, Standardise) and not step.mean for step in self.preprocessing)
 
 
@@ -240,7 +240,7 @@ def _same(value: Any, again: Any) -> bool:
 
 
 def _floats(value: Any) -> Any:
-    """The same with every number as a float, as 0 and 0.0 mean the same."""
+    """A JSON value with every number as a float, as 0 and 0.0 mean the same."""
     match value:
         case dict():
             return {key: _floats(item) for key, item in value.items()}
@@ -254,7 +254,7 @@ def _floats(value: Any) -> Any:
 
 
 def _check_engine(artefact: Artefact, where: str) -> None:
-    """Hold what an engine says of itself against its kind."""
+    """Compare an engine's record with its kind."""
     engine = artefact.engine
     require(
         (engine is not None) == (artefact.kind in ENGINE_KINDS),
@@ -263,20 +263,20 @@ def _check_engine(artefact: Artefact, where: str) -> None:
     )
     if engine is None:
         return
-    named = engine.runtime == artefact.kind.rpartition("-")[0]
-    require(named, where, f"runtime must be that of kind {artefact.kind!r}")
+    matches = engine.runtime == artefact.kind.rpartition("-")[0]
+    require(matches, where, f"runtime must be that of kind {artefact.kind!r}")
     require(_VERSION.fullmatch(engine.version) is not None, where, "version must be numbers")
-    found = engine.capabilities
-    ascending = all(a < b for a, b in itertools.pairwise(found))
+    capabilities = engine.capabilities
+    ascending = all(a < b for a, b in itertools.pairwise(capabilities))
     require(
-        bool(found) and ascending and all(10 <= c <= 999 for c in found),
+        bool(capabilities) and ascending and all(10 <= c <= 999 for c in capabilities),
         where,
         "capabilities must be ascending numbers such as 86 and 89",
     )
 
 
 def _check_qualification(artefact: Artefact, where: str) -> None:
-    """Hold the figures of an artefact to what they can be."""
+    """Check that the figures of an artefact are possible."""
     q = artefact.qualification
     if q is None:
         return

@@ -1,4 +1,4 @@
-"""What a manifest says of each artefact: how to open it, whether it was executed, and how it did.
+"""A manifest's entry of each artefact: how to open it, whether it was executed, and its results.
 
 Every artefact derives from one fp32 ONNX graph. Where it could be executed at the release, its record holds
 how far it is from that graph and how fast it was; where it could not, as an engine without its GPU, it says so
@@ -29,7 +29,7 @@ KINDS: Final = ONNX_KINDS + ENGINE_KINDS
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine was built by and for; another runtime or GPU refuses it.
+    """The runtime and GPUs that an engine was built for; it runs on no others.
 
     Attributes:
         runtime: ``"tensorrt-rtx"`` or ``"tensorrt"``.
@@ -71,7 +71,7 @@ class Score:
         metric: its name.
         value: of this artefact.
         reference: of the fp32 graph on the same examples.
-        num_examples: that were counted, as told; noise may be in it.
+        num_examples: that were counted, as reported; may contain noise.
     """
 
     metric: str
@@ -82,13 +82,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Qualification:
-    """How an artefact did at the release.
+    """Results of an artefact at the release.
 
     Attributes:
         executed: whether it was run there; False ships it unproven, to be qualified on the device.
         reason: why it was not, in one line; empty where it was.
         max_abs_difference: of two logits, against the fp32 graph on generated inputs; None where not executed.
-        tolerance: the most that was allowed, in the same unit.
+        tolerance: largest allowed difference, in the same unit.
         agreement: share of the generated inputs with the same label as the fp32 graph's; None where not executed.
         peak_rss_mb: memory of the process that timed it, in MB of 10^6 bytes.
         latency, score: None where not measured.
@@ -146,11 +146,11 @@ class Artefact:
 
     Attributes:
         name: of the archive's member, for example ``"model.onnx"``.
-        kind: what a runtime needs to know to open it, one of ``KINDS``.
+        kind: format and precision, one of ``KINDS``.
         sha256: of its bytes, in hexadecimal.
         bytes: its size.
         opset: version of ONNX's default operator set, of the graph that an engine was built from too.
-        engine: of an engine; None for a graph.
+        engine: build record of an engine; None for a graph.
         qualification: None for the graph that all others are compared with.
     """
 
@@ -200,7 +200,7 @@ class Artefact:
 
 
 def latency_from_json(value: Mapping[str, Any]) -> Latency:
-    """A latency of a manifest.
+    """Read a latency of a manifest.
 
     Raises:
         KeyError, TypeError, ValueError: it is something else.
@@ -215,10 +215,10 @@ def latency_from_json(value: Mapping[str, Any]) -> Latency:
 
 
 def whole(value: Any) -> int:
-    """A whole number as JSON has it, no truth value and no text.
+    """Check that a JSON value is a whole number, not a boolean or text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is something else.
     """
     if type(value) is not int:
         raise ValueError(f"must be a whole number, got {value!r:.40}")

@@ -1,6 +1,6 @@
-"""What the parts of a manifest must meet, so that a device can hold and run them.
+"""Rules for the parts of a manifest, so that a device can hold and run the model.
 
-Each rule names what it refuses; a manifest's own fields are checked in ``fedge.shared.bundle.manifest``.
+Each error names the part at fault; a manifest's own fields are checked in ``fedge.shared.bundle.manifest``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedge.shared.preprocessing.steps import OneHot, Reshape, Scale, Standardise
 
 PART: Final = "manifest.json"
 
-#: Bounds of what a manifest may ask a device to hold.
+#: Bounds on the sizes that a manifest may require of a device.
 MAX_DIMENSIONS: Final = 8
 MAX_VALUES: Final = 2**24
 MAX_LABELS: Final = 100_000
@@ -24,10 +24,14 @@ MAX_TEXT: Final = 256
 
 
 def network_shape(schema: InputSchema, steps: Sequence[Step]) -> tuple[int, ...]:
-    """Shape of one example as the network takes it, found by walking through the steps.
+    """Shape of one preprocessed example, computed step by step.
+
+    Args:
+        schema: of one raw example.
+        steps: the preprocessing.
 
     Raises:
-        BundleError: 706, the schema is not possible, or a step does not fit what comes before it.
+        BundleError: 706, the schema is impossible, or a step does not match the shape before it.
     """
     _check_input(schema)
     shape = schema.shape
@@ -77,6 +81,11 @@ def refused(message: str) -> BundleError:
 
 def require(condition: bool, where: str, message: str) -> None:
     """Refuse the manifest where ``condition`` does not hold.
+
+    Args:
+        condition: that must hold.
+        where: the key or part at fault.
+        message: the rule that is broken.
 
     Raises:
         BundleError: 706.
@@ -134,7 +143,15 @@ def check_output(schema: OutputSchema) -> None:
 
 
 def check_values(value: Any, depth: int = 0) -> None:
-    """Refuse text that could confuse a terminal, numbers out of range, and deep nesting."""
+    """Refuse text that could confuse a terminal, numbers out of range, and deep nesting.
+
+    Args:
+        value: any JSON value.
+        depth: its depth of nesting.
+
+    Raises:
+        BundleError: 706.
+    """
     if depth > MAX_DIMENSIONS:
         raise refused("is nested too deeply")
     match value:
@@ -151,7 +168,7 @@ def check_values(value: Any, depth: int = 0) -> None:
                     f"text must be printable and at most {MAX_TEXT} characters, got {value[:32]!r}"
                 )
         case bool():
-            pass  # its place is held against what stands there when the manifest is written again
+            pass  # its type is checked when the manifest is written again and compared
         case int() | float():
             if not -1e300 < value < 1e300:
                 raise refused("holds a number out of range")

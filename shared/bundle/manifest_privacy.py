@@ -1,7 +1,7 @@
-"""What a manifest says of differential privacy: what was asked of the run, and no promise of what it came to.
+"""A manifest's record of differential privacy: the run's settings, not the epsilon that it spent.
 
-What a run costs follows from more than one number, and the sites' ledgers alone know all that was spent. So a manifest
-holds what a reader needs to reckon by itself, and what left the sites without noise.
+The cost of a run follows from several numbers, and only the sites' ledgers know the total. So a manifest holds the
+parameters for accounting it, and which values left the sites without noise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _TEXTS: Final = {
     "metrics": ("off", "noised", "unprotected"),
     "statistics": ("off", "unprotected"),
 }
-#: Keys of one mechanism alone.
-_OF_MECHANISM: Final = {
+#: Keys that only one mechanism has.
+_MECHANISM_OF_KEY: Final = {
     "sampling_rate": "central",
     "min_separation": "central-mf",
     "corrupt_sites": "distributed",
@@ -26,22 +26,22 @@ _OF_MECHANISM: Final = {
 
 @dataclass(frozen=True)
 class Privacy:
-    """Under which differential privacy a model was learnt.
+    """Differential privacy under which a model was trained.
 
     Attributes:
         mechanism, clipping_bound: of the run.
-        noise_multiplier: likewise; None where each site found its own for ``epsilon``.
-        ledgers: by site, SHA-256 of its privacy ledger after its last round; what was spent stands there.
+        noise_multiplier: of the run; None where each site calibrated its own for ``epsilon``.
+        ledgers: by site, SHA-256 of its privacy ledger after its last round, which holds the epsilon spent.
         epsilon, delta: the target that each site set its noise for; None beside a noise multiplier.
-        unit: what the noise hides, ``"example"`` or ``"site"``.
-        sampling_rate: chance of a site to be drawn in a round (central).
-        min_separation: rounds from one turn of a site to its next (central-mf).
-        corrupt_sites: of a sum, that may have added no noise (distributed).
-        metrics: ``"off"``, nobody evaluated; ``"noised"``; ``"unprotected"``, counts left the sites without noise.
-        metrics_noise_multiplier: of noised metrics, by what the counts can change by.
-        statistics: ``"off"``; ``"unprotected"``, mean and deviation left the sites without noise.
+        unit: unit of privacy, ``"example"`` or ``"site"``.
+        sampling_rate: probability that a site is sampled in a round (central).
+        min_separation: rounds between two participations of a site (central-mf).
+        corrupt_sites: tolerated number of sites in a sum that add no noise (distributed).
+        metrics: ``"off"``, no evaluation; ``"noised"``; ``"unprotected"``, counts left the sites without noise.
+        metrics_noise_multiplier: of noised metrics, relative to the sensitivity of the counts.
+        statistics: ``"off"``; ``"unprotected"``, mean and standard deviation left the sites without noise.
 
-    All from ``unit`` on are None in a manifest of before they were told.
+    All from ``unit`` on are None in manifests that older versions wrote.
     """
 
     mechanism: str
@@ -59,26 +59,26 @@ class Privacy:
     statistics: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; what is None has no key."""
-        found = {key: value for key, value in vars(self).items() if value is not None}
-        return {**found, "ledgers": dict(self.ledgers)}
+        """The record as plain JSON values; what is None has no key."""
+        present = {key: value for key, value in vars(self).items() if value is not None}
+        return {**present, "ledgers": dict(self.ledgers)}
 
     def words(self) -> str:
-        """One line for people; what the manifest does not tell is named, as silence would read as protection."""
+        """The record as one line of text; missing values are named, as leaving them out would suggest protection."""
         parts = [self.mechanism]
-        # The mechanism's own name says it.
+        # Otherwise the mechanism's name is the unit.
         if self.unit and self.unit != self.mechanism:
             parts.append(f"unit {self.unit}")
         if self.epsilon is None:
             parts.append(f"noise multiplier {self.noise_multiplier:g}")
         else:
             # Noised counts are within it, exact ones are in no epsilon at all.
-            what = "training and metrics" if self.metrics == "noised" else "training"
-            parts.append(f"epsilon {self.epsilon:g} at delta {self.delta:g} for {what}")
+            scope = "training and metrics" if self.metrics == "noised" else "training"
+            parts.append(f"epsilon {self.epsilon:g} at delta {self.delta:g} for {scope}")
         parts.append(f"clipping bound {self.clipping_bound:g}")
         parts += [
             f"{key.replace('_', ' ')} {value:g}"
-            for key in _OF_MECHANISM
+            for key in _MECHANISM_OF_KEY
             if (value := getattr(self, key)) is not None
         ]
         beside = f"metrics {self.metrics or 'not told'}"
@@ -90,7 +90,7 @@ class Privacy:
 
 
 def from_json(value: Mapping[str, Any]) -> Privacy:
-    """Read what ``Privacy.to_json`` gives.
+    """Read what ``Privacy.to_json`` wrote.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: a value is missing, of another type, or out of its range.
@@ -103,7 +103,7 @@ def from_json(value: Mapping[str, Any]) -> Privacy:
     )  # fmt: skip
     if (noise is None) == (epsilon is None) or (epsilon is None) != (delta is None):
         raise ValueError("privacy: must hold noise_multiplier, or epsilon and delta")
-    found = Privacy(
+    privacy = Privacy(
         str(value["mechanism"]),
         noise,
         float(value["clipping_bound"]),
@@ -118,30 +118,32 @@ def from_json(value: Mapping[str, Any]) -> Privacy:
         metrics_noise,
         value.get("statistics"),
     )
-    _check(found)
-    return found
+    _check(privacy)
+    return privacy
 
 
-def _check(found: Privacy) -> None:
-    for key, known in _TEXTS.items():
-        text = getattr(found, key)
-        if text is not None and text not in known:
-            raise ValueError(f"privacy: {key} must be one of {', '.join(known)}, got {text!r:.40}")
-    for key, mechanism in _OF_MECHANISM.items():
-        if getattr(found, key) is not None and found.mechanism != mechanism:
+def _check(privacy: Privacy) -> None:
+    for key, allowed in _TEXTS.items():
+        text = getattr(privacy, key)
+        if text is not None and text not in allowed:
             raise ValueError(
-                f"privacy: {key} must be of {mechanism} only, got {found.mechanism!r:.40}"
+                f"privacy: {key} must be one of {', '.join(allowed)}, got {text!r:.40}"
             )
-    for key, least in (("min_separation", 1), ("corrupt_sites", 0)):
-        number = getattr(found, key)
-        if number is not None and (type(number) is not int or number < least):
+    for key, mechanism in _MECHANISM_OF_KEY.items():
+        if getattr(privacy, key) is not None and privacy.mechanism != mechanism:
             raise ValueError(
-                f"privacy: {key} must be a whole number from {least}, got {number!r:.40}"
+                f"privacy: {key} must be of {mechanism} only, got {privacy.mechanism!r:.40}"
             )
-    rate, noise = found.sampling_rate, found.metrics_noise_multiplier
+    for key, minimum in (("min_separation", 1), ("corrupt_sites", 0)):
+        number = getattr(privacy, key)
+        if number is not None and (type(number) is not int or number < minimum):
+            raise ValueError(
+                f"privacy: {key} must be a whole number from {minimum}, got {number!r:.40}"
+            )
+    rate, noise = privacy.sampling_rate, privacy.metrics_noise_multiplier
     if rate is not None and not 0 < rate <= 1:
         raise ValueError(f"privacy: sampling_rate must be above 0 and at most 1, got {rate:g}")
-    if (noise is not None) != (found.metrics == "noised"):
+    if (noise is not None) != (privacy.metrics == "noised"):
         raise ValueError("privacy: metrics_noise_multiplier must be there with metrics noised only")
     if noise is not None and not 0 < noise < math.inf:
         raise ValueError(f"privacy: metrics_noise_multiplier must be above 0, got {noise:g}")

@@ -1,4 +1,4 @@
-"""The one way to ONNX Runtime: it is told to keep to itself before it is loaded."""
+"""Loads ONNX Runtime, with its telemetry off."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def guarded(program: str, work: Callable[[], int]) -> int:
         work: returns the exit status where all is well.
 
     Returns:
-        Its status, or 1 failure, 2 wrong usage, 130 interrupted, 141 where nobody reads the output
-        any more. FEDGE_DEBUG=1 prints the trace above the line.
+        Its status, or 1 failure, 2 wrong usage, 130 interrupted, 141 where the reader of the output has
+        closed it. FEDGE_DEBUG=1 prints the trace above the line.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal or file of another encoding must not end a command over one character.
@@ -61,7 +61,7 @@ def guarded(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _report(UsageError(103, f"{program}: interrupted"), INTERRUPTED)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             _drop_stdout()
             return STDOUT_CLOSED
         return _report(unexpected(program, error), FAILED)
@@ -69,19 +69,28 @@ def guarded(program: str, work: Callable[[], int]) -> int:
 
 
 def unexpected(program: str, error: Exception) -> UsageError:
-    """What a failure that nobody foresaw is told as: 107, there is no room to write; else 104."""
+    """The error that reports an unforeseen exception: 107 where there is no room to write, else 104.
+
+    Args:
+        program: as failures name it.
+        error: the exception.
+    """
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        what = f"{program}: cannot write {error.filename or 'its output'} ({error.strerror})"
-        return UsageError(107, what)
+        message = f"{program}: cannot write {error.filename or 'its output'} ({error.strerror})"
+        return UsageError(107, message)
     text = f": {error}" if str(error) else ""
     return UsageError(104, f"{program}: unexpected {type(error).__name__}{text}")
 
 
 @contextmanager
 def missing_extra(where: str, extra: str) -> Iterator[None]:
-    """Turn the absence of a package that an extra brings into the extra's name.
+    """Report a missing package by the name of the extra that installs it.
 
-    A module missing from fedge itself, or from a package that is there, is a defect and passes.
+    A module missing from fedge itself, or from an installed package, is a defect and is raised as it is.
+
+    Args:
+        where: command at fault, as failures name it.
+        extra: the extra.
 
     Raises:
         UsageError: 101.
@@ -112,7 +121,7 @@ def _report(error: FedgeError, status: int) -> int:
     return status
 
 
-def _nobody_reads() -> bool:
+def _stdout_is_closed() -> bool:
     """Whether the other end of stdout's pipe is closed, as after `| head`."""
     poll = select.poll()
     try:
@@ -138,7 +147,7 @@ class Command:
         extra: the pip extra that brings what ``run`` imports, for example ``"simulation"``.
         arguments: adds the command's arguments to its parser.
         run: does the work and returns the exit status; raises ``FedgeError``.
-        epilog: lines shown under the options, an example at the least.
+        epilog: lines shown under the options, at least an example.
     """
 
     summary: str

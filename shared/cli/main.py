@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def commands() -> dict[str, EntryPoint]:
     """The installed sub-commands by name, sorted; nothing is imported."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    return dict(sorted(found.items()))
+    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return dict(sorted(entries.items()))
 
 
 def load(entry: EntryPoint) -> Command:
@@ -107,19 +107,21 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
 
 
 def _dispatch(before: Sequence[str], chosen: str, after: Sequence[str]) -> int:
-    known = commands()
+    installed = commands()
     top = top_parser()
     try:
         options = top.parse_args(before)
         if options.help or not chosen:
-            top.epilog = _listing(known)
+            top.epilog = _listing(installed)
             top.print_help()
             return 0
-        if chosen not in known:
-            raise UsageError(102, f"fedge: unknown command {chosen!r}; {_nearest(chosen, known)}")
+        if chosen not in installed:
+            raise UsageError(
+                102, f"fedge: unknown command {chosen!r}; {_nearest(chosen, installed)}"
+            )
         for key, value in FLOWER_ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        command = load(known[chosen])
+        command = load(installed[chosen])
         namespace = parser_of(chosen, command).parse_args(after)
     except SystemExit as stop:  # argparse, once it has printed the help or the version
         return stop.code if isinstance(stop.code, int) else 0
@@ -130,10 +132,10 @@ def _dispatch(before: Sequence[str], chosen: str, after: Sequence[str]) -> int:
         return command.run(_without_verbose(namespace))
 
 
-def _listing(known: Mapping[str, EntryPoint]) -> str:
-    width = max((len(name) for name in known), default=0)
+def _listing(installed: Mapping[str, EntryPoint]) -> str:
+    width = max((len(name) for name in installed), default=0)
     lines = []
-    for name, entry in known.items():
+    for name, entry in installed.items():
         try:
             summary = load(entry).summary
         except UsageError as error:
@@ -146,9 +148,9 @@ def _listing(known: Mapping[str, EntryPoint]) -> str:
     return "\n".join(["commands (help of one: fedge COMMAND --help):", *lines])
 
 
-def _nearest(word: str, known: Mapping[str, EntryPoint]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"the nearest known is {close[0]!r}" if close else f"known are {', '.join(known)}"
+def _nearest(word: str, installed: Mapping[str, EntryPoint]) -> str:
+    close = difflib.get_close_matches(word, installed, n=1)
+    return f"the nearest known is {close[0]!r}" if close else f"known are {', '.join(installed)}"
 
 
 def _add_verbose(parser: ArgumentParser) -> None:
@@ -170,7 +172,7 @@ def _logging(verbosity: int) -> Iterator[None]:
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     if verbosity < 2:
-        # Flower tells of every step at INFO; fedge's own lines say the same once.
+        # Flower logs every step at INFO; fedge's own lines say the same once.
         handler.addFilter(
             lambda record: (
                 record.levelno >= logging.WARNING or record.name.partition(".")[0] != "flwr"

@@ -1,4 +1,4 @@
-"""calibration.json: activation ranges of a run's final model, and what graphs made of it score at the sites."""
+"""calibration.json: activation ranges of a run's final model, and metrics of its graphs at the sites."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FILE: Final = "calibration.json"
 FORMAT: Final = 1
 MODES: Final = ("exact", "histogram", "noised")
 MAX_BYTES: Final = 16 * 2**20
-#: Of what was left out; beyond it only the first are told.
+#: Most entries of ``absent``; beyond it only the first are kept.
 MAX_ABSENT: Final = 1000
-#: To what ``Absent.of`` refers besides a candidate.
+#: Values of ``Absent.of`` besides the kinds of candidates.
 RANGES: Final = "ranges"
 CANDIDATES: Final = "candidates"
 
@@ -35,18 +35,18 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Counted:
-    """What one candidate scored over the sites' held-out examples.
+    """Metrics of one candidate over the sites' held-out examples.
 
     Attributes:
-        sha256: of the graph, which every site made by itself.
-        sites: at how many it ran; None where noise or the sites' privacy leaves that unknown.
-        num_examples: that were counted; noise may be in it, and where it hides whole sites each counts as one.
+        sha256: of the graph, which every site built by itself.
+        sites: number of sites at which it ran; None where noise or the sites' privacy leaves that unknown.
+        num_examples: that were counted; may contain noise, and each site counts as one where sites are the unit.
         counters: sums over the sites; multiples of a noised grid where there is noise.
-        metrics: the task's, by name, those whose denominator is not zero and of which noise leaves something.
-        noise: standard deviation of the noise on each metric, on those too of which it leaves nothing; empty without
+        metrics: the task's, by name, those whose denominator is not zero and that are above the noise floor.
+        noise: standard deviation of the noise on each metric, also on those below the noise floor; empty without
             noise. That on the difference of two candidates is about 1.4 times as much.
         reference: metrics of the fp32 graph over the very same sites and examples; empty where it did not run at one
-            of them, where masks leave that open, and with noise. Only with these may ``metrics`` be compared.
+            of them, where secure aggregation hides that, and with noise. Only with these may ``metrics`` be compared.
     """
 
     sha256: str
@@ -77,20 +77,20 @@ class Absent:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the sites said of a run's final model.
+    """Activation ranges and candidates' metrics that the sites reported for a run's final model.
 
     Attributes:
         run: fedge's id.
         model_sha256: of the run's model.safetensors.
-        graph_sha256: of the fp32 graph that server and sites made of it; None where the server could not.
-        mode: ``"exact"``, minima and maxima; ``"histogram"``, the edges of bins; ``"noised"``, likewise with noise.
+        graph_sha256: of the fp32 graph that server and sites exported; None where the server could not.
+        mode: ``"exact"``, minima and maxima; ``"histogram"``, the edges of bins; ``"noised"``, those with noise.
         sites: whose ranges are merged, sorted.
-        examples: that they looked at; None where nobody knows.
-        ranges: by tensor, smallest and largest activation; None where they were not had.
+        examples: number of their examples; None where it is unknown.
+        ranges: by tensor, smallest and largest activation; None where there are none.
         reason: why there are no ranges, or no candidates; empty where there are both.
-        candidates: by kind, what they scored.
-        clipped: sites that clipped activations to the bound, where they say so.
-        absent: who is not in it, and why.
+        candidates: by kind, their metrics.
+        clipped: sites that reported clipping activations to the bound.
+        absent: sites whose figures are missing, with the reason.
     """
 
     run: str
@@ -109,19 +109,19 @@ class Calibration:
 _KEYS: Final = {"format", *(part.name for part in fields(Calibration))}
 
 
-def dump(of: Calibration) -> bytes:
-    """Canonical JSON: the same for the same figures."""
-    plain = {**vars(of), "format": FORMAT}
+def dump(calibration: Calibration) -> bytes:
+    """Serialise as canonical JSON: equal calibrations give equal bytes."""
+    plain = {**vars(calibration), "format": FORMAT}
     plain["absent"] = [
         {**vars(a), "code": f"FE-{a.code}", "reason": a.reason[:_MAX_REASON]}
-        for a in of.absent[:MAX_ABSENT]
+        for a in calibration.absent[:MAX_ABSENT]
     ]
-    plain["candidates"] = {kind: dict(vars(c)) for kind, c in of.candidates.items()}
+    plain["candidates"] = {kind: dict(vars(c)) for kind, c in calibration.candidates.items()}
     return canonical_json(plain)
 
 
 def load(path: Path) -> Calibration:
-    """Read what a run has written.
+    """Read the calibration.json of a run.
 
     Raises:
         RunError: 504, the file cannot be read, is too large, or holds something else.
@@ -134,7 +134,7 @@ def load(path: Path) -> Calibration:
 
 
 def parse(data: bytes) -> Calibration:
-    """The reverse of ``dump``.
+    """Read what ``dump`` wrote.
 
     Raises:
         RunError: 504, it is something else.
@@ -169,61 +169,61 @@ def _checked(value: Mapping[str, Any]) -> Calibration:
         examples=None if examples is None else _count(examples),
         ranges=None if value["ranges"] is None else _ranges(value["ranges"]),
         reason=_text(value["reason"], _MAX_REASON),
-        candidates={kind: _counted(told) for kind, told in value["candidates"].items()},
+        candidates={kind: _counted(entry) for kind, entry in value["candidates"].items()},
         clipped=_names(value["clipped"]),
         absent=tuple(
             Absent(
-                _text(told["site"]),
-                _text(told["of"]),
-                int(_text(told["code"]).removeprefix("FE-")),
-                _text(told["reason"], _MAX_REASON),
+                _text(entry["site"]),
+                _text(entry["of"]),
+                int(_text(entry["code"]).removeprefix("FE-")),
+                _text(entry["reason"], _MAX_REASON),
             )
-            for told in value["absent"]
+            for entry in value["absent"]
         ),
     )
 
 
-def _counted(told: Mapping[str, Any]) -> Counted:
+def _counted(entry: Mapping[str, Any]) -> Counted:
     return Counted(
-        sha256=_digest(told["sha256"]),
-        sites=None if told["sites"] is None else _count(told["sites"]),
-        num_examples=_count(told["num_examples"]),
-        counters=_figures(told["counters"]),
-        metrics=_figures(told["metrics"]),
-        noise=_figures(told["noise"]),
-        reference=_figures(told["reference"]),
+        sha256=_digest(entry["sha256"]),
+        sites=None if entry["sites"] is None else _count(entry["sites"]),
+        num_examples=_count(entry["num_examples"]),
+        counters=_figures(entry["counters"]),
+        metrics=_figures(entry["metrics"]),
+        noise=_figures(entry["noise"]),
+        reference=_figures(entry["reference"]),
     )
 
 
-def _ranges(told: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    found = {}
-    for name, (low, high) in _bounded(told, MAX_TENSORS).items():
+def _ranges(ranges: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    checked = {}
+    for name, (low, high) in _bounded(ranges, MAX_TENSORS).items():
         pair = _number(low), _number(high)
         if pair[0] > pair[1]:
             raise ValueError(f"ranges: must go from low to high, got {pair} of {name[:80]!r}")
-        found[_text(name)] = pair
-    return found
+        checked[_text(name)] = pair
+    return checked
 
 
-def _figures(told: Mapping[str, Any]) -> dict[str, float]:
-    return {_text(name): _number(value) for name, value in _bounded(told, _MAX_FIGURES).items()}
+def _figures(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {_text(name): _number(value) for name, value in _bounded(figures, _MAX_FIGURES).items()}
 
 
-def _bounded(told: Any, most: int) -> dict[str, Any]:
-    if not isinstance(told, dict) or len(told) > most:
-        raise ValueError(f"must be an object of at most {most} entries")
-    return told
+def _bounded(value: Any, max_entries: int) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(value) > max_entries:
+        raise ValueError(f"must be an object of at most {max_entries} entries")
+    return value
 
 
-def _names(told: Any) -> tuple[str, ...]:
-    if not isinstance(told, list) or len(told) > _MAX_SITES:
+def _names(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or len(names) > _MAX_SITES:
         raise ValueError(f"sites: must be a list of at most {_MAX_SITES}")
-    return tuple(_text(name) for name in told)
+    return tuple(_text(name) for name in names)
 
 
-def _text(value: Any, longest: int = _MAX_NAME) -> str:
-    if not isinstance(value, str) or len(value) > longest:
-        raise ValueError(f"must be text of at most {longest} characters, got {value!r:.40}")
+def _text(value: Any, max_length: int = _MAX_NAME) -> str:
+    if not isinstance(value, str) or len(value) > max_length:
+        raise ValueError(f"must be text of at most {max_length} characters, got {value!r:.40}")
     return value
 
 

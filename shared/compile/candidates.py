@@ -1,7 +1,7 @@
-"""The graphs that may be released, each made of the weights alone, so that server and sites have the same bytes.
+"""The graphs that may be released, each derived from the weights alone, so that server and sites get equal bytes.
 
-Exporting takes seconds, and the sites of a simulation share a process: the last graphs are kept, by the digest of the
-weights and ranges that they follow from.
+Exporting takes seconds, and the sites of a simulation share a process: the last graphs are cached by the digest of
+their weights and ranges.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fedge.shared.wire.tensors import NDArrays, digest
 if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task
 
-#: In the order in which they are asked for.
+#: In the order in which they are requested.
 CANDIDATES: Final = (ONNX_FP32, ONNX_FP16, ONNX_INT8, ONNX_INT8_SYMMETRIC)
 #: Those that need activation ranges.
 QUANTISED: Final = (ONNX_INT8, ONNX_INT8_SYMMETRIC)
-#: What is said where the converters are not installed.
+#: Remedy where the converters are not installed.
 EXTRA: Final = "install fedge with its extra `export`"
-#: Larger graphs are made anew each time.
+#: Larger graphs are not cached.
 MAX_KEPT: Final = 64 * 2**20
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -41,7 +41,7 @@ _lock = threading.Lock()
 
 
 def fp32(task: Task, arrays: NDArrays, shape: tuple[int, ...]) -> bytes:
-    """The graph that all others derive from.
+    """Export the fp32 graph, from which all others derive.
 
     Args:
         task: whose network.
@@ -54,9 +54,9 @@ def fp32(task: Task, arrays: NDArrays, shape: tuple[int, ...]) -> bytes:
     """
     key = (ONNX_FP32, task.name, digest(arrays), repr(shape))
     with _lock:
-        found = _kept.get(key)
-        if found is not None:
-            return found
+        cached = _kept.get(key)
+        if cached is not None:
+            return cached
         import torch
 
         from fedge.shared.compile.onnx_export import export_onnx
@@ -64,16 +64,16 @@ def fp32(task: Task, arrays: NDArrays, shape: tuple[int, ...]) -> bytes:
         with torch.random.fork_rng(devices=[]):
             network = task.network()
         network.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in arrays.items()})
-        made = export_onnx(network, shape)
-        # One model's at a time: whoever asks for another is done with the one before.
+        graph = export_onnx(network, shape)
+        # One model at a time: a request for another one means that the previous one is done.
         _kept.clear()
-        if len(made) <= MAX_KEPT // len(CANDIDATES):
-            _kept[key] = made
-        return made
+        if len(graph) <= MAX_KEPT // len(CANDIDATES):
+            _kept[key] = graph
+        return graph
 
 
 def derived(kind: str, graph: bytes, ranges: Ranges | None) -> bytes:
-    """A candidate made of the fp32 graph.
+    """Convert the fp32 graph to a candidate.
 
     Args:
         kind: of ``CANDIDATES``.
@@ -91,22 +91,22 @@ def derived(kind: str, graph: bytes, ranges: Ranges | None) -> bytes:
         raise ValueError(f"candidate: must be of {', '.join(CANDIDATES)}, got {kind!r:.40}")
     from fedge.shared.compile.precision import quantise, to_fp16
 
-    used = repr(sorted(ranges.items())) if kind in QUANTISED and ranges is not None else ""
-    key = (kind, hashlib.sha256(graph).hexdigest(), used)
+    ranges_key = repr(sorted(ranges.items())) if kind in QUANTISED and ranges is not None else ""
+    key = (kind, hashlib.sha256(graph).hexdigest(), ranges_key)
     with _lock:
-        found = _kept.get(key)
-        if found is not None:
-            return found
+        cached = _kept.get(key)
+        if cached is not None:
+            return cached
         if kind == ONNX_FP16:
-            made = to_fp16(graph)
+            candidate = to_fp16(graph)
         else:
-            made = quantise(graph, ranges or {}, symmetric=kind == ONNX_INT8_SYMMETRIC)
+            candidate = quantise(graph, ranges or {}, symmetric=kind == ONNX_INT8_SYMMETRIC)
         stale = [k for k in _kept if k[0] == kind]
         for old in stale:
             del _kept[old]
-        if len(made) <= MAX_KEPT // len(CANDIDATES):
-            _kept[key] = made
-        return made
+        if len(candidate) <= MAX_KEPT // len(CANDIDATES):
+            _kept[key] = candidate
+        return candidate
 
 
 def tensors(graph: bytes) -> tuple[str, ...]:
@@ -123,13 +123,13 @@ def tensors(graph: bytes) -> tuple[str, ...]:
 
             _tensors.clear()
             _tensors[key] = activations(graph)
-        found = _tensors[key]
-    if not 1 <= len(found) <= MAX_TENSORS:
-        raise ReleaseError(609, f"tensors: must be 1 to {MAX_TENSORS}, got {len(found)}")
-    return found
+        names = _tensors[key]
+    if not 1 <= len(names) <= MAX_TENSORS:
+        raise ReleaseError(609, f"tensors: must be 1 to {MAX_TENSORS}, got {len(names)}")
+    return names
 
 
 def forget() -> None:
-    """Let go of what is kept."""
+    """Clear the cache."""
     with _lock:
         _kept.clear()

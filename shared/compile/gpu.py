@@ -1,4 +1,4 @@
-"""The compute capability of this machine's GPU, asked of its driver."""
+"""The compute capability of this machine's GPU, by its driver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _MINOR: Final = 76
 
 
 def capability(library: str = LIBRARY) -> int | None:
-    """Of the first GPU, for example 87 for 8.7; None without a driver or a GPU."""
+    """Compute capability of the first GPU, for example 87 for 8.7; None without a driver or a GPU.
+
+    Args:
+        library: name or path of the CUDA driver.
+    """
     try:
         driver = ctypes.CDLL(library)
     except OSError:

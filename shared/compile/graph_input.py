@@ -1,4 +1,4 @@
-"""What goes into a graph: numbers or tokens, and which axes have no fixed size."""
+"""The input of a graph: numbers or tokens, and the axes without a fixed size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GraphInput:
     """The one input of a graph.
 
     Attributes:
-        shape: of one example as the network takes it; of an open axis the size it is exported at, at least 2.
+        shape: of one example as the network takes it; for an open axis the size at export, at least 2.
         tokens: 0 for float32; otherwise examples are int64, at least 0 and below this.
         open: axes of any size besides the batch, counted with the batch, each with its name:
             ``{1: "length"}`` for ``(batch, length)``.
@@ -43,8 +43,8 @@ class GraphInput:
             raise ValueError(f"open: must be different names beside the batch's, got {names[1:]}")
 
     @classmethod
-    def of(cls, value: Sequence[int] | GraphInput) -> GraphInput:
-        """The input itself, or that of float32 examples of a shape, with the batch alone open."""
+    def from_shape(cls, value: Sequence[int] | GraphInput) -> GraphInput:
+        """Float32 examples of a shape, with only the batch axis open; a ``GraphInput`` is returned as it is."""
         return value if isinstance(value, GraphInput) else cls(tuple(value))
 
     @property
@@ -54,11 +54,11 @@ class GraphInput:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The example's sizes of the open axes besides the batch."""
+        """Sizes at export of the open axes besides the batch."""
         return {name: self.shape[axis - 1] for axis, name in sorted(self.open.items())}
 
     def resized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of an example with other sizes of some open axes.
+        """Shape of an example with other sizes of some open axes, by name.
 
         Raises:
             ValueError: a name is not that of an open axis.
@@ -71,10 +71,15 @@ class GraphInput:
             sizes.get(self.open.get(axis, ""), size) for axis, size in enumerate(self.shape, 1)
         )
 
-    def draw(
+    def sample(
         self, generator: np.random.Generator, batch: int, sizes: Mapping[str, int] = _NONE
     ) -> NDArray[Any]:
         """A batch of random examples: standard normal float32, or tokens, equally likely, of int64.
+
+        Args:
+            generator: of the random numbers.
+            batch: number of examples.
+            sizes: of open axes by name; others have the size at export.
 
         Raises:
             ValueError: as ``resized``.

@@ -23,11 +23,11 @@ from fedge.shared.errors import ReleaseError
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
-#: Protocol Buffers end at 2 GiB; a bundle's reader takes no more than this either.
+#: Protocol Buffers end at 2 GiB; devices read no larger artefact either.
 MAX_BYTES: Final = 1536 * 2**20
 #: A batch of one would be taken for a constant.
 _EXAMPLE_BATCH: Final = 2
-#: Colours, with which the exporter tells of its steps.
+#: Colour codes in the exporter's messages.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -37,7 +37,7 @@ def export_onnx(network: nn.Module, shape: Sequence[int] | GraphInput) -> bytes:
     Args:
         network: from ``(b, *shape)`` to logits ``(b, ...)``, or to a named tuple of tensors whose first
             axis is the batch; left as it is.
-        shape: of one example of float32 as the network takes it, or what else goes in.
+        shape: of one float32 example as the network takes it, or another input.
 
     Returns:
         The ONNX file, with its weights, without names of files or lines of code of this machine. Its
@@ -47,13 +47,15 @@ def export_onnx(network: nn.Module, shape: Sequence[int] | GraphInput) -> bytes:
     Raises:
         ReleaseError: 607, the network cannot be exported, or is too large.
     """
-    given = GraphInput.of(shape)
+    graph_input = GraphInput.from_shape(shape)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     if weights > MAX_BYTES:
         raise ReleaseError(607, f"network: must be at most {MAX_BYTES} bytes, got {weights}")
     network = copy.deepcopy(network).cpu().eval()
-    dtype = torch.int64 if given.tokens else torch.float32
-    model = _model(network, torch.zeros(_EXAMPLE_BATCH, *given.shape, dtype=dtype), given)
+    dtype = torch.int64 if graph_input.tokens else torch.float32
+    model = _model(
+        network, torch.zeros(_EXAMPLE_BATCH, *graph_input.shape, dtype=dtype), graph_input
+    )
     strip(model)
     data: bytes = model.SerializeToString(deterministic=True)
     if len(data) > MAX_BYTES:
@@ -62,24 +64,28 @@ def export_onnx(network: nn.Module, shape: Sequence[int] | GraphInput) -> bytes:
 
 
 def opset_of(onnx: bytes) -> int:
-    """Version of ONNX's default operator set that a model asks for.
+    """Version of ONNX's default operator set that a model uses.
 
     Raises:
-        ReleaseError: 607, it asks for none.
+        ReleaseError: 607, it names none or several.
     """
     import onnx as onnx_package
 
     model = onnx_package.load_model_from_string(onnx)
-    found = [int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    if len(found) != 1:
-        raise ReleaseError(607, f"model.onnx: must name one default operator set, got {len(found)}")
-    return found[0]
+    versions = [
+        int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")
+    ]
+    if len(versions) != 1:
+        raise ReleaseError(
+            607, f"model.onnx: must name one default operator set, got {len(versions)}"
+        )
+    return versions[0]
 
 
-def _model(network: nn.Module, example: Tensor, given: GraphInput) -> ModelProto:
+def _model(network: nn.Module, example: Tensor, graph_input: GraphInput) -> ModelProto:
     # Named axes work where open ones fail, as for a bidirectional LSTM; otherwise the other way is tried.
     failure: Exception | None = None
-    for axes in (given.names, dict.fromkeys(given.names, torch.export.Dim.DYNAMIC)):
+    for axes in (graph_input.names, dict.fromkeys(graph_input.names, torch.export.Dim.DYNAMIC)):
         try:
             with torch.no_grad():
                 outputs = list(outputs_of(network(example)))
@@ -97,7 +103,7 @@ def _model(network: nn.Module, example: Tensor, given: GraphInput) -> ModelProto
             if program is None:
                 raise ReleaseError(607, "network: must give a graph, got none")
             model: ModelProto = program.model_proto
-            _check(model, given, outputs)
+            _check(model, graph_input, outputs)
             return model
         except Exception as error:  # the exporter lets exceptions of every kind through
             _pass_interrupt(error)
@@ -122,17 +128,17 @@ def _pass_interrupt(error: BaseException) -> None:
         cause = cause.__cause__ or cause.__context__
 
 
-def _check(model: ModelProto, given: GraphInput, outputs: Sequence[str]) -> None:
-    """Hold the graph to its inputs, outputs and open axes, and name these."""
+def _check(model: ModelProto, graph_input: GraphInput, outputs: Sequence[str]) -> None:
+    """Check the graph's inputs, outputs and open axes, and name the axes."""
     for kind, values, names in (
         ("inputs", model.graph.input, [GRAPH_INPUT]),
         ("outputs", model.graph.output, outputs),
     ):
-        found = [value.name for value in values]
-        if found != names:
-            raise ReleaseError(607, f"network: must have the {kind} {names}, got {found}")
+        actual = [value.name for value in values]
+        if actual != names:
+            raise ReleaseError(607, f"network: must have the {kind} {names}, got {actual}")
     symbols: dict[str, str] = {}
-    for axis, name in given.names.items():
+    for axis, name in graph_input.names.items():
         symbol = _open(model.graph.input[0], axis, name)
         if symbols.setdefault(symbol, name) != name:
             raise ReleaseError(607, f"network: {name} must be of any size, got {symbols[symbol]}'s")
@@ -140,7 +146,7 @@ def _check(model: ModelProto, given: GraphInput, outputs: Sequence[str]) -> None
         _open(value, 0, GRAPH_BATCH)
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param:
-                # A size that is computed has an expression for its name, which runtimes print and nobody parses.
+                # A size that is computed has an expression for its name, which runtimes only print.
                 name = symbols.get(dim.dim_param, f"{value.name}_{axis}")
                 dim.dim_param = name if axis else GRAPH_BATCH
 

@@ -1,4 +1,4 @@
-"""Whether an exported graph is the network: ONNX Runtime against torch on generated inputs."""
+"""Compares an exported graph with its network: ONNX Runtime against torch on generated inputs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.errors import ReleaseError
 
 TOLERANCE: Final = 1e-4
-#: Of the largest logit, where that is more: as with noise in the weights, of which float32 has no more digits.
+#: Relative to the largest logit, where that is more: as with noise in the weights, of which float32 has no more digits.
 RELATIVE: Final = 1e-5
 BATCH_SIZES: Final = (1, 2, 7, 32)
 
 
-def outputs_of(made: Any) -> dict[str, Tensor]:
-    """What a network gave, by the names of the graph's outputs: those of a named tuple, or ``"logits"``.
+def outputs_of(output: Any) -> dict[str, Tensor]:
+    """A network's outputs by the names of the graph's outputs: fields of a named tuple, or ``"logits"``.
 
     Raises:
         TypeError: it is neither a tensor nor a named tuple of tensors.
     """
-    if isinstance(made, Tensor):
-        return {GRAPH_OUTPUT: made}
-    names = getattr(made, "_fields", ())
-    if names and all(isinstance(part, Tensor) for part in made):
-        return dict(zip(names, made, strict=True))
-    raise TypeError(f"output: must be a tensor or a named tuple of tensors, got {type(made)!r}")
+    if isinstance(output, Tensor):
+        return {GRAPH_OUTPUT: output}
+    names = getattr(output, "_fields", ())
+    if names and all(isinstance(part, Tensor) for part in output):
+        return dict(zip(names, output, strict=True))
+    raise TypeError(f"output: must be a tensor or a named tuple of tensors, got {type(output)!r}")
 
 
 def parity(
@@ -49,22 +49,22 @@ def parity(
     """Compare ONNX Runtime with the eager network on generated inputs of several sizes.
 
     Args:
-        network: as it was trained.
-        onnx: what was exported of it.
-        shape: of one example as the network takes it, or what else goes in.
+        network: the trained network.
+        onnx: the exported graph.
+        shape: of one float32 example as the network takes it, or another input.
         batch_sizes: to try.
         sizes: of the other open axes, by name, to try at each batch size besides the example's.
         tolerance: largest difference allowed, or ``RELATIVE`` of the output's largest number over all inputs
             where that is more; whole numbers, as of labels, must be equal.
-        seed: of the inputs.
+        seed: of the generated inputs.
 
     Returns:
-        The largest difference, and what was allowed in the same unit.
+        The largest difference, and the allowed one in the same unit.
 
     Raises:
         ReleaseError: 603, they differ by more than is allowed, in shape, or one is not finite.
     """
-    given = GraphInput.of(shape)
+    graph_input = GraphInput.from_shape(shape)
     session = _session(onnx)
     network = copy.deepcopy(network).cpu().eval()
     generator = np.random.default_rng(seed)
@@ -73,16 +73,16 @@ def parity(
     for other in ({}, *sizes):
         for batch in batch_sizes:
             where = f"batch size {batch}" + "".join(f", {k} {v}" for k, v in other.items())
-            x = given.draw(generator, batch, other)
+            x = graph_input.sample(generator, batch, other)
             with torch.no_grad():
                 eager = {k: v.numpy() for k, v in outputs_of(network(torch.from_numpy(x))).items()}
-            found = _run(session, x, list(eager), where)
+            exported = _run(session, x, list(eager), where)
             for name, expected in eager.items():
-                difference = _difference(found[name], expected, name, where)
+                difference = _difference(exported[name], expected, name, where)
                 worst[name] = max(worst.get(name, (0.0, where)), (difference, where))
                 largest[name] = max(largest.get(name, 0.0), float(np.max(np.abs(expected))))
     allowed = {name: max(tolerance, RELATIVE * value) for name, value in largest.items()}
-    # Of several outputs the one that comes nearest to what it is allowed speaks for all.
+    # Of several outputs, the one nearest to its limit is reported.
     name = max(worst, key=lambda name: worst[name][0] / allowed[name])
     difference, where = worst[name]
     if difference > allowed[name]:
@@ -111,30 +111,30 @@ def _run(session: Any, x: NDArray[Any], names: list[str], where: str) -> dict[st
         raise ReleaseError(603, message) from None
 
 
-def _difference(found: NDArray[Any], eager: NDArray[Any], name: str, where: str) -> float:
-    """The largest between two outputs.
+def _difference(exported: NDArray[Any], eager: NDArray[Any], name: str, where: str) -> float:
+    """The largest difference between two outputs.
 
     Raises:
         ReleaseError: 603, they cannot be compared, or are whole numbers and differ.
     """
-    if found.shape != eager.shape or found.dtype != eager.dtype:
+    if exported.shape != eager.shape or exported.dtype != eager.dtype:
         raise ReleaseError(
             603,
             f"model.onnx: must give {name} of {eager.dtype} {list(eager.shape)}, "
-            f"got {found.dtype} {list(found.shape)} at {where}",
+            f"got {exported.dtype} {list(exported.shape)} at {where}",
         )
-    if not (np.isfinite(eager).all() and np.isfinite(found).all()):
+    if not (np.isfinite(eager).all() and np.isfinite(exported).all()):
         raise ReleaseError(603, f"model.onnx: must give finite {name}, got others at {where}")
     if not np.issubdtype(eager.dtype, np.floating):
-        if not np.array_equal(found, eager):
+        if not np.array_equal(exported, eager):
             raise ReleaseError(
                 603, f"model.onnx: must give the trained model's {name}, got others at {where}"
             )
         return 0.0
-    return float(np.max(np.abs(found.astype(np.float64) - eager), initial=0.0))
+    return float(np.max(np.abs(exported.astype(np.float64) - eager), initial=0.0))
 
 
 def first_line(error: Any) -> str:
-    """What foreign code raised, in one line of at most 200 characters."""
+    """The message of an error of foreign code, in one line of at most 200 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return str(lines[0])[:200]

@@ -1,4 +1,4 @@
-"""From the fp32 graph to the same graph in fewer bits: fp16, and two forms of INT8.
+"""Converts the fp32 graph to lower precision: fp16, and two forms of INT8.
 
 INT8 is written as pairs of QuantizeLinear and DequantizeLinear (QDQ), which every runtime fuses as it can.
 Weights are quantised by channel (Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877; Krishnamoorthi,
@@ -41,10 +41,10 @@ _WEIGHED: Final = frozenset((*_CPU, *_TENSORRT)) - {"Relu"}
 
 
 def to_fp16(onnx: bytes) -> bytes:
-    """The graph in half precision.
+    """Convert a graph to half precision.
 
     Args:
-        onnx: of float32.
+        onnx: float32 graph.
 
     Returns:
         A graph whose inputs and outputs keep their types, and whose sums, norms and exponentials stay in float32.
@@ -93,11 +93,11 @@ def activations(onnx: bytes) -> tuple[str, ...]:
 
 
 def quantise(onnx: bytes, ranges: Ranges, *, symmetric: bool) -> bytes:
-    """The graph in eight bits.
+    """Quantise a graph to eight bits.
 
     Args:
-        onnx: of float32, as it was observed.
-        ranges: smallest and largest value of each of the tensors of ``activations``; others are not read.
+        onnx: float32 graph whose ranges were observed.
+        ranges: smallest and largest value of each tensor of ``activations``; others are ignored.
         symmetric: False for CPUs: unsigned activations, signed weights, quantised biases. True for TensorRT:
             all signed and around zero, biases as they are, no output quantised for its own sake.
 
@@ -137,14 +137,14 @@ def _quantised(model: ModelProto, ranges: Ranges, symmetric: bool) -> ModelProto
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    found = {
+    tensor_ranges = {
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
     }
     for node in model.graph.node:
         # A Relu that is taken into the operator before it leaves one range for both.
-        if node.op_type == "Relu" and node.output[0] in found:
-            found.setdefault(node.input[0], found[node.output[0]])
+        if node.op_type == "Relu" and node.output[0] in tensor_ranges:
+            tensor_ranges.setdefault(node.input[0], tensor_ranges[node.output[0]])
     producer = model.producer_name, model.producer_version
     constants = {tensor.name for tensor in model.graph.initializer}
     variable = [
@@ -154,7 +154,7 @@ def _quantised(model: ModelProto, ranges: Ranges, symmetric: bool) -> ModelProto
     ]
     options: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
     if symmetric:
-        # TensorRT parses no biases of 32 bits, and no two consumers of one pair.
+        # TensorRT parses no biases of 32 bits, and no QDQ pair with two users.
         options = {
             "ActivationSymmetric": True,
             "DedicatedQDQPair": True,
@@ -169,16 +169,16 @@ def _quantised(model: ModelProto, ranges: Ranges, symmetric: bool) -> ModelProto
         reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, found),
+        tensors_range=TensorsData(CalibrationMethod.MinMax, tensor_ranges),
         nodes_to_quantize=[],
         nodes_to_exclude=variable,
         op_types_to_quantize=list(_TENSORRT if symmetric else _CPU),
         extra_options=options,
     )
     quantizer.quantize_model()
-    made: ModelProto = quantizer.model.model
-    made.producer_name, made.producer_version = producer
-    return made
+    result: ModelProto = quantizer.model.model
+    result.producer_name, result.producer_version = producer
+    return result
 
 
 def _inferred(onnx: bytes) -> ModelProto:

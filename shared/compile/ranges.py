@@ -1,9 +1,9 @@
-"""Ranges of a network's activations: found in one example after the other, merged over examples and sites.
+"""Ranges of a network's activations: observed example by example, merged over examples and sites.
 
-Minima and maxima merge exactly, but cannot be added up under masks, and no noise hides them. There each site counts,
-for each tensor, in how many examples its largest value lies in each bin of a grid that nobody chooses by the data; and
-likewise for its smallest. Such histograms add up. A range then ends at the outer edge of the outermost bin that
-anybody is in: never within the true one, and at most one bin beyond it.
+Minima and maxima merge exactly, but they cannot be summed under secure aggregation, nor hidden by noise. There each
+site counts, for each tensor, in how many examples the largest value lies in each bin of a fixed grid, and the same for
+the smallest. Such histograms add up. A range then ends at the outer edge of the outermost bin that is not empty: never
+within the true one, and at most one bin beyond it.
 
 The bins are half octaves from 2^-14 to 2^14 on either side of zero. Values beyond zero on the wrong side (a largest
 value below it) are in the innermost bin: quantisation takes zero into every range.
@@ -19,22 +19,22 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-#: Upper edges of the bins; a bin holds its own edge. The first is of all that is not beyond zero.
+#: Upper edges of the bins; a bin includes its edge. The first bin holds all values not beyond zero.
 EDGES: Final = (
     0.0,
     *(math.ldexp(math.sqrt(2.0) if k % 2 else 1.0, k // 2) for k in range(-28, 29)),
 )
 BINS: Final = len(EDGES)
-#: Bins that count single examples change by one example in two histograms of each tensor: low and high.
+#: Histograms of each tensor, low and high: one example changes one bin in each.
 SIDES: Final = 2
-#: Chance that noise alone moves any end of any range outwards.
+#: Probability that noise alone moves any end of any range outwards.
 FALSE_ALARM: Final = 1e-3
-#: More tensors than any network has whose ranges are asked for.
+#: Largest number of tensors whose ranges are requested; more than any network has.
 MAX_TENSORS: Final = 2048
 
 
 class HiddenError(ValueError):
-    """Noise leaves nothing of a tensor's histogram."""
+    """No bin of a tensor's histogram is above the noise."""
 
     def __init__(self, tensor: int) -> None:
         super().__init__(f"tensor {tensor}: must have a bin above the noise, got none")
@@ -42,14 +42,14 @@ class HiddenError(ValueError):
 
 
 def clipped(extremes: NDArray[Any], bound: float) -> tuple[NDArray[np.float64], bool]:
-    """Clip what was found to ``[-bound, bound]``.
+    """Clip extremes to ``[-bound, bound]``.
 
     Args:
         extremes: ``(n, tensors, 2)``, the smallest and the largest value of each example.
         bound: above 0.
 
     Returns:
-        Them in float64, and whether one was beyond.
+        The clipped extremes in float64, and whether any was beyond the bound.
 
     Raises:
         ValueError: a value is NaN or infinite.
@@ -61,68 +61,68 @@ def clipped(extremes: NDArray[Any], bound: float) -> tuple[NDArray[np.float64], 
 
 
 def merged(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The range of each tensor over several, each ``(tensors, 2)``."""
+    """The range ``(tensors, 2)`` of each tensor over several such arrays."""
     both = np.stack(parts)
     return np.stack([both[:, :, 0].min(axis=0), both[:, :, 1].max(axis=0)], axis=1)
 
 
 def histogram(extremes: NDArray[np.float64]) -> NDArray[np.int64]:
-    """In how many examples each tensor reaches how far.
+    """Histograms of the extremes of each tensor over examples.
 
     Args:
         extremes: ``(n, tensors, 2)``, clipped to the last edge or less.
 
     Returns:
-        ``(tensors, 2, BINS)``, below zero first; each histogram adds up to ``n``.
+        ``(tensors, 2, BINS)`` of int64, the side below zero first; each histogram adds up to ``n``.
     """
-    reach = np.stack([-extremes[:, :, 0], extremes[:, :, 1]], axis=2)
-    bins = np.searchsorted(EDGES, reach, side="left")
+    magnitudes = np.stack([-extremes[:, :, 0], extremes[:, :, 1]], axis=2)
+    bins = np.searchsorted(EDGES, magnitudes, side="left")
     if bins.max(initial=0) >= BINS:
         raise ValueError(f"activations: must be at most {EDGES[-1]:g} in size, got more")
-    columns = reach.shape[1] * SIDES
+    columns = magnitudes.shape[1] * SIDES
     cells = np.arange(columns) * BINS + bins.reshape(-1, columns)
-    found = np.bincount(cells.reshape(-1), minlength=columns * BINS)
-    return found.reshape(*reach.shape[1:], BINS).astype(np.int64)
+    counts = np.bincount(cells.reshape(-1), minlength=columns * BINS)
+    return counts.reshape(*magnitudes.shape[1:], BINS).astype(np.int64)
 
 
 def outermost(
     counts: NDArray[np.float64], bound: float, threshold: float = 0.0
 ) -> NDArray[np.float64]:
-    """The range that each tensor's histograms tell.
+    """The range of each tensor from its histograms.
 
     Args:
         counts: ``(tensors, 2, BINS)``, summed over sites.
         bound: to which the activations were clipped, where a bin's edge lies beyond it.
-        threshold: that a bin's count must exceed to be there.
+        threshold: that a bin's count must exceed to count as not empty.
 
     Returns:
         ``(tensors, 2)``.
 
     Raises:
-        HiddenError: of one of the histograms no bin is there.
+        HiddenError: all bins of a histogram count as empty.
     """
-    there = counts > threshold
-    if not there.any(axis=2).all():
-        raise HiddenError(int(np.argwhere(~there.any(axis=2))[0][0]))
-    last = BINS - 1 - there[:, :, ::-1].argmax(axis=2)
-    reach = np.minimum(np.asarray(EDGES)[last], bound)
+    present = counts > threshold
+    if not present.any(axis=2).all():
+        raise HiddenError(int(np.argwhere(~present.any(axis=2))[0][0]))
+    last = BINS - 1 - present[:, :, ::-1].argmax(axis=2)
+    ends = np.minimum(np.asarray(EDGES)[last], bound)
     # Not -0.0, which is another text for the same number.
-    return np.stack([0.0 - reach[:, 0], reach[:, 1]], axis=1)
+    return np.stack([0.0 - ends[:, 0], ends[:, 1]], axis=1)
 
 
-def above_noise(deviation: float, tensors: int) -> float:
+def above_noise(stddev: float, tensors: int) -> float:
     """The count that a bin of noise alone exceeds in one calibration of a thousand, over all bins together.
 
     Args:
-        deviation: standard deviation of the noise on each bin.
-        tensors: whose histograms there are.
+        stddev: standard deviation of the noise on each bin.
+        tensors: number of tensors with histograms.
     """
     bins = tensors * SIDES * BINS
-    return deviation * NormalDist().inv_cdf(1.0 - FALSE_ALARM / bins)
+    return stddev * NormalDist().inv_cdf(1.0 - FALSE_ALARM / bins)
 
 
 def sensitivity(tensors: int) -> float:
-    """What one example, or the shares of one site, change all histograms by together, in L2 norm."""
+    """L2 sensitivity of all histograms together to one example, or to the shares of one site."""
     return math.sqrt(SIDES * tensors)
 
 

@@ -1,4 +1,4 @@
-"""An ONNX model without what has nothing to do with its numbers: comments, metadata, names of files."""
+"""Removes from an ONNX model what does not affect its results: comments, metadata, names of files."""
 
 from __future__ import annotations
 

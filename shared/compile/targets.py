@@ -1,4 +1,4 @@
-"""What can be compiled for: a target's name, its GPUs, and the kinds of artefact that it asks for."""
+"""Targets of compilation: names, GPUs, and the kinds of artefact for each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Target:
     capabilities: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """As it is written in ``--targets``."""
+        """The target as text of ``--targets``."""
         listed = "+".join(f"sm{c}" for c in self.capabilities)
         return f"{self.name}:{listed}" if listed else self.name
 
@@ -60,7 +60,7 @@ class Target:
         return ()
 
 
-#: The graph that an artefact of each kind is made of.
+#: Kind of the graph from which an artefact of each kind is made.
 SOURCES: Final = {
     RTX_FP16: ONNX_FP16,
     RTX_INT8: ONNX_INT8_SYMMETRIC,
@@ -73,7 +73,7 @@ SOURCES: Final = {
 
 
 def _with_graphs(engines: tuple[str, ...]) -> tuple[str, ...]:
-    """Engines behind their graphs: a device with another version of the runtime builds its own of them."""
+    """Engines after their graphs, from which a device with another version of the runtime builds its own."""
     return (*(SOURCES[kind] for kind in engines), *engines)
 
 
@@ -81,13 +81,13 @@ def parse(text: str) -> tuple[Target, ...]:
     """Read ``--targets``: names with commas between them, ``tensorrt-rtx:sm86+sm89`` with its GPUs.
 
     Raises:
-        ReleaseError: 608, a target is not known, given twice, or names a GPU that nothing is built for.
+        ReleaseError: 608, a target is unknown, repeated, or names a GPU that cannot be built for.
     """
-    found = [_one(part.strip()) for part in text.split(",")]
-    for target in found:
-        if found.count(target) > 1:
+    targets = [_one(part.strip()) for part in text.split(",")]
+    for target in targets:
+        if targets.count(target) > 1:
             raise ReleaseError(608, f"--targets: must hold {target} once")
-    return tuple(found)
+    return tuple(targets)
 
 
 def _one(text: str) -> Target:
@@ -102,16 +102,16 @@ def _one(text: str) -> Target:
 
 
 def _capabilities(listed: Sequence[str]) -> tuple[int, ...]:
-    known = ", ".join(f"sm{c}" for c in RTX_CAPABILITIES)
-    example = f"{TENSORRT_RTX}:sm86+sm89 with GPUs of {known}"
-    found = []
+    allowed = ", ".join(f"sm{c}" for c in RTX_CAPABILITIES)
+    example = f"{TENSORRT_RTX}:sm86+sm89 with GPUs of {allowed}"
+    capabilities = []
     for text in listed:
         match = _CAPABILITY.fullmatch(text)
         if not match or int(match[1]) not in RTX_CAPABILITIES:
             raise ReleaseError(608, f"--targets: must be {example}, got {text[:20]!r}")
-        found.append(int(match[1]))
-    if not found:
+        capabilities.append(int(match[1]))
+    if not capabilities:
         raise ReleaseError(608, f"--targets: must be {example}, got no GPU")
-    if len(set(found)) != len(found):
+    if len(set(capabilities)) != len(capabilities):
         raise ReleaseError(608, f"--targets: must name each GPU once, got {'+'.join(listed)[:60]}")
-    return tuple(sorted(found))
+    return tuple(sorted(capabilities))

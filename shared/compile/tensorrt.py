@@ -33,8 +33,8 @@ _INSTALL: Final = {
     "tensorrt": "pip install tensorrt",
 }
 _RTX: Final = "tensorrt-rtx"
-#: Errors of the builder that are kept, and how much of each is told.
-_KEPT, _TOLD = 16, 400
+#: Errors of the builder that are kept, and characters of one that a message holds.
+_KEPT, _MAX_TEXT = 16, 400
 
 #: A process has one logger, that of its first builder; so one build at a time.
 _lock = threading.Lock()
@@ -70,7 +70,7 @@ def build(
         sizes: smallest, best and largest size of each open axis by its name; only the batch has a default,
             ``BATCH``. See ``around`` for others.
         timing_cache: of an earlier build by ``tensorrt`` on this device; another is not used.
-        listener: told the phase and the share that is done.
+        listener: called with the phase and the share that is done.
 
     Raises:
         ReleaseError: 608, the wheel or the GPU is missing, or the runtime does not know a capability; 611, the
@@ -103,7 +103,7 @@ def _build(
 ) -> Built:
     try:
         builder = module.Builder(logger)
-    except Exception as error:  # the bindings raise what they get: without a driver a TypeError
+    except Exception as error:  # the bindings raise various types: without a driver a TypeError
         raise _failed(runtime, "cannot start", logger, str(error)) from error
     flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -121,7 +121,7 @@ def _build(
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
     if runtime != _RTX:
-        # TensorRT for RTX times nothing at build time. What is of another GPU or damaged becomes an empty cache.
+        # TensorRT for RTX times nothing at build time. A cache of another GPU or a damaged one becomes empty.
         cache = config.create_timing_cache(timing_cache or b"") or config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     monitor = _monitor(module, listener)
@@ -138,33 +138,33 @@ def _build(
 def _module(runtime: str) -> ModuleType | None:
     if runtime not in MODULES:
         raise ValueError(f"runtime: must be of {', '.join(MODULES)}, got {runtime!r:.40}")
-    # A wheel whose libraries do not fit the system fails to load in its own ways.
+    # A wheel with incompatible libraries fails to load in various ways.
     with contextlib.suppress(ImportError, OSError, RuntimeError):
         return importlib.import_module(MODULES[runtime])
     return None
 
 
-def _capabilities(module: Any, runtime: str, wanted: Sequence[int]) -> tuple[int, ...]:
+def _capabilities(module: Any, runtime: str, requested: Sequence[int]) -> tuple[int, ...]:
     if runtime == _RTX:
         names = set(dir(module.ComputeCapability))
-        unknown = [number for number in wanted if f"SM{number}" not in names]
-        if unknown or not wanted or len(set(wanted)) != len(wanted):
-            known = ", ".join(f"sm{n}" for n in range(50, 200) if f"SM{n}" in names)
-            listed = "+".join(f"sm{number}" for number in wanted) or "none"
-            raise ReleaseError(608, f"{runtime}: must be built for GPUs of {known}, got {listed}")
-        return tuple(sorted(wanted))
+        unknown = [number for number in requested if f"SM{number}" not in names]
+        if unknown or not requested or len(set(requested)) != len(requested):
+            allowed = ", ".join(f"sm{n}" for n in range(50, 200) if f"SM{n}" in names)
+            listed = "+".join(f"sm{number}" for number in requested) or "none"
+            raise ReleaseError(608, f"{runtime}: must be built for GPUs of {allowed}, got {listed}")
+        return tuple(sorted(requested))
     if not hasattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         message = f"{runtime}: must be of version 10 or newer, got {module.__version__}"
         raise ReleaseError(608, message)
-    found = gpu.capability()
-    if found is None:
+    present = gpu.capability()
+    if present is None:
         raise ReleaseError(608, f"{runtime}: must be built where the GPU is, got no GPU here")
-    if wanted and tuple(wanted) != (found,):
-        listed = "+".join(f"sm{number}" for number in wanted)
+    if requested and tuple(requested) != (present,):
+        listed = "+".join(f"sm{number}" for number in requested)
         raise ReleaseError(
-            608, f"{runtime}: must be built for the GPU here, sm{found}, got {listed}"
+            608, f"{runtime}: must be built for the GPU here, sm{present}, got {listed}"
         )
-    return (found,)
+    return (present,)
 
 
 def _shapes(network: Any, sizes: Mapping[str, Sizes]) -> dict[str, list[tuple[int, ...]]]:
@@ -173,31 +173,31 @@ def _shapes(network: Any, sizes: Mapping[str, Sizes]) -> dict[str, list[tuple[in
     Raises:
         ValueError: see ``build``.
     """
-    known = {"batch": BATCH, **sizes}
-    named = set()
-    found: dict[str, list[tuple[int, ...]]] = {}
+    all_sizes = {"batch": BATCH, **sizes}
+    used = set()
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         axes: list[Sizes] = []
         for axis, size in enumerate(tensor.shape):
             name = tensor.get_dimension_name(axis) if size < 0 else ""
-            if size < 0 and name not in known:
+            if size < 0 and name not in all_sizes:
                 raise ValueError(f"sizes: must hold the graph's open axis {name!r:.40}")
-            low, best, high = known[name] if size < 0 else (size, size, size)
+            low, best, high = all_sizes[name] if size < 0 else (size, size, size)
             if not 1 <= low <= best <= high:
-                raise ValueError(f"sizes: must ascend from 1, got {known[name]} for {name}")
-            named.add(name)
+                raise ValueError(f"sizes: must ascend from 1, got {all_sizes[name]} for {name}")
+            used.add(name)
             axes.append((low, best, high))
-        found[tensor.name] = [tuple(axis[level] for axis in axes) for level in range(3)]
-    if unknown := set(sizes) - named:
+        shapes[tensor.name] = [tuple(axis[level] for axis in axes) for level in range(3)]
+    if unknown := set(sizes) - used:
         raise ValueError(f"sizes: must be of the graph's open axes, got {sorted(unknown)}")
-    return found
+    return shapes
 
 
-def _failed(runtime: str, what: str, logger: Any, words: str) -> ReleaseError:
-    """611 with the builder's own words, or else its last error."""
-    told = " ".join((words or next(reversed(logger.errors), "it says no reason")).split())
-    return ReleaseError(611, f"{runtime}: {what} ({told[:_TOLD]})")
+def _failed(runtime: str, step: str, logger: Any, words: str) -> ReleaseError:
+    """The error 611 with the builder's message, or else its last logged error."""
+    text = " ".join((words or next(reversed(logger.errors), "it says no reason")).split())
+    return ReleaseError(611, f"{runtime}: {step} ({text[:_MAX_TEXT]})")
 
 
 def _logger(module: Any) -> Any:
@@ -219,7 +219,7 @@ def _logger(module: Any) -> Any:
 
 
 class Phases:
-    """How much of a build is done, from its nested phases and their steps."""
+    """Progress of a build, from its nested phases and their steps."""
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[str | None, int, int]] = {}

@@ -1,4 +1,4 @@
-"""A build of an engine in a child process: a builder that crashes or hangs ends alone.
+"""Builds an engine in a child process, so that a crash or hang of the builder ends only the child.
 
 Graph, timing cache and engine pass through files in a private temporary folder; the child writes a line of JSON for
 each step and one for the outcome.
@@ -30,7 +30,7 @@ ENGINE: Final = "model.engine"
 REQUEST: Final = "request.json"
 #: Timing for TensorRT on a small device takes minutes.
 DEADLINE: Final = 1800.0
-#: Largest engine or timing cache that is taken, largest account of a failure, longest line.
+#: Largest engine or timing cache, in bytes; largest error output; longest line.
 _MAX_BYTES: Final = 1536 * 2**20
 _MAX_WORDS: Final = 64 * 2**10
 _MAX_LINE: Final = 2**16
@@ -47,7 +47,7 @@ def build_in_child(
     deadline: float = DEADLINE,
     command: Sequence[str] = (sys.executable, "-P", "-m", CHILD),
 ) -> Built:
-    """``tensorrt.build`` in a child process.
+    """Run ``tensorrt.build`` in a child process.
 
     Args:
         onnx: the graph.
@@ -55,9 +55,9 @@ def build_in_child(
         capabilities: GPUs that the engine is for.
         sizes: of the open axes.
         timing_cache: of an earlier build.
-        listener: told the phase and the share that is done; called by this thread.
+        listener: called in this thread with the phase and the share that is done.
         deadline: seconds until the child is ended.
-        command: that starts the child; its folder is added.
+        command: that starts the child; the folder is appended.
 
     Raises:
         ReleaseError: as ``build``; 611 too where the child crashes or takes too long.
@@ -68,13 +68,17 @@ def build_in_child(
         (folder / GRAPH).write_bytes(onnx)
         if timing_cache is not None:
             (folder / CACHE).write_bytes(timing_cache)
-        asked = {"runtime": runtime, "capabilities": list(capabilities), "sizes": dict(sizes or {})}
-        (folder / REQUEST).write_text(json.dumps(asked))
+        request = {
+            "runtime": runtime,
+            "capabilities": list(capabilities),
+            "sizes": dict(sizes or {}),
+        }
+        (folder / REQUEST).write_text(json.dumps(request))
         outcome: dict[str, Any] | None = None
-        told = _lines([*command, name], folder / "stderr", runtime, deadline)
+        lines = _lines([*command, name], folder / "stderr", runtime, deadline)
         # Whatever the listener raises, the child ends before its folder does.
-        with contextlib.closing(told):
-            for line in told:
+        with contextlib.closing(lines):
+            for line in lines:
                 if "phase" in line and listener is not None:
                     listener(str(line["phase"]), float(line["share"]))
                 elif "phase" not in line:
@@ -93,7 +97,7 @@ def build_in_child(
 
 
 def _raise(outcome: Mapping[str, Any]) -> None:
-    """What the child's build raised."""
+    """Raise the error of the child's build."""
     code, message = outcome["code"], str(outcome["message"])
     if code in CATALOGUE:
         raise ReleaseError(code, message)
@@ -103,7 +107,7 @@ def _raise(outcome: Mapping[str, Any]) -> None:
 def _lines(
     command: Sequence[str], errors: Path, runtime: str, deadline: float
 ) -> Generator[dict[str, Any], None, None]:
-    """What a child tells, until it ends well.
+    """The child's lines as JSON objects, until it exits successfully.
 
     Raises:
         ReleaseError: 611, it ends otherwise, or not in time.
@@ -123,8 +127,8 @@ def _lines(
                     611, f"{runtime}: must be built within {deadline:g} s, got no engine by then"
                 )
             data = child.stdout.read1(_MAX_LINE)  # type: ignore[attr-defined]
-            *whole, rest = (rest + data).split(b"\n")
-            yield from (found for line in whole if (found := _object(line)) is not None)
+            *complete, rest = (rest + data).split(b"\n")
+            yield from (value for line in complete if (value := _object(line)) is not None)
             if len(rest) > _MAX_LINE:
                 rest = b""
             if not data:
@@ -148,14 +152,14 @@ def _lines(
 def _object(line: bytes) -> dict[str, Any] | None:
     """A line's JSON object; None for anything else that a library prints."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _end(code: int, errors: Path) -> str:
-    """How a child ended, in words."""
+    """Description of how a child ended."""
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -170,7 +174,7 @@ def _end(code: int, errors: Path) -> str:
 
 #: Smallest, best and largest size of an axis; the engine is chosen for the best, and refuses what is beyond.
 Sizes: TypeAlias = tuple[int, int, int]
-#: Told the phase that a build is in, and the share that is done, from 0 to 1.
+#: Called with the phase of a build, and the share that is done, from 0 to 1.
 Listener: TypeAlias = Callable[[str, float], None]
 
 BATCH: Final[Sizes] = (1, 8, 64)
@@ -194,5 +198,5 @@ class Built:
 
 
 def around(example: Mapping[str, int]) -> dict[str, Sizes]:
-    """Sizes of open axes from those of an example: from half to four times as much."""
+    """Ranges of the open axes' sizes around those of an example: from half to four times as much."""
     return {name: (max(1, size // 2), size, 4 * size) for name, size in example.items()}

@@ -1,18 +1,18 @@
-"""How far an artefact's logits may be from those of the fp32 graph: one rule for release and device."""
+"""Allowed difference of an artefact's logits from the fp32 graph's: one rule for release and device."""
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Of two logits, whatever their size.
+#: Allowed difference of two logits, whatever their size.
 ABSOLUTE: Final = 1e-4
-#: Of the largest logit, where that is more: half precision has 11 bits, eight bits 256 steps; fp32 may be off by the
+#: Relative to the largest logit, where more: half precision has 11 bits, eight bits 256 steps; fp32 may be off by the
 #: order of its sums, as with noise in the weights.
 RELATIVE: Final = {"fp32": 1e-5, "fp16": 0.01, "int8": 0.25}
 
 
 def tolerance(kind: str, largest_logit: float) -> float:
-    """The most that two logits may differ by.
+    """The largest allowed difference of two logits.
 
     Args:
         kind: of the artefact, one of ``manifest_artefacts.KINDS``.

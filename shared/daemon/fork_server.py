@@ -1,10 +1,10 @@
 """Forks of one process that has imported torch already, for daemons that have not and must not.
 
-A worker of its own interpreter imports torch anew, seconds of processor time each. `fedge up` therefore has one process
-that imports it once, makes no thread, and forks for the daemons: each asks over a Unix socket for one of a few
-programs. The connection lives as long as the fork. Over it the daemon is told the process id and how the fork ended;
-where it closes first, as the daemon has died, the fork is sent SIGTERM. So a fork that is not the daemon's child is
-started, watched and ended like one. Requests are JSON, nothing is unpickled.
+Each worker with its own interpreter imports torch again, which takes seconds of processor time. `fedge up` therefore
+has one process that imports it once, makes no thread, and forks for the daemons: each requests one of a few programs
+over a Unix socket. The connection lives as long as the fork. Over it the daemon gets the process id and the exit
+status; where it closes first, as the daemon has died, the fork is sent SIGTERM. So a fork that is not the daemon's
+child is started, watched and ended like one. Requests are JSON, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _NUMBER: Final = struct.Struct("<q")
 
 
 class Remote:
-    """A fork of the server's, as the daemon that asked for it sees it.
+    """Handle of a fork, for the daemon that requested it.
 
     Attributes:
-        pid: its process id. Nobody else has it before ``ended`` has told the status.
+        pid: its process id, which the kernel reuses only after ``ended`` has returned the status.
     """
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
@@ -52,61 +52,69 @@ class Remote:
         connection.setblocking(False)
 
     def ended(self) -> int | None:
-        """Its wait status, None while it runs; that of SIGTERM where the server has died, which ends it so."""
+        """Its wait status, None while it runs; that of SIGTERM where the fork server has died, which ends it."""
         try:
-            told = self._connection.recv(_NUMBER.size)
+            answer = self._connection.recv(_NUMBER.size)
         except BlockingIOError:
             return None
         except OSError:
-            told = b""
-        if len(told) < _NUMBER.size:
+            answer = b""
+        if len(answer) < _NUMBER.size:
             if self._born is not None and process.birth(self.pid) == self._born:
                 return None
             status: int = signal.SIGTERM
         else:
-            (status,) = _NUMBER.unpack(told)
+            (status,) = _NUMBER.unpack(answer)
         self.close()
         return status
 
     def close(self) -> None:
-        """Watch it no more; where it runs, it is ended."""
+        """Close the connection; where the fork still runs, it is ended."""
         self._connection.close()
 
 
-def ask(program: Program) -> Remote | None:
-    """Ask for the fork of a program that names a server; None where that does not answer."""
-    wanted = program.preloaded
-    if wanted is None:
+def request_fork(program: Program) -> Remote | None:
+    """Request a fork of a program from its fork server.
+
+    Returns:
+        Handle of the fork; None where the program names no fork server, or that does not answer.
+    """
+    preloaded = program.preloaded
+    if preloaded is None:
         return None
     request = {
-        "name": wanted.name,
-        "arguments": list(wanted.arguments),
+        "name": preloaded.name,
+        "arguments": list(preloaded.arguments),
         "title": program.title,
         "log": str(program.log),
         "environment": {**os.environ, **program.environment},
     }
     try:
-        connection = sockets.connect(wanted.socket, _FORKED_WITHIN)
+        connection = sockets.connect(preloaded.socket, _FORKED_WITHIN)
     except OSError as error:
-        _log.warning("%s: nobody forks it (%s); a new process imports anew", program.title, error)
+        _log.warning(
+            "%s: the fork server is not reachable (%s); a new process imports again",
+            program.title,
+            error,
+        )
         return None
     try:
         connection.sendall(json.dumps(request).encode() + b"\n")
-        told = connection.recv(_NUMBER.size)
-        if len(told) == _NUMBER.size:
-            return Remote(connection, *_NUMBER.unpack(told))
+        answer = connection.recv(_NUMBER.size)
+        if len(answer) == _NUMBER.size:
+            return Remote(connection, *_NUMBER.unpack(answer))
     except OSError as error:
-        _log.warning("%s: is not forked (%s); a new process imports anew", program.title, error)
+        _log.warning("%s: is not forked (%s); a new process imports again", program.title, error)
     connection.close()
     return None
 
 
 def serve(listener: socket.socket, programs: Mapping[str, Run]) -> NoReturn:
-    """Fork for whoever asks, until a signal ends this process, and its forks with it.
+    """Serve requests for forks, until a signal ends this process, and its forks with it.
 
     Args:
         listener: as ``sockets.listen`` gives it, for this user alone.
-        programs: what may be asked for.
+        programs: those that may be requested, by name.
 
     Raises:
         RuntimeError: this process has threads, which no fork would have.
@@ -117,7 +125,7 @@ def serve(listener: socket.socket, programs: Mapping[str, Run]) -> NoReturn:
     os.waitpid(pid, 0)
     if (tasks := sum(1 for _ in Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError(f"threads before a fork: must be 1, got {tasks}")
-    # What was imported is shared with the forks for as long as nobody writes to it.
+    # What was imported is shared with the forks until a process writes to it.
     gc.collect()
     gc.freeze()
     # An interrupt from the keyboard is for the command, which ends the daemons first.
@@ -128,9 +136,9 @@ def serve(listener: socket.socket, programs: Mapping[str, Run]) -> NoReturn:
 @dataclass
 class _Fork:
     pid: int
-    # None where the daemon has gone.
+    # None once the daemon has disconnected.
     connection: socket.socket | None
-    told: bool = False
+    reported: bool = False
 
 
 class _Server:
@@ -162,7 +170,7 @@ class _Server:
             return
         connection.setblocking(False)
         fork = _Fork(pid, connection)
-        with suppress(OSError):  # its daemon has gone, which is seen below
+        with suppress(OSError):  # its daemon has disconnected, which is seen below
             connection.send(_NUMBER.pack(pid))
         self._forks.append(fork)
         self._selector.register(
@@ -173,27 +181,27 @@ class _Server:
         run = self._programs[request["name"]]
         arguments = [str(word) for word in request["arguments"]]
         environment = {str(name): str(value) for name, value in request["environment"].items()}
-        function = partial(_as_asked, run, arguments, environment)
+        function = partial(_run_with_environment, run, arguments, environment)
         return Program(str(request["title"]), Path(request["log"]), function=function)
 
     def _closed(self, fork: _Fork, connection: socket.socket) -> None:
-        """Nobody watches the fork any more: its daemon has taken the status, or died."""
+        """Handle the end of a connection: the daemon has taken the status, or died."""
         self._selector.unregister(connection)
         connection.close()
         fork.connection = None
-        if not fork.told:
+        if not fork.reported:
             os.kill(fork.pid, signal.SIGTERM)
 
     def _over(self, fork: _Fork) -> bool:
         """Whether nothing is left to do; until then the process id stays taken, if only by a zombie."""
-        if not fork.told:
-            found = os.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None:
+        if not fork.reported:
+            result = os.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if result is None:
                 return False
-            fork.told = True
+            fork.reported = True
             if fork.connection is not None:
-                exited = found.si_code == os.CLD_EXITED
-                status = found.si_status << 8 if exited else found.si_status
+                exited = result.si_code == os.CLD_EXITED
+                status = result.si_status << 8 if exited else result.si_status
                 with suppress(OSError):
                     fork.connection.send(_NUMBER.pack(status))
         if fork.connection is not None:
@@ -209,13 +217,15 @@ def _line(connection: socket.socket) -> dict[str, Any]:
         received += part
         if not part or len(received) > _MAX_REQUEST:
             raise ValueError("must be one line of JSON")
-    found = json.loads(received)
-    if not isinstance(found, dict):
+    request = json.loads(received)
+    if not isinstance(request, dict):
         raise ValueError("must be a JSON object")
-    return found
+    return request
 
 
-def _as_asked(run: Run, arguments: Sequence[str], environment: Mapping[str, str]) -> int | None:
+def _run_with_environment(
+    run: Run, arguments: Sequence[str], environment: Mapping[str, str]
+) -> int | None:
     """The program in a fork, under the daemon's environment instead of this process's."""
     os.environ.clear()
     os.environ.update(environment)

@@ -10,7 +10,6 @@ import random
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from fedge.shared.daemon import process
 from fedge.shared.errors import DeployError
+from fedge.shared.files import take_lock
 
 #: Longest status.json that is read, in bytes.
 MAX_STATUS = 4 * 2**20
@@ -43,27 +43,14 @@ def lock(home: Path) -> Iterator[None]:
         DeployError: 901, there is no such home; 902, another process holds it.
     """
     try:
-        descriptor = os.open(home / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # ``held`` takes the lock for a moment too.
+        held_lock = take_lock(home / "daemon.lock", timeout=1.0)
+    except BlockingIOError:
+        raise DeployError(902, f"{home}: must be free, got a running daemon") from None
     except OSError as error:
         raise DeployError(901, f"{home}: must be a home, got {error.strerror}") from None
-    try:
-        _lock(descriptor, home)
+    with held_lock:
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, home: Path) -> None:
-    # Somebody who only looks holds the lock for a moment too.
-    deadline = time.monotonic() + 1.0
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise DeployError(902, f"{home}: must be free, got a running daemon") from None
-        time.sleep(0.02)
 
 
 def held(home: Path) -> bool:
@@ -82,22 +69,26 @@ def held(home: Path) -> bool:
 
 
 def status(home: Path) -> dict[str, Any] | None:
-    """What the daemon last said of itself, None where it never did."""
+    """The daemon's last status.json, None where it has written none."""
     try:
         with (home / "status.json").open("rb") as file:
-            found = json.loads(file.read(MAX_STATUS))
+            value = json.loads(file.read(MAX_STATUS))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def processes(found: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Name, pid and birth of every process that a status names, the daemon first; none before the machine's start."""
-    if found.get("boot") != process.boot():
+def processes(state: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Name, pid and start time of every process of a status, the daemon first.
+
+    Args:
+        state: as ``status`` returns it; one from before the machine's last start has none.
+    """
+    if state.get("boot") != process.boot():
         return []
-    entries = [("daemon", found)]
-    entries += list((found.get("services") or {}).items())
-    entries += [(str(task.get("name")), task) for task in found.get("tasks") or ()]
+    entries = [("daemon", state)]
+    entries += list((state.get("services") or {}).items())
+    entries += [(str(task.get("name")), task) for task in state.get("tasks") or ()]
     return [
         (name, entry["pid"], entry["born"])
         for name, entry in entries
@@ -106,14 +97,18 @@ def processes(found: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def end(home: Path, grace: float = 15.0) -> int:
-    """End the daemon of a home and whatever of it is left, never another process that has its number now.
+    """End the daemon of a home and its remaining processes, never another process that has reused a pid.
+
+    Args:
+        home: of the daemon.
+        grace: seconds between SIGTERM and SIGKILL.
 
     Returns:
         How many processes were ended.
     """
-    found = status(home) or {}
+    state = status(home) or {}
     ended = 0
-    for _, pid, born in processes(found) + processes(status(home) or {}):
+    for _, pid, born in processes(state) + processes(status(home) or {}):
         if process.birth(pid) == born:
             process.end(pid, born, grace)
             ended += 1
@@ -121,13 +116,13 @@ def end(home: Path, grace: float = 15.0) -> int:
 
 
 def clear(home: Path) -> None:
-    """End what a daemon that was killed has left, and forget what it last said: it is true no more."""
+    """End the processes that a killed daemon has left, and remove its outdated status.json."""
     end(home)
     (home / "status.json").unlink(missing_ok=True)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now, nor gets by itself: below those that the system gives to whoever dials.
+    """A free TCP port, below the range of ephemeral ports, so that no outgoing connection gets it.
 
     Raises:
         OSError: none of a thousand was free.
@@ -141,7 +136,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def answers(host: str, port: int, timeout: float = 0.2) -> bool:
-    """Whether somebody accepts TCP connections there."""
+    """Whether a process accepts TCP connections at an address; ``timeout`` in seconds."""
     try:
         with socket.create_connection((host, port), timeout=timeout):
             return True

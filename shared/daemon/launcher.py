@@ -43,7 +43,7 @@ sys.exit(0 if s.recv(2) == b"ok" else 1)
 def install(
     supervisor: Supervisor, names: Sequence[str], launch: Callable[[str, list[str]], None]
 ) -> Path:
-    """Write the programs and serve what they ask.
+    """Write the programs and serve their requests.
 
     Args:
         supervisor: of the daemon, whose home takes ``bin/`` and ``launch.sock``.

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Final
 
-#: A log beyond this many bytes is moved aside: when its process starts anew, or while it runs.
+#: A log beyond this many bytes is moved aside: when its process is restarted, or while it runs.
 LIMIT: Final = 10 * 2**20
 
 
 def aside(log: Path) -> Path:
-    """Where the older part of a log lies."""
+    """Path of the older part of a log."""
     return log.with_suffix(".log.1")
 
 
@@ -35,9 +35,9 @@ def bound(folder: Path, limit: int = LIMIT) -> list[Path]:
             continue
         with log.open("rb") as file:
             file.seek(size - limit)
-            kept = file.read(limit)
+            tail = file.read(limit)
         target = aside(log)
-        target.write_bytes(kept)
+        target.write_bytes(tail)
         os.truncate(log, 0)
         cut.append(log)
     return cut

@@ -34,7 +34,7 @@ _EX_SOFTWARE = 70
 
 @dataclass(frozen=True)
 class Preloaded:
-    """A fork of a process that has the imports already, see ``fork_server``.
+    """A program of a process that has the imports already and forks, see ``fork_server``.
 
     Attributes:
         socket: on which that process listens.
@@ -94,10 +94,10 @@ def script(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:
     """A console script of an installed distribution, to be called in a fork.
 
     Raises:
-        LookupError: nobody installed it.
+        LookupError: it is not installed.
     """
-    found = _console_scripts().get(name)
-    if found is None:
+    entry = _console_scripts().get(name)
+    if entry is None:
         raise LookupError(f"console script {name}: must be installed, got none")
 
     def run() -> int | None:
@@ -107,7 +107,7 @@ def script(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:
         flower.setLevel(logging.INFO)
         for handler in flower.handlers:
             handler.setLevel(logging.INFO)
-        result = found.load()()
+        result = entry.load()()
         return result if isinstance(result, int) else None
 
     return run
@@ -137,10 +137,10 @@ def _child(program: Program, parent: int) -> NoReturn:
         _settle(program, parent)
         if program.function is None:
             os.execvpe(program.command[0], program.command, os.environ)  # noqa: S606
-        entitle(program.title)
+        set_title(program.title)
         status = program.function() or 0
     except BaseException as error:
-        status = _told(error)
+        status = _report(error)
     finally:
         # Whatever fails here, a full disk for one, this process must not go on as if it were the parent.
         with suppress(BaseException):
@@ -150,8 +150,8 @@ def _child(program: Program, parent: int) -> NoReturn:
         os._exit(status)
 
 
-def _told(error: BaseException) -> int:
-    """Say in the log what ended the fork; its exit status."""
+def _report(error: BaseException) -> int:
+    """Log what ended the fork, and return its exit status."""
     with suppress(Exception):
         if isinstance(error, SystemExit):
             if error.code is None or isinstance(error.code, int):
@@ -199,15 +199,15 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def entitle(title: str) -> None:
-    """Have process listings show this process so."""
+def set_title(title: str) -> None:
+    """Set the title that process listings show for this process."""
     import setproctitle
 
     setproctitle.setproctitle(title)
 
 
 def birth(pid: int) -> int | None:
-    """When a process started, in the kernel's clock ticks since boot; with the pid it names one process for ever.
+    """When a process started, in the kernel's clock ticks since boot; with the pid it identifies a process uniquely.
 
     None where there is no such process, or only its zombie.
     """
@@ -222,7 +222,7 @@ def birth(pid: int) -> int | None:
 
 @cache
 def boot() -> str:
-    """What names this start of the machine; pids and births begin anew with each."""
+    """Id of the machine's current boot; pids and start times are comparable within one only."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Unix stream sockets under paths of any length, with their permissions in force before anybody can connect.
+"""Unix stream sockets under paths of any length, with their permissions in force before a client can connect.
 
 The kernel takes 107 bytes of path, and a home may lie deeper than that. So a socket is bound and reached as
 ``/proc/self/fd/N/name``, N being a descriptor of its folder.
@@ -16,7 +16,7 @@ from typing import Final
 
 from fedge.shared.errors import DeployError
 
-#: Longest name of a socket in its folder, in bytes; with the descriptor's path it fits the kernel's 107.
+#: Longest name of a socket in its folder, in bytes; with the descriptor's path it stays within the kernel's 107.
 MAX_NAME: Final = 64
 BACKLOG: Final = 64
 
@@ -28,7 +28,7 @@ def listen(path: Path, *, mode: int = 0o600, group: int | None = None) -> socket
 
     Args:
         path: its folder must exist.
-        mode: permissions; whoever may write may connect.
+        mode: permissions; write permission allows to connect.
         group: id of the group that owns it, where not the process's own.
 
     Returns:
@@ -71,7 +71,7 @@ def connect(path: Path, timeout: float) -> socket.socket:
         timeout: seconds, of this call and of each one on the socket returned.
 
     Raises:
-        OSError: nobody listens there, or not for this user; TimeoutError, nobody accepts in time.
+        OSError: no process listens there, or not for this user; TimeoutError, none accepts in time.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -100,8 +100,8 @@ def _within(folder: int, name: str) -> str:
 def _only_a_socket(path: Path, folder: int) -> None:
     """Refuse to replace anything but a socket."""
     try:
-        found = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+        status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(found.st_mode):
+    if not stat.S_ISSOCK(status.st_mode):
         raise DeployError(904, f"{path}: must be free for a socket, got a file of that name")

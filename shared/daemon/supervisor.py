@@ -1,6 +1,6 @@
-"""A daemon's only loop: starts its services, starts again what dies, serves its sockets, tells its state.
+"""A daemon's only loop: starts its services, restarts those that die, serves its sockets, writes its status.
 
-One thread, as forks come from here. Every service that ends is started anew after a pause that doubles from
+One thread, as forks come from here. Every service that ends is restarted after a pause that doubles from
 ``FIRST_PAUSE`` to ``LAST_PAUSE`` seconds and is forgotten once the service has run for ``STEADY`` seconds.
 """
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 FIRST_PAUSE, LAST_PAUSE, STEADY = 0.2, 10.0, 30.0
 TICK = 0.1
-#: Seconds between two looks at the sizes of the logs.
+#: Seconds between two checks of the sizes of the logs.
 LOGS_EVERY = 60.0
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds that a process has to end after SIGTERM.
@@ -38,15 +38,15 @@ GRACE = 5.0
 
 @dataclass
 class Service:
-    """A process that is always there.
+    """A process that is kept running.
 
     Attributes:
         name: in the status and of its log.
-        program: makes what to run, anew at each start.
-        ready: whether it serves; asked until it says so.
+        program: makes the program, at each start.
+        ready: whether it serves; polled until it is true.
         after: services that must be ready first.
-        on_exit: told the wait status when it has ended, before the restart.
-        on_ready: told once a start, when it serves.
+        on_exit: called with the wait status when it has ended, before the restart.
+        on_ready: called once a start, when it serves.
         grace: seconds that it has to end after SIGTERM.
         failures: ends in a row, forgotten once it has run for ``STEADY`` seconds.
     """
@@ -95,12 +95,12 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.services: dict[str, Service] = {}
         self._tasks: dict[int, _Task] = {}
-        # Of processes that are another one's children.
+        # Processes that are children of the fork server.
         self._remote: dict[int, fork_server.Remote] = {}
         self._logs_due = 0.0
         self._selector = selectors.DefaultSelector()
         self._stopping = False
-        self._told: str | None = None
+        self._written: str | None = None
         self._pid, self._born = os.getpid(), process.birth(os.getpid())
         self._signal = 0
 
@@ -121,7 +121,7 @@ class Supervisor:
     def serve(
         self, listener: socket.socket, on_connection: Callable[[socket.socket], None]
     ) -> None:
-        """Call back for every connection; the callee closes it."""
+        """Call ``on_connection`` for every connection to a listening socket, and close the connection afterwards."""
         listener.setblocking(False)
 
         def accept() -> None:
@@ -151,7 +151,7 @@ class Supervisor:
         Args:
             name: in the status.
             program: what to run.
-            on_exit: told the wait status.
+            on_exit: called with the wait status.
             deadline: seconds after which it is killed.
 
         Returns:
@@ -167,9 +167,9 @@ class Supervisor:
         return [pid for pid, task in self._tasks.items() if task.name == name]
 
     def kill(self, pid: int, number: int = signal.SIGTERM) -> None:
-        """Signal a child of ours."""
-        known = pid in self._tasks or any(s.pid == pid for s in self.services.values())
-        if known and pid:
+        """Send a signal to one of this supervisor's processes; any other pid is ignored."""
+        ours = pid in self._tasks or any(s.pid == pid for s in self.services.values())
+        if ours and pid:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -181,16 +181,16 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until ``stop`` or SIGTERM or SIGINT, then end every child, services in reverse order."""
-        # What was imported before the forks is shared with them for as long as nobody writes to it.
+        # What was imported before the forks is shared with them until a process writes to it.
         gc.collect()
         gc.freeze()
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        self._selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
-        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._selector.register(receiver, selectors.EVENT_READ, lambda: receiver.recv(4096))
+        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         # What nohup has set to be ignored stays ignored.
-        heard = [n for n in _ENDING if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {n: signal.signal(n, self._on_signal) for n in heard}
+        handled = [n for n in _ENDING if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {n: signal.signal(n, self._on_signal) for n in handled}
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
             while not self._stopping:
@@ -207,8 +207,8 @@ class Supervisor:
             for key in list(self._selector.get_map().values()):
                 key.fileobj.close()  # type: ignore[union-attr]
             self._selector.close()
-            writer.close()
-            _safely(partial(self._tell, force=True))
+            sender.close()
+            _safely(partial(self._write_status, force=True))
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signal = number
@@ -235,7 +235,7 @@ class Supervisor:
         if now >= self._logs_due:
             self._logs_due = now + LOGS_EVERY
             _safely(partial(logs.bound, self.home / "log"))
-        _safely(self._tell)
+        _safely(self._write_status)
 
     def _start(self, service: Service, now: float) -> None:
         pid = _safely(lambda: self._fork(service.program()))
@@ -248,7 +248,7 @@ class Supervisor:
         _log.info("%s started, pid %d", service.name, service.pid)
 
     def _fork(self, program: Program) -> int:
-        remote = fork_server.ask(program)
+        remote = fork_server.request_fork(program)
         if remote is None:
             return process.start(program)
         self._remote[remote.pid] = remote
@@ -271,8 +271,8 @@ class Supervisor:
         for pid in list(self._tasks):
             if (status := self._status(pid)) is not None:
                 task = self._tasks.pop(pid)
-                if (told := task.on_exit) is not None:
-                    _safely(partial(told, status))
+                if (on_exit := task.on_exit) is not None:
+                    _safely(partial(on_exit, status))
 
     def _ended(self, service: Service, status: int) -> None:
         pid, service.pid, service.is_ready = service.pid, 0, False
@@ -291,7 +291,7 @@ class Supervisor:
     def _end_all(self) -> None:
         self._end(list(self._tasks), GRACE)
         while living := [s for s in self.services.values() if s.pid]:
-            # What others build on ends last: a site says good-bye to a server that still listens.
+            # Services that others depend on end last: a site unregisters from a server that still listens.
             needed = {name for service in living for name in service.after}
             leaves = [s for s in living if s.name not in needed] or living
             self._end([s.pid for s in leaves], max(s.grace for s in leaves))
@@ -310,7 +310,7 @@ class Supervisor:
                     _signal(pid, signal.SIGKILL)
             time.sleep(0.02)
 
-    def _tell(self, *, force: bool = False) -> None:
+    def _write_status(self, *, force: bool = False) -> None:
         """Write status.json where anything in it has changed."""
         processes = {
             s.name: {
@@ -333,8 +333,8 @@ class Supervisor:
         }
         content |= {"tasks": tasks, **self.facts}
         text = json.dumps(content)
-        if text != self._told or force:
-            self._told = text
+        if text != self._written or force:
+            self._written = text
             stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             # Replaced as a whole, but not flushed to the disk: after a crash of the machine it would be wrong anyway.
             temporary = self.home / ".status.json.tmp"
@@ -352,7 +352,7 @@ def _safely(function: Callable[[], _T]) -> _T | None:
 
 
 def words(status: int) -> str:
-    """A wait status as people read it."""
+    """A wait status as text."""
     if os.WIFSIGNALED(status):
         return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"exited with {os.WEXITSTATUS(status)}"
@@ -360,10 +360,10 @@ def words(status: int) -> str:
 
 def _ended(pid: int) -> int | None:
     try:
-        found, status = os.waitpid(pid, os.WNOHANG)
+        ended, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
         return 0
-    return status if found else None
+    return status if ended else None
 
 
 def _signal(pid: int, number: int) -> None:

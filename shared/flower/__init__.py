@@ -1,1 +1,1 @@
-"""Flower's bundle, and what is touched of Flower's privates."""
+"""Flower's bundle, and a patch of Flower's private functions."""

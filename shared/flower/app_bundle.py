@@ -1,6 +1,6 @@
 """The Flower bundle of fedge: a pyproject.toml that points at the installed apps, and nothing else.
 
-Flower ships a bundle from whoever starts a run to every site. Ours holds no code, so its SHA-256 depends on fedge's
+Flower ships a bundle from the starter of a run to every site. Ours holds no code, so its SHA-256 depends on fedge's
 version alone; a site approves it by that number (``bundles`` in its policy.toml).
 """
 
@@ -48,7 +48,7 @@ def write(folder: Path) -> None:
 
 
 def require_ours(content: bytes) -> None:
-    """Hold a bundle's bytes against what ``write`` writes: our pyproject.toml, Flower's own notes, and no code.
+    """Check a bundle's bytes: they must hold the pyproject.toml that ``write`` writes, Flower's own notes, and no code.
 
     Raises:
         DeployError: 915, it is another bundle.
@@ -69,7 +69,7 @@ def bundle(build: Callable[[Path], str] | None = None) -> bytes:
     """The bundle, as Flower's own command builds it.
 
     Args:
-        build: runs ``flwr build`` in a folder and gives what it said; by default a new process.
+        build: runs ``flwr build`` in a folder and returns its output; by default a new process.
 
     Raises:
         DeployError: 915, the command failed.
@@ -77,10 +77,10 @@ def bundle(build: Callable[[Path], str] | None = None) -> bytes:
     with tempfile.TemporaryDirectory(prefix="fedge-bundle-") as name:
         folder = Path(name) / "app"
         write(folder)
-        said = (build or _build)(folder)
+        output = (build or _build)(folder)
         built = list(folder.glob("*.fab"))
         if len(built) != 1:
-            words = " ".join(said.split())[-300:]
+            words = " ".join(output.split())[-300:]
             raise DeployError(915, f"flwr build: must give one bundle, got {words!r}")
         return built[0].read_bytes()
 

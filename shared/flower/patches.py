@@ -1,8 +1,8 @@
-"""A private touch of Flower: look at a bundle before a line of it runs.
+"""A patch of a private function of Flower: check a bundle before any of its code runs.
 
 Flower offers no public way to approve bundles by hash (``--trusted-entities`` knows only those of its hub). In
-``flwr-clientapp`` and in ``flwr-serverapp`` the bundle's bytes pass through ``install_from_fab``; we stand in front of
-it, at a site to ask its policy, at the server to run no code but the installed one.
+``flwr-clientapp`` and in ``flwr-serverapp`` the bundle's bytes pass through ``install_from_fab``; we wrap it,
+at a site to check its policy, at the server to run no code but the installed one.
 
 A test names the Flower versions for which both were read.
 """
@@ -30,10 +30,10 @@ def before_bundle(module: str, approve: Callable[[bytes], None]) -> None:
         approve: raises to refuse; Flower then ends the task, and nothing of the bundle is unpacked or run.
 
     Raises:
-        AttributeError: this release of Flower has no such place, so nothing could be checked.
+        AttributeError: this release of Flower has no such function, so nothing could be checked.
     """
-    found = import_module(module)
-    install: Any = getattr(found, _PLACE)
+    flower_module = import_module(module)
+    install: Any = getattr(flower_module, _PLACE)
 
     def checked(fab_file: Path | bytes, *args: Any, **options: Any) -> Path:
         content = fab_file if isinstance(fab_file, bytes) else fab_file.read_bytes()
@@ -41,4 +41,4 @@ def before_bundle(module: str, approve: Callable[[bytes], None]) -> None:
         installed: Path = install(content, *args, **options)
         return installed
 
-    setattr(found, _PLACE, checked)
+    setattr(flower_module, _PLACE, checked)

@@ -16,7 +16,7 @@ GROUPS = 4
 
 
 class ConvAutoencoder(nn.Module):
-    """Two convolutions of stride 2, a code of a few channels, and the way back.
+    """Two convolutions of stride 2, a code of a few channels, and the inverse.
 
     Args:
         channels: of the image or signal.
@@ -55,6 +55,6 @@ class ConvAutoencoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(b, channels, *size)``, each of size a multiple of 4, to the same shape; the error tells the unusual."""
+        """``(b, channels, *size)``, each of size a multiple of 4, to the same shape; a large error marks an anomaly."""
         restored: Tensor = self.decoder(self.encoder(x))
         return restored

@@ -61,7 +61,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Convolutions of stride 2 from an image to one logit, which speaks for a real one.
+    """Convolutions of stride 2 from an image to one logit, high for a real image.
 
     Args:
         channels: of the image.

@@ -22,7 +22,7 @@ _PRIOR_LOGIT = -2.19
 
 
 class Maps(NamedTuple):
-    """What is trained, in cells of 4x4 pixels.
+    """The network's output maps for training, in cells of 4x4 pixels.
 
     Attributes:
         heat: logits of an object's centre, ``(b, classes, h / 4, w / 4)``.
@@ -36,7 +36,7 @@ class Maps(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The likeliest objects of each image, best first.
+    """The most probable objects of each image, best first.
 
     Attributes:
         boxes: left, top, right and bottom in pixels, ``(b, k, 4)``.
@@ -58,7 +58,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class CenterDetector(nn.Module):
-    """A way down to an eighth of the resolution, one step up, and three maps at a quarter.
+    """Downsampling to an eighth of the resolution, one step of upsampling, and three maps at a quarter.
 
     Args:
         channels: of the image.
@@ -91,7 +91,7 @@ class CenterDetector(nn.Module):
 
 
 def peaks(maps: Maps, k: int) -> Detections:
-    """The ``k`` likeliest peaks; k at most classes * h * w / 16."""
+    """Decode the ``k`` most probable peaks; k at most classes * h * w / 16."""
     heat = maps.heat.sigmoid()
     peak = functional.max_pool2d(heat, 3, stride=1, padding=1) == heat
     # What is no peak ranks below every peak, and in a fixed order: equal zeros would be in any.
@@ -110,12 +110,12 @@ def peaks(maps: Maps, k: int) -> Detections:
 
 
 def _at(values: Tensor, cell: Tensor) -> Tensor:
-    """``(b, 2, h, w)`` at cells ``(b, k)`` of the flattened map, ``(b, k, 2)``."""
+    """Values of ``(b, 2, h, w)`` at cells ``(b, k)`` of the flattened map, ``(b, k, 2)``."""
     return values.flatten(2).transpose(1, 2).gather(1, cell[:, :, None].expand(-1, -1, 2))
 
 
 class PeakDetector(nn.Module):
-    """A trained detector with its peaks and the choice of the best in one graph: what is exported.
+    """A trained detector with decoding of its peaks in one graph, for export.
 
     Args:
         detector: the network, shared with this module.
@@ -128,5 +128,5 @@ class PeakDetector(nn.Module):
         self.k = k
 
     def forward(self, x: Tensor) -> Detections:
-        """Images ``(b, channels, h, w)``, h and w multiples of 8, to the likeliest objects."""
+        """Images ``(b, channels, h, w)``, h and w multiples of 8, to the most probable objects."""
         return peaks(self.detector(x), self.k)

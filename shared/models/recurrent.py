@@ -132,7 +132,7 @@ def _cell(name: Cell) -> type[LSTM] | type[GRU]:
 
 
 def _transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work; torch has no public way to ask."""
+    """Whether a transform of ``torch.func`` is active; torch has no public function for it."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
@@ -147,7 +147,7 @@ def _suffixes(module: LSTM | GRU) -> tuple[str, ...]:
 
 
 def _nodes(module: LSTM | GRU, x: Tensor, operator: str, order: Sequence[int]) -> Tensor:
-    """One node of ONNX a layer, whose gates stand in another ``order`` than torch's."""
+    """One ONNX node for each layer, whose gates are in another ``order`` than torch's."""
     directions = len(_suffixes(module))
     attributes: dict[str, Any] = {
         "hidden_size": module.hidden_size,

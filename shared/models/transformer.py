@@ -61,7 +61,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """One step.
+        """Apply attention and the feed-forward network.
 
         Args:
             x: ``(b, t, width)``.
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class _Tokens(nn.Module):
-    """Vectors of tokens and of their positions, blocks, and a last normalisation."""
+    """Token and position embeddings, blocks, and a final normalisation."""
 
     def __init__(self, *, tokens: int, length: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Tokens(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """Tokens ``(b, t)`` of int64, t at most ``length``, to ``(b, t, width)``."""
-        # Positions of every example apart: by them its own gradient is told from the others'.
+        # Positions are looked up for every example, so that per-example gradients can be computed.
         y: Tensor = self.token(x) + self.position(_positions(x).expand(x.shape))
         for block in self.blocks:
             y = block(y, seen)
@@ -100,7 +100,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 class TransformerClassifier(nn.Module):
-    """Blocks in which every token sees every other, the mean over the tokens, one linear layer.
+    """Blocks in which every token attends to every other, the mean over the tokens, one linear layer.
 
     Sequences of a batch are filled up with token 0; how far does not change their logits.
 
@@ -139,7 +139,7 @@ class TransformerClassifier(nn.Module):
 
 
 class TransformerLanguageModel(nn.Module):
-    """Blocks in which a token sees itself and earlier ones, and at every position logits of the next token.
+    """Blocks in which a token attends to itself and earlier ones, and at every position logits of the next token.
 
     Args:
         tokens: size of the vocabulary.

@@ -25,7 +25,7 @@ def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A way down of halving resolution and a way up, joined at every resolution.
+    """An encoder that halves the resolution and a decoder, with skip connections at every resolution.
 
     Args:
         channels: of the image.

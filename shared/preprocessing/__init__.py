@@ -1,1 +1,1 @@
-"""From raw values to what a network takes: schema and steps."""
+"""Preprocessing of raw values for a network: schema and steps."""

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out, as data: shared by sites, release and edge, so it needs numpy only."""
+"""Input and output schema of a model, shared by sites, release and edge; needs numpy only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ class Feature:
     Attributes:
         name: as in the CSV's header.
         unit: for example ``"mm Hg"``; empty where there is none.
-        low, high: plausible values. A site's mean must lie within them to be admitted, and the
-            device names the columns of a row that lie outside them; neither bound is a limit of
-            what the model takes.
+        low, high: plausible values. A site's mean must lie within them for admission, and the
+            device reports the columns of a row that lie outside them; the model accepts any value.
         categories: the allowed values of a categorical column, empty for a number.
     """
 
@@ -37,7 +36,7 @@ class InputSchema:
     Attributes:
         shape: of one example, without the batch axis, for example ``(8, 8)`` or ``(10,)``.
         dtype: numpy's name of the type that ``predict`` accepts.
-        features: one a column where ``shape`` has one axis, otherwise empty.
+        features: one for each column where ``shape`` has one axis, otherwise empty.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +62,7 @@ class InputSchema:
 
     @classmethod
     def from_json(cls, value: Any) -> InputSchema:
-        """Read what ``to_json`` wrote.
+        """Parse the result of ``to_json``.
 
         Raises:
             BundleError: 706, the value is not an input schema.
@@ -91,11 +90,11 @@ class InputSchema:
 
 @dataclass(frozen=True)
 class OutputSchema:
-    """What the network's logits mean.
+    """The meaning of the network's logits.
 
     Attributes:
         labels: class names; with ``"sigmoid"`` two of them, for below and at or above the threshold.
-        activation: ``"softmax"`` over one logit a label, or ``"sigmoid"`` of a single logit.
+        activation: ``"softmax"`` over one logit for each label, or ``"sigmoid"`` of a single logit.
         threshold: probability at which the second label is chosen (``"sigmoid"`` only).
     """
 
@@ -113,7 +112,7 @@ class OutputSchema:
 
     @classmethod
     def from_json(cls, value: Any) -> OutputSchema:
-        """Read what ``to_json`` wrote.
+        """Parse the result of ``to_json``.
 
         Raises:
             BundleError: 706, the value is not an output schema, or its activation is unknown here.

@@ -1,6 +1,6 @@
 """Preprocessing as declared steps, in numpy, one implementation for training and for the edge.
 
-A task declares steps; a run fits the one step that learns from data (``Standardise``); the bundle's manifest
+A task declares steps; a run fits the one step that depends on data (``Standardise``); the bundle's manifest
 carries the fitted steps; the edge applies them. Shapes: ``x`` is ``(n, *shape)``, float32 or float64.
 """
 
@@ -17,7 +17,7 @@ from fedge.shared.errors import BundleError, DataError, InputError
 
 Array: TypeAlias = NDArray[Any]
 
-#: Added to the standard deviation, so that a constant column divides by something (FLamby does the same).
+#: Added to the standard deviation, so that a constant column is not divided by zero (as in FLamby).
 STD_FLOOR = 1e-9
 
 
@@ -57,9 +57,9 @@ class OneHot:
         encoded = []
         for index, categories in self.columns:
             column = x[:, index]
-            known = np.isin(column, np.asarray(categories, dtype=x.dtype))
-            if not known.all():
-                row = int(np.flatnonzero(~known)[0])
+            valid = np.isin(column, np.asarray(categories, dtype=x.dtype))
+            if not valid.all():
+                row = int(np.flatnonzero(~valid)[0])
                 raise InputError(
                     806,
                     f"row {row}, column {index}: must be one of {list(categories)}, got {float(column[row])!r}",
@@ -67,8 +67,8 @@ class OneHot:
             encoded += [
                 (column == x.dtype.type(c)).astype(x.dtype)[:, None] for c in categories[1:]
             ]
-        kept = np.delete(x, [index for index, _ in self.columns], axis=1)
-        return np.concatenate([kept, *encoded], axis=1)
+        numeric = np.delete(x, [index for index, _ in self.columns], axis=1)
+        return np.concatenate([numeric, *encoded], axis=1)
 
     def to_json(self) -> dict[str, Any]:
         """The step as plain JSON values."""
@@ -82,7 +82,11 @@ class OneHot:
 class Standardise:
     """Subtract a mean and divide by a standard deviation, column by column.
 
-    A task declares it empty; ``fitted`` fills it in.
+    A task declares it empty; ``fitted`` sets mean and standard deviation.
+
+    Attributes:
+        mean: of each column, ``(c,)``.
+        std: standard deviation of each column, ``(c,)``.
     """
 
     mean: tuple[float, ...] = ()
@@ -92,7 +96,7 @@ class Standardise:
         """``(n, c)`` to ``(n, c)``.
 
         Raises:
-            DataError: 302, the step was never fitted, or for another number of columns.
+            DataError: 302, the step is not fitted, or fitted for another number of columns.
         """
         if len(self.mean) != x.shape[1] or len(self.std) != x.shape[1]:
             raise DataError(
@@ -126,10 +130,10 @@ Step: TypeAlias = Scale | OneHot | Standardise | Reshape
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over a site's training rows; all that a site tells of its features.
+    """Sums over a site's training rows; nothing else of its features is reported.
 
     Attributes:
-        count: rows.
+        count: number of rows.
         total: sum of each column, ``(c,)``.
         total_of_squares: sum of each column's squares, ``(c,)``.
     """
@@ -147,7 +151,7 @@ class Statistics:
 
 
 def apply(steps: Sequence[Step], x: Array) -> Array:
-    """Run all steps in order."""
+    """Apply all steps in order to ``x``, ``(n, *shape)``."""
     for step in steps:
         x = step.apply(x)
     return x
@@ -159,7 +163,12 @@ def learns(steps: Sequence[Step]) -> bool:
 
 
 def statistics(steps: Sequence[Step], x: Array) -> Statistics:
-    """Sums of the columns that reach ``Standardise``; ``x`` is raw, ``(n, *shape)``."""
+    """Sums over the columns that ``Standardise`` gets.
+
+    Args:
+        steps: of the task.
+        x: raw examples, ``(n, *shape)``.
+    """
     before: list[Step] = []
     for step in steps:
         if isinstance(step, Standardise):
@@ -174,7 +183,7 @@ def statistics(steps: Sequence[Step], x: Array) -> Statistics:
 
 
 def pooled(parts: Sequence[Statistics]) -> Statistics:
-    """The sums of all parts, added in the order given."""
+    """The statistics of all parts together, added in the given order."""
     return Statistics(
         count=sum(p.count for p in parts),
         total=_column_sums([p.total for p in parts]),
@@ -190,7 +199,7 @@ def _column_sums(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 
 def fitted(steps: Sequence[Step], standardise: Standardise) -> tuple[Step, ...]:
-    """The steps with their ``Standardise`` filled in."""
+    """The steps, with ``standardise`` in place of the unfitted ``Standardise``."""
     return tuple(
         replace(step, mean=standardise.mean, std=standardise.std)
         if isinstance(step, Standardise)
@@ -200,10 +209,10 @@ def fitted(steps: Sequence[Step], standardise: Standardise) -> tuple[Step, ...]:
 
 
 def from_json(values: Any) -> tuple[Step, ...]:
-    """Read the steps of a manifest.
+    """Parse the steps of a manifest.
 
     Raises:
-        BundleError: 706, a step is not known here or does not parse.
+        BundleError: 706, a step is unknown or does not parse.
     """
     if not isinstance(values, list):
         raise BundleError(

@@ -127,6 +127,6 @@ def _derive(secret: bytes, transcript: bytes, purpose: bytes, *sites: str) -> by
     return HKDF(SHA256(), KEY_BYTES, transcript, info).derive(secret)
 
 
-def _require(data: bytes, what: str) -> None:
+def _require(data: bytes, key_name: str) -> None:
     if len(data) != KEY_BYTES:
-        raise ValueError(f"{what}: must be {KEY_BYTES} bytes, got {len(data)}")
+        raise ValueError(f"{key_name}: must be {KEY_BYTES} bytes, got {len(data)}")

@@ -162,9 +162,9 @@ def bundles_of(values: ConfigRecord) -> list[KeyAdvertisement]:
     """The bundles of exchange 1's request.
 
     Raises:
-        ValueError: malformed, see ``transcript.unpack_bundles``.
+        ValueError: malformed, see ``transcript.unpack_advertisements``.
     """
-    return transcript.unpack_bundles(data(values, BUNDLES, protocol.MAX_SITES * 256))
+    return transcript.unpack_advertisements(data(values, BUNDLES, protocol.MAX_SITES * 256))
 
 
 def sharers_of(values: ConfigRecord) -> list[Sharer]:

@@ -26,7 +26,7 @@ def encrypt_share(key: bytes, plain: bytes, transcript: bytes, src: str, dst: st
     """Encrypt and authenticate ``plain``, with T, sender and receiver as associated data.
 
     Args:
-        key: 32 bytes of ``agreement.box_key``, used for no other box.
+        key: 32 bytes of ``key_agreement.share_encryption_key``, used for no other box.
         plain: the content.
         transcript: T, 32 bytes.
         src: the sender's site id.

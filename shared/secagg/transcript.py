@@ -1,8 +1,9 @@
 """What sites sign, and the transcript T that every key, box and signature of an attempt is bound to.
 
-T is the SHA-256 over a domain string, the protocol's version, the job, the run, the purpose, the round, the attempt
-and all key bundles. So two sites that were shown different models, settings or peers have different T, and nothing
-of the one verifies or opens at the other. Every part is preceded by its length: no two contents have one encoding.
+T is the SHA-256 over a domain string, the protocol's version, the request digest, the run, the purpose, the round, the
+attempt and all key advertisements. So two sites that were shown different models, settings or peers have different T,
+and nothing of the one verifies or opens at the other. Every part is preceded by its length: no two contents have the
+same encoding.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Attempt:
     """Which try of which sum.
 
     Attributes:
-        job: SHA-256 of all that the sites were asked to do, alike for all of them.
+        request_digest: SHA-256 of all that the sites were asked to do, the same for all of them.
         run_id: fedge's run.
         purpose: what is summed.
         server_round: of the run, 0 for statistics.
         number: of the try, from 1; each has keys of its own.
     """
 
-    job: bytes
+    request_digest: bytes
     run_id: str
     purpose: Purpose
     server_round: int
@@ -53,7 +54,7 @@ class Attempt:
     def encode(self) -> bytes:
         """As it is signed and hashed."""
         numbers = f"{VERSION} {self.purpose} {self.server_round} {self.number}".encode()
-        return framed(_DOMAIN, numbers, self.run_id.encode(), self.job)
+        return framed(_DOMAIN, numbers, self.run_id.encode(), self.request_digest)
 
 
 @dataclass(frozen=True)
@@ -62,33 +63,35 @@ class KeyAdvertisement:
 
     Attributes:
         site: its name.
-        box_key: peers seal shares to it.
+        encryption_key: peers seal shares to it.
         mask_key: masks are agreed with it; its private half is what peers hold shares of.
         signature: Ed25519, over attempt, site and keys.
     """
 
     site: str
-    box_key: bytes
+    encryption_key: bytes
     mask_key: bytes
     signature: bytes
 
     def encode(self) -> bytes:
         """Name and keys as one text; at most 193 bytes."""
         name = self.site.encode()
-        return bytes([len(name)]) + name + self.box_key + self.mask_key + self.signature
+        return bytes([len(name)]) + name + self.encryption_key + self.mask_key + self.signature
 
 
-def new_bundle(
-    attempt: Attempt, site: str, box_key: bytes, mask_key: bytes, private: Ed25519PrivateKey
+def new_advertisement(
+    attempt: Attempt, site: str, encryption_key: bytes, mask_key: bytes, private: Ed25519PrivateKey
 ) -> KeyAdvertisement:
     """A signed bundle."""
-    signature = private.sign(_bundle_statement(attempt, site, box_key, mask_key))
-    return KeyAdvertisement(site, box_key, mask_key, signature)
+    signature = private.sign(_advertisement_statement(attempt, site, encryption_key, mask_key))
+    return KeyAdvertisement(site, encryption_key, mask_key, signature)
 
 
 def verifies(attempt: Attempt, bundle: KeyAdvertisement, key: Ed25519PublicKey) -> bool:
     """Whether a bundle is of this attempt and signed with this key."""
-    statement = _bundle_statement(attempt, bundle.site, bundle.box_key, bundle.mask_key)
+    statement = _advertisement_statement(
+        attempt, bundle.site, bundle.encryption_key, bundle.mask_key
+    )
     return is_signed(key, bundle.signature, statement)
 
 
@@ -170,7 +173,7 @@ def require_names(names: list[str]) -> list[str]:
     return names
 
 
-def unpack_bundles(data: bytes) -> list[KeyAdvertisement]:
+def unpack_advertisements(data: bytes) -> list[KeyAdvertisement]:
     """Bundles one after the other, sorted by site.
 
     Raises:
@@ -199,5 +202,7 @@ def unpack_bundles(data: bytes) -> list[KeyAdvertisement]:
     return found
 
 
-def _bundle_statement(attempt: Attempt, site: str, box_key: bytes, mask_key: bytes) -> bytes:
-    return framed(_DOMAIN, b"bundle", attempt.encode(), site.encode(), box_key, mask_key)
+def _advertisement_statement(
+    attempt: Attempt, site: str, encryption_key: bytes, mask_key: bytes
+) -> bytes:
+    return framed(_DOMAIN, b"bundle", attempt.encode(), site.encode(), encryption_key, mask_key)

@@ -1,1 +1,1 @@
-"""Tasks, one a file: network, loss, metrics, preprocessing, data schema."""
+"""Tasks, one in each file: network, loss, metrics, preprocessing, data schema."""

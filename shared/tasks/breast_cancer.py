@@ -3,9 +3,9 @@
 Breast Cancer Wisconsin (Diagnostic), UCI Machine Learning Repository,
 https://doi.org/10.24432/C5DW2B.
 
-The labels keep scikit-learn's order (0 malignant, 1 benign), so the logit speaks for *benign*. The
+The labels keep scikit-learn's order (0 malignant, 1 benign), so the logit is that of *benign*. The
 positive finding is nevertheless the malignant one: sensitivity is the share of malignant tumours
-that were called so.
+that were classified so.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Losses and counters that classification tasks share.
 
-A counter is a sum over examples, so sites can be pooled exactly by adding; a metric is a ratio of
+A counter is a sum over examples, so sites are pooled exactly by adding; a metric is a ratio of
 two.
 """
 
@@ -40,11 +40,11 @@ def sigmoid_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sigmoid_counters(positive: int) -> Callable[[Tensor, Tensor], Counters]:
-    """Make the counters of a one-logit task, at probability 0.5.
+    """The counters of a one-logit task, at threshold probability 0.5.
 
     Args:
-        positive: the label, 0 or 1, whose share found is the sensitivity. The logit always speaks
-            for label 1; the clinically positive finding may be label 0.
+        positive: the label, 0 or 1, whose recall is the sensitivity. The logit is always that of
+            label 1; the clinically positive finding may be label 0.
     """
 
     def counters(logits: Tensor, labels: Tensor) -> Counters:

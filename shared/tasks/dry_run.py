@@ -1,4 +1,4 @@
-"""A trial of a task's parts on two examples: what a run would only find out after reading the data."""
+"""Checks a task's parts on two examples, before a run reads the data."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fedge.shared.errors import DataError, brief
 from fedge.shared.preprocessing.steps import OneHot, Standardise
 from fedge.shared.tasks.task import Task
 
-#: Examples in the trial: one would hide a lost batch axis.
+#: Examples of the dry run; with one a missing batch axis would not be noticed.
 BATCH: Final = 2
 
 _T = TypeVar("_T")
 
 
 def check(task: Task) -> None:
-    """Hold a task's parts against each other.
+    """Check that a task's parts are compatible.
 
     Two zero examples (the first category, where a column has categories) go through preprocessing,
     network, loss and counters. Torch's global generator is left as it was.
 
     Raises:
-        DataError: 305, a part fails or does not give what the next one takes.
+        DataError: 305, a part fails or is incompatible with the next one.
     """
     x = preprocessed(task, np.zeros((BATCH, *task.input.shape), np.float32))
     with torch.random.fork_rng(devices=[]):
@@ -47,10 +47,10 @@ def check(task: Task) -> None:
 
 
 def preprocessed(task: Task, x: NDArray[Any]) -> NDArray[Any]:
-    """Examples as the network takes them, with unit statistics where nothing is fitted yet.
+    """Preprocess examples for the network, with mean 0 and standard deviation 1 where nothing is fitted yet.
 
     Args:
-        task: whose steps.
+        task: whose steps are applied.
         x: ``(b, *input.shape)``, float32; columns with categories get the first one.
 
     Raises:
@@ -75,13 +75,13 @@ def preprocessed(task: Task, x: NDArray[Any]) -> NDArray[Any]:
 
 def _check_logits(task: Task, logits: Any) -> None:
     output = task.output
-    wanted = (BATCH, len(output.labels) if output.activation == "softmax" else 1)
+    expected = (BATCH, len(output.labels) if output.activation == "softmax" else 1)
     labels = ", ".join(output.labels[:10]) + (", …" if len(output.labels) > 10 else "")
-    asked = f"network must give {wanted} logits for labels {labels}"
+    requirement = f"network must give {expected} logits for labels {labels}"
     if not isinstance(logits, Tensor):
-        raise _misfit(task, f"{asked}, got {type(logits).__name__}")
-    if tuple(logits.shape) != wanted:
-        raise _misfit(task, f"{asked}, got {tuple(logits.shape)}")
+        raise _misfit(task, f"{requirement}, got {type(logits).__name__}")
+    if tuple(logits.shape) != expected:
+        raise _misfit(task, f"{requirement}, got {tuple(logits.shape)}")
     if logits.dtype != torch.float32:
         raise _misfit(task, f"network must give float32 logits, got {_kind(logits)}")
     if not torch.isfinite(logits).all():

@@ -21,7 +21,7 @@ from fedge.shared.models.cnn import CNN
 from fedge.shared.preprocessing.schema import InputSchema, OutputSchema
 from fedge.shared.preprocessing.steps import Scale
 from fedge.shared.tasks.classification import ACCURACY, LOSS, softmax_counters, softmax_loss
-from fedge.shared.tasks.npz import Wanted, read_npz
+from fedge.shared.tasks.npz import ArraySpec, read_npz
 from fedge.shared.tasks.task import Table, Task
 
 FILE: Final = "gtsrb_32_every3rd.npz"
@@ -31,7 +31,7 @@ CHANNELS: Final = 3
 MAX_ROWS: Final = 60_000
 #: Vehicles among which the signs are divided: the file names no sites.
 SITES: Final = 8
-#: Of so many signs of a class that a vehicle meets in a row, the last is its test.
+#: Tracks of a class in a row for one vehicle; the last of them is for testing.
 SIGNS: Final = 4
 
 LABELS: Final = (
@@ -60,9 +60,9 @@ def load(path: Path | None = None) -> Table:
     arrays = read_npz(
         file,
         {
-            "x": Wanted(("u1",), (SIDE, SIDE, CHANNELS)),
-            "y": Wanted(("i2", "i4", "i8", "u1")),
-            "track": Wanted(("i2", "i4", "i8")),
+            "x": ArraySpec(("u1",), (SIDE, SIDE, CHANNELS)),
+            "y": ArraySpec(("i2", "i4", "i8", "u1")),
+            "track": ArraySpec(("i2", "i4", "i8")),
         },
         max_rows=MAX_ROWS,
     )
@@ -86,14 +86,14 @@ def load(path: Path | None = None) -> Table:
 def divided(
     labels: NDArray[Any], tracks: NDArray[Any]
 ) -> tuple[NDArray[np.str_], NDArray[np.bool_]]:
-    """Vehicle of each image and whether it is a test image, by whole tracks and without chance.
+    """Assign images to vehicles and to training or test, by whole tracks and without randomness.
 
-    The tracks of a class are dealt in their order, four to a vehicle, the fourth of each four as a
-    test; the next class begins with the next vehicle. So rare signs are met by few vehicles.
+    The tracks of a class are assigned in order, four to a vehicle, the fourth of each four for
+    testing; the next class begins with the next vehicle. So few vehicles have rare signs.
 
     Args:
-        labels: ``(n,)``.
-        tracks: ``(n,)``, numbered anew in every class.
+        labels: class of each image, ``(n,)`` int64.
+        tracks: track of each image, ``(n,)`` int64, unique within its class.
 
     Returns:
         Names ``vehicle-1`` to ``vehicle-8`` and the test mask, both ``(n,)``.

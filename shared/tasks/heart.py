@@ -40,7 +40,7 @@ FILES: Final = {
     "va": "processed.va.data",
 }
 COLUMNS: Final = 14
-KEPT: Final = range(10)
+USED_COLUMNS: Final = range(10)
 DIAGNOSIS: Final = 13
 DIAGNOSES: Final = (0.0, 1.0, 2.0, 3.0, 4.0)
 MAX_FILE_BYTES: Final = 1 << 20
@@ -79,12 +79,14 @@ def load(path: Path | None = None) -> Table:
         )
     features, labels, sites, tests = [], [], [], []
     for site, name in FILES.items():
-        rows = np.asarray(list(_rows(path / name)), dtype=np.float64).reshape(-1, len(KEPT) + 1)
-        of_site = (rows[:, -1] > 0).astype(np.int64)
+        rows = np.asarray(list(_rows(path / name)), dtype=np.float64).reshape(
+            -1, len(USED_COLUMNS) + 1
+        )
+        positive = (rows[:, -1] > 0).astype(np.int64)
         features.append(rows[:, :-1].astype(np.float32))
-        labels.append(of_site)
+        labels.append(positive)
         sites.append(np.full(len(rows), site))
-        tests.append(_held_out(of_site, name))
+        tests.append(_held_out(positive, name))
     return Table(
         features=np.concatenate(features),
         labels=np.concatenate(labels),
@@ -102,7 +104,7 @@ def _rows(file: Path) -> Iterator[list[float]]:
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) != COLUMNS:
             raise DataError(302, f"{where}: must hold {COLUMNS} columns, got {len(cells)}")
-        needed = [(index, cells[index]) for index in (*KEPT, DIAGNOSIS)]
+        needed = [(index, cells[index]) for index in (*USED_COLUMNS, DIAGNOSIS)]
         if any(cell == "?" for _, cell in needed):
             continue
         values = [_number(cell, f"{where}, column {index + 1}") for index, cell in needed]

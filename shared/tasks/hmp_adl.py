@@ -89,11 +89,13 @@ def load(path: Path | None = None) -> Table:
     parts, labels, sites, tests = [], [], [], []
     for (volunteer, activity), recordings in groups.items():
         for place, recording in enumerate(recordings):
-            found = windows(recording.samples)
-            parts.append(found)
-            labels.append(np.full(len(found), ACTIVITIES.index(activity), dtype=np.int64))
-            sites.append(np.full(len(found), volunteer))
-            tests.append(np.full(len(found), place % RECORDINGS == 1))
+            recording_windows = windows(recording.samples)
+            parts.append(recording_windows)
+            labels.append(
+                np.full(len(recording_windows), ACTIVITIES.index(activity), dtype=np.int64)
+            )
+            sites.append(np.full(len(recording_windows), volunteer))
+            tests.append(np.full(len(recording_windows), place % RECORDINGS == 1))
     if not parts:
         raise DataError(
             302, f"{file.name}: must hold recordings of {WINDOW} samples or more, got none"

@@ -26,8 +26,8 @@ _HEADER: Final = re.compile(
 _BROKEN: Final = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
-class Wanted(NamedTuple):
-    """What a member must be.
+class ArraySpec(NamedTuple):
+    """Type and shape that a member must have.
 
     Attributes:
         types: numpy's codes of the types it may have, such as ``"u1"``.
@@ -39,20 +39,20 @@ class Wanted(NamedTuple):
 
 
 def read_npz(
-    path: Path, members: Mapping[str, Wanted], *, max_rows: int
+    path: Path, members: Mapping[str, ArraySpec], *, max_rows: int
 ) -> dict[str, NDArray[Any]]:
-    """Read arrays that have one row an example; what else the file holds is left unread.
+    """Read arrays that have one row for each example; other members are not read.
 
     Args:
         path: of the file.
-        members: by name.
-        max_rows: the most that each may have.
+        members: expected type and shape by name.
+        max_rows: maximum number of rows of each.
 
     Returns:
         Arrays ``(n, *shape)`` with the same n, 1 or more, read-only, in the byte order of the file.
 
     Raises:
-        DataError: 301, the file cannot be read; 302, it or a member is not as wanted.
+        DataError: 301, the file cannot be read; 302, it or a member is not as expected.
     """
     try:
         stream, size = open_regular(path)
@@ -64,8 +64,8 @@ def read_npz(
         try:
             with zipfile.ZipFile(stream) as archive:
                 arrays = {
-                    name: _member(archive, path.name, name, wanted, max_rows)
-                    for name, wanted in members.items()
+                    name: _member(archive, path.name, name, spec, max_rows)
+                    for name, spec in members.items()
                 }
         except _BROKEN as error:
             raise DataError(
@@ -80,7 +80,7 @@ def read_npz(
 
 
 def _member(
-    archive: zipfile.ZipFile, file: str, name: str, wanted: Wanted, max_rows: int
+    archive: zipfile.ZipFile, file: str, name: str, spec: ArraySpec, max_rows: int
 ) -> NDArray[Any]:
     where = f"{file}, array {name}"
     try:
@@ -96,19 +96,19 @@ def _member(
         if match is None:
             raise DataError(302, f"{where}: must be one plain array in C order, got another")
         shape = tuple(int(n) for n in match[2].replace(" ", "").split(",") if n)
-        if match[1][1:] not in wanted.types or shape[1:] != wanted.shape or not shape:
-            rows = ", ".join(map(str, ("n", *wanted.shape)))
+        if match[1][1:] not in spec.types or shape[1:] != spec.shape or not shape:
+            rows = ", ".join(map(str, ("n", *spec.shape)))
             raise DataError(
                 302,
-                f"{where}: must be {' or '.join(wanted.types)} of shape ({rows}),"
+                f"{where}: must be {' or '.join(spec.types)} of shape ({rows}),"
                 f" got {match[1][1:]} of shape {shape}",
             )
         if not 1 <= shape[0] <= max_rows:
             raise DataError(302, f"{where}: must have 1 to {max_rows} rows, got {shape[0]}")
         expected = np.dtype(match[1]).itemsize * math.prod(shape)
-        # One byte more than is due, so that a longer member is found; never more than that.
+        # One byte more than is due, so that a longer member is detected; never more than that.
         data = stream.read(expected + 1)
     if len(data) != expected:
-        found = "more" if len(data) > expected else str(len(data))
-        raise DataError(302, f"{where}: must hold {expected} bytes, got {found}")
+        got = "more" if len(data) > expected else str(len(data))
+        raise DataError(302, f"{where}: must hold {expected} bytes, got {got}")
     return np.frombuffer(data, dtype=match[1]).reshape(shape)

@@ -20,7 +20,7 @@ def task_names() -> list[str]:
 
 
 def require_task(name: str) -> None:
-    """Make sure that a task of this name is installed; imports none, so not that it loads.
+    """Check that a task of this name is installed, without importing it.
 
     Raises:
         DataError: 304, no installed package has such a task.
@@ -32,11 +32,11 @@ def get_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
-        DataError: 304, no installed package has such a task, or what it has does not load or is
-            not a task.
+        DataError: 304, no installed package has such a task, or it does not load or is
+            not a Task.
     """
     entry = _entry(name)
-    # Needs torch, which names alone do not. Where it is missing, that is no fault of the task's.
+    # Imported here, as it needs torch. If torch is missing, the error is not reported as the task's.
     from fedge.shared.tasks.task import Task
 
     try:
@@ -52,10 +52,10 @@ def get_task(name: str) -> Task:
 
 
 def _entry(name: str) -> EntryPoint:
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
-    if not found:
+    entries = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+    if not entries:
         names = task_names()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise DataError(304, f"task.name: must be one of {', '.join(names)}, got {name!r}{hint}")
-    return found[0]
+    return entries[0]

@@ -1,7 +1,7 @@
-"""The data sets that scikit-learn brings along, read from its files.
+"""Reads the data sets that scikit-learn includes from its files.
 
 Its own loaders import most of scikit-learn and scipy, over two seconds of processor time in each process of a site;
-they are asked where a release keeps its files elsewhere.
+they are used where a release keeps its files elsewhere.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def rows(name: str, loader: str, header: int = 0) -> NDArray[Any]:
     """The numbers of a file, as ``sklearn.datasets`` reads them.
 
     Args:
-        name: ``digits.csv.gz`` or another of its files of numbers alone.
-        loader: its own function for the same, such as ``load_digits``.
-        header: lines above the numbers.
+        name: of the file, such as ``digits.csv.gz``; it must hold numbers only.
+        loader: name of scikit-learn's function for the same data, such as ``load_digits``.
+        header: number of lines above the numbers.
 
     Returns:
         ``(rows, columns)``, float64; the last column holds the labels.
@@ -28,10 +28,10 @@ def rows(name: str, loader: str, header: int = 0) -> NDArray[Any]:
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    found = find_spec("sklearn")
-    if found is None or found.origin is None:
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
         raise ModuleNotFoundError("scikit-learn: must be installed, got no such package")
-    path = Path(found.origin).parent / "datasets" / "data" / name
+    path = Path(package.origin).parent / "datasets" / "data" / name
     if path.is_file():
         return np.loadtxt(path, delimiter=",", skiprows=header)
     from sklearn import datasets

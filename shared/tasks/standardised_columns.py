@@ -1,4 +1,4 @@
-"""The columns that a task standardises, and within what the mean of each must lie."""
+"""The columns that a task standardises, and the bounds of each column's mean."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from fedge.shared.tasks.task import Task
 
 
 class Bound(NamedTuple):
-    """Within what the mean of a standardised column must lie."""
+    """Bounds of the mean of a standardised column.
+
+    Attributes:
+        name: of the column; for an indicator column with its category.
+        low: smallest plausible mean.
+        high: largest plausible mean.
+    """
 
     name: str
     low: float
@@ -23,15 +29,17 @@ class Bound(NamedTuple):
 
 
 def column_bounds(task: Task) -> tuple[Bound, ...]:
-    """For each column that reaches ``Standardise``, within what its mean must lie; empty where there is none."""
+    """The bounds of each column that ``Standardise`` gets; empty where the task does not standardise."""
     if not steps.learns(task.preprocessing):
         return ()
     bounds = [Bound(f.name, f.low, f.high) for f in task.input.features]
     for step in task.preprocessing:
         match step:
             case OneHot(columns):
-                kept = [b for i, b in enumerate(bounds) if i not in {index for index, _ in columns}]
-                bounds = kept + [
+                uncategorical = [
+                    b for i, b in enumerate(bounds) if i not in {index for index, _ in columns}
+                ]
+                bounds = uncategorical + [
                     Bound(f"{bounds[index].name} {category:g}", 0.0, 1.0)
                     for index, categories in columns
                     for category in categories[1:]

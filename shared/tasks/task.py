@@ -1,4 +1,4 @@
-"""What a task is: everything that sites, server and device must agree on, declared in one place."""
+"""The definition of a task: everything that sites, server and device must agree on, declared in one place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Counters: TypeAlias = dict[str, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A ratio of two counters, so that it can be pooled over sites exactly (and summed under a mask)."""
+    """A ratio of two counters, so that it can be pooled over sites exactly, also under secure aggregation."""
 
     name: str
     numerator: str
@@ -32,7 +32,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Table:
-    """Raw examples as they are before preprocessing.
+    """Raw examples, before preprocessing.
 
     Attributes:
         features: ``(n, *input.shape)``, float32.
@@ -53,14 +53,14 @@ class Task:
 
     Attributes:
         name: as in ``task.name``.
-        summary: one line for people.
+        summary: one line of text.
         input, output: the raw example's schema and the meaning of the logits.
-        preprocessing: steps from the raw example to what the network takes.
+        preprocessing: steps from the raw example to the network's input.
         network: builds it with torch's global generator (callers seed it); ``(b, *in)`` to ``(b, logits)``.
         loss: mean over the batch of (logits ``(b, k)``, labels ``(b,)`` int64).
         counters: sums over the batch; always holds ``examples`` and ``loss-sum``; every other counter
             lies between 0 and ``examples``.
-        metrics: what is reported, each a ratio of counters.
+        metrics: that are reported, each a ratio of counters.
         load: reads the examples; takes ``data.path`` (None where the task needs no file) and raises DataError.
     """
 
@@ -77,8 +77,8 @@ class Task:
 
     def values(self, counters: Mapping[str, float]) -> dict[str, float]:
         """All metrics whose denominator is not zero."""
-        found = ((metric.name, metric.value(counters)) for metric in self.metrics)
-        return {name: value for name, value in found if value is not None}
+        values = ((metric.name, metric.value(counters)) for metric in self.metrics)
+        return {name: value for name, value in values if value is not None}
 
     @property
     def counter_names(self) -> tuple[str, ...]:

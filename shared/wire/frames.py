@@ -1,9 +1,9 @@
 """Requests and replies as bytes: between a site's relay and its worker, and packed into one record for Flower.
 
 A frame is eight bytes of length (big-endian), then that many bytes: four of the header's length, the
-header in JSON, and the arrays' bytes one after the other as the header lists them. Both ends read with
-suspicion: every count, name and size is bounded, and whatever does not fit is a ``WireError``. Only
-Flower's public records are used, and no byte is ever run or unpickled.
+header in JSON, and the arrays' bytes one after the other as the header lists them. Both ends
+treat frames as untrusted input: every count, name and size is bounded, and anything else is a ``WireError``.
+Only Flower's public records are used, and nothing is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MAX_RECORDS: Final = 16
 MAX_ENTRIES: Final = 100_000
 MAX_NAME: Final = 1024
 MAX_DIMENSIONS: Final = 32
-#: Largest frame that is read where the reader sets no bound of its own, in bytes.
+#: Largest frame in bytes that is read where the receiver sets no lower limit.
 MAX_FRAME: Final = 64 * 2**30
 
 _LENGTH: Final = struct.Struct(">Q")
-#: Before a frame's body.
+#: Length of the prefix before a frame's body, in bytes.
 LENGTH_BYTES: Final = _LENGTH.size
 _HEADER: Final = struct.Struct(">I")
 #: Bytes taken from the socket at a time, so that a claimed length allocates nothing.
@@ -39,21 +39,21 @@ _BUNDLE: Final = re.compile(r"([0-9a-f]{64})?")
 
 
 class WireError(ValueError):
-    """Bytes that are no frame of ours, or content that no frame can hold."""
+    """Bytes that are not a valid frame, or content that no frame can hold."""
 
 
 class TooLargeError(WireError):
-    """A frame beyond the reader's bound."""
+    """A frame larger than the receiver's limit."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the relay asks.
+    """A request of the relay.
 
     Attributes:
         kind: the message type.
         content: of the message.
-        bundle: SHA-256 (hex) of the Flower bundle that the relay runs in, empty where it knows none.
+        bundle: SHA-256 (hex) of the Flower bundle that the relay runs in, empty for none.
     """
 
     kind: str
@@ -65,7 +65,7 @@ def encode_request(request: Request) -> list[bytes]:
     """The request's frame, in parts to be sent one after the other.
 
     Raises:
-        WireError: it is beyond a bound.
+        WireError: a name, count or size is beyond its limit.
     """
     if not _KIND.fullmatch(request.kind) or not _BUNDLE.fullmatch(request.bundle):
         raise WireError("request: must have a kind and a bundle's SHA-256, got others")
@@ -73,10 +73,10 @@ def encode_request(request: Request) -> list[bytes]:
 
 
 def decode_request(body: bytes | bytearray) -> Request:
-    """The request in a frame's body.
+    """Decode the request in a frame's body.
 
     Raises:
-        WireError: it is not one.
+        WireError: the body is not a valid request.
     """
     head, rest = _split(body, {"kind", "bundle", "records"})
     kind, bundle = head["kind"], head["bundle"]
@@ -91,7 +91,7 @@ def encode_reply(reply: RecordDict | int) -> list[bytes]:
     """A reply's frame: its content, or an error's number.
 
     Raises:
-        WireError: it is beyond a bound.
+        WireError: a name, count or size is beyond its limit.
     """
     if isinstance(reply, int):
         return _encode({"code": reply}, None)
@@ -99,10 +99,10 @@ def encode_reply(reply: RecordDict | int) -> list[bytes]:
 
 
 def decode_reply(body: bytes | bytearray) -> RecordDict | int:
-    """The reply in a frame's body: its content, or an error's number.
+    """Decode the reply in a frame's body: its content, or an error's number.
 
     Raises:
-        WireError: it is not one.
+        WireError: the body is not a valid reply.
     """
     head, rest = _split(body, {"code"}, {"records"})
     if "records" in head:
@@ -153,14 +153,14 @@ def receive(connection: socket.socket, limit: int, until: float) -> bytearray:
 
 
 def _exactly(connection: socket.socket, size: int, until: float) -> bytearray:
-    found = bytearray()
-    while len(found) < size:
+    data = bytearray()
+    while len(data) < size:
         connection.settimeout(_left(until))
-        piece = connection.recv(min(_PIECE, size - len(found)))
+        piece = connection.recv(min(_PIECE, size - len(data)))
         if not piece:
             raise EOFError("the connection ended within a frame")
-        found += piece
-    return found
+        data += piece
+    return data
 
 
 def _left(until: float) -> float:
@@ -198,21 +198,21 @@ def _describe(record: Any, buffers: list[bytes]) -> tuple[str, list[Any]]:
     raise WireError(f"record: must be one of Flower's, got {type(record).__name__}")
 
 
-def _bounded(mapping: Any, most: int) -> list[tuple[str, Any]]:
-    if len(mapping) > most or any(len(name) > MAX_NAME for name in mapping):
-        raise WireError(f"names: must be at most {most}, of {MAX_NAME} characters, got more")
+def _bounded(mapping: Any, maximum: int) -> list[tuple[str, Any]]:
+    if len(mapping) > maximum or any(len(name) > MAX_NAME for name in mapping):
+        raise WireError(f"names: must be at most {maximum}, of {MAX_NAME} characters, got more")
     return list(mapping.items())
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it, bytes as a table of one key."""
+    """A value for JSON; bytes become ``{"bytes": BASE64}``."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
 
 
 def _split(body: bytes | bytearray, *allowed: set[str]) -> tuple[dict[str, Any], memoryview]:
-    """Header and buffers; the header's keys must be one of the sets allowed."""
+    """Header and buffers; the header's keys must be one of the allowed sets."""
     if len(body) < _HEADER.size:
         raise WireError("frame: must hold a header, got fewer bytes")
     (length,) = _HEADER.unpack_from(body)
@@ -229,23 +229,23 @@ def _split(body: bytes | bytearray, *allowed: set[str]) -> tuple[dict[str, Any],
 
 
 def _content(records: Any, rest: memoryview) -> RecordDict:
-    found: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
+    content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     at = 0
     try:
         for name, kind, entries in _rows(records, 3, MAX_RECORDS):
             match kind:
                 case "arrays":
                     arrays, at = _arrays(entries, rest, at)
-                    found[name] = arrays
+                    content[name] = arrays
                 case "metrics":
-                    found[name] = MetricRecord({n: _value(v) for n, v in _pairs(entries)})
+                    content[name] = MetricRecord({n: _value(v) for n, v in _pairs(entries)})
                 case "config":
-                    found[name] = ConfigRecord({n: _value(v) for n, v in _pairs(entries)})
+                    content[name] = ConfigRecord({n: _value(v) for n, v in _pairs(entries)})
                 case _:
                     raise WireError("record: must be arrays, metrics or config, got another")
         if at != len(rest):
             raise WireError(f"arrays: must fill the frame, got {len(rest) - at} bytes more")
-        return RecordDict(found)
+        return RecordDict(content)
     except (TypeError, ValueError, KeyError) as error:
         # Flower's own checks of keys and values raise these.
         if isinstance(error, WireError):
@@ -269,19 +269,19 @@ def _arrays(entries: Any, rest: memoryview, at: int) -> tuple[ArrayRecord, int]:
     return ArrayRecord(arrays), at
 
 
-def _rows(found: Any, width: int, most: int) -> Iterable[Sequence[Any]]:
-    """Lists of ``width`` values, the first of each a name that no other has."""
-    if not isinstance(found, list) or len(found) > most:
-        raise WireError(f"header: must list at most {most} entries, got others")
+def _rows(rows: Any, width: int, maximum: int) -> Iterable[Sequence[Any]]:
+    """Validate a list of at most ``maximum`` rows of ``width`` values, each beginning with a unique name."""
+    if not isinstance(rows, list) or len(rows) > maximum:
+        raise WireError(f"header: must list at most {maximum} entries, got others")
     names = set()
-    for row in found:
+    for row in rows:
         if not isinstance(row, list) or len(row) != width:
             raise WireError(f"header: must hold rows of {width} values, got others")
         name = row[0]
         if not isinstance(name, str) or len(name) > MAX_NAME or name in names:
             raise WireError(f"name: must be new and at most {MAX_NAME} characters, got another")
         names.add(name)
-    return found
+    return rows
 
 
 def _pairs(entries: Any) -> Iterable[Sequence[Any]]:

@@ -1,8 +1,8 @@
-"""Decode a foreign tensor without trusting a byte of it.
+"""Decodes tensors from untrusted input.
 
 Flower's ``Array.numpy`` reads whatever shape the bytes claim, so a header of 10**12 elements allocates before it
 fails. Here the NPY header (numpy.lib.format, versions 1 and 2) must state the expected shape and type, and the
-length must fit, before anything is allocated.
+length must match, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from flwr.app import Array
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-#: More than any header of a plain array needs.
+#: Largest header in bytes; a plain array needs less.
 _MAX_HEADER = 4096
 
 
 class UndecodableError(ValueError):
-    """The bytes are not the expected tensor; the message says what they are."""
+    """The bytes are not the expected tensor; the message says why."""
 
 
 def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The tensor, if it is exactly of this shape and type.
+    """Decode a tensor of exactly this shape and type.
+
+    Args:
+        array: in NPY format.
+        shape: expected shape.
+        dtype: expected type.
 
     Raises:
-        UndecodableError: it is not.
+        UndecodableError: it is of another shape or type, or does not parse.
     """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if array.stype != "numpy.ndarray":
@@ -60,7 +65,15 @@ def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArra
 
 
 def decode_raw(array: Array, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A vector whose bytes are its values and nothing else, as masked ones travel; read-only, not copied.
+    """Decode a vector without a header, the format of masked vectors; the result is read-only, not a copy.
+
+    Args:
+        array: whose bytes are its values only.
+        length: expected number of values.
+        dtype: expected type.
+
+    Returns:
+        ``(length,)`` of ``dtype``.
 
     Raises:
         UndecodableError: it is not of this length and type.
@@ -77,7 +90,7 @@ def decode_raw(array: Array, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def encode(a: NDArray[Any]) -> Array:
-    """The tensor in NPY format (numpy.lib.format, version 1)."""
+    """Encode a tensor in NPY format (numpy.lib.format, version 1)."""
     if not a.flags.c_contiguous or a.dtype.hasobject:
         return Array(a)
     header = BytesIO()

@@ -1,8 +1,8 @@
-"""A message's content as one record, for the way over the network.
+"""Packs a message's content into one record, for fewer requests over the network.
 
-Flower moves every record and every Array of a message as objects of their own, each a request over each hop and each
+Flower transfers every record and every Array of a message as a separate object, each a request over each hop and each
 a write of the SuperLink's database: a model of twelve tensors costs some 27 requests, packed it costs three to five.
-Small contents travel as one value of a ConfigRecord; larger ones as one Array, which Flower divides into chunks. The
+Small contents are sent as one value of a ConfigRecord; larger ones as one Array, which Flower divides into chunks. The
 bytes are those of ``fedge.shared.wire.frames``. Both ends accept the plain form too, which is what a simulation uses.
 """
 
@@ -18,7 +18,7 @@ from fedge.shared.wire.frames import WireError
 #: Name of the only record of a packed content, and of its only value.
 NAME: Final = "fedge.packed"
 STYPE: Final = "fedge.packed.v1"
-#: Bytes up to which a content travels as a value instead of an Array.
+#: Bytes up to which a content is sent as a value instead of an Array.
 SMALL: Final = 2**20
 
 _LENGTH: Final = 8
@@ -30,10 +30,10 @@ def is_packed(content: RecordDict) -> bool:
 
 
 def pack(content: RecordDict) -> RecordDict:
-    """The content as one record.
+    """Pack a content into one record.
 
     Raises:
-        WireError: it is beyond a bound of ``fedge.shared.wire.frames``.
+        WireError: it is beyond a limit of ``fedge.shared.wire.frames``.
     """
     data = b"".join(frames.encode_reply(content))[_LENGTH:]
     if len(data) <= SMALL:
@@ -43,10 +43,10 @@ def pack(content: RecordDict) -> RecordDict:
 
 
 def unpack(content: RecordDict) -> RecordDict:
-    """The content that was packed; what its Arrays' bytes hold is not looked at here.
+    """Unpack a content; the bytes of its Arrays are not validated here.
 
     Raises:
-        WireError: it is not as ``pack`` makes it.
+        WireError: it is not in the form that ``pack`` gives.
     """
     record = content.get(NAME)
     data: object = None
@@ -56,7 +56,7 @@ def unpack(content: RecordDict) -> RecordDict:
         data = record[NAME].data
     if not isinstance(data, bytes):
         raise WireError("packed: must be one value of bytes or one array, got others")
-    found = frames.decode_reply(data)
-    if isinstance(found, int):
+    reply = frames.decode_reply(data)
+    if isinstance(reply, int):
         raise WireError("packed: must be records, got a number")
-    return found
+    return reply

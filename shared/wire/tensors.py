@@ -1,6 +1,6 @@
 """Named arrays: their shapes, their bytes on disk, their digest.
 
-Files are safetensors without metadata, so the same weights give the same bytes; nothing here can run code.
+Files are safetensors without metadata, so the same weights give the same bytes; loading one cannot execute code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NDArrays: TypeAlias = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor must look like."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,8 +49,12 @@ def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
 def read(path: Path, sha256: str | None = None) -> NDArrays:
     """Read a safetensors file.
 
+    Args:
+        path: the file.
+        sha256: expected SHA-256 of the file, hexadecimal; None to skip the check.
+
     Raises:
-        RunError: 504, it is missing, does not parse, or its SHA-256 is not the one given.
+        RunError: 504, the file is missing, does not parse, or has another SHA-256.
     """
     try:
         data = path.read_bytes()

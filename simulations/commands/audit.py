@@ -1,4 +1,4 @@
-"""``fedge audit``: an attack on the mechanism that a configuration names."""
+"""``fedge audit``: attacks the privacy mechanism of a configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-class Told:
+class ProgressLine:
     """Progress on standard error: one line that changes on a terminal, elsewhere a line for each part."""
 
     def __init__(self) -> None:
@@ -39,16 +39,22 @@ class Told:
 
         self._file, self._live, self._last = sys.stderr, sys.stderr.isatty(), ""
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """So much of a part is done."""
-        text = f"{what}: {100 * done // max(total, 1)} %"
+    def __call__(self, part: str, done: int, total: int) -> None:
+        """Show the progress of a part.
+
+        Args:
+            part: its name.
+            done: steps that are done.
+            total: steps in all.
+        """
+        text = f"{part}: {100 * done // max(total, 1)} %"
         if self._live and text != self._last:
             self._file.write(f"\r\033[K{text}")
             self._file.flush()
             self._last = text
-        elif not self._live and what != self._last:
-            self._file.write(f"{what} ...\n")
-            self._last = what
+        elif not self._live and part != self._last:
+            self._file.write(f"{part} ...\n")
+            self._last = part
 
     def end(self) -> None:
         """Clear the line."""
@@ -62,7 +68,11 @@ def _run(arguments: Namespace) -> int:
 
 
 def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
-    """Audit, print, write; the sizes are fixed but in tests.
+    """Audit, print, write.
+
+    Args:
+        arguments: of the command line.
+        sizes: of the audit; only tests pass others than the default.
 
     Returns:
         1 where the claim is contradicted, else 0.
@@ -70,7 +80,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     Raises:
         UsageError: 102, the share of the noise is out of its range, no noise, or none that is known; 107, the output
             cannot be written.
-        ConfigError, DataError: as ``fedge simulate``; 201, the noise does not fit a secure sum.
+        ConfigError, DataError: as ``fedge simulate``; 201, the noise is incompatible with a secure sum.
     """
     import json
     import sys
@@ -96,7 +106,7 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
             " add --set privacy.noise-multiplier and leave epsilon out",
         )
     require_task(config.task.name)
-    # Here, as these import torch.
+    # Imported here, as these import torch.
     from fedge.client.data.dataset import site_shares
     from fedge.shared.privacy.checks.compatibility import require_compatible
     from fedge.shared.privacy.mechanisms.csprng import Entropy
@@ -110,30 +120,34 @@ def run(arguments: Namespace, sizes: Sizes | None = None) -> int:
     require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
     shares = site_shares(config, task)
     out = folder(arguments.out, Path("runs/audit"))
-    told, entropy = Told(), Entropy()
+    progress, entropy = ProgressLine(), Entropy()
     try:
-        found = audit(config, task, sizes or Sizes(), entropy, told, noise_factor=factor)
-        told("one update", 0, 1)
-        inverted = invert(config, task, next(iter(shares.values())), entropy)
+        finding = audit(config, task, sizes or Sizes(), entropy, progress, noise_factor=factor)
+        progress("one update", 0, 1)
+        inversion = invert(config, task, next(iter(shares.values())), entropy)
     finally:
-        told.end()
-    result = page.to_json(found, inverted, time.monotonic() - began)
+        progress.end()
+    result = page.to_json(finding, inversion, time.monotonic() - began)
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     text = json.dumps(result, indent=2) + "\n"
-    html = page.render(found, inverted, config.task.name, dump(config), when)
+    html = page.render(finding, inversion, config.task.name, dump(config), when)
     write({out / "audit.json": text, out / "audit.html": html})
     if arguments.json:
         sys.stdout.write(text)
     else:
-        sys.stdout.write(_table(found, inverted, result) + f"\n{out / 'audit.html'}\n")
-    return 1 if found.verdict == "caught" else 0
+        sys.stdout.write(_table(finding, inversion, result) + f"\n{out / 'audit.html'}\n")
+    return 1 if finding.verdict == "caught" else 0
 
 
 def folder(chosen: Path | None, first: Path) -> Path:
-    """The folder for results, or the next free one; made now, so that nobody waits for what cannot be written.
+    """Create the folder for results, before the work begins.
+
+    Args:
+        chosen: the folder, or None for the default.
+        first: the default; where it exists, the next free number is appended.
 
     Raises:
-        UsageError: 107, it cannot be made.
+        UsageError: 107, it cannot be created.
     """
     numbered = (first.with_name(f"{first.name}-{i}") for i in range(2, 100_000))
     out = chosen or (first if not first.exists() else next(p for p in numbered if not p.exists()))
@@ -165,26 +179,26 @@ def _unwritable(path: Path, error: OSError) -> Exception:
     return UsageError(107, f"{path}: must be writable, got {error.strerror}")
 
 
-def _table(found: Finding, inverted: Inversion, result: dict[str, Any]) -> str:
+def _table(finding: Finding, inversion: Inversion, result: dict[str, Any]) -> str:
     from fedge.simulations.audit.wording import audited, words
 
     claim = (
         "none"
-        if found.claim is None
-        else f"{found.claim:.4f}  (delta {found.delta:g}, {audited(found)})"
+        if finding.claim is None
+        else f"{finding.claim:.4f}  (delta {finding.delta:g}, {audited(finding)})"
     )
     rows = [
-        ("mechanism", found.mechanism),
+        ("mechanism", finding.mechanism),
         ("claim", claim),
-        ("lower bound", f"{found.bound:.4f}  (95 % confidence; {found.most:.4f} is the most it can show)"),
-        ("guesses right", f"{found.correct} of {found.sizes.guesses}, of {found.sizes.canaries} canaries"),
-        ("verdict", "CAUGHT" if found.verdict == "caught" else found.verdict),
+        ("lower bound", f"{finding.bound:.4f}  (95 % confidence; {finding.most:.4f} is the most it can show)"),
+        ("guesses right", f"{finding.correct} of {finding.sizes.guesses}, of {finding.sizes.canaries} canaries"),
+        ("verdict", "CAUGHT" if finding.verdict == "caught" else finding.verdict),
     ]  # fmt: skip
-    errors = [f"{v.name} {v.error:.1e}" for v in inverted.views]
-    told = "largest error: " + ", ".join(errors) if errors else inverted.reason
-    rows.append(("one update", told))
+    errors = [f"{v.name} {v.error:.1e}" for v in inversion.views]
+    outcome = "largest error: " + ", ".join(errors) if errors else inversion.reason
+    rows.append(("one update", outcome))
     rows.append(("time", f"{result['seconds']:.0f} s"))
-    return "\n".join(f"{name:14} {value}" for name, value in rows) + f"\n\n{words(found)}."
+    return "\n".join(f"{name:14} {value}" for name, value in rows) + f"\n\n{words(finding)}."
 
 
 COMMAND = Command(

@@ -23,18 +23,18 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _free(folder: Path) -> Path:
-    """The folder, or the first numbered one beside it that is not there yet."""
+    """The folder, or the first numbered one beside it that does not exist."""
     candidates = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 100_000))
     return folder if not folder.exists() else next(c for c in candidates if not c.exists())
 
 
 def _environment(held: dict[str, Any]) -> str:
-    """What the device's environment holds, in words."""
+    """The device's environment in words."""
     heavy = [name for name in ("torch", "flwr") if held[name]]
-    what = (
+    text = (
         f"with {' and '.join(heavy)} among them" if heavy else "neither torch nor flwr among them"
     )
-    return f"{held['packages']} packages, {what}"
+    return f"{held['packages']} packages, {text}"
 
 
 def _run(arguments: Namespace) -> int:
@@ -54,7 +54,7 @@ def _run(arguments: Namespace) -> int:
     edge = device.find(arguments.edge)
     out = arguments.out or _free(Path("runs/demo"))
     require_free(out, resume=False)
-    # Here, as these import torch and Flower.
+    # Imported here, as these import torch and Flower.
     from fedge.simulations import demo
     from fedge.simulations.terminal.progress import Progress
     from fedge.simulations.terminal.summary import summary_table
@@ -75,15 +75,15 @@ def _run(arguments: Namespace) -> int:
         f"Exported to ONNX: largest difference {parity.max_abs_difference:.1e}, allowed {parity.tolerance:.0e}\n"
     )
     say(f"Signed {directory.path / 'model.fedge'} ({summary.bundle.bytes:,} bytes)\n")
-    told = demo.run_on(edge, directory)
-    say(f"Device: {_environment(told['environment'])}\n")
+    device_result = demo.run_on(edge, directory)
+    say(f"Device: {_environment(device_result['environment'])}\n")
     say(
-        f"Device verified the bundle and predicted {told['rows']} test images: "
-        f"accuracy {told['metrics']['accuracy']:.4f}, {told['agreement']:.2%} as trained\n"
+        f"Device verified the bundle and predicted {device_result['rows']} test images: "
+        f"accuracy {device_result['metrics']['accuracy']:.4f}, {device_result['agreement']:.2%} as trained\n"
     )
     if arguments.json:
-        found = {"metrics": metrics, "release": summary.to_json(), "device": told}
-        sys.stdout.write(json.dumps({**found, "report": str(directory.report)}) + "\n")
+        results = {"metrics": metrics, "release": summary.to_json(), "device": device_result}
+        sys.stdout.write(json.dumps({**results, "report": str(directory.report)}) + "\n")
     say(f"Done in {time.monotonic() - started:.0f} s; the report:\n{directory.report}\n")
     return 0
 

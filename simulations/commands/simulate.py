@@ -29,7 +29,13 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Config:
-    """The configuration, where nothing that can be seen without the task's own code speaks against it.
+    """Load and check a configuration without importing the task's own code.
+
+    Args:
+        path: of the configuration file.
+        overrides: ``KEY=VALUE`` texts.
+        out: the run directory.
+        resume: whether the run directory may hold an unfinished run.
 
     Raises:
         ConfigError: 201 to 211, the configuration or the run directory.
@@ -46,7 +52,7 @@ def settled(path: Path, overrides: list[str], out: Path, *, resume: bool) -> Con
 
 
 def show(directory: RunDirectory, *, as_json: bool) -> None:
-    """Print what a finished run came to."""
+    """Print the results of a finished run."""
     import json
     import sys
 
@@ -65,7 +71,7 @@ def show(directory: RunDirectory, *, as_json: bool) -> None:
 
 def _run(arguments: Namespace) -> int:
     config = settled(arguments.config, arguments.set, arguments.out, resume=arguments.resume)
-    # Here, as these import torch and Flower, and what is refused above should be refused at once.
+    # Imported here, as these import torch and Flower, and invalid input is refused at once.
     from fedge.simulations.engine import simulate
     from fedge.simulations.terminal.progress import Progress
 

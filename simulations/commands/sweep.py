@@ -8,7 +8,7 @@ from typing import Final
 
 from fedge.shared.cli.command import Command
 
-#: Most noise multipliers, and most seeds, of a sweep; the largest multiplier is that of the configuration.
+#: Most noise multipliers, and most seeds, of a sweep; the configuration has the same limit of a multiplier.
 MAX_VALUES: Final = 100
 MAX_NOISE: Final = 1e4
 
@@ -43,7 +43,7 @@ def _run(arguments: Namespace) -> int:
     Raises:
         UsageError: 102, an option is out of its range, or no mechanism is named; 107, the output cannot be written,
             or the folder holds something else.
-        ConfigError, DataError: as ``fedge simulate``; 208, another process has the folder.
+        ConfigError, DataError: as ``fedge simulate``; 208, another process uses the folder.
     """
     import json
     import sys
@@ -66,17 +66,17 @@ def _run(arguments: Namespace) -> int:
     jobs = sweep.jobs(tree, noise_multipliers, arguments.seeds)
     config = jobs[1].config
     require_task(config.task.name)
-    # Here, as these import torch.
+    # Imported here, as these import torch.
     from fedge.client.data.dataset import site_shares
     from fedge.server.report.page.sweep import parse
     from fedge.server.runs.directory import RunDirectory
     from fedge.shared.privacy.checks.compatibility import require_compatible
     from fedge.shared.tasks.dry_run import check
     from fedge.simulations import sweep_page
-    from fedge.simulations.commands.audit import Told, folder, write
+    from fedge.simulations.commands.audit import ProgressLine, folder, write
 
     task = get_task(config.task.name)
-    # What no run could do ends the sweep before it begins.
+    # A sweep of which no run is possible ends before it begins.
     check(task)
     refusals = []
     for job in jobs[1:]:
@@ -84,7 +84,7 @@ def _run(arguments: Namespace) -> int:
             require_compatible(job.config.privacy, task, job.config.secure_aggregation.min_sites)
             break
         except ConfigError as error:
-            # Another run may have noise that fits; then this one is listed with what is wrong.
+            # The noise of another run may be compatible; then this one is listed with its error.
             refusals.append(error)
     else:
         raise refusals[0]
@@ -94,24 +94,24 @@ def _run(arguments: Namespace) -> int:
         base = sweep.base_of(config)
         _begin(out, base)
         sys.stderr.write(f"{out}: {len(jobs)} runs; if interrupted, go on with --out {out}\n")
-        told = Told()
+        progress = ProgressLine()
         try:
-            outcomes = sweep.run(jobs, out, arguments.delta, told)
+            outcomes = sweep.run(jobs, out, arguments.delta, progress)
         finally:
-            told.end()
-        found = sweep.to_json(outcomes, arguments.delta)
-        shown = parse(found)
-        if shown is None:
+            progress.end()
+        result = sweep.to_json(outcomes, arguments.delta)
+        parsed = parse(result)
+        if parsed is None:
             raise ValueError("sweep: must hold a point, got none")
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         page = out / "sweep.html"
-        write({out / sweep.NAME: text, page: sweep_page.render(shown, base, when)})
+        write({out / sweep.NAME: text, page: sweep_page.render(parsed, base, when)})
         try:
-            sweep.tell_runs(outcomes, found, out)
+            sweep.attach_to_runs(outcomes, result, out)
         except OSError as error:
             raise UsageError(107, f"{out}: must be writable, got {error.strerror}") from None
-    sys.stdout.write(text if arguments.json else f"{sweep_page.table(shown)}\n{page}\n")
+    sys.stdout.write(text if arguments.json else f"{sweep_page.table(parsed)}\n{page}\n")
     return 1 if any(outcome.value is None for outcome in outcomes) else 0
 
 
@@ -120,20 +120,20 @@ def _numbers(text: str) -> list[float]:
     from fedge.shared.errors import UsageError
 
     try:
-        found = sorted(float(part) for part in text.split(","))
+        numbers = sorted(float(part) for part in text.split(","))
     except ValueError:
-        found = []
+        numbers = []
     if (
-        not 1 <= len(found) <= MAX_VALUES
-        or not all(0 < number <= MAX_NOISE for number in found)
-        or len(set(found)) < len(found)
+        not 1 <= len(numbers) <= MAX_VALUES
+        or not all(0 < number <= MAX_NOISE for number in numbers)
+        or len(set(numbers)) < len(numbers)
     ):
         raise UsageError(
             102,
             f"--noise-multiplier: must be up to {MAX_VALUES} numbers above 0 and up to {MAX_NOISE:g}, each once, "
             f"with commas, got {text[:100]!r}",
         )
-    return found
+    return numbers
 
 
 def _require(arguments: Namespace) -> None:
@@ -147,7 +147,7 @@ def _require(arguments: Namespace) -> None:
 
 
 def _begin(out: Path, base: str) -> None:
-    """Begin a sweep in a folder, or see that the one that is there is of the same configuration."""
+    """Begin a sweep in a folder, or check that the folder's sweep has the same configuration."""
     from fedge.shared.errors import UsageError
     from fedge.simulations.commands.audit import write
 

@@ -1,1 +1,1 @@
-"""What a person sees in a terminal while a run goes on, and at its end."""
+"""Terminal output while a run goes on, and at its end."""

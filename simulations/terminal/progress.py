@@ -1,4 +1,4 @@
-"""What a person sees while a federation runs: one bar on a terminal, a few plain lines elsewhere.
+"""Progress of a running federation: one bar on a terminal, a few plain lines elsewhere.
 
 Everything goes to standard error, so that standard output stays free for results.
 """
@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 
 from fedge.simulations.terminal.text import clock, printable, round_facts, waiting_text
 
-#: Plain lines of a whole run, at most one for each of these parts of it.
+#: Most plain lines of a whole run: one for each of so many parts of it.
 PLAIN_LINES: Final = 5
 #: Width in characters up to which the bar takes the whole line.
 NARROW: Final = 80
@@ -29,7 +29,7 @@ class Progress:
     Args:
         quiet: print nothing.
         file: where to print, standard error where not given.
-        terminal: force or forbid the bar; found out from ``file`` where not given.
+        terminal: force or forbid the bar; detected from ``file`` where not given.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Progress:
             self._bar = None
 
     def start(self, total_rounds: int, done: int = 0) -> None:
-        """Begin a run of ``total_rounds``, or go on after ``done`` of them."""
+        """Begin a run of ``total_rounds`` rounds, or continue after ``done`` of them."""
         self._total, self._done = max(1, total_rounds), done
         self._begun = time.monotonic()
         if not self._live:
@@ -121,14 +121,14 @@ class Progress:
             self._note(server_round, f"sent {done}/{total}, {nbytes / 1e6:.0f} MB", plain=False)
 
     def waiting(self, server_round: int, phase: str, sites: Sequence[str], seconds: float) -> None:
-        """Show for whom, or what, the run waits."""
+        """Show the sites, or the phase, for which the run waits."""
         self._note(server_round, waiting_text(phase, sites, seconds))
 
-    def lost(self, server_round: int, site: str, seconds: float) -> None:  # noqa: ARG002
+    def disconnected(self, server_round: int, site: str, seconds: float) -> None:  # noqa: ARG002
         """Name a site that is no longer connected."""
         self._note(server_round, f"{printable(site)} is not connected")
 
-    def back(self, server_round: int, site: str, seconds: float) -> None:
+    def reconnected(self, server_round: int, site: str, seconds: float) -> None:
         """Name a site that is connected again."""
         self._note(server_round, f"{printable(site)} is back after {clock(seconds)}")
 

@@ -1,4 +1,4 @@
-"""What a person sees when a federation has run: the result by site as a table of text."""
+"""Summary of a finished federation: the result by site as a table of text."""
 
 from __future__ import annotations
 
@@ -24,56 +24,56 @@ EXTREMES: Final = 4
 #: Lines about rounds in which a site is missing, and the width of a reason there.
 MAX_ABSENCES: Final = 12
 REASON_WIDTH: Final = 52
-#: Largest epsilon that the server takes from a site.
+#: Largest epsilon that the server accepts from a site.
 MAX_EPSILON: Final = 1e9
 
 
 def _history(rounds: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[float]]:
     """Each site's values of a metric by round."""
-    found: dict[str, list[float]] = {}
+    values_by_site: dict[str, list[float]] = {}
     for line in rounds:
         per_site = member(line, "metrics", "per_site")
         for site, values in per_site.items() if isinstance(per_site, Mapping) else ():
             if (value := finite(member(values, metric))) is not None:
-                found.setdefault(site, []).append(value)
-    return found
+                values_by_site.setdefault(site, []).append(value)
+    return values_by_site
 
 
 def _over_rounds(rounds: Sequence[Mapping[str, Any]], view: str, metric: str) -> list[float]:
     """A view's values of a metric, round by round."""
-    found = (finite(member(line, "metrics", view, metric)) for line in rounds)
-    return [value for value in found if value is not None]
+    by_round = (finite(member(line, "metrics", view, metric)) for line in rounds)
+    return [value for value in by_round if value is not None]
 
 
 def _examples(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """The examples that each site trained on when its update last counted."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for line in rounds:
         examples = line.get("examples")
         if isinstance(examples, Mapping):
-            found.update({s: int(n) for s, n in examples.items() if finite(n) is not None})
-    return found
+            counts.update({s: int(n) for s, n in examples.items() if finite(n) is not None})
+    return counts
 
 
 def _missing(
     rounds: Sequence[Mapping[str, Any]], evaluated: Mapping[str, Any], history: Mapping[str, Any]
 ) -> list[str]:
-    """Sites of the run that are not in the last evaluation; those not connected are listed as absent only."""
-    found = dict.fromkeys(history)
+    """Sites of the run that are not in the last evaluation; disconnected ones are known by their rejections."""
+    expected = dict.fromkeys(history)
     for line in rounds:
         for key in ("invited", "trained"):
-            found.update(dict.fromkeys(s for s in line.get(key) or () if isinstance(s, str)))
+            expected.update(dict.fromkeys(s for s in line.get(key) or () if isinstance(s, str)))
         for item in line.get("rejected") or ():
             if member(item, "outcome") == "absent" and isinstance(
                 site := member(item, "site"), str
             ):
-                found[site] = None
-    return [site for site in found if site not in evaluated]
+                expected[site] = None
+    return [site for site in expected if site not in evaluated]
 
 
 def absences(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of the rounds in which not everybody counted, the first few: who was expected, who was missing, and why."""
-    told = []
+    """Lines on the first rounds in which a site is missing: the expected sites, the missing ones, and why."""
+    text = []
     for line in rounds:
         invited = {s for s in line.get("invited") or () if isinstance(s, str)}
         trained = {s for s in line.get("trained") or () if isinstance(s, str)}
@@ -90,22 +90,22 @@ def absences(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
         if len(why) > len(named):
             named.append(f"{len(why) - len(named)} more")
         expected = len(invited | set(why))
-        told.append(f"round {line.get('round')}: {len(trained)} of {expected} counted")
-        told += [f"  {name}" for name in named]
-    if len(told) <= MAX_ABSENCES:
-        return told
-    return [*told[:MAX_ABSENCES], "… see the report for all rounds"]
+        text.append(f"round {line.get('round')}: {len(trained)} of {expected} counted")
+        text += [f"  {name}" for name in named]
+    if len(text) <= MAX_ABSENCES:
+        return text
+    return [*text[:MAX_ABSENCES], "… see the report for all rounds"]
 
 
 def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line with the largest epsilons that the sites told last; none where nobody told any.
+    """A line with the largest epsilons that the sites reported last; none where no site reported any.
 
-    null stands for a server that gets updates without noise: nothing bounds what it learns.
+    null stands for an unbounded epsilon: the server gets updates without noise.
     """
     latest: dict[str, tuple[float, float]] = {}
     for line in rounds:
-        told = line.get("privacy")
-        for site, values in told.items() if isinstance(told, Mapping) else ():
+        charges = line.get("privacy")
+        for site, values in charges.items() if isinstance(charges, Mapping) else ():
             consumers, server = (finite(member(values, key)) for key in ("consumers", "server"))
             if isinstance(values, Mapping) and values.get("server", 0) is None:
                 server = math.inf
@@ -115,34 +115,39 @@ def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
             if 0 <= consumers <= MAX_EPSILON and bounded:
                 latest[site] = consumers, server
     if not latest:
-        return _reckoned(rounds)
+        return _run_epsilon(rounds)
     largest = (max(values) for values in zip(*latest.values(), strict=True))
     # Decimals as `fedge privacy ledger` has them.
-    to_readers, to_server = (
+    to_consumers, to_server = (
         "unbounded" if v == math.inf else f"{v:.4f}" if v < 100_000 else f"{v:.4g}" for v in largest
     )
-    # Each site's is at its own delta, which it does not tell.
-    told_by = f"{len(latest)} site{'' if len(latest) == 1 else 's'}"
+    # Each site's is at its own delta, which it does not report.
+    reporting_sites = f"{len(latest)} site{'' if len(latest) == 1 else 's'}"
     deltas = "own delta" if len(latest) == 1 else "own deltas"
-    return [f"epsilon  readers {to_readers}, server {to_server} (largest of {told_by}, {deltas})"]
+    return [
+        f"epsilon  readers {to_consumers}, server {to_server} (largest of {reporting_sites}, {deltas})"
+    ]
 
 
 def calibrated(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line on the final model's activation ranges; none where nobody was asked for them."""
-    told = rounds[-1].get("calibration") if rounds else None
-    if not isinstance(told, Mapping):
+    """A line on the final model's activation ranges; none where no site was asked for them."""
+    calibration = rounds[-1].get("calibration") if rounds else None
+    if not isinstance(calibration, Mapping):
         return []
-    sites, reason = finite(told.get("sites")), printable(str(told.get("reason") or ""), 60)
-    if told.get("ranges") is not True or sites is None:
+    sites, reason = (
+        finite(calibration.get("sites")),
+        printable(str(calibration.get("reason") or ""), 60),
+    )
+    if calibration.get("ranges") is not True or sites is None:
         return [f"not calibrated: {reason}"]
     return [f"calibrated over {sites:.0f} site{'' if sites == 1 else 's'}"]
 
 
-def _reckoned(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The same of this run alone, where noise under masks lets the server reckon it."""
+def _run_epsilon(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line with the epsilon of this run alone, which the server computes for noise under secure aggregation."""
     for line in reversed(rounds):
-        told = line.get("masked_epsilon")
-        epsilon, delta = (finite(member(told, key)) for key in ("consumers", "delta"))
+        accounted = line.get("masked_epsilon")
+        epsilon, delta = (finite(member(accounted, key)) for key in ("consumers", "delta"))
         if epsilon is not None and delta is not None and 0 <= epsilon <= MAX_EPSILON:
             return [
                 f"epsilon  {epsilon:.4f} at delta {delta:g}, of this run alone, for either reader"
@@ -152,11 +157,11 @@ def _reckoned(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """How a row is laid out.
+    """Layout of the table.
 
     Attributes:
         lead: the metric shown first.
-        final: the last evaluation, with what it says of noise.
+        final: the last evaluation, with its record of noise.
         width: of the names.
     """
 
@@ -166,7 +171,7 @@ class _Columns:
 
     @property
     def noised(self) -> bool:
-        """Whether metrics carry noise; no site tells its loss then."""
+        """Whether metrics contain noise; no site reports its loss then."""
         return isinstance(member(self.final, "noise"), Mapping)
 
     @property
@@ -186,7 +191,7 @@ class _Columns:
         return text + ("  by round" if by_round else "")
 
     def row(self, name: str, count: str, values: Any, spark: str, *view: str) -> str:
-        """One line; ``view`` is where its values stand in the evaluation."""
+        """One line; ``view`` is the path of its values in the evaluation."""
         shown = noised_text(self.lead, finite(member(values, self.lead)), self.final, *view)
         cells = f"{name:<{self.width}}  {count:>10}  {shown:>{self._wide}}"
         if self._with_loss:
@@ -202,17 +207,17 @@ def _weakest_first(per_site: Mapping[str, Any], lead: str) -> list[str]:
     sign = -1.0 if lead == "loss" else 1.0
 
     def value(site: str) -> float:
-        found = finite(member(per_site, site, lead))
-        return -math.inf if found is None else sign * found
+        metric = finite(member(per_site, site, lead))
+        return -math.inf if metric is None else sign * metric
 
     return sorted(per_site, key=value)
 
 
 def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
-    """The result by site as text, at most 80 wide; with more than 12 sites the weakest and the strongest.
+    """The result by site as text, at most 80 characters wide; with more than 12 sites the weakest and the strongest.
 
-    Sites of the run that the last evaluation lacks come after those that it has; then what was spent, under
-    differential privacy; rounds that lacked a site, with the reason, come last.
+    Sites that are not in the last evaluation come after the others; then the epsilon that was spent, under
+    differential privacy; rounds in which a site is missing, with the reason, come last.
 
     Args:
         metrics: as written to metrics.json.
@@ -257,7 +262,7 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
         # Each site weighs the same, so that the mean and the pooled value are one.
         lines.append(columns.row("all sites", total, pooled, pooled_spark, "pooled"))
     else:
-        # Under masks only the sum over all sites is known.
+        # Under secure aggregation only the sum over all sites is known.
         if mean or not pooled:
             means = sparkline(_over_rounds(rounds, "site_mean", lead), low, high)
             lines.append(columns.row("site mean", "", mean, means, "site_mean"))

@@ -1,4 +1,4 @@
-"""Figures, names and times of a run as people read them in a terminal.
+"""Formats figures, names and times of a run for a terminal.
 
 Names and reasons come from sites; they are printed without control characters and never read as markup.
 """
@@ -14,13 +14,13 @@ BLOCKS: Final = "▁▂▃▄▅▆▇█"
 #: Width of a site's name and of a sparkline, in characters.
 NAME_WIDTH: Final = 24
 SPARK_WIDTH: Final = 20
-#: Standard deviation of noise beyond which a share between 0 and 1 says nothing.
+#: Standard deviation of noise beyond which a share between 0 and 1 is below the noise floor.
 NOISE_FLOOR: Final = 0.25
 BELOW_NOISE_FLOOR: Final = "lost in noise"
 
 
 def printable(name: str, width: int = NAME_WIDTH) -> str:
-    """A name of at most ``width`` characters, with a mark in place of what cannot be printed."""
+    """A name of at most ``width`` characters, with ``?`` in place of unprintable ones."""
     kept = "".join(c if c.isprintable() else "?" for c in name[: width + 1])
     return kept if len(kept) <= width else kept[: width - 1] + "…"
 
@@ -47,21 +47,21 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def noised_text(name: str, value: float | None, metrics: Any, *view: str) -> str:
-    """A metric with the standard deviation of its noise, where it has some, rounded up.
+    """A metric with the standard deviation of its noise, rounded up, where it has noise.
 
     Args:
         name: of the metric.
         value: None where it was not measured.
-        metrics: what holds the figure, with what it says of noise.
-        view: where the figure stands in it.
+        metrics: the evaluation that holds the figure, with its record of noise.
+        view: path of the figure in it.
     """
     noise = member(metrics, "noise")
     if value is None or not isinstance(noise, Mapping):
         return metric_text(name, value)
-    deviation = finite(member(noise, *view, name))
-    if deviation is None or not deviation <= NOISE_FLOOR:
+    stddev = finite(member(noise, *view, name))
+    if stddev is None or not stddev <= NOISE_FLOOR:
         return BELOW_NOISE_FLOOR
-    tenths = math.ceil(1000 * deviation - 1e-9)
+    tenths = math.ceil(1000 * stddev - 1e-9)
     share = name.endswith("accuracy")
     spread = f"{tenths / 10:.1f}" if share else f"{tenths / 1000:.3f}"
     return f"{metric_text(name, value)} ± {spread}"
@@ -84,7 +84,7 @@ def clock(seconds: float) -> str:
 
 def round_facts(line: Mapping[str, Any]) -> str:
     """A line of rounds.jsonl in a few words: ``97.2 %  loss 0.081  8/8 sites  1 not counted``."""
-    # Under masks no site's own metrics are known, so there is no mean of them.
+    # Under secure aggregation no site's own metrics are known, so there is no mean of them.
     view = "site_mean" if member(line, "metrics", "site_mean") else "pooled"
     mean = member(line, "metrics", view)
     lead = lead_metric(mean)
@@ -105,19 +105,32 @@ def round_facts(line: Mapping[str, Any]) -> str:
 
 
 def waiting_text(phase: str, sites: Sequence[str], seconds: float) -> str:
-    """``waiting for site-3 and 2 more (0:30)``."""
+    """``waiting for site-3 and 2 more (0:30)``.
+
+    Args:
+        phase: what the run waits for: ``"superlink"``, ``"connect"`` or another.
+        sites: names of the sites that it waits for.
+        seconds: since it began to wait.
+    """
     if phase == "superlink":
-        what = "the SuperLink"
+        subject = "the SuperLink"
     elif not sites:
-        what = "sites to connect" if phase == "connect" else "sites"
+        subject = "sites to connect" if phase == "connect" else "sites"
     else:
-        what = printable(sites[0]) + (f" and {len(sites) - 1} more" if len(sites) > 1 else "")
-        what += " to connect" if phase == "connect" else ""
-    return f"waiting for {what} ({clock(seconds)})"
+        subject = printable(sites[0]) + (f" and {len(sites) - 1} more" if len(sites) > 1 else "")
+        subject += " to connect" if phase == "connect" else ""
+    return f"waiting for {subject} ({clock(seconds)})"
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = SPARK_WIDTH) -> str:
-    """Block characters, at most ``width``; where there are more values, the mean of neighbours."""
+    """Block characters, at most ``width``; where there are more values, the mean of neighbours.
+
+    Args:
+        values: to draw, in order.
+        low: value of the lowest block.
+        high: value of the highest block.
+        width: largest number of characters.
+    """
     if not values:
         return ""
     cells = min(width, len(values))

@@ -124,7 +124,9 @@ class Server:
         for site in names or self.sites:
             values = self.ask(site, protocol.TRAIN, (requests or {}).get(site, honest))
             if values is not None:
-                (bundle,) = transcript.unpack_bundles(values[messages.SECURE][messages.BUNDLE])
+                (bundle,) = transcript.unpack_advertisements(
+                    values[messages.SECURE][messages.BUNDLE]
+                )
                 found[site] = bundles(bundle)
         if len(found) >= transcript.MIN_SITES:
             attempt = Attempt(

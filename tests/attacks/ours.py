@@ -75,7 +75,7 @@ def swapped_key(home: Path) -> Attack:
         return {
             messages.BUNDLES: messages.joined(
                 [
-                    replace(b, box_key=key_agreement.Pair.generate().public)
+                    replace(b, encryption_key=key_agreement.Pair.generate().public)
                     if (b.site == VICTIM) != (site == VICTIM)
                     else b
                     for b in server.group.bundles.values()
@@ -146,7 +146,7 @@ def edited_roster(home: Path) -> Attack:
     """Four sites that do not exist join the bundles, signed with keys of the server's."""
     server = Server(make_sites(home)).begin()
     invented = [
-        transcript.new_bundle(
+        transcript.new_advertisement(
             server.group.attempt,
             f"site-{number}",
             key_agreement.Pair.generate().public,

@@ -78,14 +78,14 @@ def small_cohort(home: Path) -> Attack:
 def small_order_keys(home: Path) -> Attack:
     """A site in league with the server signs keys with which every agreement gives zero."""
     servers = []
-    for field in ("box_key", "mask_key"):
+    for field in ("encryption_key", "mask_key"):
         for number, point in enumerate(_SMALL):
             server = Server(make_sites(home / f"{field}-{number}"))
             server.begin(requests=None)
             of = server.group
             weak = replace(of.bundles[LOST], **{field: point})
-            signed = transcript.new_bundle(
-                of.attempt, LOST, weak.box_key, weak.mask_key, private_key(LOST)
+            signed = transcript.new_advertisement(
+                of.attempt, LOST, weak.encryption_key, weak.mask_key, private_key(LOST)
             )
             told = {messages.BUNDLES: joined(of.bundles | {LOST: signed})}
             del server.sites[LOST], of.bundles[LOST]

@@ -32,18 +32,18 @@ def sides(deployment, flower, ours):
 
 
 @pytest.mark.parametrize(
-    ("flower", "ours", "passed", "goal", "said"),
+    ("flower", "ours", "passed", "goal", "expected_text"),
     [
         (20.0, 4.0, True, True, "5.0 times as fast: the goal of 5 is reached"),
         (20.0, 5.0, True, False, "4.0 times as fast: the least of 3 is reached, the goal of 5 is"),
         (20.0, 10.0, False, False, "2.0 times as fast: the least of 3 is MISSED"),
     ],
 )
-def test_the_ratio_of_medians_decides(deployment, flower, ours, passed, goal, said):
+def test_the_ratio_of_medians_decides(deployment, flower, ours, passed, goal, expected_text):
     result = deployment.judge(*sides(deployment, flower, ours), "training only")
     assert result["ratio"] == flower / ours
     assert (result["passed"], result["goal_reached"]) == (passed, goal)
-    assert said in deployment.table(result)
+    assert expected_text in deployment.table(result)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
@@ -54,7 +54,7 @@ def test_flower_alone_is_no_verdict(deployment):
     assert "times as fast" not in deployment.table(result)
 
 
-def test_the_table_tells_a_sites_parts_apart(deployment):
+def test_the_table_shows_a_sites_parts_separately(deployment):
     text = deployment.table(deployment.judge(*sides(deployment, 20.0, 4.0), "training only"))
     assert "fedge, one site idle, PSS in MiB: relay 100, worker 250" in text
     assert "350" in text
@@ -91,7 +91,7 @@ def test_memory_of_a_tree_counts_descendants_and_only_these(deployment):
 
 
 @pytest.mark.parametrize(("ours", "status"), [(4.0, 0), (10.0, 1)])
-def test_the_exit_status_tells_whether_the_least_is_missed(
+def test_the_exit_status_is_1_where_the_minimum_is_missed(
     deployment, ours, status, monkeypatch, tmp_path, capsys
 ):
     result = deployment.judge(*sides(deployment, 20.0, ours), "training only")

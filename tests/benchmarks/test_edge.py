@@ -122,9 +122,7 @@ def test_quantiles_are_values_that_were_measured(edge):
 
 
 @pytest.mark.parametrize(("ours", "status"), [(3.0, 0), (4.0, 1)])
-def test_the_exit_status_and_the_file_tell_the_same(
-    edge, ours, status, monkeypatch, tmp_path, capsys
-):
+def test_the_exit_status_and_the_file_agree(edge, ours, status, monkeypatch, tmp_path, capsys):
     found = {name: [repetition()] for name in (*edge.MLSERVER, edge.LITSERVE)}
     found |= {edge.BARE: [repetition(2.0, counts=("1",))], edge.ECHO: [repetition(1.0)]}
     found[edge.OURS] = [repetition(ours, 900.0)]
@@ -135,10 +133,10 @@ def test_the_exit_status_and_the_file_tell_the_same(
     monkeypatch.setattr(edge.edge_load, "play", lambda *_: (found, ["one try failed"]))
     monkeypatch.setattr(edge, "RESULTS", tmp_path / "edge.json")
     assert edge.main([]) == status
-    told = json.loads((tmp_path / "edge.json").read_text())
-    assert told["passed"] is (status == 0)
-    assert told["problems"] == ["one try failed"]
-    assert told["versions"]["mlserver"] == {"mlserver": "1"}
+    results = json.loads((tmp_path / "edge.json").read_text())
+    assert results["passed"] is (status == 0)
+    assert results["problems"] == ["one try failed"]
+    assert results["versions"]["mlserver"] == {"mlserver": "1"}
     assert ("MISSED" in capsys.readouterr().out) is (status == 1)
 
 
@@ -147,10 +145,10 @@ def test_a_peer_that_cannot_be_installed_costs_its_rows_only(edge, monkeypatch, 
         if peer == "mlserver":
             raise RuntimeError("pip: failed\nno matching distribution")
 
-    asked = []
+    measured = []
 
     def play(chosen, *_):
-        asked.extend(c.name for c in chosen)
+        measured.extend(c.name for c in chosen)
         return {c.name: [repetition()] for c in chosen}, []
 
     monkeypatch.setattr(edge.edge_servers, "install", install)
@@ -164,42 +162,42 @@ def test_a_peer_that_cannot_be_installed_costs_its_rows_only(edge, monkeypatch, 
     monkeypatch.setattr(edge.edge_pair, "measure", fails)
     monkeypatch.setattr(edge, "RESULTS", tmp_path / "edge.json")
     assert edge.main([]) == 1
-    assert not set(edge.MLSERVER) & set(asked)
-    assert edge.LITSERVE in asked
-    told = json.loads((tmp_path / "edge.json").read_text())
-    assert "no matching distribution" in told["problems"][0]
-    assert told["rows"][edge.MLSERVER[0]] == {}
-    assert told["problems"][1:] == [f"turns, repetition {n}: pair: no" for n in (1, 2, 3)]
-    assert told["goals"]["p50"]["ratio"] is None
+    assert not set(edge.MLSERVER) & set(measured)
+    assert edge.LITSERVE in measured
+    results = json.loads((tmp_path / "edge.json").read_text())
+    assert "no matching distribution" in results["problems"][0]
+    assert results["rows"][edge.MLSERVER[0]] == {}
+    assert results["problems"][1:] == [f"turns, repetition {n}: pair: no" for n in (1, 2, 3)]
+    assert results["goals"]["p50"]["ratio"] is None
     assert "FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--seconds", "0"], "must be positive"),
         (["--repetitions", "0"], "must be positive"),
         (["nobody"], "no contender"),
     ],
 )
-def test_arguments_that_measure_nothing_are_refused(edge, arguments, said, capsys):
+def test_arguments_that_measure_nothing_are_refused(edge, arguments, message, capsys):
     with pytest.raises(SystemExit):
         edge.main(arguments)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_environment_that_is_complete_is_left_alone(edge, monkeypatch, tmp_path):
-    monkeypatch.setattr(edge.edge_servers, "_run", lambda what, _: pytest.fail(what))
+    monkeypatch.setattr(edge.edge_servers, "_run", lambda program, _: pytest.fail(program))
     (tmp_path / "litserve").mkdir()
-    wanted = "\n".join(edge.edge_servers.requirements("litserve")) + "\n"
-    (tmp_path / "litserve" / "installed").write_text(wanted)
+    content = "\n".join(edge.edge_servers.requirements("litserve")) + "\n"
+    (tmp_path / "litserve" / "installed").write_text(content)
     assert edge.edge_servers.install("litserve", tmp_path) == tmp_path / "litserve"
 
 
 @pytest.mark.parametrize("left", [None, "litserve==0.0.1\n"])
-def test_an_environment_that_is_not_complete_is_made_anew(edge, left, monkeypatch, tmp_path):
+def test_an_incomplete_environment_is_made_again(edge, left, monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(edge.edge_servers, "_run", lambda what, command: ran.append(what))
+    monkeypatch.setattr(edge.edge_servers, "_run", lambda program, command: ran.append(program))
     folder = tmp_path / "litserve"
     folder.mkdir()
     (folder / "half").touch()
@@ -213,7 +211,7 @@ def test_an_environment_that_is_not_complete_is_made_anew(edge, left, monkeypatc
 
 
 @pytest.mark.soak
-def test_what_pip_said_is_told(edge):
+def test_the_output_of_pip_is_reported(edge):
     command = [
         sys.executable,
         "-m",

@@ -49,7 +49,7 @@ def test_too_many_drops_end_the_round(flower):
 
 
 @pytest.mark.soak
-def test_a_wrong_mean_is_told(flower):
+def test_a_wrong_mean_is_reported(flower):
     work = flower.prepare_server(5, 4, 500, 0.0, 1)
     work.mean[7] += 0.001
     with pytest.raises(RuntimeError, match="must find the mean to 1.5e-05"):

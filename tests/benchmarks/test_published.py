@@ -69,7 +69,7 @@ def test_pooled_row_is_reached(published, data_folder):
 
 
 @pytest.mark.parametrize(("shift", "status"), [(0.0, 0), (0.03, 1)])
-def test_the_exit_status_tells_whether_a_pass_mark_is_missed(
+def test_the_exit_status_is_1_where_a_pass_mark_is_missed(
     published, shift, status, monkeypatch, tmp_path, capsys
 ):
     result = published.judge(measured(published, FedAvg=shift))

@@ -198,18 +198,18 @@ def test_a_level_reached_above_epsilon_is_missed(heart, private):
 
 
 @pytest.mark.parametrize(("shift", "within"), [(-0.06, False), (0.0, True)])
-def test_the_published_settings_are_told_without_a_mark(heart, private, shift, within):
+def test_the_published_settings_are_reported_without_a_mark(heart, private, shift, within):
     result = heart.judge(measured(heart, private, {heart.REPEATED: shift}))
     assert result["passed"]
-    told = result["published_settings"]
-    assert told["mean"] == pytest.approx(0.7015 + shift)
-    assert told["within_tolerance"] is within
+    reported = result["published_settings"]
+    assert reported["mean"] == pytest.approx(0.7015 + shift)
+    assert reported["within_tolerance"] is within
     text = heart.table(result)
-    assert (f"{told['mean']:.4f}, {'within' if within else 'outside'} 0.7 +- 0.05. ") in text
+    assert (f"{reported['mean']:.4f}, {'within' if within else 'outside'} 0.7 +- 0.05. ") in text
     assert "1.5 to 4.6 by this accountant" in text and "MISSED" not in text
 
 
-def test_the_table_tells_how_the_step_size_was_chosen(heart, private):
+def test_the_table_says_how_the_step_size_was_chosen(heart, private):
     result = heart.judge(measured(heart, private))
     found = result["search"]
     assert found["learning_rate"] == heart.LEARNING_RATE
@@ -257,8 +257,8 @@ def test_a_step_of_a_real_run_is_charged_within_epsilon(published, heart, data_f
         return Config.model_validate(values)
 
     claim = heart.Claim(1.0, 1e-3, (42,), 0.7)
-    told = []
-    runs = heart.fed_heart_dp(base, told.append, {"one": claim})
+    reported = []
+    runs = heart.fed_heart_dp(base, reported.append, {"one": claim})
     (found,) = runs["one"]
     assert tuple(found.accounts) == HOSPITALS
     rates = {h: 4 / rows for h, rows in zip(HOSPITALS, ROWS, strict=True)}
@@ -268,11 +268,11 @@ def test_a_step_of_a_real_run_is_charged_within_epsilon(published, heart, data_f
     # Who samples at a higher rate takes more noise.
     noise = {h: a.noise_multiplier for h, a in found.accounts.items()}
     assert sorted(noise, key=noise.get) == ["cleveland", "hungary", "va", "switzerland"]
-    assert len(told) == 1 and told[0].startswith("one, seed 42: ")
+    assert len(reported) == 1 and reported[0].startswith("one, seed 42: ")
 
 
 @pytest.mark.parametrize(("over", "status"), [(1.0, 0), (1.1, 1)])
-def test_the_command_writes_the_table_and_tells_what_is_missed(
+def test_the_command_writes_the_table_and_reports_missed_marks(
     published, heart, private, over, status, monkeypatch, tmp_path, capsys
 ):
     runs = measured(heart, private, over=over)

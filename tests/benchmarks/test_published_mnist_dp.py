@@ -99,21 +99,21 @@ def test_the_settings_are_the_examples_and_cost_less_than_1(mnist, tmp_path):
     assert accounting.accountant([release] * 15) == "PLD"
     # A noise multiplier of 1, as it is often set, would cost more than the mark.
     less = release_of(Noise(1.0, 1.5), config.train, 60_000)
-    assert accounting.epsilon([less] * 15, mnist.DELTA) > mnist.MOST_EPSILON
+    assert accounting.epsilon([less] * 15, mnist.DELTA) > mnist.MAX_EPSILON
 
 
 @pytest.mark.soak
 def test_a_run_of_single_steps_goes_through_the_engine(mnist, images):
     private = sys.modules["published_private"]
-    told = []
+    reported = []
     with mnist.installed():
         config = mnist.configuration(42, images, rounds=2, steps=1, threads=1)
-        found = private.run(config, mnist.DELTA, mnist._Told("seed 42", told.append))
+        found = private.run(config, mnist.DELTA, mnist._EpochReporter("seed 42", reported.append))
     account = found.accounts["site-1"]
     assert (account.charges, account.steps, account.sampling_rate) == (2, 2, 0.5)
     assert account.noise_multiplier == 1.3
     assert len(found.by_round) == 2 and 0 <= found.accuracy["site-1"] <= 1
-    assert [line.split(":")[0] for line in told] == ["seed 42, epoch 1", "seed 42, epoch 2"]
+    assert [line.split(":")[0] for line in reported] == ["seed 42, epoch 1", "seed 42, epoch 2"]
 
 
 def test_the_published_value_passes(mnist):
@@ -139,7 +139,7 @@ def test_each_mark_can_be_missed(mnist, change, missed):
 
 
 @pytest.mark.parametrize(("accuracy", "status"), [(0.94, 0), (0.93, 1)])
-def test_the_command_writes_the_table_and_tells_what_is_missed(
+def test_the_command_writes_the_table_and_reports_missed_marks(
     published, mnist, accuracy, status, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(mnist, "mnist_dp", lambda data, report: one(mnist, accuracy))

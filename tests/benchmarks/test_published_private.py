@@ -39,22 +39,22 @@ def entries(folder, *releases, unit="example"):
 
 def test_epsilon_is_of_all_releases_at_the_tables_delta(private, tmp_path):
     found = entries(tmp_path, *[Release(5.0, 0.1, 100)] * 3)
-    told = found[-1].epsilon_consumers
-    account = private.account(found, told, DELTA)
+    reported = found[-1].epsilon_consumers
+    account = private.account(found, reported, DELTA)
     assert account.epsilon == epsilon.epsilon([Release(5.0, 0.1, 300)], DELTA)
     assert (account.charges, account.steps, account.accountant) == (3, 300, "PLD")
     assert (account.noise_multiplier, account.sampling_rate) == (5.0, 0.1)
-    # What the site told is of its own, smaller delta, and so larger.
-    assert (account.told_epsilon, account.told_delta) == (told, 1e-5)
-    assert account.epsilon < told
+    # The epsilon that the site reported is at its own, smaller delta, and so larger.
+    assert (account.told_epsilon, account.told_delta) == (reported, 1e-5)
+    assert account.epsilon < reported
 
 
-def test_a_ledger_that_ends_at_another_epsilon_than_was_told_is_refused(private, tmp_path):
+def test_a_ledger_that_ends_at_another_epsilon_than_reported_is_refused(private, tmp_path):
     found = entries(tmp_path, *[Release(5.0, 0.1, 100)] * 3)
-    with pytest.raises(ValueError, match="must end at the epsilon that was told, 0.5, got"):
+    with pytest.raises(ValueError, match="must end at the reported epsilon, 0.5, got"):
         private.account(found, 0.5, DELTA)
     # A charge that the ledger has lost.
-    with pytest.raises(ValueError, match="must end at the epsilon that was told"):
+    with pytest.raises(ValueError, match="must end at the reported epsilon"):
         private.account(found[:-1], found[-1].epsilon_consumers, DELTA)
 
 
@@ -113,12 +113,12 @@ def line(server_round, *trained, outcome="committed"):
 
 def test_a_run_in_which_a_site_was_left_out_is_refused(private):
     whole = [line(1, "north", "south"), line(2, "south", "north")]
-    private.require_whole(whole)
+    private.require_all_sites(whole)
     with pytest.raises(ValueError, match="round 3: must count north, south, got south"):
-        private.require_whole([*whole, line(3, "south")])
+        private.require_all_sites([*whole, line(3, "south")])
     skipped = line(3, "north", "south", outcome="skipped")
     with pytest.raises(ValueError, match="round 3: must count north, south, got none"):
-        private.require_whole([*whole, skipped])
+        private.require_all_sites([*whole, skipped])
     fewer = line(3, "north") | {"invited": ["north"]}
     with pytest.raises(ValueError, match="round 3: must count north, south, got north"):
-        private.require_whole([*whole, fewer])
+        private.require_all_sites([*whole, fewer])

@@ -63,17 +63,17 @@ def test_a_client_uploads_four_bytes_a_parameter(ours):
 
 
 @pytest.mark.parametrize(("n", "degree"), [(3, None), (9, 4), (9, 8)])
-def test_a_client_s_vector_is_opened_by_its_peers(ours, n, degree, monkeypatch):
+def test_a_client_s_vector_is_unmasked_by_its_peers(ours, n, degree, monkeypatch):
     ours.client_once(n, degree, 300)
 
     class Damaged(ours.Peers):
-        def require_opened(self, replies, given):
+        def require_unmasked(self, replies, sent_vector):
             array = replies["query.secagg_masked"]["arrays"]["masked"]
             array.data = array.data[:-1] + bytes([array.data[-1] ^ 1])
-            super().require_opened(replies, given)
+            super().require_unmasked(replies, sent_vector)
 
     monkeypatch.setattr(ours, "Peers", Damaged)
-    with pytest.raises(RuntimeError, match="must be opened by what the peers hold"):
+    with pytest.raises(RuntimeError, match="must be unmasked by the peers' shares"):
         ours.client_once(n, degree, 300)
 
 
@@ -142,7 +142,7 @@ def row(who, ratio, goal, upload=(400, 800)):
         ),
     ],
 )
-def test_a_missed_goal_is_told_and_ends_with_1(
+def test_a_missed_goal_is_reported_and_ends_with_1(
     comparison, rows, speed, missed, monkeypatch, tmp_path, capsys
 ):
     found = iter([rows, *([[]] * 9)])

@@ -44,7 +44,7 @@ def test_a_row_that_hangs_is_ended_with_what_it_started(soak, tmp_path):
         time.sleep(0.02)
 
 
-def test_the_age_of_what_was_written_is_told(soak):
+def test_the_age_of_the_results_is_reported(soak):
     assert soak.age() == "soak: has not run here yet; `make soak`"
     rows = [soak.Row("a", [], outcome="passed"), soak.Row("b", [], "there is no b")]
     soak.write(rows, datetime.now(UTC) - timedelta(days=3))

@@ -97,14 +97,14 @@ def record(ask, **changes):
 def test_terms_are_read(ask):
     terms = requests.terms(record(ask), 2)
     assert terms.address == requests.Address("r-1", 1)
-    assert (terms.seed, terms.threads, terms.of_site) == (42, 1, False)
+    assert (terms.seed, terms.threads, terms.own_statistics) == (42, 1, False)
     assert terms.standardise is not None
     assert terms.standardise.mean == (1.5, 1.5)
 
 
 def test_no_statistics_are_needed_where_none_are_used(ask):
     bare = {"feature_mean": None, "feature_std": None}
-    assert requests.terms(record(ask, standardise="site", **bare), 2).of_site
+    assert requests.terms(record(ask, standardise="site", **bare), 2).own_statistics
     assert requests.terms(record(ask, **bare), None).standardise is None
 
 

@@ -267,7 +267,7 @@ def endless() -> bytes:
 
 
 def nonsense() -> bytes:
-    """A well-formed file with an operator that nobody knows."""
+    """A well-formed file with an unknown operator."""
     return _model([helper.make_node("Nonsense", ["input"], ["logits"])], [])
 
 

@@ -40,7 +40,7 @@ def _error(capsys: Capture, status: int, *argv: object) -> str:
     return err
 
 
-def test_verify_tells_what_the_bundle_holds(
+def test_verify_shows_the_contents_of_the_bundle(
     capsys: Capture, image_bundle: Path, trust: Path
 ) -> None:
     assert main(["verify", str(image_bundle), "--trust", str(trust)]) == 0
@@ -73,31 +73,33 @@ def test_verify_tells_what_the_bundle_holds(
 def test_verify_says_whether_a_site_must_bring_its_statistics(
     capsys: Capture, table_bundle: Path, site_bundle: Path, trust: Path
 ) -> None:
-    for bundle, wanted in ((table_bundle, False), (site_bundle, True)):
+    for bundle, shown in ((table_bundle, False), (site_bundle, True)):
         found = _json(capsys, "verify", bundle, "--trust", trust, "--json")
-        assert found["site_statistics"] is wanted
+        assert found["site_statistics"] is shown
         assert main(["verify", str(bundle), "--trust", str(trust)]) == 0
-        said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        lines_shown = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
         line = ["statistics", "each site's own: pass --statistics to predict and bench"]
-        assert (line in said) is wanted
-        assert ("statistics" in {key for key, _ in said}) is wanted
+        assert (line in lines_shown) is shown
+        assert ("statistics" in {key for key, _ in lines_shown}) is shown
 
 
-def test_verify_tells_what_protects_the_examples_and_what_does_not(
+def test_verify_shows_what_protects_the_examples_and_what_does_not(
     capsys: Capture, bundle_of: Callable[..., Path], image_bundle: Path, trust: Path
 ) -> None:
-    def said(bundle: Path) -> str:
+    def privacy_line(bundle: Path) -> str:
         assert main(["verify", str(bundle), "--trust", str(trust)]) == 0
         lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
         return lines["privacy"]
 
-    assert said(image_bundle) == "none"
-    told = Privacy("example", 1.0, 1.0, {"a": "d" * 64}, unit="example", metrics="unprotected")
-    bundle = bundle_of(task="private", privacy=told)
-    assert said(bundle) == "example, noise multiplier 1, clipping bound 1; metrics unprotected"
+    assert privacy_line(image_bundle) == "none"
+    record = Privacy("example", 1.0, 1.0, {"a": "d" * 64}, unit="example", metrics="unprotected")
+    bundle = bundle_of(task="private", privacy=record)
+    assert (
+        privacy_line(bundle) == "example, noise multiplier 1, clipping bound 1; metrics unprotected"
+    )
     found = _json(capsys, "verify", bundle, "--trust", trust, "--json")
-    assert found["statement"]["predicate"]["privacy"] == told.to_json()
-    assert found["manifest"]["privacy"] == told.to_json()
+    assert found["statement"]["predicate"]["privacy"] == record.to_json()
+    assert found["manifest"]["privacy"] == record.to_json()
 
 
 def test_verify_shows_the_schema_of_a_table(
@@ -182,7 +184,9 @@ def test_statistics_for_a_model_that_holds_its_own_are_refused(
         ["bench", table_bundle, *own],
     ):
         error = _error(capsys, 1, *argv)
-        assert error.startswith("FE-807 this model was trained with one mean and deviation")
+        assert error.startswith(
+            "FE-807 this model was trained with one mean and standard deviation"
+        )
         assert "leave --statistics out" in error
 
 

@@ -30,7 +30,7 @@ def heap_set_aside() -> Iterator[None]:
 
 
 class Nodes(Grid):
-    """A Grid that knows its nodes; whoever sends over it fails."""
+    """A Grid that knows its nodes; every call that sends fails."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -68,12 +68,12 @@ def nodes() -> Callable[[int], Grid]:
 @pytest.fixture
 def model() -> dict[str, np.ndarray[Any, Any]]:
     """A matrix, a vector, a scalar, and a tensor of float64."""
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     return {
-        "fc.weight": draw.normal(size=(3, 4)).astype(np.float32),
-        "fc.bias": draw.normal(size=3).astype(np.float32),
+        "fc.weight": rng.normal(size=(3, 4)).astype(np.float32),
+        "fc.bias": rng.normal(size=3).astype(np.float32),
         "scale": np.asarray(0.75, dtype=np.float32),
-        "wide": draw.normal(size=2),
+        "wide": rng.normal(size=2),
     }
 
 
@@ -99,18 +99,18 @@ def sites() -> Sites:
     ) -> tuple[Update, ...]:
         updates = []
         for i in range(count):
-            draw = np.random.default_rng((server_round, i))
+            rng = np.random.default_rng((server_round, i))
             own = {
                 k: np.asarray(
-                    a + draw.integers(0, 9)
+                    a + rng.integers(0, 9)
                     if a.dtype.kind == "i"
-                    else a + draw.normal(0.3 * server_round, 0.5, a.shape),
+                    else a + rng.normal(0.3 * server_round, 0.5, a.shape),
                     dtype=a.dtype,
                 )
                 for k, a in arrays.items()
             }
             own |= {
-                f"control/{k}": draw.normal(0.1, 0.2, arrays[k].shape).astype(arrays[k].dtype)
+                f"control/{k}": rng.normal(0.1, 0.2, arrays[k].shape).astype(arrays[k].dtype)
                 for k in arrays
                 if k in control
             }
@@ -138,7 +138,7 @@ class SuperLink(Grid):
 
     A site handles one message after the other. While it is down it handles none, what it held is lost, and 60 s after
     it went down it is not listed: then Flower answers for it, and forgets the request. Flower 1.43 does neither, nor
-    does it say that a reply is gone: set ``tells`` to False.
+    does it report that a reply is lost: set ``reports_loss`` to False.
 
     Args:
         time: the clock.
@@ -167,8 +167,8 @@ class SuperLink(Grid):
         self.slower: Callable[[Message], float] = lambda message: 0.0
         #: Requests that are not stored, and those whose reply was announced and never came whole.
         self.refuse: Callable[[Message], bool] = lambda message: False
-        self.gone: Callable[[Message], bool] = lambda message: False
-        self.tells = True
+        self.incomplete: Callable[[Message], bool] = lambda message: False
+        self.reports_loss = True
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -237,27 +237,27 @@ class SuperLink(Grid):
         self._fails()
         for node in self.queues:
             self._work(node)
-        found = []
+        replies = []
         for number in message_ids:
             assert number, "a message that was not stored is asked for"
             node = self.where.get(number)
-            if self.tells and node is not None and not self.listed(node):
-                found.append(self._flower_says(number, 5))
+            if self.reports_loss and node is not None and not self.listed(node):
+                replies.append(self._flower_says(number, 5))
                 self.queues[node] = [
                     q for q in self.queues[node] if q[1].metadata.message_id != number
                 ]
                 self.where.pop(number)
                 self.ready.pop(number, None)
-            elif self.tells and node is None:
-                found.append(self._flower_says(number, 3))
+            elif self.reports_loss and node is None:
+                replies.append(self._flower_says(number, 3))
             elif number in self.ready and self.ready[number][0] <= self.time.time:
                 reply = self.ready.pop(number)[1]
                 self.where.pop(number)
-                if not self.gone(self._request(number)):
-                    found.append(reply)
-                elif self.tells:
-                    found.append(self._flower_says(number, 3))
-        return found
+                if not self.incomplete(self._request(number)):
+                    replies.append(reply)
+                elif self.reports_loss:
+                    replies.append(self._flower_says(number, 3))
+        return replies
 
     def _request(self, number: str) -> Message:
         return next(m for m in self.pushed if m.metadata.message_id == number)

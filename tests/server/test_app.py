@@ -28,7 +28,7 @@ from fedge.simulations.grid import InProcessGrid
 CONFIG = config("breast-cancer", sites={"count": 3})
 
 
-class Heard(listener.Silent):
+class RecordingListener(listener.NullListener):
     def __init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
         self.sites: list[tuple[int, str]] = []
@@ -59,20 +59,20 @@ def serve(directory: RunDirectory, flower_run: int) -> None:
 
 
 @pytest.mark.slow
-def test_it_plays_the_run_of_its_directory_and_tells_who_listens(tmp_path: Path):
+def test_it_plays_the_run_of_its_directory_and_reports_to_the_listener(tmp_path: Path):
     directory, _ = prepare(tmp_path / "run", CONFIG, resume=False)
-    heard = Heard()
-    with listener.listening(heard):
+    recording = RecordingListener()
+    with listener.listening(recording):
         serve(directory, 501)
-    assert heard.starts == [(2, 0)]
-    assert heard.rounds == [1, 2]
+    assert recording.starts == [(2, 0)]
+    assert recording.rounds == [1, 2]
     sites = ["site-1", "site-2", "site-3"]
-    assert heard.sites == [(r, s) for r in (1, 1, 2, 2) for s in sites], "train, then evaluate"
+    assert recording.sites == [(r, s) for r in (1, 1, 2, 2) for s in sites], "train, then evaluate"
     assert json.loads(directory.run.read_text())["state"] == "finished"
 
     # Another Flower run on the finished directory changes nothing, and plays nothing.
     before = directory.model.stat().st_mtime_ns
-    again = Heard()
+    again = RecordingListener()
     with listener.listening(again):
         serve(directory, 502)
     assert again.rounds == []
@@ -89,13 +89,13 @@ def test_without_a_run_directory_it_refuses(tmp_path: Path):
     assert refused.value.code == 209
 
 
-def test_nobody_listens_outside_the_block():
-    heard = Heard()
-    with listener.listening(heard):
-        assert listener.current() is heard
-        with listener.listening(listener.Silent()):
-            assert listener.current() is not heard
-        assert listener.current() is heard
+def test_there_is_no_listener_outside_the_block():
+    recording = RecordingListener()
+    with listener.listening(recording):
+        assert listener.current() is recording
+        with listener.listening(listener.NullListener()):
+            assert listener.current() is not recording
+        assert listener.current() is recording
     assert listener.current() is None
 
 
@@ -121,9 +121,9 @@ def test_a_run_that_stops_says_why_and_the_error_goes_out(tmp_path: Path):
     with pytest.raises(RunError) as stopped:
         _serve_alone(directory)
     assert stopped.value.code == 501
-    told = json.loads(directory.stopped.read_text())
-    assert told["code"] == "FE-501"
-    assert told["message"] == stopped.value.message
+    stopped_json = json.loads(directory.stopped.read_text())
+    assert stopped_json["code"] == "FE-501"
+    assert stopped_json["message"] == stopped.value.message
     assert state_of(directory.path) == "stopped"
     prepare(directory.path, quick, resume=True)
     assert state_of(directory.path) == "unfinished"
@@ -137,7 +137,7 @@ def test_a_directory_that_is_missing_is_refused_and_not_made(tmp_path: Path):
 
 
 def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path: Path):
-    class Ended(listener.Silent):
+    class Ended(listener.NullListener):
         def round(self, line: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 

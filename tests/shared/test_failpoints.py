@@ -1,4 +1,4 @@
-"""Fail points kill where they are asked to, and nowhere else."""
+"""Fail points kill where the environment names them, and nowhere else."""
 
 import os
 import signal

@@ -66,7 +66,7 @@ def serve(channel: socket.socket) -> None:
 
 
 def _ended(pid: int, channel: socket.socket, seconds: float) -> int | None:
-    """Exit status of a child, negative for a signal; killed and None when the time is over, or nobody asks any more."""
+    """Exit status of a child, negative for a signal; killed and None when the time is over, or the caller has ended."""
     child = os.pidfd_open(pid)
     ready, _, _ = select.select([child, channel], [], [], seconds)
     os.close(child)
@@ -89,7 +89,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # A process that is told its program by -c finds modules there, and not where this file is.
+    # A process that gets its program by -c finds modules there, and not where this file is.
     sys.path[0] = ""
     # The tests' process ends this one, which it does by going.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -13,7 +13,7 @@ TODAY = datetime.now(UTC).date()
 SITES = ["site-1", "site-2", "site-3"]
 
 
-def test_a_roster_vouches_for_its_sites_and_nobody_else():
+def test_a_roster_lists_its_sites_and_no_others():
     keys = {site: Ed25519PrivateKey.generate() for site in SITES}
     signer = Ed25519PrivateKey.generate()
     found = roster.open_roster(consortium.signed_roster(keys, signer), signer.public_key())
@@ -33,12 +33,12 @@ def test_it_is_that_consortiums_alone():
 
 
 def test_simulated_sites_believe_each_other_with_keys_of_the_moment():
-    made, again = consortium.anchors(SITES, 3), consortium.anchors(SITES, 3)
-    assert list(made) == SITES
-    for site, own in made.items():
+    roster_bytes, again = consortium.anchors(SITES, 3), consortium.anchors(SITES, 3)
+    assert list(roster_bytes) == SITES
+    for site, own in roster_bytes.items():
         assert own.site == site
         assert own.min_sites() == 3
         for peer in SITES:
-            assert own.roster().key_of(peer, TODAY) == made[peer].private.public_key()
+            assert own.roster().key_of(peer, TODAY) == roster_bytes[peer].private.public_key()
         with pytest.raises(AssertionError):
             assert own.roster().key_of(site, TODAY) == again[site].private.public_key()

@@ -33,13 +33,13 @@ def test_the_whole_chain(edge_env: Path, tmp_path: Path) -> None:
     report = tmp_path / done.stdout.splitlines()[-1]
     assert done.stdout.endswith("\nruns/demo/report.html\n")
 
-    told = json.loads((report.parent / "edge.json").read_text())
-    assert told["environment"]["torch"] is False
-    assert told["environment"]["flwr"] is False
-    assert told["rows"] > 400
-    assert told["agreement"] == 1.0
+    result = json.loads((report.parent / "edge.json").read_text())
+    assert result["environment"]["torch"] is False
+    assert result["environment"]["flwr"] is False
+    assert result["rows"] > 400
+    assert result["agreement"] == 1.0
     metrics = json.loads((report.parent / "metrics.json").read_text())
-    assert told["metrics"]["accuracy"] == pytest.approx(
+    assert result["metrics"]["accuracy"] == pytest.approx(
         metrics["final"]["pooled"]["accuracy"], abs=1e-12
     )
     assert metrics["final"]["pooled"]["accuracy"] > 0.95

@@ -55,9 +55,9 @@ def test_everything_is_written(first: Path):
 
 
 def test_rounds_and_metrics_agree(first: Path):
-    told = lines(first)
-    assert [line["round"] for line in told] == [1, 2, 3]
-    for line in told:
+    record = lines(first)
+    assert [line["round"] for line in record] == [1, 2, 3]
+    for line in record:
         assert line["outcome"] == "committed"
         assert line["invited"] == line["trained"] == ["site-1", "site-2", "site-3", "site-4"]
         assert line["rejected"] == line["dropped"] == []
@@ -65,7 +65,7 @@ def test_rounds_and_metrics_agree(first: Path):
     metrics = json.loads((first / "metrics.json").read_text())
     assert metrics["final"] == {
         "round": 3,
-        **{k: told[-1]["metrics"][k] for k in ("per_site", "site_mean", "pooled")},
+        **{k: record[-1]["metrics"][k] for k in ("per_site", "site_mean", "pooled")},
     }
     accuracies = [row["accuracy"] for row in metrics["final"]["per_site"].values()]
     assert metrics["final"]["site_mean"]["accuracy"] == pytest.approx(sum(accuracies) / 4)
@@ -151,7 +151,7 @@ def test_data_that_cannot_be_divided_are_an_error_of_the_data(tmp_path: Path):
 
 
 def test_missing_data_begin_no_directory(tmp_path: Path):
-    of = builders.config("heart", data={"path": str(tmp_path / "no"), "partition": "natural"})
+    settings = builders.config("heart", data={"path": str(tmp_path / "no"), "partition": "natural"})
     with pytest.raises(DataError):
-        simulate(of, tmp_path / "run")
+        simulate(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

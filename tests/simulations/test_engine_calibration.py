@@ -1,4 +1,4 @@
-"""Whole runs that end with a calibration: equal to a central one, under masks, with noise, and after a kill."""
+"""Whole runs with a calibration: equal to a central one, under secure aggregation, with noise, and after a kill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxruntime.quantization.calibrate import create_calibrator
 
 from fedge.client.data.dataset import site_shares
 from fedge.server.runs.directory import RunDirectory
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_INT8, ONNX_KINDS
 from fedge.shared.compile import calibration, candidates
@@ -48,10 +48,10 @@ def last_line(run: Path) -> dict[str, Any]:
     return found
 
 
-def central(run: Path, of: Config, folder: Path) -> dict[str, tuple[float, float]]:
+def central(run: Path, run_config: Config, folder: Path) -> dict[str, tuple[float, float]]:
     """What ONNX Runtime's own calibrator finds over the training examples of all sites together."""
-    task = get_task(of.task.name)
-    shares = site_shares(of, task).values()
+    task = get_task(run_config.task.name)
+    shares = site_shares(run_config, task).values()
     x = np.concatenate([steps.apply(task.preprocessing, s.train_features) for s in shares])
     onnx = candidates.fp32(task, tensors.read(run / "model.safetensors"), x.shape[1:])
     (folder / "model.onnx").write_bytes(onnx)
@@ -102,15 +102,15 @@ def test_each_candidate_is_scored_on_the_held_out_examples(plain: Path) -> None:
         assert (counted.sites, counted.num_examples) == (2, fp32.num_examples)
         assert counted.metrics["loss"] == pytest.approx(fp32.metrics["loss"], rel=0.02), kind
         assert counted.reference == fp32.metrics
-    told = line["calibration"]
-    assert (told["mode"], told["sites"], told["ranges"]) == ("exact", 2, True)
-    assert told["candidates"] == sorted(ONNX_KINDS)
+    reported = line["calibration"]
+    assert (reported["mode"], reported["sites"], reported["ranges"]) == ("exact", 2, True)
+    assert reported["candidates"] == sorted(ONNX_KINDS)
     metrics = json.loads((plain / "metrics.json").read_text())
     assert "calibrated over 2 sites" in summary_table(metrics, [line])
 
 
-class Interrupts(Silent):
-    """As if killed after the last commit, before anybody is asked about the model."""
+class Interrupts(NullListener):
+    """As if killed after the last commit, before any site is asked about the model."""
 
     def round(self, line: dict[str, Any]) -> None:
         raise KeyboardInterrupt
@@ -170,17 +170,21 @@ def test_sites_that_speak_of_other_bytes_are_left_out_by_number(tmp_path: Path) 
         if kind == protocol.QUALIFY and site == "site-1":
             record[protocol.CANDIDATES] = ["onnx-int2"] * len(record[protocol.CANDIDATES])
 
-    of = config(3, calibration={"enabled": True, "bound": 2.0})
-    run = simulate(of, tmp_path / "run", grid=altered(alter)).path
+    run_config = config(3, calibration={"enabled": True, "bound": 2.0})
+    run = simulate(run_config, tmp_path / "run", grid=altered(alter)).path
     found = load(run)
     assert found.sites == found.clipped == ("site-1", "site-3")
     assert found.ranges is not None
     assert max(high for _, high in found.ranges.values()) == 2.0
-    told = {(a.site, a.of): (a.code, a.reason) for a in found.absent}
-    assert told.keys() == {("site-2", "ranges"), ("site-3", ONNX_INT8), ("site-1", "candidates")}
-    assert "FE-429" in told["site-2", "ranges"][1]
-    assert told["site-3", ONNX_INT8][0] == 413
-    assert "FE-414" in told["site-1", "candidates"][1]
+    reported = {(a.site, a.of): (a.code, a.reason) for a in found.absent}
+    assert reported.keys() == {
+        ("site-2", "ranges"),
+        ("site-3", ONNX_INT8),
+        ("site-1", "candidates"),
+    }
+    assert "FE-429" in reported["site-2", "ranges"][1]
+    assert reported["site-3", ONNX_INT8][0] == 413
+    assert "FE-414" in reported["site-1", "candidates"][1]
     assert {k: c.sites for k, c in found.candidates.items()} == {
         kind: 1 if kind == ONNX_INT8 else 2 for kind in ONNX_KINDS
     }
@@ -213,18 +217,23 @@ MASKS = {"enabled": True, "min-sites": 3}
 
 
 @pytest.mark.slow
-def test_under_masks_no_range_is_tighter_and_none_more_than_a_bin_wider(tmp_path: Path) -> None:
-    of = config(3, **{"secure-aggregation": MASKS})
-    run = simulate(of, tmp_path / "run").path
+def test_under_secure_aggregation_no_range_is_tighter_and_none_more_than_a_bin_wider(
+    tmp_path: Path,
+) -> None:
+    run_config = config(3, **{"secure-aggregation": MASKS})
+    run = simulate(run_config, tmp_path / "run").path
     found = load(run)
-    true = central(run, of, tmp_path)
+    true = central(run, run_config, tmp_path)
     assert (found.mode, found.examples) == ("histogram", 1347)
     assert found.ranges is not None
     assert found.ranges.keys() == true.keys()
     for name, (low, high) in found.ranges.items():
-        for told, reach in ((-low, -true[name][0]), (high, true[name][1])):
-            assert told >= max(reach, 0.0)
-            assert told <= max(reach, 2.0**-14) * 2**0.5 * (1 + 1e-12) or reach <= 0 == told
+        for reported, true_end in ((-low, -true[name][0]), (high, true[name][1])):
+            assert reported >= max(true_end, 0.0)
+            assert (
+                reported <= max(true_end, 2.0**-14) * 2**0.5 * (1 + 1e-12)
+                or true_end <= 0 == reported
+            )
     assert {k: c.sites for k, c in found.candidates.items()} == dict.fromkeys(ONNX_KINDS, 3)
     pooled = last_line(run)["metrics"]["pooled"]
     assert found.candidates[ONNX_FP32].metrics == pytest.approx(pooled, rel=1e-5)
@@ -262,25 +271,27 @@ def test_with_noise_ranges_and_scores_are_charged_as_releases_of_their_own(tmp_p
 
 
 @pytest.mark.slow
-def test_noise_of_few_whole_sites_leaves_no_ranges_and_the_reason_is_told(tmp_path: Path) -> None:
+def test_noise_of_few_whole_sites_leaves_no_ranges_and_the_reason_is_reported(
+    tmp_path: Path,
+) -> None:
     section = {
         "mechanism": "distributed",
         "noise-multiplier": 1.0,
         "metrics": "noised",
         "metrics-noise-multiplier": 1.0,
     }
-    of = config(3, privacy=section, **{"secure-aggregation": MASKS})
-    run = simulate(of, tmp_path / "run").path
+    run_config = config(3, privacy=section, **{"secure-aggregation": MASKS})
+    run = simulate(run_config, tmp_path / "run").path
     found, line = load(run), last_line(run)
     assert found.ranges is None
     assert "sites to stand above the noise, got none" in found.reason
     assert set(found.candidates) == {ONNX_FP32, ONNX_FP16}
     # Noise leaves nothing of a share of three sites.
     assert found.candidates[ONNX_FP32].metrics == {}
-    told = line["masked_epsilon"]
-    assert (told["updates"], told["evaluations"]) == (1, 3)
+    reported = line["masked_epsilon"]
+    assert (reported["updates"], reported["evaluations"]) == (1, 3)
     spent = epsilon([Release(1.0, steps=4)], 1e-5)
-    assert told["consumers"] == pytest.approx(spent)
+    assert reported["consumers"] == pytest.approx(spent)
     entries = Ledger(RunDirectory(run).sites / "site-1" / FILE).entries()
     assert [e.charge.purpose for e in entries] == ["train", "evaluate", "calibrate", "qualify"]
 
@@ -294,8 +305,8 @@ def test_a_run_without_the_section_asks_nothing_and_has_the_same_model(
         kinds.add(kind)
         assert protocol.CALIBRATION not in record
 
-    of = config(calibration={"enabled": False})
-    run = simulate(of, tmp_path / "run", grid=altered(note)).path
+    run_config = config(calibration={"enabled": False})
+    run = simulate(run_config, tmp_path / "run", grid=altered(note)).path
     assert kinds == {protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE}
     assert not (run / "calibration.json").exists()
     assert "calibration" not in last_line(run)

@@ -24,7 +24,7 @@ from fedge.client.secagg import input_vector
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.runs.directory import RunDirectory, prepare
-from fedge.server.runs.listener import Silent, listening
+from fedge.server.runs.listener import NullListener, listening
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_KINDS
 from fedge.shared.compile import calibration
@@ -74,7 +74,7 @@ def parsed(text: str) -> Config:
 
 
 class Killed(BaseException):
-    """The coordinator is gone."""
+    """The coordinator has been killed."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Sites:
         names = dict(enumerate(self.shares, start=1))
         network = Watched(names, client_app, self.runs)
         context = Context(self.runs, 0, {}, RecordDict(), {"run-dir": str(directory.path)})
-        with directory.lock(), listening(Silent()):
+        with directory.lock(), listening(NullListener()):
             server_app(network, context)
         return directory.path
 
@@ -162,7 +162,7 @@ def last_line(run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Whole:
-    """A run that nothing interrupts, and the vectors that its sites put under masks, by purpose."""
+    """A run that nothing interrupts, and the vectors that its sites masked, by purpose."""
 
     sites: Sites
     run: Path
@@ -199,7 +199,9 @@ def sites(tmp_path: Path) -> Iterator[Sites]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("purpose", ["calibrate", "qualify"])
-def test_the_server_is_told_nothing_of_one_site_but_under_masks(whole: Whole, purpose: str) -> None:
+def test_the_server_learns_nothing_of_one_site_under_secure_aggregation(
+    whole: Whole, purpose: str
+) -> None:
     plain = whole.plain[purpose]
     assert len(plain) == 3
     told = [h for h in whole.sites.heard if h.purpose == purpose]
@@ -236,9 +238,9 @@ def at(kind: str, purpose: str) -> Callable[[str, str, str], bool]:
 
 KILLS = {
     "between the exchanges": lambda site, kind, purpose: kind == QUALIFY,
-    "ranges about to be opened": at(messages.UNMASK, "calibrate"),
+    "ranges about to be unmasked": at(messages.UNMASK, "calibrate"),
     "ranges under masks": at(messages.MASKED, "calibrate"),
-    "scores about to be opened": at(messages.UNMASK, "qualify"),
+    "scores about to be unmasked": at(messages.UNMASK, "qualify"),
 }
 
 
@@ -260,26 +262,24 @@ def test_a_coordinator_that_died_ends_with_the_same_figures(
     bundles = {bytes(h.reply[messages.SECURE][messages.BUNDLE]) for h in sites.of(CALIBRATE)}
     assert len(bundles) == len(sites.of(CALIBRATE)), "another attempt has other keys"
     if moment == "between the exchanges":
-        # What was opened is in the journal, so that nobody is asked again.
+        # Unmasked sums are in the journal, so that no site is asked again.
         assert {h.purpose for h in sites.heard[before:]} == {"query.register", "qualify"}
     assert not list((run / "secagg").glob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_ranges_that_were_opened_outlive_coordinator_and_workers(
-    whole: Whole, sites: Sites
-) -> None:
+def test_unmasked_ranges_outlive_coordinator_and_workers(whole: Whole, sites: Sites) -> None:
     with pytest.raises(Killed):
         sites.coordinate(KILLS["between the exchanges"])
-    # Of the keys that opened their sum nothing is left.
+    # No key that unmasked their sum is left.
     sites.start()
     assert figures(sites.coordinate()) == figures(whole.run)
 
 
 @pytest.mark.slow
-def test_ranges_that_were_about_to_be_opened_are_lost_with_the_workers(sites: Sites) -> None:
+def test_ranges_that_were_about_to_be_unmasked_are_lost_with_the_workers(sites: Sites) -> None:
     with pytest.raises(Killed):
-        sites.coordinate(KILLS["ranges about to be opened"])
+        sites.coordinate(KILLS["ranges about to be unmasked"])
     sites.start()
     found = figures(sites.coordinate())
     assert found.ranges is None
@@ -292,7 +292,7 @@ def test_ranges_that_were_about_to_be_opened_are_lost_with_the_workers(sites: Si
 
 
 @pytest.mark.parametrize("kind", [CALIBRATE, QUALIFY])
-def test_a_sum_that_was_opened_is_not_begun_again(whole: Whole, kind: str) -> None:
+def test_a_sum_that_was_unmasked_is_not_begun_again(whole: Whole, kind: str) -> None:
     for site, code, changes in (
         # Asked among fewer; by a further attempt; as if a round had followed. Also after a restart.
         ("site-1", 423, {protocol.COHORT: 2}),
@@ -309,8 +309,8 @@ def test_a_sum_that_was_opened_is_not_begun_again(whole: Whole, kind: str) -> No
 
 
 @pytest.mark.slow
-def test_keys_of_an_attempt_that_was_given_up_open_nothing(sites: Sites) -> None:
-    """A server keeps the masked sum of all sites, and begins anew with fewer."""
+def test_keys_of_an_abandoned_attempt_unmask_nothing(sites: Sites) -> None:
+    """A server keeps the masked sum of all sites, and begins again with fewer."""
     with pytest.raises(Killed):
         sites.coordinate(at(messages.UNMASK, "calibrate"))
     opened = sites.of(messages.UNMASK, "calibrate")[0].request
@@ -337,7 +337,7 @@ NOISED_PURPOSES = ["train", "evaluate", "calibrate", "qualify"]
 
 
 def spent_once(run: Path, homes: Path) -> None:
-    """Each site was charged once for each exchange, and the run reckons with no more."""
+    """Each site was charged once for each exchange, and the run accounts for no more."""
     for site in ("site-1", "site-2", "site-3"):
         entries = Ledger(homes / site / FILE).entries()
         assert [entry.charge.purpose for entry in entries] == NOISED_PURPOSES
@@ -352,7 +352,7 @@ def test_noised_sums_are_charged_once_where_the_coordinator_died(tmp_path: Path)
     sites.start()
     try:
         with pytest.raises(Killed):
-            sites.coordinate(KILLS["ranges about to be opened"])
+            sites.coordinate(KILLS["ranges about to be unmasked"])
         run = sites.coordinate()
     finally:
         sites.end()

@@ -1,4 +1,4 @@
-"""Whole runs with noise of the server's: who is asked, what is charged, what a kill changes, and what nobody tells."""
+"""Whole runs with central noise: the sites asked, what is charged, what a kill changes, and what stays hidden."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_central_noise_round_by_round(tmp_path: Path) -> None:
         assert line["central"]["expected_sites"] == 4
         spent = epsilon([Release(1.0, 1.0, number)], 1e-5)
         assert line["central"]["epsilon"]["consumers"] == pytest.approx(spent)
-        for told in line["privacy"].values():
-            assert told == {"consumers": pytest.approx(spent), "server": None}
+        for reported in line["privacy"].values():
+            assert reported == {"consumers": pytest.approx(spent), "server": None}
     ledger = Ledger(RunDirectory(tmp_path / "out").sites / "site-1" / FILE)
     assert [(e.charge.unit, e.charge.server_round) for e in ledger.entries()] == [
         ("site", 1),
@@ -62,10 +62,10 @@ def test_central_noise_round_by_round(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_is_empty_makes_a_round_of_noise_alone(tmp_path: Path) -> None:
-    """Also where the strategy has a memory, and min-sites is more than were drawn."""
+    """Also where the strategy has a memory, and min-sites is more than were sampled."""
     privacy = {"sampling-rate": 1e-8, "clipping-quantile": 0.5, "metrics": "unprotected"}
-    asked = config("central", privacy, strategy={"name": "FedAdam"}, round={"min-sites": 4})
-    simulate(asked, tmp_path / "out")
+    run_config = config("central", privacy, strategy={"name": "FedAdam"}, round={"min-sites": 4})
+    simulate(run_config, tmp_path / "out")
     found = lines(tmp_path / "out")
     assert [line["invited"] for line in found] == [[], []]
     assert [line["outcome"] for line in found] == ["committed", "committed"]
@@ -77,26 +77,26 @@ def test_a_sample_that_is_empty_makes_a_round_of_noise_alone(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_sample_is_not_the_seeds(tmp_path: Path) -> None:
-    drawn = []
+    cohorts = []
     for name in ("a", "b"):
-        asked = config("central", {"sampling-rate": 0.5}, run={"rounds": 8})
-        simulate(asked, tmp_path / name)
-        drawn.append([tuple(line["invited"]) for line in lines(tmp_path / name)])
-    assert drawn[0] != drawn[1], "equal once in 2^32 runs"
+        run_config = config("central", {"sampling-rate": 0.5}, run={"rounds": 8})
+        simulate(run_config, tmp_path / name)
+        cohorts.append([tuple(line["invited"]) for line in lines(tmp_path / name)])
+    assert cohorts[0] != cohorts[1], "equal once in 2^32 runs"
     first = lines(tmp_path / "a")
-    # A site pays for the whole run when it is first drawn, and never again.
+    # A site is charged for the whole run when it is first sampled, and never again.
     total = epsilon([Release(1.0, 0.5, 8)], 1e-5)
-    told = [t["consumers"] for line in first for t in line.get("privacy", {}).values()]
-    assert told == pytest.approx([total] * len(told))
+    reported = [t["consumers"] for line in first for t in line.get("privacy", {}).values()]
+    assert reported == pytest.approx([total] * len(reported))
     by_round = [line["central"]["epsilon"]["consumers"] for line in first]
     assert by_round == sorted(by_round)
     assert by_round[-1] == pytest.approx(total)
 
 
 @pytest.mark.slow
-def test_sites_take_turns(tmp_path: Path) -> None:
-    asked = config("central-mf", {"min-separation": 2}, run={"rounds": 4})
-    simulate(asked, tmp_path / "out")
+def test_sites_participate_in_turn(tmp_path: Path) -> None:
+    run_config = config("central-mf", {"min-separation": 2}, run={"rounds": 4})
+    simulate(run_config, tmp_path / "out")
     found = lines(tmp_path / "out")
     odd, even = ["site-1", "site-3"], ["site-2", "site-4"]
     assert [line["trained"] for line in found] == [odd, even, odd, even]
@@ -113,7 +113,7 @@ def test_sites_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None:
-    """To leave it out would tell that none came."""
+    """Leaving it out would reveal that none came."""
     app = ClientApp()
     app.query("register")(forward.forward)
 
@@ -128,7 +128,7 @@ def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-def test_a_run_of_noise_alone_does_not_go_on_for_ever(tmp_path: Path) -> None:
+def test_a_run_of_noise_alone_ends(tmp_path: Path) -> None:
     """As where the budget of all sites is spent."""
     app = ClientApp()
     app.query("register")(forward.forward)
@@ -156,8 +156,8 @@ def _begin(fedge: Any, folder: Path, mechanism: str, point: str) -> list[dict[st
     """Kill a run of three rounds in its second; its committed lines."""
     privacy = {"metrics": "unprotected"}
     privacy |= {"min-separation": 1, "bands": 2} if mechanism == "central-mf" else {}
-    asked = config(mechanism, privacy, run={"rounds": 3})
-    (folder / "config.toml").write_text(reader.dump(asked))
+    run_config = config(mechanism, privacy, run={"rounds": 3})
+    (folder / "config.toml").write_text(reader.dump(run_config))
     killed = fedge(*_words(folder), fail_point=f"{point}:2")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     journal = Journal(folder / "run/journal.db")
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_run_whose_past_noise_is_gone_does_not_go_on(tmp_path: Path, forked: Any) -> None:
+def test_a_run_whose_past_noise_is_missing_does_not_continue(tmp_path: Path, forked: Any) -> None:
     _begin(forked, tmp_path, "central-mf", "after-commit")
     journal = Journal(tmp_path / "run/journal.db")
     last = journal.last()
@@ -213,9 +213,9 @@ def test_a_run_whose_past_noise_is_gone_does_not_go_on(tmp_path: Path, forked: A
     path.write_bytes(tensors.encode(held))
     journal._query("UPDATE round SET checkpoint_sha256 = ? WHERE number = 2", _sha256(path))
     journal.close()
-    asked = reader.load(tmp_path / "config.toml")
+    run_config = reader.load(tmp_path / "config.toml")
     with pytest.raises(RunError, match="noise's state after round 2") as caught:
-        simulate(asked, tmp_path / "run", resume=True)
+        simulate(run_config, tmp_path / "run", resume=True)
     assert caught.value.code == 504
 
 
@@ -225,45 +225,49 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# What a bundle tells.
+# Contents of a bundle.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.0, 1e-3])
-def test_a_bundle_does_not_tell_who_was_drawn(rate: float, tmp_path: Path) -> None:
+def test_a_bundle_does_not_reveal_which_sites_were_sampled(rate: float, tmp_path: Path) -> None:
     out = tmp_path / "out"
     privacy = {"sampling-rate": rate, "noise-multiplier": 1e-3}
     simulate(config("central", privacy, run={"rounds": 1}), out)
     dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
-    assert opened.manifest.sites == ("site-1", "site-2", "site-3", "site-4")
-    assert opened.manifest.privacy is not None
-    told = opened.manifest.privacy
-    assert (told.mechanism, told.noise_multiplier, told.clipping_bound) == ("central", 1e-3, 1.0)
-    # A digest comes with an update, so that one would tell of it.
-    assert len(told.ledgers) == (4 if rate == 1 else 0)
+    verified = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
+    assert verified.manifest.sites == ("site-1", "site-2", "site-3", "site-4")
+    assert verified.manifest.privacy is not None
+    reported = verified.manifest.privacy
+    assert (reported.mechanism, reported.noise_multiplier, reported.clipping_bound) == (
+        "central",
+        1e-3,
+        1.0,
+    )
+    # A digest comes with an update, and so would reveal it.
+    assert len(reported.ledgers) == (4 if rate == 1 else 0)
 
 
 @pytest.mark.slow
-def test_a_bundle_of_a_sampled_run_is_silent_also_of_those_who_were_drawn(tmp_path: Path) -> None:
+def test_a_bundle_of_a_sampled_run_leaves_out_the_sampled_sites_too(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    asked = config("central", {"sampling-rate": 0.999}, run={"rounds": 1})
-    simulate(asked, out)
+    run_config = config("central", {"sampling-rate": 0.999}, run={"rounds": 1})
+    simulate(run_config, out)
     (line,) = lines(out)
     assert line["privacy_ledgers"], "there was something to tell"
     dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
-    text = json.dumps(opened.statement)
+    verified = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
+    text = json.dumps(verified.statement)
     assert not any(digest in text for digest in line["privacy_ledgers"].values())
 
 
-# What the sites are told.
+# What the sites are sent.
 
 
 @pytest.mark.slow
-def test_no_site_learns_how_many_were_drawn(tmp_path: Path) -> None:
+def test_no_site_learns_how_many_were_sampled(tmp_path: Path) -> None:
     """The failing twin is a run without sampling, where each learns how many were asked."""
     seen: dict[str, list[int]] = {}
 
@@ -273,14 +277,14 @@ def test_no_site_learns_how_many_were_drawn(tmp_path: Path) -> None:
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
-            told = message.content.config_records["config"]
-            seen.setdefault(name, []).append(int(str(told["cohort"])))
+            reported = message.content.config_records["config"]
+            seen.setdefault(name, []).append(int(str(reported["cohort"])))
             return forward.forward(message, context)
 
         return app
 
-    asked = config("central", {"sampling-rate": 0.5}, run={"rounds": 6})
-    simulate(asked, tmp_path / "sampled", app=watching("sampled"))
+    run_config = config("central", {"sampling-rate": 0.5}, run={"rounds": 6})
+    simulate(run_config, tmp_path / "sampled", app=watching("sampled"))
     assert set(seen["sampled"]) == {4}
     assert {len(line["invited"]) for line in lines(tmp_path / "sampled")} != {4}
     turns = config("central-mf", {"min-separation": 2})

@@ -1,4 +1,4 @@
-"""Whole runs under differential privacy: what is charged, what stops, and what nobody tells."""
+"""Whole runs under differential privacy: what is charged, what stops, and what stays hidden."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lines(out):
 
 
 @pytest.mark.slow
-def test_a_run_with_dp_sgd_tells_epsilons_and_neither_losses_nor_metrics(tmp_path):
+def test_a_run_with_dp_sgd_reports_epsilons_and_neither_losses_nor_metrics(tmp_path):
     simulate(config(), tmp_path / "out")
     rows = {line["round"]: line for line in lines(tmp_path / "out")}
     for number, line in rows.items():
@@ -37,8 +37,8 @@ def test_a_run_with_dp_sgd_tells_epsilons_and_neither_losses_nor_metrics(tmp_pat
         assert line["metrics"]["pooled"] == {}
         for site, n in line["examples"].items():
             spent = epsilon([Release(1.0, 16 / n, 3 * number)], 1e-5)
-            told = line["privacy"][site]
-            assert told["consumers"] == told["server"] == pytest.approx(spent, abs=1e-6)
+            reported = line["privacy"][site]
+            assert reported["consumers"] == reported["server"] == pytest.approx(spent, abs=1e-6)
     home = RunDirectory(tmp_path / "out").sites / "site-1"
     assert [e.charge.server_round for e in Ledger(home / FILE).entries()] == [1, 2]
 
@@ -64,7 +64,7 @@ def test_a_run_with_distributed_noise_charges_whole_sites_and_only_they_know(tmp
 
 
 @pytest.mark.parametrize(
-    ("made", "says"),
+    ("settings", "says"),
     [
         (lambda: config(strategy={"name": "QFedAvg"}), "must not weigh by losses"),
         (lambda: config(strategy={"name": "Scaffold"}), "must not send more than weights"),
@@ -90,19 +90,19 @@ def test_a_run_with_distributed_noise_charges_whole_sites_and_only_they_know(tmp
         ),
     ],
 )
-def test_what_would_break_the_promise_is_refused(made, says):
-    assert says in builders.refused(201, made)
+def test_what_would_break_the_promise_is_refused(settings, says):
+    assert says in builders.refused(201, settings)
 
 
 def test_a_task_that_standardises_is_refused_before_its_data_is_read(tmp_path):
-    asked = config(task="breast-cancer")
+    run_config = config(task="breast-cancer")
     with pytest.raises(ConfigError, match="privacy.statistics: must be unprotected") as caught:
-        simulate(asked, tmp_path / "out")
+        simulate(run_config, tmp_path / "out")
     assert caught.value.code == 211
     assert not (tmp_path / "out").exists()
 
 
-def test_noise_that_does_not_fit_the_grid_begins_no_run(tmp_path):
+def test_noise_that_is_incompatible_with_the_grid_begins_no_run(tmp_path):
     with pytest.raises(ConfigError, match="noise of one site: must be") as caught:
         simulate(config("distributed", {"noise-multiplier": 0.001}), tmp_path / "out")
     assert caught.value.code == 211
@@ -117,11 +117,11 @@ def test_a_release_holds_the_digests_of_the_ledgers(mechanism, tmp_path):
     dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
     trusted = dsse.load_public(tmp_path / "key.pub")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", trusted)
-    told = opened.statement["predicate"]["privacy"]
-    assert told == opened.manifest.privacy.to_json()
-    assert (told["mechanism"], told["noise_multiplier"]) == (mechanism, 1.0)
+    verified = bundle.open_bundle(tmp_path / "model.fedge", trusted)
+    reported = verified.statement["predicate"]["privacy"]
+    assert reported == verified.manifest.privacy.to_json()
+    assert (reported["mechanism"], reported["noise_multiplier"]) == (mechanism, 1.0)
     homes = RunDirectory(out).sites
-    assert told["ledgers"] == {
+    assert reported["ledgers"] == {
         f"site-{i}": Ledger(homes / f"site-{i}" / FILE).digest("default") for i in range(1, 6)
     }

@@ -57,10 +57,10 @@ def charges(out, site="site-1"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam", "FedMedian"])
-def test_a_run_with_local_noise_stays_finite_and_tells_no_sizes(tmp_path, strategy):
+def test_a_run_with_local_noise_stays_finite_and_reports_no_sizes(tmp_path, strategy):
     out = tmp_path / "out"
-    of = (f"strategy.name='{strategy}'", "privacy.clipping-bound=0.05")
-    simulate(config("local", *of, noise_multiplier=8.0), out)
+    run_config = (f"strategy.name='{strategy}'", "privacy.clipping-bound=0.05")
+    simulate(config("local", *run_config, noise_multiplier=8.0), out)
     rows = lines(out)
     assert [row["outcome"] for row in rows] == ["committed"] * 2
     for number, row in enumerate(rows, 1):
@@ -68,12 +68,12 @@ def test_a_run_with_local_noise_stays_finite_and_tells_no_sizes(tmp_path, strate
         assert set(row["examples"].values()) == {1}
         assert row["metrics"]["train"] == row["metrics"]["pooled"] == {}
         spent = epsilon([Release(8.0, 1.0, number)], 1e-5)
-        for told in row["privacy"].values():
-            assert told["server"] == told["consumers"] == pytest.approx(spent)
+        for reported in row["privacy"].values():
+            assert reported["server"] == reported["consumers"] == pytest.approx(spent)
     assert {(c.unit, c.mechanism, c.purpose) for c in charges(out)} == {("site", "local", "train")}
     assert all(np.isfinite(a).all() for a in load_file(out / "model.safetensors").values())
-    for known in json.loads((out / "run.json").read_text())["sites"].values():
-        assert known["train_examples"] is known["test_examples"] is None
+    for registered in json.loads((out / "run.json").read_text())["sites"].values():
+        assert registered["train_examples"] is registered["test_examples"] is None
 
 
 @pytest.mark.slow
@@ -111,24 +111,24 @@ def test_noised_metrics_are_shares_and_charged_by_themselves(tmp_path, mechanism
     assert [c.purpose for c in found] == ["train", "evaluate"] * 2
     assert [c.release for c in found if c.purpose == "evaluate"] == [Release(2.0)] * 2
     if mechanism != "distributed":
-        # The round's line tells what was spent with its evaluation.
+        # The round's line holds what was spent including its evaluation.
         entries = Ledger(RunDirectory(out).sites / "site-1" / FILE).entries()
-        told = lines(out)[-1]["privacy"]["site-1"]["consumers"]
-        assert told == pytest.approx(entries[-1].epsilon_consumers, rel=1e-9)
+        reported = lines(out)[-1]["privacy"]["site-1"]["consumers"]
+        assert reported == pytest.approx(entries[-1].epsilon_consumers, rel=1e-9)
 
 
 @pytest.mark.slow
 def test_noised_accuracy_is_near_the_exact_one_and_is_not_it(tmp_path):
     out = tmp_path / "out"
-    of = config("example", *NOISED, noise_multiplier=0.6)
-    simulate(of, out)
+    run_config = config("example", *NOISED, noise_multiplier=0.6)
+    simulate(run_config, out)
     task = get_task("digits")
     network = task.network()
     state = {k: torch.from_numpy(v) for k, v in load_file(out / "model.safetensors").items()}
     network.load_state_dict(state)
     network.eval()
     right = count = 0
-    for share in site_shares(of, task).values():
+    for share in site_shares(run_config, task).values():
         x = torch.from_numpy(np.asarray(steps.apply(task.preprocessing, share.test_features)))
         right += int((network(x).argmax(dim=1).numpy() == share.test_labels).sum())
         count += len(share.test_labels)
@@ -164,8 +164,8 @@ def test_a_release_holds_the_ledgers_as_the_last_evaluation_left_them(tmp_path, 
     simulate(config(mechanism, *NOISED, *more, "run.rounds=1"), out)
     dsse.new_key(tmp_path / "key")
     release(out, tmp_path / "key", tmp_path / "model.fedge")
-    opened = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
+    verified = bundle.open_bundle(tmp_path / "model.fedge", dsse.load_public(tmp_path / "key.pub"))
     homes = RunDirectory(out).sites
-    assert opened.statement["predicate"]["privacy"]["ledgers"] == {
+    assert verified.statement["predicate"]["privacy"]["ledgers"] == {
         f"site-{i}": Ledger(homes / f"site-{i}" / FILE).digest("default") for i in range(1, 6)
     }

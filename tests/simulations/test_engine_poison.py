@@ -177,9 +177,9 @@ def _hostile(poisons: list[Callable[[RecordDict], None] | None]) -> ClientApp:
 
 
 def _config(strategy: str, rounds: int, **round_section: Any) -> Config:
-    run, of = {"rounds": rounds, "evaluate-every": rounds}, {"name": strategy}
+    run, strategy_section = {"rounds": rounds, "evaluate-every": rounds}, {"name": strategy}
     return builders.config(
-        "breast-cancer", run=run, sites={"count": 8}, strategy=of, round=round_section
+        "breast-cancer", run=run, sites={"count": 8}, strategy=strategy_section, round=round_section
     )
 
 
@@ -283,7 +283,7 @@ def test_a_bad_loss_is_rejected_where_it_is_the_weight(loss: float | None, tmp_p
 
 
 class _BadNetwork(InProcessGrid):
-    """The bad site's training replies arrive twice, late, never, or to a question that nobody asked."""
+    """The bad site's training replies arrive twice, late, never, or to a request that was never sent."""
 
     kind = ""
 

@@ -38,7 +38,7 @@ def _words(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that nobody killed, one a strategy, each in a process that started from nothing."""
+    """Runs that were not killed, one a strategy, each in a process that started from nothing."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     for strategy in ("FedAdam", "Scaffold"):
         here = folder / strategy

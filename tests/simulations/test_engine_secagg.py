@@ -1,4 +1,4 @@
-"""Whole runs under masks: the same as in clear to the quantisation step, and going on where a run in clear would."""
+"""Whole runs under secure aggregation: equal to those in clear up to quantisation, and as robust."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedge.client.data.dataset import site_shares
 from fedge.client.training.learner import Learner
 from fedge.server.report.page.render import write as write_report
 from fedge.server.runs.journal import Journal
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import RunError
 from fedge.shared.secagg import fixed_point, messages
@@ -93,7 +93,7 @@ STRATEGIES: list[tuple[dict[str, Any], float]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "growth"), STRATEGIES, ids=[s["name"] for s, _ in STRATEGIES])
-def test_a_run_under_masks_is_the_run_in_clear(
+def test_a_run_under_secure_aggregation_is_the_run_in_clear(
     strategy: dict[str, Any], growth: float, tmp_path: Path
 ) -> None:
     plain = simulate(config(strategy=strategy), tmp_path / "plain").path
@@ -119,8 +119,8 @@ def test_a_run_under_masks_is_the_run_in_clear(
 @pytest.mark.slow
 def test_no_size_of_a_site_is_anywhere(tmp_path: Path) -> None:
     run = simulate(config(secure={}), tmp_path / "run").path
-    told = json.loads((run / "run.json").read_text())
-    for site in told["sites"].values():
+    record = json.loads((run / "run.json").read_text())
+    for site in record["sites"].values():
         assert site == {"train_examples": None, "test_examples": None, "rounds": 2}
     journal = Journal(run / "journal.db")
     assert set(journal.sites().values()) == {(0, 0)}
@@ -141,13 +141,13 @@ def test_no_size_of_a_site_is_anywhere(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_table_shows_what_is_known_and_no_zeros(tmp_path: Path) -> None:
     run = simulate(config(secure={}), tmp_path / "run").path
-    metrics, told = json.loads((run / "metrics.json").read_text()), lines(run)
-    table = summary_table(metrics, told).splitlines()
+    metrics, record = json.loads((run / "metrics.json").read_text()), lines(run)
+    table = summary_table(metrics, record).splitlines()
     accuracy = metrics["final"]["pooled"]["accuracy"]
     assert len(table) == 2
     assert table[1].split()[:3] == ["pooled", f"{100 * accuracy:.1f}", "%"]
     assert "site mean" not in "".join(table)
-    assert round_facts(told[-1]).startswith(f"{100 * accuracy:.1f} %  loss ")
+    assert round_facts(record[-1]).startswith(f"{100 * accuracy:.1f} %  loss ")
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_mean_and_deviation_are_those_of_the_run_in_clear(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_line_says_who_was_lost_where_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_the_line_says_which_sites_dropped_out_where_and_the_run_goes_on(tmp_path: Path) -> None:
     def fails(site: str, kind: str, attempt: int) -> bool:
         return (site, kind) in {("site-2", messages.MASKED), ("site-7", messages.UNMASK)}
 
@@ -207,7 +207,7 @@ def test_where_no_sum_comes_about_the_round_is_skipped(tmp_path: Path) -> None:
     def fails(site: str, kind: str, attempt: int) -> bool:
         return kind == messages.UNMASK and site != "site-1" and not rounds
 
-    class OnceOnly(Silent):
+    class OnceOnly(NullListener):
         def round(self, line: Any) -> None:
             rounds.append(line["round"])
 
@@ -258,7 +258,7 @@ def test_an_evaluation_that_fails_says_so_and_the_round_counts(tmp_path: Path) -
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """site-1 sends its update many times as long."""
-    real = Learner.fit
+    real = Learner.train
 
     def fit(worker: Learner, terms: Any, what: Any, received: Any, examples: Any) -> Any:
         trained, loss = real(worker, terms, what, received, examples)
@@ -268,7 +268,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
                 trained[name] = moved.astype(a.dtype)
         return trained, loss
 
-    monkeypatch.setattr(Learner, "fit", fit)
+    monkeypatch.setattr(Learner, "train", fit)
 
 
 @pytest.mark.slow
@@ -287,9 +287,9 @@ def test_groups_bound_what_one_poisoned_site_can_do(
             )
             found[name] = simulate(chosen, tmp_path / f"{folder}-{name}").path
             (line,) = lines(found[name])
-            drawn = line["secure"]["groups"]
-            assert [len(some) for some in drawn] == [9 // groups] * groups
-            assert line["trained"] == sorted(site for some in drawn for site in some)
+            sampled_groups = line["secure"]["groups"]
+            assert [len(some) for some in sampled_groups] == [9 // groups] * groups
+            assert line["trained"] == sorted(site for some in sampled_groups for site in some)
             assert line["secure"]["clipped"] == 0
         return found
 

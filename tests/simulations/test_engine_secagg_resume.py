@@ -1,4 +1,4 @@
-"""Under masks a run that is killed goes on, with the same bytes, and no site answers a round twice."""
+"""Under secure aggregation a killed run goes on, with the same bytes, and no site answers a round twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.runs.directory import prepare
-from fedge.server.runs.listener import Silent, listening
+from fedge.server.runs.listener import NullListener, listening
 from fedge.shared.config import reader
 from fedge.shared.config.federation import Config
 from fedge.shared.failpoints import MASKED
@@ -120,7 +120,7 @@ class Deployed:
         self.flower_runs += 1
         network = grid(dict(enumerate(self.shares, start=1)), client_app, self.flower_runs)
         context = Context(self.flower_runs, 0, {}, RecordDict(), {"run-dir": str(directory.path)})
-        with directory.lock(), listening(listener or Silent()):
+        with directory.lock(), listening(listener or NullListener()):
             server_app(network, context)
         return directory.path
 
@@ -147,19 +147,19 @@ def deployed(
     chosen: Config, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Deployed]:
     made = Deployed(tmp_path, chosen)
-    real = Learner.fit
+    real = Learner.train
 
     def fit(worker: Learner, terms: Any, *more: Any) -> Any:
         made.trained.append((worker.site, terms.address.server_round))
         return real(worker, terms, *more)
 
-    monkeypatch.setattr(Learner, "fit", fit)
+    monkeypatch.setattr(Learner, "train", fit)
     yield made
     made.end()
 
 
 class Killed(BaseException):
-    """The coordinator is gone."""
+    """The coordinator has been killed."""
 
 
 class Mortal(InProcessGrid):
@@ -189,10 +189,10 @@ KINDS = ["train", messages.SHARE, messages.MASKED, messages.COMMIT, messages.UNM
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_sites_that_live_on_are_asked_on_and_answer_no_round_twice(
+def test_sites_that_live_on_continue_and_answer_no_round_twice(
     kind: str, deployed: Deployed, expected: bytes, tmp_path: Path
 ) -> None:
-    # An evaluation comes after the sum was opened: the kept one is there still.
+    # An evaluation comes after the sum was unmasked: the kept one is there still.
     with pytest.raises(Killed):
         deployed.run(mortal(kind, 3 if kind == "evaluate" else 2))
     done = deployed.run()
@@ -206,7 +206,7 @@ def test_sites_that_live_on_are_asked_on_and_answer_no_round_twice(
 
 
 @pytest.mark.slow
-def test_statistics_that_were_about_to_be_opened_are_opened_too(
+def test_statistics_that_were_about_to_be_unmasked_are_unmasked_too(
     deployed: Deployed, expected: bytes
 ) -> None:
     with pytest.raises(Killed):

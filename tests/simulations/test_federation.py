@@ -49,11 +49,11 @@ def _processes(out: Path) -> list[tuple[int, int]]:
     ]
 
 
-def _none_left(known: list[tuple[int, int]], out: Path, seconds: float = 300.0) -> None:
+def _none_left(before_kill: list[tuple[int, int]], out: Path, seconds: float = 300.0) -> None:
     """No process that was seen, and none that names the directory, is alive."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        left = [pid for pid, born in known if process.birth(pid) == born]
+        left = [pid for pid, born in before_kill if process.birth(pid) == born]
         left += [pid for pid in _naming(str(out)) if pid != os.getpid()]
         if not left:
             return
@@ -95,7 +95,7 @@ def test_a_deployed_run_whose_coordinator_is_killed_is_the_simulated_one(
     simulated = chaos.reference(config, tmp_path / "simulated")
     with chaos.federation(config, out, "mid-checkpoint:2") as live:
         live.wait(lambda: live.committed() >= 1, 300, "round 1")
-        known = _processes(out)
+        before_kill = _processes(out)
         # Each site has a daemon, a node and a worker of its own; the relay's processes know no torch.
         for site in ("site-1", "site-2", "site-3"):
             worker, daemon = live.pid(site, "worker"), live.pid(site, "daemon")
@@ -106,15 +106,15 @@ def test_a_deployed_run_whose_coordinator_is_killed_is_the_simulated_one(
                 assert "libtorch" not in Path(f"/proc/{relay}/maps").read_text()
             assert (out / "sites" / site / "site.key").stat().st_mode & 0o777 == 0o600
         chaos.fallen(live, "coordinator")
-        assert live.process.wait(chaos.PATIENCE * 200) == 0, live.tail()
-    _none_left(known, out)
+        assert live.process.wait(chaos.WAIT_FACTOR * 200) == 0, live.tail()
+    _none_left(before_kill, out)
     assert chaos.sha256(out) == simulated
-    told = json.loads((out / "run.json").read_text())
-    assert len(told["flower_runs"]) == 2
+    record = json.loads((out / "run.json").read_text())
+    assert len(record["flower_runs"]) == 2
     other = json.loads((tmp_path / "simulated" / "run.json").read_text())
-    assert told["state"] == "finished"
-    assert told["sites"] == other["sites"]
-    assert told["model_sha256"] == other["model_sha256"]
+    assert record["state"] == "finished"
+    assert record["sites"] == other["sites"]
+    assert record["model_sha256"] == other["model_sha256"]
     assert (out / "report.html").is_file()
     assert "site mean" in live.tail()
     keys = {(out / "sites" / s / "site.key").read_bytes() for s in ("site-1", "site-2", "site-3")}
@@ -129,20 +129,20 @@ def test_killed_in_every_round_it_goes_on_and_ends_with_the_same_bytes(
     longer = tmp_path / "longer.toml"
     longer.write_text(config.read_text().replace("rounds = 3", "rounds = 5"))
     out = tmp_path / "run"
-    known = {case.name: case for case in chaos.cases()}
+    before_kill = {case.name: case for case in chaos.cases()}
     superlink = chaos.Case(
         "SuperLink, training", 0, moment=chaos.is_training, victims=chaos.one("superlink", "server")
     )
     with chaos.federation(longer, out, "mid-checkpoint:2") as live:
         chaos.fallen(live, "coordinator")
-        cases = (superlink, known["flwr-clientapp"], known["site, training"])
+        cases = (superlink, before_kill["flwr-clientapp"], before_kill["site, training"])
         for number, case in enumerate(cases, start=3):
             chaos.strike(live, case, number)
-        assert live.process.wait(chaos.PATIENCE * 200) == 0, live.tail()
+        assert live.process.wait(chaos.WAIT_FACTOR * 200) == 0, live.tail()
     assert chaos.sha256(out) == chaos.reference(longer, tmp_path / "simulated")
-    told = json.loads((out / "run.json").read_text())
+    record = json.loads((out / "run.json").read_text())
     # The first coordinator's, and one for each fall of the coordinator or of the SuperLink below it.
-    assert len(told["flower_runs"]) >= 2
+    assert len(record["flower_runs"]) >= 2
     _none_left([], out)
 
 
@@ -153,10 +153,10 @@ def test_a_killed_parent_leaves_nothing_the_run_goes_on_and_down_ends_it(
     out = tmp_path / "run"
     with chaos.federation(config, out) as live:
         live.wait(lambda: live.committed() >= 1, 300, "round 1")
-        known = _processes(out)
+        before_kill = _processes(out)
         live.process.send_signal(signal.SIGKILL)
-        live.process.wait(chaos.PATIENCE * 10)
-        _none_left(known, out)
+        live.process.wait(chaos.WAIT_FACTOR * 10)
+        _none_left(before_kill, out)
     down = subprocess.run([*FEDGE, "down", "--out", str(out)], capture_output=True, text=True)
     assert down.returncode == 0, down.stderr
     with chaos.federation(config, out, "", "--resume") as live:
@@ -168,12 +168,12 @@ def test_a_killed_parent_leaves_nothing_the_run_goes_on_and_down_ends_it(
         )
         assert "FE-902" in second.stderr
         live.wait(lambda: live.committed() >= 2, 300, "round 2")
-        known = _processes(out)
+        before_kill = _processes(out)
         down = subprocess.run([*FEDGE, "down", "--out", str(out)], capture_output=True, text=True)
         assert down.returncode == 0, down.stderr
-        assert live.process.wait(chaos.PATIENCE * 30) == 130
+        assert live.process.wait(chaos.WAIT_FACTOR * 30) == 130
         assert "FE-103" in live.tail()
-        _none_left(known, out)
+        _none_left(before_kill, out)
     # What was deployed may be finished by simulation: it is the same run.
     done = subprocess.run(
         [*FEDGE, "simulate", str(config), "--out", str(out), "--resume", "--quiet"], timeout=300
@@ -189,7 +189,7 @@ def test_a_required_site_that_is_not_there_fails_loudly(
     out = tmp_path / "run"
     more = ("--set", 'round.require-sites=["clinic-z"]', "--set", "run.rounds=1")
     with chaos.federation(config, out, "", *more) as live:
-        assert live.process.wait(chaos.PATIENCE * 120) == 1
+        assert live.process.wait(chaos.WAIT_FACTOR * 120) == 1
         assert "FE-502" in live.tail()
         assert "clinic-z" in live.tail()
     assert not (out / "model.safetensors").exists()

@@ -99,16 +99,16 @@ def test_it_ends_with_who_asks_and_takes_its_command_along(
 ) -> None:
     other = request.getfixturevalue("forked").__class__(tmp_path, modules=())
     assert other.close() is None
-    asked = {
+    fork_request = {
         "argv": ["simulate", str(config), "--out", str(tmp_path / "out"), "--quiet"],
         "environment": dict(os.environ),
         "folder": str(tmp_path),
         "output": [str(tmp_path / "a"), str(tmp_path / "b")],
         "seconds": 60,
     }
-    asked["argv"] += ["--set", "run.rounds=4000"]
+    fork_request["argv"] += ["--set", "run.rounds=4000"]
     other._start()
-    other._channel.sendall(json.dumps(asked).encode() + b"\n")
+    other._channel.sendall(json.dumps(fork_request).encode() + b"\n")
     until = time.monotonic() + 60
     while not (found := _children(other.process.pid)) or not (tmp_path / "b").exists():
         assert time.monotonic() < until

@@ -19,7 +19,7 @@ SITES = {1: "north", 2: "south", 3: "west"}
 
 
 class Sites:
-    """A ClientApp that counts, and fails where it is told to."""
+    """A ClientApp that counts, and fails on demand."""
 
     def __init__(self) -> None:
         self.worked: list[str] = []
@@ -115,7 +115,7 @@ def test_only_what_is_asked_for_is_worked_on(grid: InProcessGrid, sites: Sites):
     assert list(grid.pull_messages(["unknown"])) == []
 
 
-def test_flower_1_43_names_the_ids_anew(grid: InProcessGrid):
+def test_flower_1_43_renames_the_ids(grid: InProcessGrid):
     ids = list(grid.push_messages(requests()))
     (one,) = grid.pull_messages(message_ids=ids[1:])
     (other,) = grid.pull_messages(reply_to_message_ids=ids[2:])
@@ -141,10 +141,10 @@ def test_an_exception_becomes_an_error_without_its_text(grid: InProcessGrid, sit
 
 
 def test_an_unknown_node_or_question_is_an_error_too(grid: InProcessGrid):
-    (nobody, unasked) = requests()[:2]
-    nobody = grid.create_message(nobody.content, "train", 99, "1")
+    (unknown, unasked) = requests()[:2]
+    unknown = grid.create_message(unknown.content, "train", 99, "1")
     unasked = grid.create_message(unasked.content, "evaluate", 1, "1")
-    replies = list(grid.send_and_receive([nobody, unasked]))
+    replies = list(grid.send_and_receive([unknown, unasked]))
     assert [r.has_error() for r in replies] == [True, True]
 
 

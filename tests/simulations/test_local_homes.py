@@ -51,10 +51,10 @@ def test_every_site_has_the_roster_of_all_and_trusts_one_consortium(out: Path) -
         trusted_roster.require_own(rosters[place.name], place.name, own, TODAY)
         assert (place / trusted_roster.KEY).stat().st_mode & 0o777 == 0o600
     assert len({trusted_roster.own_key(place).private_bytes_raw() for place in homes}) == 4
-    assert sorted(site_registry.roster(out / "server")) == [place.name for place in homes]
+    assert sorted(site_registry.site_keys(out / "server")) == [place.name for place in homes]
 
 
-def test_the_policy_asks_for_masks_and_for_what_the_run_has(out: Path) -> None:
+def test_the_policy_requires_secure_aggregation_with_the_runs_bounds(out: Path) -> None:
     local_homes.make_homes(config(4, min_sites=4, clipping_bound=500.0), out)
     for place in (out / "sites").iterdir():
         terms = policy.read(place).secure_aggregation
@@ -63,7 +63,7 @@ def test_the_policy_asks_for_masks_and_for_what_the_run_has(out: Path) -> None:
         assert terms.max_clipping_bound == 500.0
 
 
-def test_a_second_time_nothing_is_made_anew(out: Path) -> None:
+def test_a_second_time_nothing_is_made_again(out: Path) -> None:
     def files() -> dict[Path, bytes]:
         return {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 

@@ -1,4 +1,4 @@
-"""What the preparation of `fedge up` tells of a failure, over the process in which it happens."""
+"""How the preparation of `fedge up` reports a failure across processes."""
 
 import errno
 import json
@@ -9,7 +9,7 @@ from fedge.shared.errors import DataError
 from fedge.simulations import preparation
 
 
-def told(error):
+def reported(error):
     def work():
         raise error
 
@@ -29,11 +29,11 @@ def told(error):
         (KeyboardInterrupt(), 103, "interrupted"),
     ],
 )
-def test_a_failure_is_told_by_number_and_in_words(error, code, words):
-    found = told(error)
+def test_a_failure_is_reported_by_number_and_in_words(error, code, words):
+    found = reported(error)
     assert found["code"] == code
     assert words in found["message"]
 
 
-def test_what_was_done_is_told():
+def test_the_outcome_is_reported():
     assert json.loads(preparation._in_a_fork(lambda: True)) == {"finished": True}

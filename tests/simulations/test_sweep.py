@@ -32,17 +32,17 @@ def tree(mechanism="example", privacy=None, **sections):
     return found
 
 
-def silent(what, done, total):
+def no_progress(part, done, total):
     pass
 
 
-def run(tree_, folder, multipliers=(1.0, 4.0), seeds=1, told=silent):
-    return sweep.run(sweep.jobs(tree_, multipliers, seeds), folder, DELTA, told)
+def run(tree_, folder, multipliers=(1.0, 4.0), seeds=1, progress=no_progress):
+    return sweep.run(sweep.jobs(tree_, multipliers, seeds), folder, DELTA, progress)
 
 
 def test_the_jobs_are_one_without_noise_and_each_multiplier_with_each_seed():
-    given = tree(privacy={"noise-multiplier": 9.0, "metrics": "noised", "metrics-noise-multiplier": 3.0})  # fmt: skip
-    found = sweep.jobs(given, [0.5, 1.0], 2)
+    source = tree(privacy={"noise-multiplier": 9.0, "metrics": "noised", "metrics-noise-multiplier": 3.0})  # fmt: skip
+    found = sweep.jobs(source, [0.5, 1.0], 2)
     assert [job.name for job in found] == [
         "baseline", "noise-0.5-seed-7", "noise-0.5-seed-8", "noise-1-seed-7", "noise-1-seed-8",
     ]  # fmt: skip
@@ -53,14 +53,14 @@ def test_the_jobs_are_one_without_noise_and_each_multiplier_with_each_seed():
         assert job.config.privacy.noise_multiplier == job.noise_multiplier
         assert job.config.privacy.metrics == "unprotected"
         assert job.config.run.seed == int(job.name[-1])
-    assert given["privacy"]["noise-multiplier"] == 9.0
+    assert source["privacy"]["noise-multiplier"] == 9.0
 
 
-def test_a_multiplier_that_the_configuration_refuses_is_told_before_anything_runs():
-    given = tree("central", {"clipping-quantile": 0.5, "count-noise-multiplier": 1.0})
-    sweep.jobs(given, [0.5, 1.0], 1)
+def test_a_multiplier_that_the_configuration_refuses_is_reported_before_anything_runs():
+    source = tree("central", {"clipping-quantile": 0.5, "count-noise-multiplier": 1.0})
+    sweep.jobs(source, [0.5, 1.0], 1)
     with pytest.raises(ConfigError, match="count-noise-multiplier must be above half") as caught:
-        sweep.jobs(given, [0.5, 4.0], 1)
+        sweep.jobs(source, [0.5, 4.0], 1)
     assert caught.value.code == 201
 
 
@@ -83,11 +83,15 @@ def test_epsilon_is_the_runs_own_and_falls_with_the_noise(tmp_path):
         (trial,) = point["runs"]
         folder = tmp_path / "runs" / trial["run"]
         last = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])
-        for reader in ("consumers", "server"):
-            told = max(site[reader] for site in last["privacy"].values())
-            assert point["epsilon"][reader] == trial["epsilon"][reader] == pytest.approx(told)
+        for adversary in ("consumers", "server"):
+            largest = max(site[adversary] for site in last["privacy"].values())
+            assert (
+                point["epsilon"][adversary] == trial["epsilon"][adversary] == pytest.approx(largest)
+            )
         rate = 16 / min(last["examples"].values())
-        assert told == pytest.approx(epsilon([Release(point["noise_multiplier"], rate, 2)], DELTA))
+        assert largest == pytest.approx(
+            epsilon([Release(point["noise_multiplier"], rate, 2)], DELTA)
+        )
         final = json.loads((folder / "metrics.json").read_text())
         assert trial["value"] == final["final"]["pooled"]["accuracy"]
         assert trial["id"] == final["run"]
@@ -99,7 +103,7 @@ def test_epsilon_is_the_runs_own_and_falls_with_the_noise(tmp_path):
 @pytest.mark.slow
 def test_another_delta_gives_another_epsilon_of_the_same_runs(tmp_path):
     jobs = sweep.jobs(tree(run={"rounds": 1}), [1.0], 1)
-    (_, strict), (_, loose) = (sweep.run(jobs, tmp_path, d, silent) for d in (1e-8, 1e-3))
+    (_, strict), (_, loose) = (sweep.run(jobs, tmp_path, d, no_progress) for d in (1e-8, 1e-3))
     assert strict.id == loose.id
     assert strict.epsilon[0] > 1.5 * loose.epsilon[0] > 0
 
@@ -136,13 +140,13 @@ def test_what_nothing_bounds_is_null_and_no_number_that_json_lacks():
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_keeps_what_was_finished_and_begins_the_rest_anew(tmp_path):
-    def interrupt(what, done, total):
-        if what.startswith("noise-4") and done == 1:
+def test_an_interrupted_sweep_keeps_finished_runs_and_repeats_the_rest(tmp_path):
+    def interrupt(part, done, total):
+        if part.startswith("noise-4") and done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tree(), tmp_path, told=interrupt)
+        run(tree(), tmp_path, progress=interrupt)
     runs = tmp_path / "runs"
     assert [state_of(runs / n) for n in ("baseline", "noise-1-seed-7", "noise-4-seed-7")] == [
         "finished", "finished", "unfinished",
@@ -152,13 +156,13 @@ def test_an_interrupted_sweep_keeps_what_was_finished_and_begins_the_rest_anew(t
     }  # fmt: skip
     half = json.loads((runs / "noise-4-seed-7" / "run.json").read_text())
     assert half["rounds_done"] == 1
-    told = []
-    outcomes = run(tree(), tmp_path, told=lambda what, done, total: told.append(what))
+    parts = []
+    outcomes = run(tree(), tmp_path, progress=lambda part, done, total: parts.append(part))
     assert {o.job.name: o.id for o in outcomes[:2]} == ids
-    assert dict.fromkeys(told) == dict.fromkeys(
+    assert dict.fromkeys(parts) == dict.fromkeys(
         ["baseline (1 of 3), kept", "noise-1-seed-7 (2 of 3), kept", "noise-4-seed-7 (3 of 3)"]
     )
-    # A round that is done again may be charged again; a run that begins anew has one charge a round in any case.
+    # A round that is done again may be charged again; a run that begins again has one charge a round in any case.
     assert outcomes[2].id != half["run"]
     for path in (runs / "noise-4-seed-7" / "sites").glob(f"*/{FILE}"):
         assert [e.charge.server_round for e in Ledger(path).entries()] == [1, 2]
@@ -168,25 +172,25 @@ def test_an_interrupted_sweep_keeps_what_was_finished_and_begins_the_rest_anew(t
 @pytest.mark.slow
 def test_a_run_that_fails_is_listed_and_the_others_go_on(tmp_path):
     # So little noise does not fit the grid of a secure sum.
-    given = tree("distributed")
-    outcomes = run(given, tmp_path, multipliers=(0.001, 1.0))
+    source = tree("distributed")
+    outcomes = run(source, tmp_path, multipliers=(0.001, 1.0))
     baseline, failed, noised = outcomes
     assert failed.problem.startswith("FE-211 privacy: noise of one site")
     assert (failed.value, failed.epsilon) == (None, None)
     assert baseline.value is not None
     assert noised.value is not None
-    # Under masks no site tells what it has spent; its ledger has it.
+    # Under secure aggregation no site reports what it has spent; its ledger has it.
     lines = (tmp_path / "runs" / "noise-1-seed-7" / "rounds.jsonl").read_text()
     assert '"privacy":' not in lines
     assert noised.epsilon == pytest.approx((epsilon([Release(1.0, 1.0, 2)], DELTA),) * 2)
     found = sweep.to_json(outcomes, DELTA)
-    sweep.tell_runs(outcomes, found, tmp_path)
+    sweep.attach_to_runs(outcomes, found, tmp_path)
     for name in ("baseline", "noise-1-seed-7"):
         folder = tmp_path / "runs" / name
         assert json.loads((folder / "sweep.json").read_text()) == found
         assert "Accuracy against epsilon" in (folder / "report.html").read_text()
-    # Where the cause is mended, only what failed runs again.
-    again = run(given, tmp_path, multipliers=(1.0,))
+    # Once the cause is fixed, only failed runs are repeated.
+    again = run(source, tmp_path, multipliers=(1.0,))
     assert [o.id for o in again] == [baseline.id, noised.id]
 
 

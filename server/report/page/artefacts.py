@@ -1,4 +1,4 @@
-"""The report's section on compiled artefacts: what was kept, what ships unproven, what was left out and why."""
+"""The report's section on compiled artefacts: kept, unproven, and left out with the reason."""
 
 from __future__ import annotations
 
@@ -68,20 +68,23 @@ def compiled(run: Run) -> str:
 
 
 def _cells(artefact: Mapping[str, Any], slowest: float) -> list[str]:
-    found = mapping(artefact.get("qualification"))
+    qualification = mapping(artefact.get("qualification"))
     p50, name = _p50(artefact), text(artefact.get("name"))
     shown = fmt.duration(None if p50 is None else p50 / 1000)
-    drawn = bar(f"{name}: {shown}", p50 / slowest) if p50 is not None and slowest else ""
-    memory, agreement = number(found.get("peak_rss_mb")), number(found.get("agreement"))
+    time_bar = bar(f"{name}: {shown}", p50 / slowest) if p50 is not None and slowest else ""
+    memory, agreement = (
+        number(qualification.get("peak_rss_mb")),
+        number(qualification.get("agreement")),
+    )
     size = number(artefact.get("bytes"))
     return [
         esc(name) if len(name) <= LONG_NAME else f'<span class="file">{esc(name)}</span>',
         fmt.size(size) if size else MISSING,
-        drawn,
+        time_bar,
         shown,
         MISSING if memory is None else f"{fmt.significant(memory)}{THIN}MB",
         MISSING if agreement is None else fmt.share(agreement),
-        _score(mapping(found.get("score"))),
+        _score(mapping(qualification.get("score"))),
     ]
 
 
@@ -102,17 +105,17 @@ def _state(artefact: Mapping[str, Any], *, left_out: bool) -> str:
         return f"<span class='pill open'>left out</span> {esc(text(artefact.get('reason')))}"
     if text(artefact.get("kind")) == _SOURCE:
         return "<span class='pill ok'>source</span>"
-    found = mapping(artefact.get("qualification"))
-    if found.get("executed") is True:
+    qualification = mapping(artefact.get("qualification"))
+    if qualification.get("executed") is True:
         return "<span class='pill ok'>proved here</span>"
-    return f"<span class='pill late'>unproven</span> {esc(text(found.get('reason')))}"
+    return f"<span class='pill late'>unproven</span> {esc(text(qualification.get('reason')))}"
 
 
 def _p50(artefact: Mapping[str, Any]) -> float | None:
-    found = mapping(artefact.get("qualification"))
-    return number(mapping(found.get("latency")).get("p50_ms"))
+    qualification = mapping(artefact.get("qualification"))
+    return number(mapping(qualification.get("latency")).get("p50_ms"))
 
 
 def _metric(artefact: Mapping[str, Any]) -> str:
-    found = mapping(artefact.get("qualification"))
-    return text(mapping(found.get("score")).get("metric"))
+    qualification = mapping(artefact.get("qualification"))
+    return text(mapping(qualification.get("score")).get("metric"))

@@ -30,22 +30,25 @@ def hash_html(value: str) -> str:
 
 def parity(manifest: Mapping[str, Any]) -> tuple[float, float] | None:
     """(largest difference, tolerance), or None where the manifest does not hold both."""
-    found = mapping(manifest.get("parity"))
-    difference, tolerance = number(found.get("max_abs_difference")), number(found.get("tolerance"))
+    record = mapping(manifest.get("parity"))
+    difference, tolerance = (
+        number(record.get("max_abs_difference")),
+        number(record.get("tolerance")),
+    )
     return None if difference is None or tolerance is None else (difference, tolerance)
 
 
 def _parity_scale(difference: float, tolerance: float) -> str:
-    """Both on a logarithmic scale: how far the exported model lies below what is allowed."""
+    """Largest difference and tolerance as a picture on a logarithmic scale."""
     low = math.floor(math.log10(max(min(difference, tolerance), 1e-12))) - 1
     high = math.ceil(math.log10(max(difference, tolerance, 1e-11))) + 1
 
     def at(value: float) -> float:
         return 8 + (math.log10(max(value, 10.0**low)) - low) / (high - low) * 304
 
-    found, allowed = at(difference), at(tolerance)
+    actual, allowed = at(difference), at(tolerance)
     css = "good" if difference <= tolerance else "bad"
-    anchor = "start" if found < 160 else "end"
+    anchor = "start" if actual < 160 else "end"
     other = "end" if allowed > 160 else "start"
     label = (
         f"Largest difference {fmt.significant(difference)}, allowed {fmt.significant(tolerance)}"
@@ -53,8 +56,8 @@ def _parity_scale(difference: float, tolerance: float) -> str:
     return (
         f'<svg class="chart scale" role="img" aria-label="{esc(label)}" viewBox="0 0 320 62" width="320" height="62">'
         f'<path class="track" d="M8 31H312"/><path class="allowed" d="M8 31H{allowed:.1f}"/>'
-        f'<path class="limit" d="M{allowed:.1f} 21v20"/><circle class="{css}" cx="{found:.1f}" cy="31" r="6"/>'
-        f'<text class="label" x="{found - 6 if anchor == "start" else found + 6:.1f}" y="15" text-anchor="{anchor}">'
+        f'<path class="limit" d="M{allowed:.1f} 21v20"/><circle class="{css}" cx="{actual:.1f}" cy="31" r="6"/>'
+        f'<text class="label" x="{actual - 6 if anchor == "start" else actual + 6:.1f}" y="15" text-anchor="{anchor}">'
         f"found {esc(fmt.significant(difference))}</text>"
         f'<text class="tick" x="{allowed:.1f}" y="57" text-anchor="{other}">allowed {esc(fmt.significant(tolerance))}'
         "</text></svg>"
@@ -62,10 +65,10 @@ def _parity_scale(difference: float, tolerance: float) -> str:
 
 
 def _parity_card(manifest: Mapping[str, Any]) -> str:
-    found = parity(manifest)
-    if found is None:
+    differences = parity(manifest)
+    if differences is None:
         return ""
-    difference, tolerance = found
+    difference, tolerance = differences
     batches = ", ".join(
         fmt.value_text(b) for b in sequence(mapping(manifest.get("parity")).get("batch_sizes"))
     )
@@ -85,13 +88,13 @@ def _parity_card(manifest: Mapping[str, Any]) -> str:
 
 
 def _schema_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    given, output = mapping(manifest.get("input")), mapping(manifest.get("output"))
-    shape = " × ".join(fmt.value_text(n) for n in sequence(given.get("shape")))
+    schema, output = mapping(manifest.get("input")), mapping(manifest.get("output"))
+    shape = " × ".join(fmt.value_text(n) for n in sequence(schema.get("shape")))
     rows = []
-    if given:
-        features = sequence(given.get("features"))
+    if schema:
+        features = sequence(schema.get("features"))
         named = f", {fmt.plural(len(features), 'named column')}" if features else ""
-        rows.append(("input", f"{esc(shape)} {esc(text(given.get('dtype')))}{named}".strip()))
+        rows.append(("input", f"{esc(shape)} {esc(text(schema.get('dtype')))}{named}".strip()))
     if output:
         labels = [fmt.value_text(x) for x in sequence(output.get("labels"))]
         more = f" and {len(labels) - 30} more" if len(labels) > 30 else ""
@@ -124,8 +127,8 @@ def _step(step: Mapping[str, Any]) -> str:
 
 def _artefacts(manifest: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """A table of them, and their hashes as facts."""
-    found = [mapping(a) for a in sequence(manifest.get("artefacts"))]
-    if not found:
+    artefacts = [mapping(a) for a in sequence(manifest.get("artefacts"))]
+    if not artefacts:
         return "", []
     rows = [
         [
@@ -134,23 +137,23 @@ def _artefacts(manifest: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]
             fmt.size(number(a.get("bytes"))),
             esc(fmt.value_text(a.get("opset"))),
         ]
-        for a in found[:MAX_ARTEFACTS]
+        for a in artefacts[:MAX_ARTEFACTS]
     ]
     head = [("artefact", ""), ("kind", ""), ("size", "n"), ("opset", "n")]
     grid = fmt.table("Artefacts in the bundle", head, rows)
     hashes = [
         (f"SHA-256 of {fmt.value_text(a.get('name'))}", hash_html(text(a.get("sha256"))))
-        for a in found[:MAX_ARTEFACTS]
+        for a in artefacts[:MAX_ARTEFACTS]
     ]
     return grid, hashes
 
 
 def _features(manifest: Mapping[str, Any]) -> str:
-    found = [mapping(f) for f in sequence(mapping(manifest.get("input")).get("features"))]
-    if not found:
+    features = [mapping(f) for f in sequence(mapping(manifest.get("input")).get("features"))]
+    if not features:
         return ""
     rows = []
-    for f in found[:MAX_FEATURES]:
+    for f in features[:MAX_FEATURES]:
         categories = esc(fmt.value_text(f.get("categories"))) if f.get("categories") else MISSING
         limits = f"{fmt.value_text(f.get('low'))} to {fmt.value_text(f.get('high'))}"
         rows.append(
@@ -164,8 +167,8 @@ def _features(manifest: Mapping[str, Any]) -> str:
     head = [("column", ""), ("unit", ""), ("plausible mean", "n"), ("categories", "words")]
     grid = fmt.table("Columns of the input", head, rows, tall=len(rows) > 12)
     cut = (
-        f"<p class='note'>The first {MAX_FEATURES} of {len(found)}.</p>"
-        if len(found) > MAX_FEATURES
+        f"<p class='note'>The first {MAX_FEATURES} of {len(features)}.</p>"
+        if len(features) > MAX_FEATURES
         else ""
     )
     return f"<details><summary>Columns of the input</summary>{cut}{grid}</details>"
@@ -189,8 +192,8 @@ def _metric_rows(metrics: Mapping[str, Any], noise: noise_figures.Noise) -> list
 
 
 def _in_line(values: Mapping[str, float], noise: noise_figures.Noise, kind: str) -> str:
-    found = ((m, noise_figures.shown(m, v, noise.of(kind, m))) for m, v in values.items())
-    return ", ".join(f"{esc(metric_name(m))} {esc(shown)}" for m, shown in found)
+    figures = ((m, noise_figures.shown(m, v, noise.stddev(kind, m))) for m, v in values.items())
+    return ", ".join(f"{esc(metric_name(m))} {esc(shown)}" for m, shown in figures)
 
 
 def _manifest_card(manifest: Mapping[str, Any], noise: noise_figures.Noise) -> str:

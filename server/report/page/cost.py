@@ -12,9 +12,9 @@ from fedge.server.report.records import Round, Run
 MAX_COLUMNS = 80
 
 
-def grouped(rounds: tuple[Round, ...], most: int = MAX_COLUMNS) -> list[tuple[Round, ...]]:
-    """At most ``most`` groups of neighbouring rounds, all of the same size but perhaps the last."""
-    each = -(-len(rounds) // most) or 1
+def grouped(rounds: tuple[Round, ...], max_groups: int = MAX_COLUMNS) -> list[tuple[Round, ...]]:
+    """At most ``max_groups`` groups of neighbouring rounds, all of the same size but perhaps the last."""
+    each = -(-len(rounds) // max_groups) or 1
     return [rounds[i : i + each] for i in range(0, len(rounds), each)]
 
 

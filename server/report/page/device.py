@@ -1,4 +1,4 @@
-"""The report's section on the device, and how long a prediction takes there and where it was released."""
+"""The report's section on the device, and the latency of a prediction there and at release."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def latency_card(run: Run, manifest: Mapping[str, Any]) -> str:
     """Measures by row, places by column, so that it fits a phone; empty where nothing was timed."""
     released, bench = mapping(manifest.get("latency")), mapping(run.edge.get("bench"))
     places = [
-        (w, found) for w, found in (("at release", released), ("on the device", bench)) if found
+        (w, record) for w, record in (("at release", released), ("on the device", bench)) if record
     ]
     rows = [
-        [esc(words), *(esc(show(number(found.get(key)))) for _, found in places)]
+        [esc(words), *(esc(show(number(record.get(key)))) for _, record in places)]
         for key, (words, show) in _MEASURES.items()
-        if any(number(found.get(key)) is not None for _, found in places)
+        if any(number(record.get(key)) is not None for _, record in places)
     ]
     if not rows:
         return ""
     grid = fmt.table(
         "Latency", [("", ""), *((where, "n") for where, _ in places)], rows, css="measures"
     )
-    sources = [(w, text(found.get("device"))) for w, found in places]
-    known = ", ".join(f"{w} on {where}" for w, where in sources if where)
-    note = f"Time of one prediction; {esc(known)}." if known else "Time of one prediction."
+    sources = [(w, text(record.get("device"))) for w, record in places]
+    devices = ", ".join(f"{w} on {where}" for w, where in sources if where)
+    note = f"Time of one prediction; {esc(devices)}." if devices else "Time of one prediction."
     return fmt.card("Latency", grid, note)
 
 
@@ -88,7 +88,7 @@ def _tiles(edge: Mapping[str, Any]) -> list[str]:
 
 
 def _contents(environment: Mapping[str, Any]) -> str:
-    """What the environment holds and what it does not, of what was asked for."""
+    """The packages that the environment has and lacks, of those that were checked (text)."""
     lacks = [name for name, held in environment.items() if held is False]
     holds = [name for name, held in environment.items() if held is True]
     parts = [f"with {' and '.join(holds)}"] if holds else []
@@ -97,7 +97,7 @@ def _contents(environment: Mapping[str, Any]) -> str:
 
 
 def device(run: Run) -> str:
-    """The section on what the device did; empty before it ran."""
+    """The section on the device's run of the bundle; empty before it."""
     edge = run.edge
     if not edge:
         return ""

@@ -31,12 +31,12 @@ def axis_name(metric: str) -> str:
 
 def by_site(rounds: Sequence[Round], metric: str) -> dict[str, list[tuple[float, float]]]:
     """Each site's (round, value) pairs of a metric, unscaled, sites in natural order."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, list[tuple[float, float]]] = {}
     for r in rounds:
         for site, values in r.per_site.items():
             if metric in values:
-                found.setdefault(site, []).append((r.number, values[metric]))
-    return {site: found[site] for site in sorted(found, key=fmt.natural)}
+                series.setdefault(site, []).append((r.number, values[metric]))
+    return {site: series[site] for site in sorted(series, key=fmt.natural)}
 
 
 def _curve(rounds: Sequence[Round], which: str, metric: str) -> list[tuple[float, float]]:
@@ -60,21 +60,24 @@ def _bands(rounds: Sequence[Round], metric: str) -> list[Band]:
 
 
 def _noise(run: Run, metric: str) -> list[tuple[float, float, float]]:
-    """The pooled figure by round, less and more one standard deviation of its noise, cut to what a share can be."""
+    """The pooled figure by round, plus and minus one standard deviation of its noise, clamped to [0, 1]."""
     points = []
     for r in run.rounds:
-        value, deviation = r.pooled.get(metric), noise_figures.of_round(r).of("pooled", metric)
-        if value is not None and deviation is not None:
-            ends = max(value - deviation, 0.0), min(value + deviation, 1.0)
+        value, stddev = (
+            r.pooled.get(metric),
+            noise_figures.round_noise(r).stddev("pooled", metric),
+        )
+        if value is not None and stddev is not None:
+            ends = max(value - stddev, 0.0), min(value + stddev, 1.0)
             points.append((float(r.number), scaled(metric, ends[0]), scaled(metric, ends[1])))
     return points
 
 
 def _last(run: Run, which: str, metric: str) -> str:
-    """What a curve ends with, in words."""
+    """The last value of a curve (text)."""
     r = next(r for r in reversed(run.rounds) if metric in getattr(r, which))
     return noise_figures.shown(
-        metric, getattr(r, which)[metric], noise_figures.of_round(r).of(which, metric)
+        metric, getattr(r, which)[metric], noise_figures.round_noise(r).stddev(which, metric)
     )
 
 
@@ -110,9 +113,9 @@ def _metric_chart(run: Run, metric: str) -> str:
         limits=(0, 100) if fmt.is_share(metric) else None,
     )
     if noise_figures.last(run).unit:
-        of = "all sites, each alike" if noise_figures.sites_alike(run) else "the pooled figure"
-        note = f"The counts have noise. The band around {of} spans one standard deviation of it either way"
-        end = noise_figures.last(run).of("pooled", metric)
+        figure = "all sites, each alike" if noise_figures.sites_alike(run) else "the pooled figure"
+        note = f"The counts have noise. The band around {figure} spans one standard deviation of it either way"
+        end = noise_figures.last(run).stddev("pooled", metric)
         note += f"; at the end {noise_figures.shown(metric, run.pooled.get(metric), end)}."
         note += " A thin line is one site, with more noise than that." if len(sites) > 1 else ""
     elif bands:
@@ -151,8 +154,8 @@ def _loss_chart(run: Run) -> str:
 
 
 def _round_table(run: Run) -> str:
-    known = [r.pooled if run.masked else r.site_mean for r in run.rounds]
-    metrics = [m for m in (run.lead, "loss") if any(m in values for values in known)]
+    views = [r.pooled if run.masked else r.site_mean for r in run.rounds]
+    metrics = [m for m in (run.lead, "loss") if any(m in values for values in views)]
     metrics = list(dict.fromkeys(metrics))
     means = [] if run.masked else metrics
     head = [
@@ -177,9 +180,11 @@ def _round_table(run: Run) -> str:
             str(len(r.rejected)),
         ]
         row.append(metric_value("loss", r.train.get("loss")))
-        noise = noise_figures.of_round(r)
-        row += [noise_figures.shown(m, r.site_mean.get(m), noise.of("site_mean", m)) for m in means]
-        row += [noise_figures.shown(m, r.pooled.get(m), noise.of("pooled", m)) for m in metrics]
+        noise = noise_figures.round_noise(r)
+        row += [
+            noise_figures.shown(m, r.site_mean.get(m), noise.stddev("site_mean", m)) for m in means
+        ]
+        row += [noise_figures.shown(m, r.pooled.get(m), noise.stddev("pooled", m)) for m in metrics]
         rows.append([*row, fmt.duration(r.seconds), fmt.size(r.sent), fmt.size(r.received)])
     cut = len(run.rounds) - len(rows)
     note = (

@@ -1,4 +1,4 @@
-"""The report's section on who took part: a matrix of sites by rounds, and every reply that did not count."""
+"""The report's section on participation: a matrix of sites by rounds, and every reply that did not count."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MAX_MATRIX_SITES: Final = 300
 MAX_REFUSAL_ROWS: Final = 500
 #: Sites that one cell of the table of rounds names.
 MAX_NAMED: Final = 8
-#: Sites up to which every cell has a tooltip; with more, only those that need a word.
+#: Sites up to which every cell has a tooltip; with more, only those that need an explanation.
 MAX_SITES_WITH_TIPS: Final = 40
 #: Rounds up to which the matrix is narrow enough to stand beside the table.
 MAX_ROUNDS_BESIDE: Final = 14
 
 
 class State(NamedTuple):
-    """What a cell shows: its style class, its sign, and the words of the legend."""
+    """The content of a cell: its style class, its sign, and the words of the legend."""
 
     css: str
     sign: str
@@ -38,29 +38,29 @@ TRAINED: Final = State("ok", "✓", "trained")
 NOTED: Final = State("ok noted", "✓", "trained, with a remark")
 REJECTED: Final = State("rejected", "✕", "rejected")
 LATE: Final = State("late", "L", "late")
-ABSENT: Final = State("absent", "○", "absent")
+NO_REPLY: Final = State("absent", "○", "absent")
 ERROR: Final = State("error", "!", "error at the site")
 OTHER: Final = State("late", "S", "stale or duplicate")
 OPEN: Final = State("open", "?", "invited, no outcome recorded")
-AWAY: Final = State("absent", "–", "not connected")
+DISCONNECTED: Final = State("absent", "–", "not connected")
 IDLE: Final = State("idle", "·", "not invited")
-STATES: Final = (TRAINED, NOTED, REJECTED, LATE, ABSENT, ERROR, OTHER, OPEN, AWAY, IDLE)
+STATES: Final = (TRAINED, NOTED, REJECTED, LATE, NO_REPLY, ERROR, OTHER, OPEN, DISCONNECTED, IDLE)
 
 _BY_OUTCOME: Final = {
-    "rejected": REJECTED, "late": LATE, "absent": ABSENT, "error": ERROR, "stale": OTHER, "duplicate": OTHER,
+    "rejected": REJECTED, "late": LATE, "absent": NO_REPLY, "error": ERROR, "stale": OTHER, "duplicate": OTHER,
 }  # fmt: skip
 #: Which of several refusals of one site in one round the cell shows.
 _WEIGHT: Final = {"rejected": 0, "error": 1, "late": 2, "absent": 3, "stale": 4, "duplicate": 5}
-#: What the tally has besides, after those.
+#: Further outcomes that are counted, in this order after those.
 _BESIDES: Final = ("not connected", "metric dropped")
 
 
 def by_site(r: Round) -> dict[str, list[Refusal]]:
     """A round's refusals and dropped metrics, by site."""
-    found: dict[str, list[Refusal]] = {}
+    refusals: dict[str, list[Refusal]] = {}
     for refusal in (*r.rejected, *r.dropped):
-        found.setdefault(refusal.site, []).append(refusal)
-    return found
+        refusals.setdefault(refusal.site, []).append(refusal)
+    return refusals
 
 
 def cell(r: Round, site: str, refusals: Sequence[Refusal]) -> State:
@@ -91,11 +91,11 @@ def samples(config: str) -> bool:
 
 
 def unconnected(run: Run, r: Round) -> frozenset[str]:
-    """Registered sites that a round which invites everybody did not have, and that it says nothing else about."""
+    """Registered sites that were not connected in a round: one that invites all did not invite or record them."""
     if samples(run.config):
         return frozenset()
-    told = {x.site for x in (*r.rejected, *r.dropped)}
-    return frozenset(set(run.sites) - r.invited - r.trained - told)
+    recorded = {x.site for x in (*r.rejected, *r.dropped)}
+    return frozenset(set(run.sites) - r.invited - r.trained - recorded)
 
 
 def describe(refusal: Refusal) -> str:
@@ -104,14 +104,14 @@ def describe(refusal: Refusal) -> str:
 
 
 def _cell_html(
-    r: Round, site: str, refusals: Sequence[Refusal], away: bool, tips: bool
+    r: Round, site: str, refusals: Sequence[Refusal], disconnected: bool, tips: bool
 ) -> tuple[State, str]:
-    state = AWAY if away else cell(r, site, refusals)
+    state = DISCONNECTED if disconnected else cell(r, site, refusals)
     if refusals:
         tip = f"{site}, round {r.number}: {'; '.join(describe(x) for x in refusals[:5])}"
     elif tips and state is TRAINED and site in r.examples:
         tip = f"{site}, round {r.number}: trained on {fmt.plural(r.examples[site], 'example')}"
-    elif tips or state in (OPEN, AWAY):
+    elif tips or state in (OPEN, DISCONNECTED):
         tip = f"{site}, round {r.number}: {state.words}"
     else:
         tip = ""
@@ -127,11 +127,11 @@ def _short(name: str) -> str:
 def _matrix(run: Run) -> str:
     rounds = run.rounds[-MAX_MATRIX_ROUNDS:]
     grouped = [by_site(r) for r in rounds]
-    away = [unconnected(run, r) for r in rounds]
+    disconnected = [unconnected(run, r) for r in rounds]
     trouble = Counter(
         site for group in grouped for site, refusals in group.items() for _ in refusals
     )
-    trouble.update(site for missing in away for site in missing)
+    trouble.update(site for missing in disconnected for site in missing)
     names = sorted(set(run.sites) | set(trouble), key=fmt.natural)
     words = []
     if len(names) > MAX_SITES_WITH_TIPS:
@@ -147,7 +147,7 @@ def _matrix(run: Run) -> str:
     rows = []
     for name in names:
         cells = []
-        for r, group, missing in zip(rounds, grouped, away, strict=True):
+        for r, group, missing in zip(rounds, grouped, disconnected, strict=True):
             state, html = _cell_html(r, name, group.get(name, []), name in missing, tips)
             used.add(state)
             cells.append(html)
@@ -222,34 +222,34 @@ def _refusal_table(run: Run) -> str:
     return fmt.card("Rejections and drops", grid, note)
 
 
-#: Columns of the table of rounds: what stands in it, by the cell that a site has.
-_MISSING: Final = (("absent", ABSENT), ("late", LATE), ("rejected or failed", REJECTED))
+#: Columns of the table of rounds: head, and the state of the sites that it lists.
+_MISSING: Final = (("absent", NO_REPLY), ("late", LATE), ("rejected or failed", REJECTED))
 
 
 def _round_row(r: Round) -> list[str] | None:
     """A round's row where a site is missing, else None."""
     grouped = by_site(r)
-    found: dict[str, list[str]] = {words: [] for words, _ in _MISSING}
+    missing: dict[str, list[str]] = {words: [] for words, _ in _MISSING}
     names = sorted((r.invited | set(grouped)) - r.trained, key=fmt.natural)
     for name in names:
         refusals = grouped.get(name, [])
         state = cell(r, name, refusals)
-        for words, wanted in _MISSING:
-            if state is wanted or (wanted is REJECTED and state in (ERROR, OTHER)):
-                told = next((x for x in refusals if _BY_OUTCOME.get(x.outcome) is state), None)
-                why = f": {esc(told.reason)}" if told and state is not LATE else ""
-                found[words].append(f"{fmt.site_name(name)}{why}")
-    if not any(found.values()):
+        for words, expected in _MISSING:
+            if state is expected or (expected is REJECTED and state in (ERROR, OTHER)):
+                first = next((x for x in refusals if _BY_OUTCOME.get(x.outcome) is state), None)
+                why = f": {esc(first.reason)}" if first and state is not LATE else ""
+                missing[words].append(f"{fmt.site_name(name)}{why}")
+    if not any(missing.values()):
         return None
     cells = []
-    for named in found.values():
+    for named in missing.values():
         more = f"<br>and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
         cells.append(("<br>".join(named[:MAX_NAMED]) + more) or fmt.MISSING)
     return [str(r.number), str(len(r.trained | set(names))), str(len(r.trained)), *cells]
 
 
 def _round_table(run: Run) -> str:
-    """Who was expected in each round, and who was missing and why; empty where nobody was."""
+    """The sites expected in each round, and those missing with the reason; empty where none was missing."""
     rows = [row for r in run.rounds if (row := _round_row(r)) is not None]
     if not rows:
         return ""
@@ -261,8 +261,8 @@ def _round_table(run: Run) -> str:
     return fmt.card("Rounds in which a site was missing", grid, note)
 
 
-def tally(run: Run) -> Counter[str]:
-    """How often each outcome happened: ``trained``, ``invited``, ``not connected``, and those of the refusals."""
+def outcome_counts(run: Run) -> Counter[str]:
+    """How often each outcome occurred: ``trained``, ``invited``, ``not connected``, and those of the refusals."""
     total = Counter(x.outcome for r in run.rounds for x in (*r.rejected, *r.dropped))
     total["trained"] = sum(len(r.trained) for r in run.rounds)
     total["invited"] = sum(len(r.invited) for r in run.rounds)
@@ -272,17 +272,17 @@ def tally(run: Run) -> Counter[str]:
 
 def in_words(outcomes: Counter[str]) -> str:
     """``2 rejected, 1 late``; empty where every site took part in every round. The text is not escaped."""
-    known = [o for o in (*_WEIGHT, *_BESIDES) if outcomes[o]]
-    known += sorted(set(outcomes) - set(_WEIGHT) - {"trained", "invited", *_BESIDES})
+    names = [o for o in (*_WEIGHT, *_BESIDES) if outcomes[o]]
+    names += sorted(set(outcomes) - set(_WEIGHT) - {"trained", "invited", *_BESIDES})
     words = {"error": "failed at the site", "metric dropped": "with a metric dropped"}
-    return ", ".join(f"{fmt.count(outcomes[o])} {words.get(o, o)}" for o in known)
+    return ", ".join(f"{fmt.count(outcomes[o])} {words.get(o, o)}" for o in names)
 
 
 def participation(run: Run) -> str:
     """The section; empty before the first round."""
     if not run.rounds:
         return ""
-    outcomes = tally(run)
+    outcomes = outcome_counts(run)
     lead = f"{fmt.plural(outcomes['invited'], 'invitation')}, {fmt.plural(outcomes['trained'], 'update')} counted"
     others = in_words(outcomes)
     lead += f"; {esc(others)}." if others else "; none rejected, late or missing."

@@ -1,4 +1,4 @@
-"""The report's section on differential privacy: what the sites say to have spent, and what that means."""
+"""The report's section on differential privacy: epsilon that the sites report as spent, and what it means."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedge.server.report import format as fmt
 from fedge.server.report.format import MISSING, THIN, esc
 from fedge.server.report.json_values import mapping, number, text
 from fedge.server.report.page.learning import MAX_SITES_SINGLY
-from fedge.server.report.page.privacy_central import UNBOUNDED, invited, reached
+from fedge.server.report.page.privacy_central import UNBOUNDED, run_epsilons, sampling_facts
 from fedge.server.report.page.privacy_epsilon import (
-    ROWS_OF_A_SHORT_TABLE,
+    SHORT_TABLE_ROWS,
+    RoundEpsilon,
     Spent,
-    Told,
     charts,
     epsilon_text,
     spent,
@@ -27,7 +27,7 @@ from fedge.server.report.records import Run
 #: Rows of the table of sites, and sites that a sentence names.
 MAX_ROWS: Final = 500
 MAX_NAMED: Final = 8
-#: A figure that falls by a smaller share is the accountant's rounding.
+#: A figure may fall by this share through the accountant's rounding.
 FALL: Final = 0.01
 
 WORDS: Final = (
@@ -79,8 +79,8 @@ _MECHANISMS: Final = {
         "anything leaves it",
     ),
 }
-#: What may be left without noise, by its key: in brief, and at length.
-_OPEN: Final = {
+#: Outputs that may be left without noise, by their key: in brief, and at length.
+_UNPROTECTED: Final = {
     "metrics": (
         "results on held-out examples (exact counts)",
         "Held-out metrics are exact counts over examples that were kept from training, without noise "
@@ -103,20 +103,24 @@ def _section(config: str) -> Mapping[str, Any]:
 
 
 def private(run: Run) -> bool:
-    """Whether noise was added; where the configuration does not say, whether a site tells what that cost."""
+    """Whether noise was added; where the configuration does not state it, whether a site reports epsilon."""
     mechanism = text(_section(run.config).get("mechanism"))
     return mechanism != "off" if mechanism else bool(spent(run).sites)
 
 
 def unevaluated(run: Run) -> str:
-    """Why nobody evaluates (text, the end of a sentence); empty where that is not for privacy's sake."""
+    """Why no site evaluates (text, the end of a sentence); empty where privacy is not the reason."""
     if not private(run) or _section(run.config).get("metrics") != "off":
         return ""
     return "as counts over held-out examples would leave the sites without noise (privacy.metrics is off)"
 
 
-def _open(run: Run) -> list[tuple[str, str]]:
-    return [words for key, words in _OPEN.items() if _section(run.config).get(key) == "unprotected"]
+def _unprotected(run: Run) -> list[tuple[str, str]]:
+    return [
+        words
+        for key, words in _UNPROTECTED.items()
+        if _section(run.config).get(key) == "unprotected"
+    ]
 
 
 def _units(run: Run) -> tuple[str, str, str]:
@@ -128,7 +132,7 @@ def _whole_sites(run: Run) -> bool:
     return _units(run)[0] == "sites"
 
 
-def _both(t: Told) -> str:
+def _both(t: RoundEpsilon) -> str:
     if t.consumers == t.server:
         return f"{epsilon_text(t.server)} against the model's readers and the server alike"
     consumers = epsilon_text(t.consumers)
@@ -138,12 +142,12 @@ def _both(t: Told) -> str:
     return f"{consumers} against the model's readers and {server} against the server"
 
 
-def _of_run(run: Run) -> Told | None:
-    """What this run alone has cost a site under masks, as the server reckons it; None where it cannot."""
-    found = reached(run)
-    if not found or not run.masked:
+def _run_epsilon(run: Run) -> RoundEpsilon | None:
+    """Epsilon of this run alone for a site under secure aggregation, by the server; None where it is unknown."""
+    epsilons = run_epsilons(run)
+    if not epsilons or not run.masked:
         return None
-    return Told(found[-1].round, found[-1].consumers, found[-1].sample_known)
+    return RoundEpsilon(epsilons[-1].round, epsilons[-1].consumers, epsilons[-1].sample_known)
 
 
 def in_brief(run: Run) -> list[str]:
@@ -152,50 +156,56 @@ def in_brief(run: Run) -> list[str]:
         return []
     largest, units = spent(run).largest, _units(run)[0]
     if largest:
-        said = (
+        sentence = (
             f"Noise bounds what is told of single {units}: the largest epsilon that a site tells is "
             f"{_both(largest[-1])}, over all its runs, each at its own site's delta."
         )
-    elif ours := _of_run(run):
-        said = (
+    elif ours := _run_epsilon(run):
+        sentence = (
             f"Noise bounds what is told of single {units}: by the server's reckoning this run alone costs a site "
-            f"epsilon {_both(ours)} at most, at delta {reached(run)[-1].delta:g}."
+            f"epsilon {_both(ours)} at most, at delta {run_epsilons(run)[-1].delta:g}."
         )
     else:
-        said = f"Noise bounds what is told of single {units}; what is spent stands in each site's ledger."
-    without = " and ".join(words for words, _ in _open(run))
-    return [said, *([f"Without noise, and not covered by epsilon: {without}."] if without else [])]
+        sentence = f"Noise bounds what is told of single {units}; what is spent stands in each site's ledger."
+    without = " and ".join(words for words, _ in _unprotected(run))
+    return [
+        sentence,
+        *([f"Without noise, and not covered by epsilon: {without}."] if without else []),
+    ]
 
 
 def _warning(run: Run) -> str:
-    if not (found := [words for _, words in _open(run)]):
+    if not (lines := [words for _, words in _unprotected(run)]):
         return ""
     if run.masked:
-        found.append("The server saw them as sums over several sites only; those sums are exact.")
-    items = "".join(f"<li>{esc(line)}</li>" for line in found)
+        lines.append("The server saw them as sums over several sites only; those sums are exact.")
+    items = "".join(f"<li>{esc(line)}</li>" for line in lines)
     return f'<div class="card warn"><h3>Not covered by epsilon</h3><ul>{items}</ul></div>'
 
 
 def _facts(run: Run) -> str:
     section, (_, unit, how) = _section(run.config), _units(run)
     mechanism = text(section.get("mechanism"))
-    said = {"unprotected": "without noise, see above"}
+    exact = {"unprotected": "without noise, see above"}
     metrics = {
-        **said,
+        **exact,
         "noised": "counts with noise of their own, which each site charges to its ledger",
         "off": "nobody evaluates, so this report has no accuracy: counts would be without noise",
     }
-    statistics = {**said, "off": "the task learns no mean and no deviation of columns"}
+    statistics = {**exact, "off": "the task learns no mean and no deviation of columns"}
     clipped = "one site's update" if _whole_sites(run) else "one example's gradient"
     delta = "each site's own; it stands in the site's ledger, and not here. Unlike deltas do not compare"
-    if _of_run(run):
-        delta = f"{reached(run)[-1].delta:g} for this run alone, which is what stands here; in a site's ledger its own"
+    if _run_epsilon(run):
+        delta = (
+            f"{run_epsilons(run)[-1].delta:g} for this run alone, which is what stands here; "
+            "in a site's ledger its own"
+        )
     rows = [
         ("unit protected", unit),
         ("mechanism", f"{how} ({mechanism})" if how != mechanism else mechanism),
         _noise(section),
         ("clipping bound", _value(section, "clipping-bound", f"greatest length (L2 norm) of {clipped}")),
-        *invited(section),
+        *sampling_facts(section),
         ("delta", delta),
         ("counted", "all runs of a site's study together, this one and those before"),
         ("budget", "each site's own; the site refuses the round that would exceed it"),
@@ -206,13 +216,13 @@ def _facts(run: Run) -> str:
 
 
 def _noise(section: Mapping[str, Any]) -> tuple[str, str]:
-    """How much noise, or what asked for it."""
+    """The amount of noise, or the target epsilon that determines it."""
     epsilon, delta = number(section.get("epsilon")), number(section.get("delta"))
     if epsilon is None:
-        said = "its standard deviation, by the clipping bound"
+        meaning = "its standard deviation, by the clipping bound"
         if section.get("mechanism") == "local":
-            said = "its standard deviation, by twice the clipping bound"
-        return "noise multiplier", _value(section, "noise-multiplier", said)
+            meaning = "its standard deviation, by twice the clipping bound"
+        return "noise multiplier", _value(section, "noise-multiplier", meaning)
     at = "" if delta is None else f" at delta {fmt.significant(delta, 6)}"
     return (
         "noise",
@@ -226,24 +236,24 @@ def _value(section: Mapping[str, Any], key: str, words: str) -> str:
 
 
 def certainty(epsilon: float) -> str:
-    """How sure a reader can become of a membership that had even odds: e^epsilon to 1, delta apart; rounded up."""
+    """Largest certainty of a membership inference with a prior of 1/2: e^epsilon to 1, delta apart, rounded up."""
     percent = math.ceil(10_000 / (1 + math.exp(-epsilon))) / 100
     if percent > 99.99:
         return "as good as certain, so that the bound alone says next to nothing"
     return f"at most {percent:.2f}{THIN}% sure"
 
 
-def _meaning(run: Run, found: Spent) -> str:
+def _meaning(run: Run, reported: Spent) -> str:
     whole = _whole_sites(run)
-    one, drawn = ("site", "sites a round") if whole else ("example", "examples a step")
-    readers = {
-        "model's readers": f"whoever gets the model or its predictions, and does not see which {drawn} draws",
+    one, sampled = ("site", "sites a round") if whole else ("example", "examples a step")
+    adversaries = {
+        "model's readers": f"whoever gets the model or its predictions, and does not see which {sampled} draws",
         "server": "whoever runs it; it sees which sites take part"
         + ("" if whole else ", but not which examples they draw"),
     }
     rows = []
-    for index, (who, words) in enumerate(readers.items(), 1):
-        last = found.largest[-1] if found.largest else _of_run(run)
+    for index, (who, words) in enumerate(adversaries.items(), 1):
+        last = reported.largest[-1] if reported.largest else _run_epsilon(run)
         value = last[index] if last else None
         if value == math.inf:
             rows.append((who, f"<b>{UNBOUNDED}</b><br>{words}"))
@@ -253,7 +263,7 @@ def _meaning(run: Run, found: Spent) -> str:
     hidden = run.masked or _section(run.config).get("mechanism") == "local"
     seen = "who took part and when" if hidden else "who took part, when, with how many examples"
     whose = "the sites' own, which the server cannot check"
-    if not found.largest and _of_run(run):
+    if not reported.largest and _run_epsilon(run):
         whose = "the server's, of this run alone and for a site that was in all of it"
     several = (
         ""
@@ -269,7 +279,7 @@ def _meaning(run: Run, found: Spent) -> str:
             "<code>fedge privacy ledger</code> prints it at the site"),
     ]  # fmt: skip
     note = f"Epsilon bounds what can be found out about one {one}, delta apart."
-    if found.largest or _of_run(run):
+    if reported.largest or _run_epsilon(run):
         note += (
             " A reader who knows all else, and gives even odds to whether it was trained on, can become this sure of "
             "it from what came out:"
@@ -283,11 +293,11 @@ def _named(names: Sequence[str]) -> str:
     return f"{shown} and {fmt.count(more)} more" if more > 0 else shown
 
 
-def _table(run: Run, found: Spent) -> str:
-    """The sites' last figures, and what is odd about them."""
+def _table(run: Run, reported: Spent) -> str:
+    """The sites' last figures, with remarks on missing and falling ones."""
     last_trained = {site: r.number for r in run.rounds for site in r.trained}
-    names = sorted({*run.sites, *found.sites}, key=fmt.natural)
-    last = {site: told[-1] for site, told in found.sites.items()}
+    names = sorted({*run.sites, *reported.sites}, key=fmt.natural)
+    last = {site: epsilons[-1] for site, epsilons in reported.sites.items()}
     if len(names) > MAX_SITES_SINGLY:
         names.sort(key=lambda s: -last[s].server if s in last else 1.0)
     rows = []
@@ -303,13 +313,13 @@ def _table(run: Run, found: Spent) -> str:
     )
     if len(rows) < len(names):
         note += f" The {len(rows)} largest of {fmt.count(len(names))}."
-    if silent := [s for s, n in last_trained.items() if s not in last or last[s].round < n]:
-        silent.sort(key=fmt.natural)
-        note += f" No figure came with the last update of {_named(silent)}."
+    if unreported := [s for s, n in last_trained.items() if s not in last or last[s].round < n]:
+        unreported.sort(key=fmt.natural)
+        note += f" No figure came with the last update of {_named(unreported)}."
     if fell := [
         site
-        for site, told in found.sites.items()
-        if any(b[i] < (1 - FALL) * a[i] for a, b in pairwise(told) for i in (1, 2))
+        for site, epsilons in reported.sites.items()
+        if any(b[i] < (1 - FALL) * a[i] for a, b in pairwise(epsilons) for i in (1, 2))
     ]:
         note += (
             f" Figures fell at {_named(fell)}, which what is spent cannot do: the site has changed its study or its "
@@ -318,7 +328,7 @@ def _table(run: Run, found: Spent) -> str:
     if any(r.rejected for r in run.rounds):
         note += " An update that came and did not count was charged as well; that shows with the site's next figure."
     head = [("site", ""), ("model's readers", "n"), ("server", "n"), ("after round", "n")]
-    grid = fmt.table("Epsilon of each site", head, rows, tall=len(rows) > ROWS_OF_A_SHORT_TABLE)
+    grid = fmt.table("Epsilon of each site", head, rows, tall=len(rows) > SHORT_TABLE_ROWS)
     return fmt.card("Epsilon of each site", grid, esc(note, 2000))
 
 
@@ -326,17 +336,17 @@ def privacy(run: Run) -> str:
     """The section; empty without differential privacy."""
     if not private(run):
         return ""
-    found, (units, _, _) = spent(run), _units(run)
-    if found.largest:
-        last = found.largest[-1]
+    reported, (units, _, _) = spent(run), _units(run)
+    if reported.largest:
+        last = reported.largest[-1]
         lead = (
             f"Noise bounds what comes out about single {units}. After round {last.round} the largest epsilon that a "
             f"site tells is {_both(last)}, over all runs, each at its own site's delta."
         )
-    elif ours := _of_run(run):
+    elif ours := _run_epsilon(run):
         lead = (
             f"Noise bounds what comes out about single {units}. After round {ours.round} this run alone has cost a "
-            f"site epsilon {_both(ours)} at most, at delta {reached(run)[-1].delta:g}, by the server's reckoning. "
+            f"site epsilon {_both(ours)} at most, at delta {run_epsilons(run)[-1].delta:g}, by the server's reckoning. "
             "Under masks it is not told what the sites have spent over all runs: each site's ledger has it, and the "
             "command fedge privacy ledger prints it there."
         )
@@ -347,11 +357,11 @@ def privacy(run: Run) -> str:
         )
     else:
         lead = f"Noise bounds what comes out about single {units}. No site has told yet what it has spent."
-    drawn, grid = list(charts(run, found)), _table(run, found) if found.sites else ""
+    drawings, grid = list(charts(run, reported)), _table(run, reported) if reported.sites else ""
     parts = [
-        "".join(drawn) + (grid if len(drawn) == 1 else ""),
-        _facts(run) + _meaning(run, found),
+        "".join(drawings) + (grid if len(drawings) == 1 else ""),
+        _facts(run) + _meaning(run, reported),
     ]
     body = "".join(f'<div class="pair">{part}</div>' for part in parts if part)
-    body = _warning(run) + body + (grid if len(drawn) != 1 else "")
+    body = _warning(run) + body + (grid if len(drawings) != 1 else "")
     return fmt.section("privacy", "Privacy", esc(lead, 1000), body)

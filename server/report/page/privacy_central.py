@@ -1,6 +1,6 @@
-"""Of the report's section on privacy: what the server reckons noise to come to round by round.
+"""Part of the report's section on privacy: epsilon by round as the server computes it.
 
-That is noise that it adds itself, and distributed noise, of which it knows how often it was added.
+It can do so for noise that it adds itself, and for distributed noise, as it knows how often that was added.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from fedge.server.report.charts import Band, Line, line_chart, responsive
 from fedge.server.report.json_values import mapping, number
 from fedge.server.report.records import Run
 
-#: Epsilon against who runs the server (text).
+#: Epsilon against the server (text).
 UNBOUNDED: Final = "unbounded: it gets the updates before the noise"
 #: Largest epsilon that is drawn.
 _MAX_EPSILON: Final = 1e9
-_DRAWN: Final = "who also learns who was drawn"
+_SAMPLE_KNOWN: Final = "who also learns who was drawn"
 
 
-class Reached(NamedTuple):
-    """Epsilon of this run alone up to a round, as the server reckons it.
+class RunEpsilon(NamedTuple):
+    """Epsilon of this run alone up to a round, as the server computes it.
 
     Attributes:
         round: its number.
-        consumers: for whoever gets the model.
-        sample_known: for somebody who also learns which sites each round drew.
+        consumers: against model consumers.
+        sample_known: against an adversary who also learns which sites each round sampled.
         delta: of both.
     """
 
@@ -38,30 +38,30 @@ class Reached(NamedTuple):
     delta: float
 
 
-def reached(run: Run) -> list[Reached]:
-    """What the rounds' lines say, without those that say no epsilon."""
-    found = []
+def run_epsilons(run: Run) -> list[RunEpsilon]:
+    """Epsilon after each round of a run, without rounds that record none."""
+    epsilons = []
     for r in run.rounds:
-        told = mapping(r.central.get("epsilon")) or r.masked_epsilon
-        both = [number(told.get(key)) for key in ("consumers", "sample_known", "delta")]
+        record = mapping(r.central.get("epsilon")) or r.masked_epsilon
+        both = [number(record.get(key)) for key in ("consumers", "sample_known", "delta")]
         values = [value for value in both if value is not None and 0 <= value <= _MAX_EPSILON]
         if len(values) == len(both):
-            found.append(Reached(r.number, *values))
-    return found
+            epsilons.append(RunEpsilon(r.number, *values))
+    return epsilons
 
 
 def by_round(run: Run, epsilon_text: Callable[[float], str]) -> str:
-    """A chart of both; one line where they are the same, as where nobody is drawn.
+    """A chart of both; one line where they are the same, as without sampling.
 
     Args:
-        run: of which a round tells some.
-        epsilon_text: how epsilon is written.
+        run: of which at least one round records epsilon.
+        epsilon_text: formats an epsilon.
     """
-    found = reached(run)
-    last = found[-1]
+    epsilons = run_epsilons(run)
+    last = epsilons[-1]
     masked = any(r.masked_epsilon for r in run.rounds)
     name, short = ("both readers",) * 2 if masked else ("model's readers", "readers")
-    points = [(t.round, t.consumers) for t in found]
+    points = [(t.round, t.consumers) for t in epsilons]
     lines = [_line(name, short, points, "mean", epsilon_text)]
     if masked:
         note = (
@@ -74,19 +74,19 @@ def by_round(run: Run, epsilon_text: Callable[[float], str]) -> str:
             f"Of this run alone, at delta {last.delta:g}, as the server reckons it; what each site says, over all its"
             f" runs, stands in the table. Against the server epsilon is {UNBOUNDED}."
         )
-    if any(t.sample_known != t.consumers for t in found):
-        known = [(t.round, t.sample_known) for t in found]
-        lines.append(_line(_DRAWN, "sample known", known, "pooled", epsilon_text))
+    if any(t.sample_known != t.consumers for t in epsilons):
+        sampled = [(t.round, t.sample_known) for t in epsilons]
+        lines.append(_line(_SAMPLE_KNOWN, "sample known", sampled, "pooled", epsilon_text))
         note += (
             " Rings: for somebody who learns which sites each round drew, as from this report; the lower line holds"
             " while that stays secret."
         )
     # The band of no height has the axis begin at 0.
-    bands = [Band("", [(found[0].round, 0.0, 0.0)], "")]
+    bands = [Band("", [(epsilons[0].round, 0.0, 0.0)], "")]
     title = "Epsilon by round"
-    said = "; ".join(line.name for line in lines)
+    curves = "; ".join(line.name for line in lines)
     draw = partial(
-        line_chart, f"{title}: {said}", ("round", "Epsilon"), lines, bands, limits=(0, math.inf)
+        line_chart, f"{title}: {curves}", ("round", "Epsilon"), lines, bands, limits=(0, math.inf)
     )
     return fmt.card(title, responsive(lambda w, p: draw(width=w, phone=p)), fmt.esc(note, 1000))
 
@@ -104,8 +104,8 @@ def _line(
     )
 
 
-def invited(section: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Who is asked to train, and what the clipping bound follows: rows of facts (text), none where that is usual."""
+def sampling_facts(section: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How sites are sampled and how the clipping bound adapts, as rows of facts (text); none with the defaults."""
     rows = []
     rate, apart = number(section.get("sampling-rate")), number(section.get("min-separation"))
     if rate is not None and rate < 1:

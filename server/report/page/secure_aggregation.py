@@ -1,4 +1,4 @@
-"""The report's section on masked sums: what the server saw of them, in numbers and as a picture."""
+"""The report's section on secure aggregation: what the server saw of it, in numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedge.server.report.secure_data import EXCHANGES, Sum, sums
 MAX_ROWS: Final = 1000
 #: Sites of a group that are named.
 MAX_NAMED: Final = 40
-#: Reasons of evaluations that were not opened.
+#: Reasons of evaluations that were not unmasked.
 MAX_REASONS: Final = 5
 #: Values of a vector that are drawn.
 MAX_VALUES: Final = 1024
@@ -42,27 +42,27 @@ WORDS: Final = (
 )
 
 
-def _smallest(found: Sequence[tuple[Round, Sum]]) -> int:
-    """Sites in the smallest sum of updates that was opened; 0 where none was."""
-    return min((len(group) for _, s in found for group in s.groups), default=0)
+def _smallest(rounds: Sequence[tuple[Round, Sum]]) -> int:
+    """Number of sites in the smallest unmasked sum of updates; 0 where there is none."""
+    return min((len(group) for _, s in rounds for group in s.groups), default=0)
 
 
 def in_brief(run: Run) -> list[str]:
     """A line for the security officer (text); none where nothing was masked."""
     if not run.masked:
         return []
-    found = sums(run)
-    sizes = [_smallest(found), *(s.evaluated or 0 for _, s in found)]
-    fewest = min((n for n in sizes if n), default=0)
-    if not fewest:
+    rounds = sums(run)
+    sizes = [_smallest(rounds), *(s.evaluated or 0 for _, s in rounds)]
+    smallest = min((n for n in sizes if n), default=0)
+    if not smallest:
         return ["Updates, metrics and counts were masked; no sum was opened."]
     return [
-        f"Updates, metrics and counts arrived masked; only sums over {fewest} or more sites were opened."
+        f"Updates, metrics and counts arrived masked; only sums over {smallest} or more sites were opened."
     ]
 
 
-def _evaluations(found: Sequence[tuple[Round, Sum]]) -> list[tuple[str, str]]:
-    tried = [(r, s) for r, s in found if s.evaluated is not None]
+def _evaluations(rounds: Sequence[tuple[Round, Sum]]) -> list[tuple[str, str]]:
+    tried = [(r, s) for r, s in rounds if s.evaluated is not None]
     if not tried:
         return []
     sizes = [s.evaluated for _, s in tried if s.evaluated]
@@ -77,32 +77,32 @@ def _evaluations(found: Sequence[tuple[Round, Sum]]) -> list[tuple[str, str]]:
     return rows
 
 
-def _facts(found: Sequence[tuple[Round, Sum]], *, exact: bool) -> str:
-    """What was opened; ``exact`` where the counters have no noise."""
-    opened = [s for _, s in found if s.groups]
-    groups = max((len(s.groups) for s in opened), default=1)
+def _facts(rounds: Sequence[tuple[Round, Sum]], *, exact: bool) -> str:
+    """What was unmasked; ``exact`` where the counters have no noise."""
+    unmasked = [s for _, s in rounds if s.groups]
+    groups = max((len(s.groups) for s in unmasked), default=1)
     totals: Counter[str] = Counter()
-    for s in opened:
+    for s in unmasked:
         totals.update(s.counts)
-    tried = sum(s.attempts for _, s in found)
-    again = tried - sum(s.attempts > 0 for _, s in found)
+    tried = sum(s.attempts for _, s in rounds)
+    again = tried - sum(s.attempts > 0 for _, s in rounds)
     sent, received = (
-        sum(getattr(r, way) or 0 for r, _ in found) / max(len(found), 1)
+        sum(getattr(r, way) or 0 for r, _ in rounds) / max(len(rounds), 1)
         for way in ("sent", "received")
     )
     rows = [
         (
             "sums of updates opened",
-            f"{fmt.count(sum(len(s.groups) for s in opened))} in {fmt.plural(len(opened), 'round')}"
+            f"{fmt.count(sum(len(s.groups) for s in unmasked))} in {fmt.plural(len(unmasked), 'round')}"
             + (f", {groups} groups in each" if groups > 1 else ""),
         ),
-        ("fewest sites in one", str(_smallest(found)) if opened else MISSING),
+        ("fewest sites in one", str(_smallest(rounds)) if unmasked else MISSING),
         ("attempts", fmt.count(tried) + (f", {fmt.count(again)} of them again, with new keys" if again else "")),
-        ("sites lost at an exchange", fmt.count(sum(len(s.lost) for _, s in found))),
+        ("sites lost at an exchange", fmt.count(sum(len(s.dropouts) for _, s in rounds))),
         ("updates clipped", fmt.count(totals["clipped"])),
         ("sites capped", fmt.count(totals["capped"])),
         ("values saturated", fmt.count(totals["saturated"])),
-        *_evaluations(found),
+        *_evaluations(rounds),
         ("bytes each way", f"{fmt.size(sent)} to the sites and {fmt.size(received)} from them a round"),
     ]  # fmt: skip
     note = (
@@ -117,12 +117,12 @@ def _facts(found: Sequence[tuple[Round, Sum]], *, exact: bool) -> str:
     return fmt.card("What the server saw", fmt.definitions(rows), note)
 
 
-def _exchanges(found: Sequence[tuple[Round, Sum]]) -> str:
+def _exchanges(rounds: Sequence[tuple[Round, Sum]]) -> str:
     head = [("round", "n"), ("attempts", "n"), ("asked", "n"), ("keys", "n"), ("shares", "n")]
     head += [("masked vectors", "n"), ("signatures", "n"), ("opened by", "n"), ("threshold", "n")]
     head += [("clipped", "n"), ("capped", "n"), ("saturated", "n"), ("sent", "n"), ("received", "n")]  # fmt: skip
     rows = []
-    tried = [(r, s) for r, s in found if s.attempts]
+    tried = [(r, s) for r, s in rounds if s.attempts]
     for r, s in tried[-MAX_ROWS:]:
         row = [str(r.number), str(s.attempts)]
         if s.groups:
@@ -139,8 +139,8 @@ def _exchanges(found: Sequence[tuple[Round, Sum]]) -> str:
     return fmt.card("Sites by exchange", grid, note)
 
 
-def _losses(found: Sequence[tuple[Round, Sum]]) -> str:
-    every = [loss for _, s in found for loss in (*s.lost, *s.evaluation_lost)]
+def _dropouts(rounds: Sequence[tuple[Round, Sum]]) -> str:
+    every = [dropout for _, s in rounds for dropout in (*s.dropouts, *s.evaluation_dropouts)]
     if not every:
         return ""
     head = [("round", "n"), ("sum of", ""), ("attempt", "n"), ("site", ""), ("lost at", "")]
@@ -148,7 +148,7 @@ def _losses(found: Sequence[tuple[Round, Sum]]) -> str:
     rows = [
         [
             str(x.round),
-            x.what,
+            x.kind,
             str(x.attempt),
             fmt.site_name(x.site),
             esc(x.exchange, 40),
@@ -161,9 +161,9 @@ def _losses(found: Sequence[tuple[Round, Sum]]) -> str:
     return fmt.card("Lost on the way", grid, note)
 
 
-def _groups(found: Sequence[tuple[Round, Sum]]) -> str:
-    """Who was summed with whom in the last round, where there is more than one group."""
-    r, s = next(((r, s) for r, s in reversed(found) if s.groups), (None, None))
+def _groups(rounds: Sequence[tuple[Round, Sum]]) -> str:
+    """The sites of each group in the last round, where there is more than one group."""
+    r, s = next(((r, s) for r, s in reversed(rounds) if s.groups), (None, None))
     if r is None or s is None or len(s.groups) < 2:
         return ""
     rows = []
@@ -176,8 +176,8 @@ def _groups(found: Sequence[tuple[Round, Sum]]) -> str:
 
 
 def _values(seen: Mapping[str, Any], key: str) -> list[float]:
-    found = map(number, sequence(seen.get(key))[:MAX_VALUES])
-    return [v for v in found if v is not None]
+    values = map(number, sequence(seen.get(key))[:MAX_VALUES])
+    return [v for v in values if v is not None]
 
 
 def _picture_card(
@@ -206,19 +206,19 @@ def _picture_card(
         height=150,
         x_ticks=ticks,
     )
-    drawn = picture(label, greys(values, low, high))
-    return fmt.card(title, drawn + responsive(lambda w, p: draw(width=w, phone=p)), note)
+    heatmap = picture(label, greys(values, low, high))
+    return fmt.card(title, heatmap + responsive(lambda w, p: draw(width=w, phone=p)), note)
 
 
 def _pictures(run: Run) -> str:
-    masked, opened = _values(run.seen, "masked"), _values(run.seen, "opened")
-    if not masked or not opened:
+    masked, unmasked = _values(run.seen, "masked"), _values(run.seen, "opened")
+    if not masked or not unmasked:
         return ""
     last = whole(run.seen.get("round"))
-    of = f" of round {last}" if last is not None else ""
-    most = max(max(map(abs, opened)), 1e-12)
+    suffix = f" of round {last}" if last is not None else ""
+    largest = max(max(map(abs, unmasked)), 1e-12)
     left = _picture_card(
-        f"One site's vector{of}, as it came",
+        f"One site's vector{suffix}, as it came",
         f"Its first {fmt.count(len(masked))} values: black is 0, white 2³² − 1. The masks are still on, and the server "
         "never had this vector without them.",
         masked,
@@ -227,12 +227,12 @@ def _pictures(run: Run) -> str:
         "Value, modulo 2³²",
     )
     right = _picture_card(
-        f"The sum{of}, opened",
+        f"The sum{suffix}, opened",
         f"The same values of the mean over the sites: mid-grey is no change of the parameter, black and white the "
-        f"largest, {fmt.significant(most)}. The masks have cancelled; no vector was opened by itself.",
-        opened,
-        (-most, most),
-        (f"−{fmt.significant(most)}", "0", fmt.significant(most)),
+        f"largest, {fmt.significant(largest)}. The masks have cancelled; no vector was opened by itself.",
+        unmasked,
+        (-largest, largest),
+        (f"−{fmt.significant(largest)}", "0", fmt.significant(largest)),
         "Change of a parameter",
     )
     words = (
@@ -244,16 +244,16 @@ def _pictures(run: Run) -> str:
 
 def secure(run: Run) -> str:
     """The section; empty where nothing was masked, or nothing was tried yet."""
-    found = sums(run)
-    if not run.masked or not found:
+    rounds = sums(run)
+    if not run.masked or not rounds:
         return ""
-    opened = sum(1 for _, s in found if s.groups)
+    unmasked = sum(1 for _, s in rounds if s.groups)
     lead = (
-        f"The sites masked what they sent. {fmt.plural(opened, 'round')} of {len(found)} gave a sum that the server "
+        f"The sites masked what they sent. {fmt.plural(unmasked, 'round')} of {len(rounds)} gave a sum that the server "
         "could open, and only the sum."
     )
     body = (
         _pictures(run)
-        + f'<div class="pair">{_facts(found, exact=not run.noise)}{_losses(found)}</div>'
+        + f'<div class="pair">{_facts(rounds, exact=not run.noise)}{_dropouts(rounds)}</div>'
     )
-    return fmt.section("secure", "Masked sums", lead, body + _groups(found) + _exchanges(found))
+    return fmt.section("secure", "Masked sums", lead, body + _groups(rounds) + _exchanges(rounds))

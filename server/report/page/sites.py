@@ -22,9 +22,9 @@ MAX_TIED = 3
 MAX_NAMED = 12
 
 
-def _listed(names: Sequence[str], most: int) -> str:
+def _listed(names: Sequence[str], limit: int) -> str:
     """``site-1, site-2``, and how many more; text, not escaped."""
-    shown = [fmt.plain(name, 64) for name in names[:most]]
+    shown = [fmt.plain(name, 64) for name in names[:limit]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {fmt.count(more)} more" if more else "")
 
@@ -56,11 +56,15 @@ def _site_rows(run: Run, names: Sequence[str], metrics: Sequence[str]) -> list[l
         values: Mapping[str, float] = run.per_site.get(name, {})
         site = run.sites.get(name)
         value = values.get(lead)
-        shown = noise_figures.shown(lead, value, noise.of_site(name, lead))
-        # A bar of a figure that is lost in noise would show it all the same.
-        clear = value is not None and not noise_figures.below_noise_floor(noise.of_site(name, lead))
-        drawn = bar(f"{name}: {shown}", value / whole, mark) if value is not None and clear else ""
-        row = [fmt.site_name(name), drawn, f"<b>{shown}</b>"]
+        shown = noise_figures.shown(lead, value, noise.site_stddev(name, lead))
+        # A bar would show a figure that lies below the noise floor.
+        clear = value is not None and not noise_figures.below_noise_floor(
+            noise.site_stddev(name, lead)
+        )
+        value_bar = (
+            bar(f"{name}: {shown}", value / whole, mark) if value is not None and clear else ""
+        )
+        row = [fmt.site_name(name), value_bar, f"<b>{shown}</b>"]
         row += [metric_value(m, values.get(m)) for m in metrics[1:]]
         row.append(
             sparkline(
@@ -147,10 +151,10 @@ def site_results(run: Run) -> str:
         ranked.reverse()
     worst, top = measured[ranked[0]], measured[ranked[-1]]
     noise = noise_figures.last(run)
-    gone = [s for s in measured if noise_figures.below_noise_floor(noise.of_site(s, lead))]
-    if gone:
+    hidden = [s for s in measured if noise_figures.below_noise_floor(noise.site_stddev(s, lead))]
+    if hidden:
         lead_text = (
-            f"Each site's own held-out examples after round {run.final_round}; at {len(gone)} of {len(measured)} the "
+            f"Each site's own held-out examples after round {run.final_round}; at {len(hidden)} of {len(measured)} the "
             f"result is {noise_figures.WORDS}."
         )
     elif len(measured) == 1:
@@ -184,7 +188,7 @@ def site_results(run: Run) -> str:
             "Metrics of each site", head, _site_rows(run, names, metrics), css="sites", tall=True
         )
         spread = f"{_spread_chart(run, lead)}{_spread_facts(run, lead)}"
-        body = "" if gone else f'<div class="pair">{spread}</div>'
+        body = "" if hidden else f'<div class="pair">{spread}</div>'
         body += fmt.card(f"The {EXTREMES} weakest sites", weak)
         body += fmt.card(f"The {EXTREMES} strongest sites", strong)
         body += f"<details class='card'><summary>All {len(names)} sites</summary>{every}</details>"

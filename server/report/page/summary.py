@@ -1,4 +1,4 @@
-"""The top of the report: the outcome in a sentence, key figures, and a few lines for each kind of reader."""
+"""The top of the report: the outcome in a sentence, key figures, and a few lines for each audience."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fedge.server.report import noise as noise_figures
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.json_values import mapping, number
 from fedge.server.report.page.bundle import parity
-from fedge.server.report.page.participation import in_words, tally
+from fedge.server.report.page.participation import in_words, outcome_counts
 from fedge.server.report.page.privacy import in_brief as spent_in_brief
 from fedge.server.report.page.privacy import unevaluated
 from fedge.server.report.page.secure_aggregation import in_brief
@@ -42,7 +42,7 @@ def headline(run: Run) -> str:
 
 def tiles(run: Run) -> str:
     """The key figures."""
-    lead, outcomes = run.lead, tally(run)
+    lead, outcomes = run.lead, outcome_counts(run)
     noise, alike = noise_figures.last(run), noise_figures.sites_alike(run)
     name = metric_name(lead)
     figures = []
@@ -52,18 +52,18 @@ def tiles(run: Run) -> str:
     ):
         if lead not in values or (alike and view == "site_mean"):
             continue
-        shown = noise_figures.shown(lead, values[lead], noise.of(view, lead))
+        shown = noise_figures.shown(lead, values[lead], noise.stddev(view, lead))
         title_, words_ = ("All sites", "every site alike") if alike else (title, words)
         sign = f"; {noise_figures.SIGN}" if noise.unit else ""
         figures.append(tile(title_, shown, f"{name}, {words_}{sign}", "main"))
     names = contributors(run) if run.rounds else list(run.sites)
-    known = [e for name in names if (e := run.sites[name].train_examples) is not None]
+    sizes = [e for name in names if (e := run.sites[name].train_examples) is not None]
     every = fmt.count(len(run.sites))
     figures.append(
         tile(
             "Sites",
             every if len(names) == len(run.sites) else f"{fmt.count(len(names))} of {every}",
-            f"{fmt.count(sum(known))} training examples" if known else "",
+            f"{fmt.count(sum(sizes))} training examples" if sizes else "",
         )
     )
     skipped = sum(not r.committed for r in run.rounds)
@@ -91,67 +91,67 @@ def tiles(run: Run) -> str:
 
 
 def _engineering(run: Run) -> list[str]:
-    said = []
+    lines = []
     losses = [r.train["loss"] for r in run.rounds if "loss" in r.train]
     if len(losses) > 1:
-        said.append(f"Training loss went from {losses[0]:.3f} to {losses[-1]:.3f}.")
+        lines.append(f"Training loss went from {losses[0]:.3f} to {losses[-1]:.3f}.")
     elif losses:
-        said.append(f"Training loss is {losses[0]:.3f} after one round.")
+        lines.append(f"Training loss is {losses[0]:.3f} after one round.")
     moved = (run.sent or 0) + (run.received or 0)
     if run.rounds and run.seconds is not None and moved:
         each = len(run.rounds)
-        said.append(
+        lines.append(
             f"A round took {fmt.duration(run.seconds / each)} and moved {fmt.size(moved / each)} on average."
         )
     manifest = mapping(run.release.get("manifest"))
-    found = parity(manifest)
-    if found is not None:
-        words = "within" if found[0] <= found[1] else "outside"
-        said.append(
-            f"The exported model is {words} tolerance of the trained one ({fmt.significant(found[0])})."
+    differences = parity(manifest)
+    if differences is not None:
+        words = "within" if differences[0] <= differences[1] else "outside"
+        lines.append(
+            f"The exported model is {words} tolerance of the trained one ({fmt.significant(differences[0])})."
         )
     p50 = number(mapping(manifest.get("latency")).get("p50_ms"))
     if p50 is not None:
-        said.append(
+        lines.append(
             f"At release, half of all predictions took less than {fmt.duration(p50 / 1000)}."
         )
-    return said
+    return lines
 
 
 def _security(run: Run) -> list[str]:
-    others = in_words(tally(run))
-    said = [
+    others = in_words(outcome_counts(run))
+    lines = [
         f"Replies that did not count fully: {others}."
         if others
         else "No reply was rejected, late or missing."
     ]
-    said += [*in_brief(run), *spent_in_brief(run)]
+    lines += [*in_brief(run), *spent_in_brief(run)]
     if run.release:
-        said.append("The model is released as a bundle signed with Ed25519.")
+        lines.append("The model is released as a bundle signed with Ed25519.")
         verified = run.edge.get("verified")
         if verified is True:
-            said.append("The device verified the bundle's signature and hashes.")
+            lines.append("The device verified the bundle's signature and hashes.")
         elif verified is False:
-            said.append("The device refused the bundle.")
+            lines.append("The device refused the bundle.")
     else:
-        said.append("No bundle has been released from this run yet.")
-    return said
+        lines.append("No bundle has been released from this run yet.")
+    return lines
 
 
 def _clinical(run: Run) -> list[str]:
     lead = run.lead
     measured = {s: v[lead] for s, v in run.per_site.items() if lead in v}
     if run.masked and lead in run.pooled:
-        said = [*noise_figures.over_all(run), "No site's own result is known to the server."]
-        return [*said, *_agreement(run)]
+        lines = [*noise_figures.over_all(run), "No site's own result is known to the server."]
+        return [*lines, *_agreement(run)]
     if not measured and lead in run.pooled:
-        said = noise_figures.over_all(run)
-        said += (
+        lines = noise_figures.over_all(run)
+        lines += (
             ["No site's own result is told: noise hides it."]
             if noise_figures.last(run).unit
             else []
         )
-        return [*said, *_agreement(run)]
+        return [*lines, *_agreement(run)]
     if not measured and (why := unevaluated(run)):
         return [f"No site evaluates, {why}.", *_agreement(run)]
     if not measured:
@@ -161,40 +161,40 @@ def _clinical(run: Run) -> list[str]:
     clear = {
         s: v
         for s, v in measured.items()
-        if not noise_figures.below_noise_floor(noise.of_site(s, lead))
+        if not noise_figures.below_noise_floor(noise.site_stddev(s, lead))
     }
     if not clear:
-        said = noise_figures.over_all(run) if lead in run.pooled else []
-        return [*said, f"Each site's own result is {noise_figures.WORDS}.", *_agreement(run)]
+        lines = noise_figures.over_all(run) if lead in run.pooled else []
+        return [*lines, f"Each site's own result is {noise_figures.WORDS}.", *_agreement(run)]
     left_out, measured = len(measured) - len(clear), clear
     worst, best = min(measured.values()), max(measured.values())
     if lead == "loss":
         worst, best = best, worst
-    said = []
+    lines = []
     if worst != best:
-        said.append(
+        lines.append(
             f"Measured at the sites: {name} from {metric_value(lead, worst)} ({with_value(measured, worst)}) "
             f"to {metric_value(lead, best)} ({with_value(measured, best)}) on each site's own examples."
         )
     elif len(measured) > 1:
-        said.append(
+        lines.append(
             f"Measured at the sites: {name} of {metric_value(lead, best)} at each of the "
             f"{len(measured)} sites on its own examples."
         )
     if noise.unit:
-        most = max(noise.of_site(s, lead) or 0.0 for s in measured)
+        largest = max(noise.site_stddev(s, lead) or 0.0 for s in measured)
         more = f"; {fmt.plural(left_out, 'more site is', 'more sites are')} {noise_figures.WORDS}"
-        said.append(
-            f"These have noise, of a standard deviation of up to {noise_figures.spread(lead, most)}"
+        lines.append(
+            f"These have noise, of a standard deviation of up to {noise_figures.spread(lead, largest)}"
             f"{' points' if fmt.is_share(lead) else ''}{more if left_out else ''}."
         )
     evaluated = [run.sites[s] for s in run.per_site if s in run.sites]
     tests = [s.test_examples for s in evaluated if s.test_examples is not None]
     if tests:
-        said.append(f"Measured on {fmt.plural(sum(tests), 'held-out example')}.")
+        lines.append(f"Measured on {fmt.plural(sum(tests), 'held-out example')}.")
     if missing := not_evaluated(run):
-        said.append(missing)
-    return said + _agreement(run)
+        lines.append(missing)
+    return lines + _agreement(run)
 
 
 def _agreement(run: Run) -> list[str]:
@@ -206,7 +206,7 @@ def _agreement(run: Run) -> list[str]:
 
 
 def brief(run: Run) -> str:
-    """What the run says to the engineer, the security officer and the physician, in that order."""
+    """A summary for the engineer, the security officer and the physician, in that order."""
     cards = []
     for title, said in (
         ("Engineering", _engineering(run)),

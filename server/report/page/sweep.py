@@ -1,6 +1,6 @@
-"""Accuracy against epsilon: what a sweep over noise multipliers came to, as ``fedge sweep`` writes it to sweep.json.
+"""Accuracy against epsilon: the results of a sweep over noise multipliers, as ``fedge sweep`` writes sweep.json.
 
-The file is read leniently, as everything that the report shows: what is no figure is left out.
+The file is read leniently, like everything that the report shows: invalid values are left out.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAX_POINTS: Final = 100
 MAX_RUNS: Final = 1000
 MAX_FAILED: Final = 50
 #: A smaller epsilon has no place on a logarithmic axis.
-MIN_DRAWN: Final = 1e-9
+MIN_EPSILON: Final = 1e-9
 #: Labels of the axis of epsilon, on a wide page and on a phone.
 _TICKS: Final = {False: 8, True: 6}
-#: What the noise hides.
+#: The unit of privacy in words.
 UNITS: Final = {"example": "one training example", "site": "a whole site"}
 EXACT: Final = (
     "Figures of a sweep are exact: counts over held-out examples without noise, which epsilon does not cover. They "
@@ -92,38 +92,40 @@ class Sweep:
 
     @property
     def same(self) -> bool:
-        """Whether epsilon is the same for both readers."""
+        """Whether epsilon is the same for both adversaries."""
         return all(p.consumers == p.server for p in self.measured)
 
 
-def parse(found: Mapping[str, Any]) -> Sweep | None:
-    """What sweep.json holds, or None where it is no sweep."""
-    points = [p for p in map(_point, map(mapping, sequence(found.get("points"))[:MAX_POINTS])) if p]
-    metric = text(found.get("metric"))
+def parse(values: Mapping[str, Any]) -> Sweep | None:
+    """Parse the content of sweep.json; None where it is no sweep."""
+    points = [
+        p for p in map(_point, map(mapping, sequence(values.get("points"))[:MAX_POINTS])) if p
+    ]
+    metric = text(values.get("metric"))
     if not metric or not points:
         return None
     return Sweep(
-        text(found.get("task")) or "a task",
-        text(found.get("mechanism")),
-        text(found.get("unit")),
-        number(found.get("delta")),
+        text(values.get("task")) or "a task",
+        text(values.get("mechanism")),
+        text(values.get("unit")),
+        number(values.get("delta")),
         metric,
-        int(number(found.get("rounds")) or 0),
-        len(sequence(found.get("seeds"))),
-        _trial(mapping(found.get("baseline"))),
+        int(number(values.get("rounds")) or 0),
+        len(sequence(values.get("seeds"))),
+        _trial(mapping(values.get("baseline"))),
         tuple(sorted(points, key=lambda p: p.noise_multiplier)),
     )
 
 
-def _trial(found: Mapping[str, Any]) -> Trial:
-    value = number(found.get("value"))
-    problem = text(found.get("problem")) or ("" if value is not None else "no figure")
-    seed = int(number(found.get("seed")) or 0)
-    return Trial(text(found.get("id")), text(found.get("run")), seed, value, problem)
+def _trial(values: Mapping[str, Any]) -> Trial:
+    value = number(values.get("value"))
+    problem = text(values.get("problem")) or ("" if value is not None else "no figure")
+    seed = int(number(values.get("seed")) or 0)
+    return Trial(text(values.get("id")), text(values.get("run")), seed, value, problem)
 
 
-def _point(found: Mapping[str, Any]) -> Point | None:
-    noise, epsilon = number(found.get("noise_multiplier")), mapping(found.get("epsilon"))
+def _point(values: Mapping[str, Any]) -> Point | None:
+    noise, epsilon = number(values.get("noise_multiplier")), mapping(values.get("epsilon"))
     if noise is None:
         return None
     consumers, server = (
@@ -132,48 +134,48 @@ def _point(found: Mapping[str, Any]) -> Point | None:
         else None
         for reader in ("consumers", "server")
     )
-    mean, lowest, highest = (number(found.get(key)) for key in ("mean", "lowest", "highest"))
+    mean, lowest, highest = (number(values.get(key)) for key in ("mean", "lowest", "highest"))
     if mean is None or consumers is None:
         consumers = server = mean = lowest = highest = None
-    trials = tuple(_trial(mapping(t)) for t in sequence(found.get("runs"))[:MAX_RUNS])
+    trials = tuple(_trial(mapping(t)) for t in sequence(values.get("runs"))[:MAX_RUNS])
     return Point(noise, consumers, server, mean, lowest, highest, trials)
 
 
-def log_ticks(low: float, high: float, most: int) -> list[float]:
+def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
     """Round numbers on a logarithmic axis that enclose ``low`` and ``high``, both above 0; two at least.
 
-    1, 2 and 5 times powers of ten where no more than ``most`` are needed, else powers of ten, not all where need be.
+    They are 1, 2 and 5 times powers of ten where at most ``max_ticks`` suffice, else (every n-th) powers of ten.
     """
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     for digits in ((1, 2, 5), (1,)):
         every = [float(f"{d}e{k}") for k in range(first, last + 1) for d in digits]
         begin = max(i for i, v in enumerate(every) if v <= low)
         end = min(i for i, v in enumerate(every) if v >= high)
-        found = every[begin : max(end, begin + 1) + 1]
-        if len(found) <= most:
-            return found
-    step = math.ceil((len(found) - 1) / (most - 1))
-    exponents = range(round(math.log10(found[0])), last + step + 1, step)
+        ticks = every[begin : max(end, begin + 1) + 1]
+        if len(ticks) <= max_ticks:
+            return ticks
+    step = math.ceil((len(ticks) - 1) / (max_ticks - 1))
+    exponents = range(round(math.log10(ticks[0])), last + step + 1, step)
     ends = [float(f"1e{k}") for k in exponents]
     return ends[: next(i for i, v in enumerate(ends) if v >= high) + 1]
 
 
-def _curve(sweep: Sweep, reader: str, name: str, label: str, css: str) -> Line:
-    """The points of a reader with their error bars; ``label`` is drawn, on phones its first word."""
+def _curve(sweep: Sweep, adversary: str, name: str, label: str, css: str) -> Line:
+    """The points of an adversary with their error bars; ``label`` is shown, on phones its first word."""
     points: list[tuple[float, float]] = []
     spans: list[tuple[float, float, float]] = []
-    said = []
+    figures = []
     for p in sweep.measured:
-        epsilon: float | None = getattr(p, reader)
-        if epsilon is None or epsilon < MIN_DRAWN or p.mean is None:
+        epsilon: float | None = getattr(p, adversary)
+        if epsilon is None or epsilon < MIN_EPSILON or p.mean is None:
             continue
         x = math.log10(epsilon)
         points.append((x, scaled(sweep.metric, p.mean)))
-        said.append(f"{metric_value(sweep.metric, p.mean)} at {epsilon_text(epsilon)}")
+        figures.append(f"{metric_value(sweep.metric, p.mean)} at {epsilon_text(epsilon)}")
         if p.lowest is not None and p.highest is not None and p.lowest < p.highest:
             spans.append((x, scaled(sweep.metric, p.lowest), scaled(sweep.metric, p.highest)))
-    told, short, ringed = f"{name}: {', '.join(said)}", label.split()[0], css == "pooled"
-    return Line(told, sorted(points), css, label, short, ringed, spans=spans)
+    title, short, ringed = f"{name}: {', '.join(figures)}", label.split()[0], css == "pooled"
+    return Line(title, sorted(points), css, label, short, ringed, spans=spans)
 
 
 def _lines(sweep: Sweep, run: str) -> list[Line]:
@@ -191,7 +193,7 @@ def _lines(sweep: Sweep, run: str) -> list[Line]:
     if len(lines) == 1 and (own := _own(sweep, run)):
         noise, trial = own
         at = next((p.consumers for p in sweep.measured if p.noise_multiplier == noise), None)
-        if at is not None and at >= MIN_DRAWN and trial.value is not None:
+        if at is not None and at >= MIN_EPSILON and trial.value is not None:
             point = (math.log10(at), scaled(sweep.metric, trial.value))
             lines.append(Line("this run", [point], "pooled", ringed=True))
     return lines
@@ -228,9 +230,9 @@ def chart(sweep: Sweep, run: str = "") -> str:
         drawn = list(lines)
         if base is not None:
             level = scaled(sweep.metric, base)
-            told = f"no noise {metric_value(sweep.metric, base)}"
+            label = f"no noise {metric_value(sweep.metric, base)}"
             across = [(x, level) for x in ends]
-            drawn.insert(0, Line("without noise", across, "train", told, "no noise", marked=False))
+            drawn.insert(0, Line("without noise", across, "train", label, "no noise", marked=False))
         # A band of no height has the axis reach from the first label to the last.
         level = lines[0].points[0][1]
         return line_chart(
@@ -246,10 +248,10 @@ def chart(sweep: Sweep, run: str = "") -> str:
         )  # fmt: skip
 
     ringed = any(line.name == "this run" for line in lines)
-    return fmt.card(title, responsive(draw), esc(_how_drawn(sweep, ringed=ringed), 1500))
+    return fmt.card(title, responsive(draw), esc(_chart_note(sweep, ringed=ringed), 1500))
 
 
-def _how_drawn(sweep: Sweep, *, ringed: bool) -> str:
+def _chart_note(sweep: Sweep, *, ringed: bool) -> str:
     unit = UNITS.get(sweep.unit, "a unit of data")
     delta = "" if sweep.delta is None else f", delta {fmt.significant(sweep.delta)}"
     note = f"Epsilon of one run, for {unit}{delta}; the largest over the sites"
@@ -268,7 +270,7 @@ def _how_drawn(sweep: Sweep, *, ringed: bool) -> str:
         note += " Rings: against the server."
     if sweep.baseline.value is not None:
         note += " Dashes: one run without noise."
-    if any((p.consumers or 0) < MIN_DRAWN for p in sweep.measured):
+    if any((p.consumers or 0) < MIN_EPSILON for p in sweep.measured):
         note += " An epsilon of 0 has no place on this axis; the table has it."
     return note + (" The orange ring is this run." if ringed else "")
 
@@ -276,16 +278,16 @@ def _how_drawn(sweep: Sweep, *, ringed: bool) -> str:
 def table(sweep: Sweep) -> str:
     """The figures as a card: a row without noise, then one for each noise multiplier."""
     metric = sweep.metric
-    # A second column would say the same again.
-    readers = ["epsilon"] if sweep.same else ["epsilon, readers", "epsilon, server"]
+    # A second column would repeat the first.
+    columns = ["epsilon"] if sweep.same else ["epsilon, readers", "epsilon, server"]
     base = metric_value(metric, sweep.baseline.value)
-    rows = [["none", *(MISSING,) * len(readers), base, *(MISSING,) * 2]]
+    rows = [["none", *(MISSING,) * len(columns), base, *(MISSING,) * 2]]
     for p in sweep.points:
         server = "unbounded" if p.mean is not None and p.server is None else _epsilon(p.server)
-        epsilons = (_epsilon(p.consumers), server)[: len(readers)]
+        epsilons = (_epsilon(p.consumers), server)[: len(columns)]
         figures = (metric_value(metric, v) for v in (p.mean, p.lowest, p.highest))
         rows.append([fmt.significant(p.noise_multiplier, 6), *epsilons, *figures])
-    head = [(name, "n") for name in ("noise", *readers, "mean", "lowest", "highest")]
+    head = [(name, "n") for name in ("noise", *columns, "mean", "lowest", "highest")]
     title = f"{metric_name(metric)} by noise multiplier".capitalize()
     return fmt.card(title, fmt.table(title, head, rows, tall=len(rows) > 16), esc(EXACT))
 
@@ -309,30 +311,32 @@ def failures(sweep: Sweep) -> str:
 
 
 def words(sweep: Sweep) -> str:
-    """What came out, in a sentence without its stop (text): from most noise to least, and without."""
+    """The result as a sentence without its full stop (text): with most noise, with least, and without."""
     ends: Sequence[Point] = sorted(sweep.measured, key=lambda p: p.consumers or 0)
-    said = [
+    parts = [
         f"{metric_value(sweep.metric, p.mean)} at epsilon {epsilon_text(p.consumers or 0)}"
         for p in dict.fromkeys((*ends[:1], *ends[-1:]))
     ]
     if sweep.baseline.value is not None:
-        said.append(f"{metric_value(sweep.metric, sweep.baseline.value)} without noise")
-    if not said:
+        parts.append(f"{metric_value(sweep.metric, sweep.baseline.value)} without noise")
+    if not parts:
         return "No run of the sweep has a figure"
     name = metric_name(sweep.metric)
-    listed = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return f"{name[:1].upper()}{name[1:]} is {listed}"
 
 
 def sweep(run: Run) -> str:
     """The section of a run's report; empty where the run belongs to no sweep."""
-    found = parse(run.sweep)
-    if found is None:
+    parsed = parse(run.sweep)
+    if parsed is None:
         return ""
-    lead = f"{words(found)}. This run is one of the {len(found.trials)} of a sweep"
-    if own := _own(found, run.name):
+    lead = f"{words(parsed)}. This run is one of the {len(parsed.trials)} of a sweep"
+    if own := _own(parsed, run.name):
         noise, trial = own
-        what = "without noise" if noise is None else f"noise multiplier {fmt.significant(noise, 6)}"
-        lead += f": {what}, seed {trial.seed}"
-    body = f'{failures(found)}<div class="pair">{chart(found, run.name)}{table(found)}</div>'
+        setting = (
+            "without noise" if noise is None else f"noise multiplier {fmt.significant(noise, 6)}"
+        )
+        lead += f": {setting}, seed {trial.seed}"
+    body = f'{failures(parsed)}<div class="pair">{chart(parsed, run.name)}{table(parsed)}</div>'
     return fmt.section("sweep", "Accuracy against epsilon", esc(lead + ".", 1000), body)

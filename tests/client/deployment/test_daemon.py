@@ -1,4 +1,4 @@
-"""The site's daemon: what it makes of a node that waits in vain, of what the node's log says, and of half a site."""
+"""The site's daemon: a node that waits without a reply, the state in the node's log, and one half of a site."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "TAKEN_WITHIN", 0.3)
-    monkeypatch.setattr(daemon, "DEAF_EVERY", 0.05)
-    monkeypatch.setattr(daemon, "GOOD_BYE", 0.5)
+    monkeypatch.setattr(daemon, "REPLY_WITHIN", 0.3)
+    monkeypatch.setattr(daemon, "DISCONNECTED_EVERY", 0.05)
+    monkeypatch.setattr(daemon, "SHUTDOWN_WITHIN", 0.5)
 
 
 class Site:
@@ -171,7 +171,7 @@ def test_one_that_answered_costs_nothing(site: Site, status: int, words: str) ->
     def some_time_later() -> bool:
         if not ended and words in log.read_text() and not site.supervisor.alive("flwr-clientapp"):
             ended.append(time.monotonic())
-        return bool(ended) and time.monotonic() - ended[0] > 3 * daemon.TAKEN_WITHIN
+        return bool(ended) and time.monotonic() - ended[0] > 3 * daemon.REPLY_WITHIN
 
     site.until(
         Steps(
@@ -314,7 +314,7 @@ def test_a_node_that_died_takes_its_client_processes_and_debts_with_it(site: Sit
     site.app = lambda: time.sleep(600)
 
     def owes() -> None:
-        site.daemon._owed.append((time.monotonic() + 0.2, 0))
+        site.daemon._pending_restarts.append((time.monotonic() + 0.2, 0))
         site.supervisor.kill(site.node.pid, signal.SIGKILL)
 
     site.until(
@@ -327,7 +327,7 @@ def test_a_node_that_died_takes_its_client_processes_and_debts_with_it(site: Sit
             waits(lambda: not site.supervisor.alive("flwr-clientapp")),
         )
     )
-    assert site.daemon._owed == []
+    assert site.daemon._pending_restarts == []
 
 
 @pytest.mark.slow

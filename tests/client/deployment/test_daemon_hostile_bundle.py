@@ -263,7 +263,7 @@ import sys
 from fedge.server.deployment import run_scheduler as coordinators
 from fedge.shared.cli.main import main
 
-honest = coordinators.Coordinators.launch
+honest = coordinators.RunScheduler.launch
 
 def launch(self, arguments):
     if any((run.flower_run or run.asked) and not run.pid for run in self._runs.values()):
@@ -272,7 +272,7 @@ def launch(self, arguments):
         "flwr-serverapp", self._supervisor.log_of("attack"),
         function=coordinators.script("flwr-serverapp", arguments), environment=self._environment))
 
-coordinators.Coordinators.launch = launch
+coordinators.RunScheduler.launch = launch
 sys.exit(main())
 """
 

@@ -1,4 +1,4 @@
-"""`fedge site init` for secure aggregation: a roster that vouches for the site is installed, any other is refused."""
+"""`fedge site init` for secure aggregation: a roster that lists the site's key is installed, any other is refused."""
 
 from __future__ import annotations
 

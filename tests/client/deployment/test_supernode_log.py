@@ -17,24 +17,24 @@ def test_what_a_log_says_after_weeks_is_heard(tmp_path: Path) -> None:
         for _ in range(3):
             file.write("x" * 79 + "\n" * LOG_PIECE)
             file.flush()
-            assert not log.said(deaf)
+            assert not log.has_logged(deaf)
         # Words that lie across two looks.
         file.write(DEAF[:12])
         file.flush()
-        assert not log.said(deaf)
+        assert not log.has_logged(deaf)
         file.write(DEAF[12:])
         file.flush()
-    assert log.said(deaf)
-    assert log.said(deaf), "what was heard once stays heard"
-    assert not log.said(["SuperNode ID:"])
+    assert log.has_logged(deaf)
+    assert log.has_logged(deaf), "what was heard once stays heard"
+    assert not log.has_logged(["SuperNode ID:"])
 
 
 def test_of_much_that_is_new_the_end_is_read(tmp_path: Path) -> None:
     path = tmp_path / "supernode.log"
     log = SupernodeLog(path)
-    assert not log.said(["[code: 2004]"])
+    assert not log.has_logged(["[code: 2004]"])
     path.write_text("\n" * (3 * LOG_PIECE) + "[code: 2004]\n")
-    assert log.said(["[code: 2004]"])
+    assert log.has_logged(["[code: 2004]"])
 
 
 @pytest.mark.parametrize("moved", [True, False])
@@ -49,5 +49,5 @@ def test_a_log_that_was_moved_or_truncated_is_read_from_its_beginning(
         path.write_text(FINE + "\n" * 1000)
     else:
         path.write_text(FINE)
-    assert log.said(["SuperNode ID:"])
-    assert not log.said(["Giving up reconnection"])
+    assert log.has_logged(["SuperNode ID:"])
+    assert not log.has_logged(["Giving up reconnection"])

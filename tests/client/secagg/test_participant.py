@@ -66,7 +66,7 @@ class Sites:
         found = {}
         for n in names:
             values = self.answers[n].begin(self.kind, content, address, 7, made)
-            (found[n],) = transcript.unpack_bundles(values[messages.BUNDLE])
+            (found[n],) = transcript.unpack_advertisements(values[messages.BUNDLE])
         purpose = {k: p for p, k in messages.BEGIN.items()}[self.kind]
         attempt = Attempt(
             request_digest.digest(self.kind, content),
@@ -261,8 +261,8 @@ def test_a_new_attempt_has_new_keys_and_ends_the_old_one(sites):
     old = sites.begin(1).until(messages.COMMIT).group
     new = sites.begin(2).group
     for n in NAMES:
-        assert {new.bundles[n].box_key, new.bundles[n].mask_key}.isdisjoint(
-            {old.bundles[n].box_key, old.bundles[n].mask_key}
+        assert {new.bundles[n].encryption_key, new.bundles[n].mask_key}.isdisjoint(
+            {old.bundles[n].encryption_key, old.bundles[n].mask_key}
         )
     request = sites.request(old.commit_values(), attempt=1)
     refused(422, sites.answers["north"].step, messages.COMMIT, request, ADDRESS)

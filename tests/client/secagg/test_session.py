@@ -343,7 +343,7 @@ def test_a_bundle_of_another_attempt_or_job_is_refused():
         replace(ATTEMPT, server_round=2),
         replace(ATTEMPT, run_id="run-2"),
         replace(ATTEMPT, purpose="evaluate"),
-        replace(ATTEMPT, job=bytes(32)),
+        replace(ATTEMPT, request_digest=bytes(32)),
     ):
         one, foreign = Round(names), Round(names, attempt=other)
         bundles = [one.bundles()[0], *foreign.bundles()[1:]]

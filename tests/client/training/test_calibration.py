@@ -205,7 +205,7 @@ def test_a_graph_gets_five_minutes_at_most_whatever_is_asked(about, task, weight
     for deadline, granted in ((3600, 300.0), (7, 7.0)):
         content = about(CALIBRATE, section={"deadline": deadline}).content
         terms = requests.terms(content[protocol.CONFIG], 2)
-        asked = CalibrationRequest.of(content, task.name, terms, weights)
+        asked = CalibrationRequest.parse(content, task.name, terms, weights)
         assert asked.running == Terms(granted, 1)
 
 

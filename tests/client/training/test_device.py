@@ -53,13 +53,13 @@ def test_a_device_that_is_not_there_is_a_numbered_error(wanted):
     ],
 )
 def test_failures_of_memory_and_device_are_told_from_others(error, number):
-    assert device.number_of(error) == number
+    assert device.error_code(error) == number
 
 
 def test_the_cpus_own_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2**50)
-    assert device.number_of(caught.value) == 416
+    assert device.error_code(caught.value) == 416
 
 
 def failing(task, error):

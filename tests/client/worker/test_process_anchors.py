@@ -1,4 +1,4 @@
-"""What a worker needs before it starts under masks: a policy that asks for them, and a roster that vouches for it."""
+"""A worker starts with secure aggregation only with a policy that requires it and a roster that lists its key."""
 
 from datetime import UTC, datetime, timedelta
 

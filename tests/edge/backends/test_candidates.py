@@ -71,7 +71,7 @@ def test_a_plain_device_says_what_it_lacks_and_keeps_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "said"),
+    ("device", "reason"),
     [
         (FULL, ""),
         (replace(FULL, gpu=Gpu("GPU", 90)), "was built for GPUs of sm86, sm89, here is sm90"),
@@ -82,8 +82,8 @@ def test_a_plain_device_says_what_it_lacks_and_keeps_the_cpu() -> None:
         (replace(FULL, wheels={}), "needs TensorRT for RTX, whose wheel is not installed"),
     ],
 )
-def test_an_engine_is_held_against_the_device(device: Device, said: str) -> None:
-    assert obstacle(artefact("tensorrt-rtx-fp16"), RTX, device) == said
+def test_an_engine_is_held_against_the_device(device: Device, reason: str) -> None:
+    assert obstacle(artefact("tensorrt-rtx-fp16"), RTX, device) == reason
 
 
 def test_an_artefact_that_is_named_gets_the_best_place_of_its_kind() -> None:
@@ -98,5 +98,5 @@ def test_this_device_is_described() -> None:
     assert found.cpu == cpu_name() and found.cpu.isprintable() and 0 < len(found.cpu) <= 100
     assert CPU in found.places
     assert set(runtime_versions()) == {"onnxruntime"}
-    asked = detect((artefact("tensorrt-rtx-fp16"),))
-    assert (asked.gpu is None) == bool(asked.no_gpu)
+    detected = detect((artefact("tensorrt-rtx-fp16"),))
+    assert (detected.gpu is None) == bool(detected.no_gpu)

@@ -56,7 +56,7 @@ def _floats(address: int) -> Any:
 
 def wheel(calls: list[int], **changes: Any) -> Any:
     """A module as the wheel's; ``changes`` replace what its engine says of itself."""
-    told: dict[str, Any] = {
+    properties: dict[str, Any] = {
         "num_io_tensors": 2,
         "get_tensor_name": ["input", "logits"].__getitem__,
         "get_tensor_shape": {"input": (-1, 2, 3), "logits": (-1, 4)}.__getitem__,
@@ -77,7 +77,7 @@ def wheel(calls: list[int], **changes: Any) -> Any:
                 self.log.log(3, "nothing of interest")
                 self.log.log(1, "the header\nis damaged")
                 return None
-            return SimpleNamespace(**{**told, **changes})
+            return SimpleNamespace(**{**properties, **changes})
 
     return SimpleNamespace(
         __version__="1.7.1",
@@ -121,7 +121,9 @@ def test_batches_go_in_parts_that_the_profile_allows(
         backend.run(np.zeros((1, 2, 3), np.float32))
 
 
-def test_what_nobody_closed_is_freed(stub: Any, driver_library: Path, artefact: Any) -> None:
+def test_an_engine_that_was_not_closed_is_freed(
+    stub: Any, driver_library: Path, artefact: Any
+) -> None:
     driver = Driver(str(driver_library))
     backend = EngineBackend(artefact, b"engine", SHAPES, driver=driver, wheel=wheel([]))
     backend.run(np.zeros((1, 2, 3), np.float32))
@@ -129,25 +131,25 @@ def test_what_nobody_closed_is_freed(stub: Any, driver_library: Path, artefact: 
 
 
 @pytest.mark.parametrize(
-    ("engine", "said"),
+    ("engine", "reason"),
     [
         (Engine("tensorrt-rtx", "1.7.1", (86, 120)), "was built for GPUs of sm86, sm120, here is"),
         (Engine("tensorrt-rtx", "1.7.0", (89,)), "was built by TensorRT for RTX 1.7.0, here is"),
     ],
 )
 def test_an_engine_for_another_gpu_or_version_never_reaches_the_library(
-    stub: Any, driver_library: Path, extra: Any, engine: Engine, said: str
+    stub: Any, driver_library: Path, extra: Any, engine: Engine, reason: str
 ) -> None:
     found = extra("m.engine", "tensorrt-rtx-fp16", b"engine", engine=engine).artefact
     untouched = SimpleNamespace(__version__="1.7.1")  # anything more would be an AttributeError
     with pytest.raises(BundleError) as error:
         EngineBackend(found, b"engine", SHAPES, driver=Driver(str(driver_library)), wheel=untouched)
     assert error.value.code == 710
-    assert said in error.value.message
+    assert reason in error.value.message
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "reason"),
     [
         ({"num_io_tensors": 1}, "must have 'input' and 'logits' only"),
         ({"get_tensor_shape": {"input": (-1, 3, 2), "logits": (-1, 4)}.get}, "input must have"),
@@ -159,13 +161,13 @@ def test_an_engine_for_another_gpu_or_version_never_reaches_the_library(
     ],
 )
 def test_an_engine_that_is_not_the_manifests_is_refused(
-    stub: Any, driver_library: Path, artefact: Any, changes: dict[str, Any], said: str
+    stub: Any, driver_library: Path, artefact: Any, changes: dict[str, Any], reason: str
 ) -> None:
     driver = Driver(str(driver_library))
     with pytest.raises(BundleError) as error:
         EngineBackend(artefact, b"engine", SHAPES, driver=driver, wheel=wheel([], **changes))
     assert error.value.code == 710
-    assert said in error.value.message
+    assert reason in error.value.message
 
 
 def test_damaged_bytes_are_refused_in_the_librarys_words(
@@ -177,7 +179,7 @@ def test_damaged_bytes_are_refused_in_the_librarys_words(
     assert error.value.message == "m.engine: does not load (the header is damaged)"
 
 
-def test_a_gpu_that_fails_is_told_and_memory_comes_back(
+def test_a_failing_gpu_is_reported_and_memory_comes_back(
     stub: Any, driver_library: Path, artefact: Any
 ) -> None:
     driver = Driver(str(driver_library))

@@ -5,7 +5,7 @@ from fedge.edge.backends.onnx_graph import provider_options
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "options"),
     [
         (CPU, {}),  # the session's own threads hold there
         (CUDA, {"use_tf32": "0"}),
@@ -13,5 +13,5 @@ from fedge.edge.backends.onnx_graph import provider_options
         (OPENVINO, {"device_type": "CPU", "precision": "FP32", "num_of_threads": "3"}),
     ],
 )
-def test_a_provider_keeps_to_fp32_and_to_its_threads(place: str, told: dict[str, str]) -> None:
-    assert provider_options(place, 3) == told
+def test_a_provider_keeps_to_fp32_and_to_its_threads(place: str, options: dict[str, str]) -> None:
+    assert provider_options(place, 3) == options

@@ -43,20 +43,22 @@ def test_a_child_gives_the_same_logits_and_times_them(extra: Any, graphs: dict[s
 
 
 @pytest.mark.parametrize(
-    ("graph", "said"),
+    ("graph", "reason"),
     [
         ("killer", "crashed (SIGFPE)"),
         ("garbage", "must be an ONNX model, got other bytes"),
         ("fragile", "fails to run"),
     ],
 )
-def test_a_failure_is_a_result(extra: Any, graphs: dict[str, bytes], graph: str, said: str) -> None:
+def test_a_failure_is_a_result(
+    extra: Any, graphs: dict[str, bytes], graph: str, reason: str
+) -> None:
     data = graphs[graph]
     with pytest.raises(BundleError) as error:
         try_out(_candidate(extra, data), data, BATCHES, SHAPES, deadline=120)
     assert error.value.code == 710
     assert error.value.message.startswith("m.onnx on CPU: ")
-    assert said in error.value.message
+    assert reason in error.value.message
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -86,7 +88,7 @@ def test_a_child_that_does_not_end_is_killed(extra: Any, graphs: dict[str, bytes
         '{"device": "x", "p50_ms": "fast", "p99_ms": 1, "peak_rss_mb": 1}\n' + 72 * "x",
     ],
 )
-def test_an_answer_that_does_not_fit_is_a_failure(extra: Any, answer: str) -> None:
+def test_an_invalid_answer_is_a_failure(extra: Any, answer: str) -> None:
     with pytest.raises(BundleError, match="ended without an answer"):
         trial._answer(_candidate(extra, b"x"), answer.encode(), [1, 5], 3)
 
@@ -119,11 +121,11 @@ def _alive(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("soon", [True, False])
 def test_a_child_dies_with_its_parent(extra: Any, graphs: dict[str, bytes], soon: bool) -> None:
-    """Be it in a run that never ends, or gone before the child could ask for that."""
+    """Whether it is in a run that never ends, or the parent ended before the child's prctl."""
     data = graphs["endless"]
-    given, held = os.pipe()
+    read_end, write_end = os.pipe()
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(given)], stdout=subprocess.PIPE, pass_fds=(given,)
+        [sys.executable, "-c", PARENT, str(read_end)], stdout=subprocess.PIPE, pass_fds=(read_end,)
     )
     assert parent.stdout is not None
     try:
@@ -141,7 +143,7 @@ def test_a_child_dies_with_its_parent(extra: Any, graphs: dict[str, bytes], soon
         if soon:
             parent.kill()
             parent.wait(60)
-        os.write(held, json.dumps(header).encode() + b"\n" + data + BATCHES[0].tobytes())
+        os.write(write_end, json.dumps(header).encode() + b"\n" + data + BATCHES[0].tobytes())
         if not soon:
             end = time.monotonic() + 120
             while b"onnxruntime" not in Path(f"/proc/{child}/maps").read_bytes():
@@ -159,5 +161,5 @@ def test_a_child_dies_with_its_parent(extra: Any, graphs: dict[str, bytes], soon
         parent.kill()
         parent.wait(60)
         parent.stdout.close()
-        os.close(given)
-        os.close(held)
+        os.close(read_end)
+        os.close(write_end)

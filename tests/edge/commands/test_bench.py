@@ -66,7 +66,7 @@ def test_one_artefact_is_timed_alone_and_then_compared(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("model.engine", "FE-710 "),
         ("garbage.onnx", "FE-708 garbage.onnx: "),
@@ -74,13 +74,13 @@ def test_one_artefact_is_timed_alone_and_then_compared(
     ],
 )
 def test_what_does_not_run_is_one_line(
-    path: Path, trust: Path, capsys: Capture, name: str, said: str
+    path: Path, trust: Path, capsys: Capture, name: str, message: str
 ) -> None:
     argv = ["bench", str(path), "--trust", str(trust), "--artefact", name, "--json"]
     assert main(argv) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(said)
+    assert err.startswith(message)
     assert ("`fedge-edge verify BUNDLE` lists them" in err) == (name == "missing.onnx")
 
 
@@ -90,25 +90,25 @@ def test_a_crash_ends_the_child_by_its_signal(path: Path, trust: Path) -> None:
     assert (done.returncode, done.stdout) == (-8, "")
 
 
-def test_verify_tells_what_each_artefact_has_shown(
+def test_verify_shows_the_results_of_each_artefact(
     path: Path, trust: Path, capsys: Capture
 ) -> None:
     assert main(["verify", str(path), "--trust", str(trust)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = [line.split(maxsplit=1)[1] for line in lines if line.startswith("artefact ")]
-    assert [line.partition(": ")[0] for line in told] == [
+    rows = [line.split(maxsplit=1)[1] for line in lines if line.startswith("artefact ")]
+    assert [line.partition(": ")[0] for line in rows] == [
         "model.onnx",
         "model.int8.onnx",
         "killer.onnx",
         "garbage.onnx",
         "model.engine",
     ]
-    assert told[0].endswith("bytes, the graph that others are compared with")
-    assert told[1].endswith(
+    assert rows[0].endswith("bytes, the graph that others are compared with")
+    assert rows[1].endswith(
         "executed, within 0.01 (allowed 0.25), 99.5 % the same labels, p50 0.25 ms, p99 0.5 ms"
     )
-    assert told[2].endswith("bytes, not executed")
-    assert told[4] == (
+    assert rows[2].endswith("bytes, not executed")
+    assert rows[4] == (
         "model.engine: tensorrt-rtx-fp16, 6 bytes, for sm86 sm89 by tensorrt-rtx 1.7.1.116,"
         " not executed (needs a GPU)"
     )

@@ -80,9 +80,9 @@ def test_install_qualifies_everything_and_each_command_takes_the_folder(
     best = record.entries[0].candidate.name
     argv = [str(into), "--trust", str(trust)]
     assert main(["bench", *argv, "--runs", "10", "--parity", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["backend"] == best
-    assert 0.9 < told["agreement"] <= 1 and told["largest_logit"] > 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["backend"] == best
+    assert 0.9 < result["agreement"] <= 1 and result["largest_logit"] > 0
     np.save(tmp_path / "x.npy", np.zeros((2, 6)))
     assert main(["predict", *argv, "--input", str(tmp_path / "x.npy")]) == 0
     out, err = capsys.readouterr()
@@ -181,7 +181,7 @@ def test_a_folder_of_something_else_is_left_as_it_was(
 def test_an_installation_is_known_by_its_bundles_or_its_record(
     compiled: Any, trust: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """So that to install again mends it, and what lies beside it stays."""
+    """So that installing again repairs it, and files beside it stay."""
     into = tmp_path / "installed"
     into.mkdir()
     assert install(compiled(), trust, into) == 0
@@ -235,7 +235,7 @@ def test_what_is_right_but_slow_does_not_serve(extra: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "message"),
     [
         (ReleaseError(611, "engine: no kernel"), "FE-611 engine: no kernel"),
         (ValueError("sizes: no such axis"), "ValueError: sizes: no such axis"),
@@ -247,13 +247,13 @@ def test_engines_are_built_of_the_graphs_for_this_gpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     failure: Exception,
-    said: str,
+    message: str,
 ) -> None:
-    asked: list[tuple[bytes, Engine]] = []
+    requests: list[tuple[bytes, Engine]] = []
 
     def build(onnx: bytes, engine: Engine, directory: Path, progress: Any) -> bytes:
-        asked.append((onnx, engine))
-        if len(asked) == 2:
+        requests.append((onnx, engine))
+        if len(requests) == 2:
             raise failure
         return b"engine"
 
@@ -262,16 +262,16 @@ def test_engines_are_built_of_the_graphs_for_this_gpu(
     device = Device("cpu", (CPU,), Gpu("GPU", 89), "", {"tensorrt-rtx": "1.7.1"})
     fp16, int8 = engines.build_all(bundle, device, tmp_path, lambda text: None)
     graph = bundle.artefacts["model.fp16.onnx"]
-    assert asked[0] == (graph, Engine("tensorrt-rtx", "1.7.1", (89,)))
+    assert requests[0] == (graph, Engine("tensorrt-rtx", "1.7.1", (89,)))
     assert (fp16.candidate.artefact.name, fp16.candidate.place) == (
         "tensorrt-rtx-fp16.sm89.engine",
         RTX,
     )
     assert (fp16.data, fp16.built, fp16.candidate.refused) == (b"engine", True, "")
-    assert int8.candidate.refused == said
+    assert int8.candidate.refused == message
     # Nothing to do without a GPU, or where the bundle's own engine fits.
     assert list(engines.build_all(bundle, Device("cpu"), tmp_path, lambda text: None)) == []
-    asked.clear()
+    requests.clear()
     fits = Device("cpu", (CPU,), Gpu("GPU", 89), "", {"tensorrt-rtx": "1.0"})
     built = engines.build_all(bundle, fits, tmp_path, lambda text: None)
     assert [s.candidate.artefact.kind for s in built] == ["tensorrt-rtx-int8"]
@@ -285,13 +285,13 @@ def test_an_engine_is_really_built_where_the_wheel_is(
     wheel = load_wheel("tensorrt-rtx")
     if wheel is None:
         pytest.skip("needs tensorrt_rtx")
-    told: list[str] = []
+    result: list[str] = []
     engine = Engine("tensorrt-rtx", str(wheel.__version__), (89,))
-    data = engines._build(graphs["fp16"], engine, tmp_path, told.append)
+    data = engines._build(graphs["fp16"], engine, tmp_path, result.append)
     assert len(data) > 1000
-    assert told == sorted(told, key=lambda text: int(text.strip(" %")))
+    assert result == sorted(result, key=lambda text: int(text.strip(" %")))
     with pytest.raises(ReleaseError) as error:
-        engines._build(graphs["garbage"], engine, tmp_path, told.append)
+        engines._build(graphs["garbage"], engine, tmp_path, result.append)
     assert error.value.code == 611
 
 

@@ -20,8 +20,8 @@ from fedge.shared.errors import InputError
 from fedge.shared.preprocessing.schema import Feature, InputSchema
 from fedge.shared.preprocessing.steps import OneHot, Standardise
 
-IMAGE = RowRules.of(InputSchema(shape=(2, 3)), ())
-TABLE = RowRules.of(
+IMAGE = RowRules.from_schema(InputSchema(shape=(2, 3)), ())
+TABLE = RowRules.from_schema(
     InputSchema(
         shape=(3,),
         features=(
@@ -145,7 +145,7 @@ def test_rows_come_in_chunks(npy: Npy) -> None:
     chunks = list(read_examples(str(npy(array)), IMAGE))
     assert [len(chunk) for chunk in chunks] == [1024, 1024, 452]
     np.testing.assert_array_equal(np.concatenate(chunks).reshape(2500, 6), array)
-    assert RowRules.of(InputSchema(shape=(2**23,)), ()).chunk == 1
+    assert RowRules.from_schema(InputSchema(shape=(2**23,)), ()).chunk == 1
 
 
 def test_a_header_that_lies_is_refused(npy: Npy, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_header_over_nameless_columns_is_refused(table: Csv) -> None:
 
 
 def test_categories_of_a_one_hot_step_are_checked(npy: Npy) -> None:
-    rules = RowRules.of(InputSchema(shape=(2,)), (OneHot(((0, (1.0, 2.0)),)),))
+    rules = RowRules.from_schema(InputSchema(shape=(2,)), (OneHot(((0, (1.0, 2.0)),)),))
     assert _read(npy(np.asarray([[1.0, 9.0]])), rules).tolist() == [[1, 9]]
     assert _code(npy(np.asarray([[1.0, 9.0], [5.0, 9.0]])), rules)[1].startswith("row 1, column 0")
 

@@ -138,8 +138,8 @@ def test_another_gpu_than_the_recorded_one_puts_the_record_aside(
 
     monkeypatch.setattr(choice, "open_artefact", elsewhere)
     model = EdgeModel.from_bundle(bundle, record=replace(record, gpu="One GPU"))
-    said = f"FE-711 {FILE}: must be of this device, got none for its Another GPU"
-    assert model.fallbacks == (said,)
+    reason = f"FE-711 {FILE}: must be of this device, got none for its Another GPU"
+    assert model.fallbacks == (reason,)
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_changed_engine_puts_the_record_aside(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({"manifest_sha256": "b" * 64}, "must be of this bundle"),
         ({"cpu": "another"}, "must be of this device, got that of another"),
@@ -172,18 +172,18 @@ def test_a_changed_engine_puts_the_record_aside(
     ],
 )
 @pytest.mark.usefixtures("patient")
-def test_a_record_of_something_else_is_told_and_left_aside(
+def test_a_record_of_something_else_is_reported_and_ignored(
     installation: tuple[Path, DeviceRecord],
     trust: Path,
     change: dict[str, Any],
-    said: str,
+    reason: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     directory, record = installation
     bundle, _ = open_installed(directory, load_public(trust))
     model = EdgeModel.from_bundle(bundle, record=replace(record, **change))
-    assert model.fallbacks[0].startswith(f"FE-711 {FILE}: {said}")
-    assert said in caplog.text
+    assert model.fallbacks[0].startswith(f"FE-711 {FILE}: {reason}")
+    assert reason in caplog.text
     assert model.backend == "model.int8.onnx on CPU"
 
 
@@ -279,13 +279,13 @@ def test_an_empty_folder_is_no_installation(tmp_path: Path, trust: Path) -> None
     assert error.value.code == 701
 
 
-def test_an_order_that_was_timed_with_other_threads_is_said(
+def test_an_order_that_was_timed_with_other_threads_is_reported(
     installation: tuple[Path, DeviceRecord], trust: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     bundle, record = open_installed(installation[0], load_public(trust))
-    for threads, said in ((1, False), (2, True)):
+    for threads, reason in ((1, False), (2, True)):
         caplog.clear()
         model = EdgeModel.from_bundle(bundle, record=record, threads=threads)
         assert model.backend == "model.int8.onnx on CPU"
-        assert ("timed with --threads 1, and this runs with 2" in caplog.text) is said
+        assert ("timed with --threads 1, and this runs with 2" in caplog.text) is reason

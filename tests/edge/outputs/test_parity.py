@@ -35,13 +35,13 @@ def test_batches_differ_and_those_too_large_to_hold_are_left_out(
 
 def test_difference_counts_labels_and_the_largest_gap() -> None:
     reference = [np.asarray([[1.0, 2, 3]]), np.asarray([[0.0, -8, 1], [5, 1, 1]])]
-    found = [np.asarray([[1.0, 2, 3.5]]), np.asarray([[2.0, -8, 1], [5, 1, 1]])]
-    told = parity.difference(found, reference, OUTPUT, "a")
-    assert (told.max_abs_difference, told.largest_logit) == (2.0, 8.0)
-    assert told.agreement == pytest.approx(2 / 3)
-    found[1][0, 0] = np.nan
+    logits = [np.asarray([[1.0, 2, 3.5]]), np.asarray([[2.0, -8, 1], [5, 1, 1]])]
+    diff = parity.difference(logits, reference, OUTPUT, "a")
+    assert (diff.max_abs_difference, diff.largest_logit) == (2.0, 8.0)
+    assert diff.agreement == pytest.approx(2 / 3)
+    logits[1][0, 0] = np.nan
     with pytest.raises(BundleError) as error:
-        parity.difference(found, reference, OUTPUT, "a")
+        parity.difference(logits, reference, OUTPUT, "a")
     assert error.value.code == 709
 
 
@@ -57,16 +57,16 @@ def test_what_is_too_far_off_is_refused() -> None:
 def test_int8_must_give_the_labels_of_fp32_and_others_need_not() -> None:
     reference = [np.tile([1.0, 0.9, 0.8], (10, 1))]
     for wrong, refused in ((1, False), (2, True), (10, True)):
-        found = [reference[0].copy()]
-        found[0][:wrong] = [0.8, 0.9, 1.0]  # within a quarter of the largest, every label another
-        told = parity.difference(found, reference, OUTPUT, "a")
-        assert told.agreement == pytest.approx(1 - wrong / 10)
-        assert told.contradicted == pytest.approx(wrong / 10)
-        assert not parity.obstacle(ONNX_FP16, replace(told, max_abs_difference=0.0))
+        logits = [reference[0].copy()]
+        logits[0][:wrong] = [0.8, 0.9, 1.0]  # within a quarter of the largest, every label another
+        diff = parity.difference(logits, reference, OUTPUT, "a")
+        assert diff.agreement == pytest.approx(1 - wrong / 10)
+        assert diff.contradicted == pytest.approx(wrong / 10)
+        assert not parity.obstacle(ONNX_FP16, replace(diff, max_abs_difference=0.0))
         for kind in (ONNX_INT8, ONNX_INT8_SYMMETRIC, TRT_INT8):
-            assert bool(parity.obstacle(kind, told)) is refused
+            assert bool(parity.obstacle(kind, diff)) is refused
     with pytest.raises(BundleError) as error:
-        parity.check(ONNX_INT8, told, "a")
+        parity.check(ONNX_INT8, diff, "a")
     assert error.value.code == 710
     assert error.value.message == (
         "a: must agree with the fp32 graph's labels on 90% of the inputs, got 0%"
@@ -75,15 +75,15 @@ def test_int8_must_give_the_labels_of_fp32_and_others_need_not() -> None:
 
 def test_a_tie_is_no_contradiction() -> None:
     reference = [np.asarray([[1.0, 0.995, 0], [1.0, 0.5, 0.995], [0, 0, 1]])]
-    found = [np.asarray([[0.99, 1.0, 0], [0.9, 1.0, 0.9], [0, 0, 1]])]
-    told = parity.difference(found, reference, OUTPUT, "a")
-    assert told.agreement == pytest.approx(1 / 3)
+    logits = [np.asarray([[0.99, 1.0, 0], [0.9, 1.0, 0.9], [0, 0, 1]])]
+    diff = parity.difference(logits, reference, OUTPUT, "a")
+    assert diff.agreement == pytest.approx(1 / 3)
     # The second row takes a label that fp32 clearly puts last.
-    assert told.contradicted == pytest.approx(1 / 3)
+    assert diff.contradicted == pytest.approx(1 / 3)
     sigmoid = OutputSchema(labels=("no", "yes"), activation="sigmoid", threshold=0.25)
     border = np.log(1 / 3)
     reference = [np.asarray([[border + 0.01], [border + 0.5], [4.0]])]
-    found = [np.asarray([[border - 0.1], [border - 0.1], [4.0]])]
-    told = parity.difference(found, reference, sigmoid, "a")
-    assert told.agreement == pytest.approx(1 / 3)
-    assert told.contradicted == pytest.approx(1 / 3)
+    logits = [np.asarray([[border - 0.1], [border - 0.1], [4.0]])]
+    diff = parity.difference(logits, reference, sigmoid, "a")
+    assert diff.agreement == pytest.approx(1 / 3)
+    assert diff.contradicted == pytest.approx(1 / 3)

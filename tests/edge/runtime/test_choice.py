@@ -83,16 +83,16 @@ def test_a_corrupted_artefact_falls_back_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("graph", "said"),
+    ("graph", "message"),
     [("killer", "crashed (SIGFPE)"), ("nonsense", "does not load (")],
 )
 @pytest.mark.usefixtures("patient")
 def test_what_kills_its_process_does_not_kill_ours(
-    load: Load, compiled: Any, extra: Any, graphs: Graphs, graph: str, said: str
+    load: Load, compiled: Any, extra: Any, graphs: Graphs, graph: str, message: str
 ) -> None:
     model = load(compiled(extra("model.int8.onnx", "onnx-int8", graphs[graph])))
     assert model.backend == "model.onnx on CPU"
-    assert said in model.fallbacks[0]
+    assert message in model.fallbacks[0]
 
 
 @pytest.mark.slow
@@ -101,8 +101,8 @@ def test_what_never_ends_is_given_up(
 ) -> None:
     monkeypatch.setattr(trial, "DEADLINE", 1.0)
     model = load(compiled(extra("model.int8.onnx", "onnx-int8", graphs["endless"])))
-    (said,) = model.fallbacks
-    assert said.startswith("FE-710 model.int8.onnx on CPU: did not answer within")
+    (message,) = model.fallbacks
+    assert message.startswith("FE-710 model.int8.onnx on CPU: did not answer within")
     assert model.backend == "model.onnx on CPU"
 
 

@@ -92,8 +92,8 @@ def test_statistics_do_not_replace_those_that_are_signed(load: Load, table_bundl
         load(table_bundle, statistics=own)
     assert error.value.code == 807
     assert error.value.message == (
-        "this model was trained with one mean and deviation for all sites, which the manifest holds:"
-        " leave --statistics out"
+        "this model was trained with one mean and standard deviation for all sites, which the manifest"
+        " holds: leave --statistics out"
     )
 
 

@@ -55,9 +55,9 @@ def row(value: float, n: int = 1) -> Array:
     return np.full((n, 2), value, np.float32)
 
 
-def wait_for(what: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 120
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -134,23 +134,23 @@ def test_a_full_queue_refuses_and_goes_on(network: Network, pool: ThreadPoolExec
     np.testing.assert_array_equal(b.infer(row(3), FAR, lambda: True), row(6))
 
 
-def test_those_who_went_away_leave_their_places_in_a_full_queue(
+def test_disconnected_clients_leave_their_places_in_a_full_queue(
     network: Network, pool: ThreadPoolExecutor
 ) -> None:
     b = batcher(network, max_queue=2)
     first = ask(pool, b, row(1))
     assert network.begun.acquire(timeout=60)
-    gone = [ask(pool, b, row(1), alive=False) for _ in range(2)]
+    disconnected = [ask(pool, b, row(1), alive=False) for _ in range(2)]
     wait_for(lambda: b.waiting == 2)
     late = ask(pool, b, row(4))
-    assert [g.result(60).code for g in gone] == [809, 809]
+    assert [g.result(60).code for g in disconnected] == [809, 809]
     network.open()
     np.testing.assert_array_equal(first.result(60), row(2))
     np.testing.assert_array_equal(late.result(60), row(8))
     assert network.runs == [1, 1]
 
 
-def test_who_waits_beyond_the_deadline_is_told_and_not_run(
+def test_a_request_that_waits_beyond_its_deadline_fails_and_is_not_run(
     network: Network, pool: ThreadPoolExecutor
 ) -> None:
     b = batcher(network)
@@ -204,7 +204,7 @@ def test_what_is_not_finite_is_refused_alone(network: Network, pool: ThreadPoolE
     np.testing.assert_array_equal(results[3], row(4))
 
 
-def test_a_defect_reaches_all_of_its_run_and_nobody_else(
+def test_a_defect_fails_all_requests_of_its_run_and_no_others(
     network: Network, pool: ThreadPoolExecutor
 ) -> None:
     b = batcher(network)
@@ -277,7 +277,7 @@ def test_threads_of_its_own_come_with_need_and_end_with_it(
     network.open()
     for i in range(20):
         b.infer(row(i), FAR, lambda: True)
-    assert own() == before  # nobody met anybody
+    assert own() == before  # no two requests met
     for _ in range(5):
         found = [ask(pool, b, row(i)) for i in range(30)]
         for f in found:

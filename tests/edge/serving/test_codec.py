@@ -34,13 +34,13 @@ def test_a_clients_tensor_is_read_without_a_copy(request_of: Callable[..., Any])
 
 def test_typed_contents_are_the_same_as_raw_bytes(request_of: Callable[..., Any]) -> None:
     x = np.random.default_rng(0).normal(size=(3, 2, 3)).astype(np.float32)
-    asked = request_of(x)
-    del asked.raw_input_contents[:]
-    asked.inputs[0].contents.fp32_contents.extend(x.ravel().tolist())
-    asked.outputs.add(name="label")
-    asked.parameters["timeout"].int64_param = 1500
-    asked.parameters["anything"].string_param = "x"
-    found = decode(asked.SerializeToString(), IMAGE)
+    proto = request_of(x)
+    del proto.raw_input_contents[:]
+    proto.inputs[0].contents.fp32_contents.extend(x.ravel().tolist())
+    proto.outputs.add(name="label")
+    proto.parameters["timeout"].int64_param = 1500
+    proto.parameters["anything"].string_param = "x"
+    found = decode(proto.SerializeToString(), IMAGE)
     np.testing.assert_array_equal(found.examples, x)
     assert found.outputs == ("label",)
     assert found.timeout == pytest.approx(0.0015)
@@ -75,7 +75,7 @@ def test_numbers_that_only_seem_to_come_last_are_not_remembered(
 ) -> None:
     x = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
     decoy = b"\x3a\x18" + bytes(24)  # as raw contents of as many zeros would be
-    stranger = b"\xa2\x06" + bytes([len(decoy)])  # a field that nobody knows holds it
+    stranger = b"\xa2\x06" + bytes([len(decoy)])  # an unknown field holds it
     data = request_of(x).SerializeToString() + stranger + decoy
     decoder = Decoder(IMAGE)
     for _ in range(3):
@@ -87,11 +87,11 @@ def test_a_remembered_beginning_changes_no_refusal(
     request_of: Callable[..., Any], raw: bool
 ) -> None:
     x = np.ones((2, 2, 3), np.float32)
-    asked = request_of(x)
+    proto = request_of(x)
     if not raw:
-        del asked.raw_input_contents[:]
-        asked.inputs[0].contents.fp32_contents.extend(x.ravel().tolist())
-    data, decoder = asked.SerializeToString(), Decoder(IMAGE)
+        del proto.raw_input_contents[:]
+        proto.inputs[0].contents.fp32_contents.extend(x.ravel().tolist())
+    data, decoder = proto.SerializeToString(), Decoder(IMAGE)
     decoder.decode(data)
     for place in range(len(data)):
         for flip in (1, 0x80):
@@ -111,31 +111,31 @@ def _outcome(read: Callable[[bytes], Any], data: bytearray) -> Any:
 
 
 def _set(path: str, value: Any) -> Callable[[Any], None]:
-    def change(asked: Any) -> None:
+    def change(proto: Any) -> None:
         *owners, last = path.split(".")
         for owner in owners:
-            asked = asked[int(owner)] if owner.isdigit() else getattr(asked, owner)
+            proto = proto[int(owner)] if owner.isdigit() else getattr(proto, owner)
         if isinstance(value, list):
-            del getattr(asked, last)[:]
-            getattr(asked, last).extend(value)
+            del getattr(proto, last)[:]
+            getattr(proto, last).extend(value)
         else:
-            setattr(asked, last, value)
+            setattr(proto, last, value)
 
     return change
 
 
 def _parameter(owner: str, name: str) -> Callable[[Any], None]:
-    def change(asked: Any) -> None:
-        asked.outputs.add(name="label")
-        getattr(asked, owner)[0].parameters[name].int64_param = 1
+    def change(proto: Any) -> None:
+        proto.outputs.add(name="label")
+        getattr(proto, owner)[0].parameters[name].int64_param = 1
 
     return change
 
 
 def _outputs(*names: str) -> Callable[[Any], None]:
-    def change(asked: Any) -> None:
+    def change(proto: Any) -> None:
         for name in names:
-            asked.outputs.add(name=name)
+            proto.outputs.add(name=name)
 
     return change
 
@@ -174,24 +174,24 @@ def _outputs(*names: str) -> Callable[[Any], None]:
         (810, _parameter("inputs", "shared_memory_region")),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_number(
+def test_invalid_requests_are_refused_by_number(
     request_of: Callable[..., Any], code: int, change: Callable[[Any], Any]
 ) -> None:
-    asked = request_of(np.zeros((2, 2, 3), np.float32))
-    change(asked)
+    proto = request_of(np.zeros((2, 2, 3), np.float32))
+    change(proto)
     with pytest.raises(InputError) as caught:
-        decode(asked.SerializeToString(), IMAGE)
+        decode(proto.SerializeToString(), IMAGE)
     assert caught.value.code == code
     assert len(caught.value.message) < 200
 
 
 def test_typed_contents_of_two_kinds_are_refused(request_of: Callable[..., Any]) -> None:
-    asked = request_of(np.zeros((1, 2, 3), np.float32))
-    del asked.raw_input_contents[:]
-    asked.inputs[0].contents.fp32_contents.extend([0.0] * 6)
-    decode(asked.SerializeToString(), IMAGE)
-    asked.inputs[0].contents.bytes_contents.append(b"x")
-    assert code_of(asked) == 803
+    proto = request_of(np.zeros((1, 2, 3), np.float32))
+    del proto.raw_input_contents[:]
+    proto.inputs[0].contents.fp32_contents.extend([0.0] * 6)
+    decode(proto.SerializeToString(), IMAGE)
+    proto.inputs[0].contents.bytes_contents.append(b"x")
+    assert code_of(proto) == 803
 
 
 def test_bytes_that_are_no_message_are_refused() -> None:
@@ -201,15 +201,15 @@ def test_bytes_that_are_no_message_are_refused() -> None:
 
 def test_an_answer_is_what_the_published_protocol_reads(request_of: Callable[..., Any]) -> None:
     x = np.zeros((2, 2, 3), np.float32)
-    asked = request_of(x, id="mark")
+    proto = request_of(x, id="mark")
     for name in ("label", "logits", "probabilities"):
-        asked.outputs.add(name=name)
-    found = decode(asked.SerializeToString(), IMAGE)
+        proto.outputs.add(name=name)
+    found = decode(proto.SerializeToString(), IMAGE)
     logits = np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]], np.float32)
     answer = service_pb2.ModelInferResponse.FromString(encode(found, logits, IMAGE, SOFTMAX))
     assert (answer.model_name, answer.model_version, answer.id) == ("image", "b" * 12, "mark")
-    told = [(o.name, o.datatype, list(o.shape)) for o in answer.outputs]
-    assert told == [
+    listed = [(o.name, o.datatype, list(o.shape)) for o in answer.outputs]
+    assert listed == [
         ("label", "INT64", [2]),
         ("logits", "FP32", [2, 3]),
         ("probabilities", "FP32", [2, 3]),
@@ -269,14 +269,14 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 def test_a_request_with_changed_bytes_is_read_or_refused(data: st.DataObject) -> None:
     kinds = service_pb2.ModelInferRequest
     x = np.ones((2, 2, 3), np.float32)
-    asked = kinds(
+    proto = kinds(
         model_name="image",
         id="a",
         inputs=[kinds.InferInputTensor(name="input", datatype="FP32", shape=x.shape)],
         outputs=[kinds.InferRequestedOutputTensor(name="label")],
         raw_input_contents=[x.tobytes()],
     )
-    found = bytearray(asked.SerializeToString())
+    found = bytearray(proto.SerializeToString())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(found) - 1))
         match data.draw(st.sampled_from(["flip", "cut", "insert"])):

@@ -72,7 +72,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.mark.slow
-def test_a_process_serves_reloads_tells_and_ends(
+def test_a_process_serves_reloads_reports_and_ends(
     serve: Callable[..., Server],
     bundle_of: Callable[..., Path],
     trust: Path,
@@ -103,16 +103,16 @@ def test_a_process_serves_reloads_tells_and_ends(
             tensor.set_data_from_numpy(x)
             client.infer("image", [tensor])
     with urllib.request.urlopen(metrics, timeout=60) as answer:  # noqa: S310 - our own
-        told = answer.read().decode()
-    assert 'fedge_requests_total{code="OK"} 2.0' in told
-    assert 'fedge_requests_total{code="FE-804"} 1.0' in told
-    assert "fedge_request_seconds_count 3.0" in told
-    assert "fedge_batch_rows_sum 2.0" in told
-    assert 'fedge_reloads_total{outcome="swapped"} 1.0' in told
-    assert "fedge_queue_length 0.0" in told
-    assert "fedge_fallbacks 0.0" in told
-    assert 'backend="model.onnx on CPU"' in told
-    assert 'run="r-2"' in told
+        metrics_text = answer.read().decode()
+    assert 'fedge_requests_total{code="OK"} 2.0' in metrics_text
+    assert 'fedge_requests_total{code="FE-804"} 1.0' in metrics_text
+    assert "fedge_request_seconds_count 3.0" in metrics_text
+    assert "fedge_batch_rows_sum 2.0" in metrics_text
+    assert 'fedge_reloads_total{outcome="swapped"} 1.0' in metrics_text
+    assert "fedge_queue_length 0.0" in metrics_text
+    assert "fedge_fallbacks 0.0" in metrics_text
+    assert 'backend="model.onnx on CPU"' in metrics_text
+    assert 'run="r-2"' in metrics_text
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(metrics.replace("metrics", "other"), timeout=60)  # noqa: S310
     assert server.stop() == 0
@@ -134,9 +134,9 @@ def test_sigterm_answers_what_has_begun(
     tensor.set_data_from_numpy(np.zeros((1, 2, 3), np.float32))
     answers: list[Any] = []
 
-    def wait_for(what: Callable[[], bool]) -> None:
+    def wait_for(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 120
-        while not what():
+        while not condition():
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -162,13 +162,13 @@ def test_sigterm_answers_what_has_begun(
 
 
 @pytest.mark.slow
-def test_a_port_or_address_that_cannot_be_used_is_told_in_one_line(
+def test_a_port_or_address_that_cannot_be_used_is_reported_in_one_line(
     capsys: Capture, serve: Callable[..., Server], image_bundle: Path, trust: Path, tmp_path: Path
 ) -> None:
     server = serve(image_bundle, "--trust", trust, "--listen", "127.0.0.1:0")
     words = ["serve", str(image_bundle), "--trust", str(trust)]
     missing = str(tmp_path / "missing")
-    for more, status, said in (
+    for more, status, expected in (
         (["--listen", server.address], 1, "FE-904 --listen: "),
         (["--listen", "0.0.0.0:0"], 1, "FE-920 --listen: must be a loopback address"),
         (["--listen", "example.com:1"], 1, "FE-904 --listen: must be an IP address"),
@@ -191,7 +191,7 @@ def test_a_port_or_address_that_cannot_be_used_is_told_in_one_line(
                 signal.signal(number, old)
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith(said), err
+        assert err.startswith(expected), err
         assert err.count("\n") == 1
 
 
@@ -225,11 +225,11 @@ def test_the_key_that_a_server_began_with_is_the_only_one(
     server = serve(image_bundle, "--trust", own, "--listen", "127.0.0.1:0", "--no-watch")
     new_key(tmp_path / "other")
     own.write_bytes(public_path(tmp_path / "other").read_bytes())
-    opened = open_bundle(image_bundle, load_public(trust))
+    verified = open_bundle(image_bundle, load_public(trust))
     write_bundle(
         image_bundle,
-        opened.manifest,
-        opened.artefacts,
+        verified.manifest,
+        verified.artefacts,
         load_private(tmp_path / "other"),
         replace=True,
     )
@@ -291,9 +291,7 @@ def test_signed_graphs_that_kill_or_never_end_do_not_disturb_a_server(
 
 
 @pytest.mark.slow
-def test_insecure_is_said_aloud(
-    serve: Callable[..., Server], image_bundle: Path, trust: Path
-) -> None:
+def test_insecure_is_logged(serve: Callable[..., Server], image_bundle: Path, trust: Path) -> None:
     server = serve(image_bundle, "--trust", trust, "--listen", "0.0.0.0:0", "--insecure")
     server.says("WARNING --insecure: anybody on the network can read and forge")
     port = server.address.rsplit(":", 1)[1]

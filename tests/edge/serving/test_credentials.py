@@ -113,7 +113,7 @@ def test_mtls_lets_in_only_clients_of_its_authority(
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path, issue: Callable[..., Party]) -> None:
+def test_invalid_credentials_are_refused(tmp_path: Path, issue: Callable[..., Party]) -> None:
     good, other, old = issue("good"), issue("other"), issue("old", days=-1)
     text = tmp_path / "text"
     text.write_text("no PEM")
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, issue: Callable[..., Party
     missing = tmp_path / "missing"
     assert credentials(None, None, None) is None
     assert credentials(good.certificate, good.key, other.certificate) is not None
-    for certificate, key, clients, said in (
+    for certificate, key, clients, message in (
         (good.certificate, None, None, "--tls-cert and --tls-key: must be given together"),
         (None, good.key, None, "must be given together"),
         (None, None, good.certificate, "--client-ca: must come with"),
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, issue: Callable[..., Party
         (open_key.certificate, open_key.key, None, "got mode 0640"),
         (good.certificate, good.key, text, "--client-ca: must hold certificates in PEM"),
     ):
-        with pytest.raises(DeployError, match=said) as caught:
+        with pytest.raises(DeployError, match=message) as caught:
             credentials(certificate, key, clients)
         assert caught.value.code == 920
 

@@ -29,7 +29,7 @@ def limits(*words: str) -> Limits:
         (2, ("--parallel", "1"), 1),
     ],
 )
-def test_runs_fill_the_cores_unless_it_is_said_otherwise(
+def test_runs_fill_the_cores_by_default(
     monkeypatch: pytest.MonkeyPatch, cores: int, words: tuple[str, ...], runs: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))

@@ -32,7 +32,7 @@ def logits(server: Any, sent: bytes) -> bytes:
     return bytes(service_pb2.ModelInferResponse.FromString(server.raw(sent)).raw_output_contents[0])
 
 
-def test_a_new_bundle_takes_over_under_load_and_nothing_is_lost(
+def test_a_new_bundle_takes_over_under_load_and_no_request_fails(
     running: Callable[..., Any],
     bundle_of: Callable[..., Path],
     graph_of: Callable[..., bytes],
@@ -49,7 +49,7 @@ def test_a_new_bundle_takes_over_under_load_and_nothing_is_lost(
     sent = request_of(np.ones((1, 2, 3), np.float32)).SerializeToString()
     done = threading.Event()
     seen: list[set[float]] = []
-    lost: list[Exception] = []
+    failures: list[Exception] = []
 
     def client() -> None:
         mine = set()
@@ -63,7 +63,7 @@ def test_a_new_bundle_takes_over_under_load_and_nothing_is_lost(
                     assert answer.model_version == f"{round(float(value) / 3):064x}"[:12]
                     mine.add(float(value))
                 except Exception as error:
-                    lost.append(error)
+                    failures.append(error)
         seen.append(mine)
 
     clients = [threading.Thread(target=client) for _ in range(6)]
@@ -79,7 +79,7 @@ def test_a_new_bundle_takes_over_under_load_and_nothing_is_lost(
     done.set()
     for thread in clients:
         thread.join(60)
-    assert not lost
+    assert not failures
     assert set().union(*seen) <= {3.0 * i for i in range(1, 8)}
     assert np.frombuffer(logits(server, sent), np.float32)[0] == 21.0
     assert server.counts.snapshot().reloads == {"swapped": 6}
@@ -171,7 +171,7 @@ def test_an_unchanged_file_is_left_alone_and_asking_loads_it_all_the_same(
     assert [reloader.poll() for _ in range(3)] == [False, True, False]
 
 
-def test_after_the_end_requests_are_told_so(
+def test_after_the_end_requests_are_refused(
     running: Callable[..., Any], image_bundle: Path, request_of: Callable[..., Any]
 ) -> None:
     server = running(image_bundle)
@@ -184,7 +184,7 @@ def test_after_the_end_requests_are_told_so(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("graph", "said"),
+    ("graph", "message"),
     [
         ("killer", "FE-710 model.onnx on CPU: crashed (SIGFPE)"),
         ("nan", "FE-709 model.onnx on CPU: must give finite logits on made-up inputs"),
@@ -203,7 +203,7 @@ def test_a_graph_that_would_take_the_server_along_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     graph: str,
-    said: str,
+    message: str,
 ) -> None:
     """All of them signed."""
     monkeypatch.setattr(rehearsal, "DEADLINE", 2.0 if graph == "endless" else 120.0)
@@ -222,7 +222,7 @@ def test_a_graph_that_would_take_the_server_along_is_refused(
     bundle_of(bad, run="r-2", model_sha256="d" * 64)
     swapped = graph == "fp32"
     assert reloader.reload() is swapped
-    assert said in caplog.text
+    assert message in caplog.text
     assert (logits(server, sent) != before) is swapped
     assert server.counts.snapshot().reloads == {"swapped" if swapped else "refused": 1}
 

@@ -30,9 +30,9 @@ def tensor(x: np.ndarray[Any, Any]) -> Any:
     return found
 
 
-def wait_for(what: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -45,25 +45,25 @@ def test_the_queue_is_bounded_and_a_full_one_is_808(
 ) -> None:
     server = running(image_bundle, held=True, deadline=60.0, max_queue=2, max_batch=1)
     sent = request_of(images_of(1)).SerializeToString()
-    told: list[tuple[Any, str]] = []
+    refusals: list[tuple[Any, str]] = []
 
     def one(_: int) -> None:
         try:
             server.raw(sent)
         except grpc.RpcError as error:
-            told.append((error.code(), error.details()))
+            refusals.append((error.code(), error.details()))
 
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(one, i) for i in range(8)]
+        futures = [pool.submit(one, i) for i in range(8)]
         # One runs, two wait.
-        wait_for(lambda: len(told) == 5)
+        wait_for(lambda: len(refusals) == 5)
         server.gate.set()
-        for future in asked:
+        for future in futures:
             future.result(60)
-    assert len(told) == 5
-    assert {code for code, _ in told} == {STATUS.RESOURCE_EXHAUSTED}
-    assert {text.split()[0] for _, text in told} == {"FE-808"}
-    assert server.counts.snapshot().requests == {"OK": 8 - len(told), "FE-808": len(told)}
+    assert len(refusals) == 5
+    assert {code for code, _ in refusals} == {STATUS.RESOURCE_EXHAUSTED}
+    assert {text.split()[0] for _, text in refusals} == {"FE-808"}
+    assert server.counts.snapshot().requests == {"OK": 8 - len(refusals), "FE-808": len(refusals)}
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_a_client_that_gave_up_is_not_run_for(
             call(sent, timeout=0.05)
         assert caught.value.code() is STATUS.DEADLINE_EXCEEDED
         assert server.refused(hurried.SerializeToString())[1].startswith("FE-809 ")
-        # The server may need a moment to see who is gone.
+        # The server may need a moment to see which clients have disconnected.
         wait_for(lambda: not any(item.alive() for item in server.service.served._batcher._queue))
         server.gate.set()
         first.result(60)
@@ -126,13 +126,13 @@ def test_batches_give_the_numbers_of_single_requests(
 ) -> None:
     alone, busy = running(image_bundle), running(image_bundle, held=True)
     sent = [request_of(images_of(1 + i % 3, seed=i)).SerializeToString() for i in range(60)]
-    wanted = [alone.raw(data) for data in sent]
+    expected = [alone.raw(data) for data in sent]
     with ThreadPoolExecutor(16) as pool:
-        asked = pool.map(busy.raw, sent)
+        answers = pool.map(busy.raw, sent)
         wait_for(lambda: busy.service.served.waiting >= 10)
         busy.gate.set()
-        found = list(asked)
-    for a, b in zip(wanted, found, strict=True):
+        found = list(answers)
+    for a, b in zip(expected, found, strict=True):
         a, b = (service_pb2.ModelInferResponse.FromString(x) for x in (a, b))
         assert a.outputs == b.outputs
         for x, y in zip(a.raw_output_contents[:2], b.raw_output_contents[:2], strict=True):
@@ -206,10 +206,10 @@ def test_calls_without_messages_leave_room_for_others(
         hold.set()
     assert not server.service._arriving
     # gRPC shows the end of a call as a cancellation or as the end of its messages.
-    asked = server.counts.snapshot().requests
-    assert asked.pop("OK") == 20
-    assert set(asked) <= {"CANCELLED", "FE-810"}
-    assert sum(asked.values()) == 150
+    counted = server.counts.snapshot().requests
+    assert counted.pop("OK") == 20
+    assert set(counted) <= {"CANCELLED", "FE-810"}
+    assert sum(counted.values()) == 150
 
 
 def test_limits_that_ask_for_more_threads_than_there_may_be_are_lowered_aloud(
@@ -280,7 +280,7 @@ def test_two_thousand_broken_requests_do_not_disturb_the_good_ones(
     random = np.random.default_rng(0)
     x = images_of(2)
     good = request_of(x, id="x").SerializeToString()
-    wanted = image_server.raw(good)
+    expected = image_server.raw(good)
     codes: set[str] = set()
     with image_server.channel() as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
@@ -302,7 +302,7 @@ def test_two_thousand_broken_requests_do_not_disturb_the_good_ones(
                 ), error
                 codes.add(error.details().split()[0])
             if i % 100 == 0:
-                assert call(good, timeout=60) == wanted
+                assert call(good, timeout=60) == expected
     assert codes >= {"OK", "FE-802", "FE-803", "FE-804", "FE-810"}
 
 
@@ -340,9 +340,9 @@ def test_the_end_waits_for_no_run_that_hangs(
 ) -> None:
     server = running(image_bundle, held=True)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.refused, request_of(images_of(1)).SerializeToString())
+        waiting = pool.submit(server.refused, request_of(images_of(1)).SerializeToString())
         wait_for(lambda: server.runs == [1])
         assert not server.server.stop(0.1)
-        assert asked.result(60)[0] in (STATUS.CANCELLED, STATUS.UNAVAILABLE)
+        assert waiting.result(60)[0] in (STATUS.CANCELLED, STATUS.UNAVAILABLE)
         server.gate.set()
     wait_for(lambda: server.service.served.idle)

@@ -27,9 +27,9 @@ def tensor(x: np.ndarray[Any, Any]) -> Any:
     return found
 
 
-def wait_for(what: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 120
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -40,11 +40,11 @@ def test_the_published_client_infers_and_gets_what_predict_gives(
     x = images_of(3)
     answer = client.infer("image", [tensor(x)], request_id="r1", client_timeout=60)
     model = EdgeModel.from_bundle(open_bundle(image_bundle, load_public(trust)))
-    wanted = model.predict(x)
+    expected = model.predict(x)
     np.testing.assert_allclose(
-        answer.as_numpy("probabilities"), wanted.probabilities, rtol=1e-5, atol=1e-7
+        answer.as_numpy("probabilities"), expected.probabilities, rtol=1e-5, atol=1e-7
     )
-    assert answer.as_numpy("label").tolist() == wanted.indices.tolist()
+    assert answer.as_numpy("label").tolist() == expected.indices.tolist()
     np.testing.assert_allclose(
         answer.as_numpy("logits"), model.logits(model.prepare(x)), rtol=1e-5, atol=1e-6
     )
@@ -55,8 +55,8 @@ def test_the_published_client_infers_and_gets_what_predict_gives(
 def test_only_the_outputs_that_are_asked_for_are_sent(
     client: Any, images_of: Callable[..., Any]
 ) -> None:
-    wanted = [triton.InferRequestedOutput("label"), triton.InferRequestedOutput("logits")]
-    answer = client.infer("image", [tensor(images_of(2))], "b" * 12, outputs=wanted)
+    expected = [triton.InferRequestedOutput("label"), triton.InferRequestedOutput("logits")]
+    answer = client.infer("image", [tensor(images_of(2))], "b" * 12, outputs=expected)
     assert [o.name for o in answer.get_response().outputs] == ["label", "logits"]
     assert answer.as_numpy("label").dtype == np.int64
     assert answer.as_numpy("probabilities") is None
@@ -70,9 +70,9 @@ def test_a_table_with_categories_and_a_single_logit(
     with triton.InferenceServerClient(server.address) as client:
         answer = client.infer("table", [tensor(x)])
         model = EdgeModel.from_bundle(open_bundle(table_bundle, load_public(trust)))
-        wanted = model.predict(x)
+        expected = model.predict(x)
         np.testing.assert_allclose(
-            answer.as_numpy("probabilities"), wanted.probabilities, rtol=1e-5
+            answer.as_numpy("probabilities"), expected.probabilities, rtol=1e-5
         )
         assert answer.as_numpy("logits").shape == (2, 1)
         metadata = client.get_model_metadata("table")
@@ -106,10 +106,10 @@ def test_metadata_configuration_and_health(client: Any, image_server: Any) -> No
     config = client.get_model_config("image").config
     assert config.max_batch_size == 32
     assert [(i.name, list(i.dims)) for i in config.input] == [("input", [2, 3])]
-    told = {
+    values = {
         o.name: (list(o.dims), o.HasField("reshape"), list(o.reshape.shape)) for o in config.output
     }
-    assert told == {
+    assert values == {
         "logits": ([3], False, []),
         "probabilities": ([3], False, []),
         "label": ([1], True, []),  # [batch, 1] as dims say, [batch] after the reshape
@@ -140,7 +140,7 @@ def test_metadata_names_an_engine_where_one_serves(
     assert (config.platform, config.backend) == ("tensorrt_plan", "tensorrt")
 
 
-def test_statistics_count_what_was_asked(client: Any, images_of: Callable[..., Any]) -> None:
+def test_statistics_count_the_requests(client: Any, images_of: Callable[..., Any]) -> None:
     client.infer("image", [tensor(images_of(3))])
     with pytest.raises(InferenceServerException):
         client.infer("image", [tensor(np.full((1, 2, 3), np.nan, np.float32))])
@@ -158,16 +158,16 @@ def test_refusals_are_one_line_with_their_number(
 ) -> None:
     x = images_of(2)
     x[1, 0, 2] = np.inf
-    wanted = one_line(InputError(804, "row 1, column 2: must be finite, got inf"))
+    expected = one_line(InputError(804, "row 1, column 2: must be finite, got inf"))
     sent = request_of(x).SerializeToString()
-    assert image_server.refused(sent) == (STATUS.INVALID_ARGUMENT, wanted)
-    for change, wanted in (
+    assert image_server.refused(sent) == (STATUS.INVALID_ARGUMENT, expected)
+    for change, expected in (
         ({"model_name": "other"}, STATUS.NOT_FOUND),
         ({"model_version": "2"}, STATUS.NOT_FOUND),
         ({"id": "x" * 300}, STATUS.INVALID_ARGUMENT),
     ):
         status, text = image_server.refused(request_of(images_of(1), **change).SerializeToString())
-        assert status is wanted
+        assert status is expected
         assert text.startswith("FE-810 ")
     for x, code in ((np.zeros((1, 6), np.float32), 802), (np.zeros((33, 2, 3), np.float32), 805)):
         assert image_server.refused(request_of(x).SerializeToString())[1].startswith(f"FE-{code} ")
@@ -210,14 +210,14 @@ def test_a_model_that_gives_nan_is_709(
     server = running(bundle_of(graph_of((1, 2, 3), weights)))
     x = np.zeros((2, 2, 3), np.float32)
     x[1] = 1e3
-    wanted = BundleError(709, "row 1: must give finite logits, got NaN or infinity")
+    expected = BundleError(709, "row 1: must give finite logits, got NaN or infinity")
     assert server.refused(request_of(x).SerializeToString()) == (
         STATUS.OUT_OF_RANGE,
-        one_line(wanted),
+        one_line(expected),
     )
 
 
-def test_a_defect_is_told_without_its_text(
+def test_a_defect_is_reported_without_its_text(
     image_server: Any,
     request_of: Callable[..., Any],
     images_of: Callable[..., Any],

@@ -1,4 +1,4 @@
-"""What sites say about the final model is held against its form before anything is merged."""
+"""What sites report about the final model is validated before anything is merged."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ DIGESTS = {"onnx-fp32": SHA, "onnx-int8": OTHER}
 
 def reply(values, config=None, **more):
     request = Message(RecordDict({}), dst_node_id=1, message_type=protocol.CALIBRATE)
-    told = {"site": "site-1", "run-id": "r-1", "server-round": 3, "task": "t", **(config or {})}
-    content = RecordDict({"config": ConfigRecord(told), "metrics": MetricRecord(values), **more})
+    answered = {"site": "site-1", "run-id": "r-1", "server-round": 3, "task": "t", **(config or {})}
+    content = RecordDict(
+        {"config": ConfigRecord(answered), "metrics": MetricRecord(values), **more}
+    )
     return Message(content, reply_to=request)
 
 
 def ranged(low=(-1.0, 0.0), high=(1.0, 0.0), count=10, graph=SHA, expected=EXACT, **values):
-    told = {"num-examples": count, "range-low": list(low), "range-high": list(high), **values}
+    metrics = {"num-examples": count, "range-low": list(low), "range-high": list(high), **values}
     return admit_ranges(
-        reply(told, {"graph-sha256": graph}), "site-1", 10, expected, SHA, 2, bound=50.0
+        reply(metrics, {"graph-sha256": graph}), "site-1", 10, expected, SHA, 2, bound=50.0
     )
 
 
@@ -63,9 +65,9 @@ def test_other_ranges_are_rejected_by_number(changes, code):
 
 
 def scored(values, digests=(SHA, OTHER), count=10):
-    told = {"num-examples": count, "counts": values}
-    asked = reply(told, {"candidate-sha256": list(digests)})
-    return admit_scores(asked, "site-1", 10, EXACT, DIGESTS, NAMES)
+    metrics = {"num-examples": count, "counts": values}
+    answer = reply(metrics, {"candidate-sha256": list(digests)})
+    return admit_scores(answer, "site-1", 10, EXACT, DIGESTS, NAMES)
 
 
 GOOD = [1.0, 10.0, 5.0, 1.0, 10.0, 6.0]
@@ -95,8 +97,8 @@ def test_a_bad_candidate_is_left_out_by_number_and_the_other_counts(values, dige
     found, verdict = scored(values, digests)
     assert verdict.rejection is None
     assert list(found.counters) == ["onnx-fp32"]
-    ((site, of, number),) = [(a.site, a.of, a.code) for a in found.absent]
-    assert (site, of, number) == ("site-1", "onnx-int8", code)
+    ((site, subject, number),) = [(a.site, a.of, a.code) for a in found.absent]
+    assert (site, subject, number) == ("site-1", "onnx-int8", code)
 
 
 @pytest.mark.parametrize(

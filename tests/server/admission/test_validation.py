@@ -274,15 +274,15 @@ _alterations = st.one_of(
 )
 
 
-def _alter(content: dict[str, Any], what: str, name: Any, value: Any) -> None:
+def _alter(content: dict[str, Any], kind: str, name: Any, value: Any) -> None:
     try:
-        match what:
+        match kind:
             case "tensor":
                 content["arrays"][name] = value
             case "bytes":
                 content["arrays"][name] = Array("float32", (2, 3), "numpy.ndarray", value)
             case "metrics" | "config":
-                content[what][name] = value
+                content[kind][name] = value
             case "without":
                 del content[name][value]
             case "swap":
@@ -297,10 +297,10 @@ def _alter(content: dict[str, Any], what: str, name: Any, value: Any) -> None:
 
 def _altered(alterations: Iterable[tuple[str, Any, Any]]) -> Message:
     content: dict[str, Any] = dict(_honest().content.items())
-    for what, name, value in alterations:
-        if what == "error":
+    for kind, name, value in alterations:
+        if kind == "error":
             return Message(Error(name, value), reply_to=_request())
-        _alter(content, what, name, value)
+        _alter(content, kind, name, value)
     return Message(RecordDict(content), reply_to=_request())
 
 
@@ -347,41 +347,41 @@ def _text(random: np.random.Generator) -> str:
     return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
 
 
-def _drawn_alteration(random: np.random.Generator) -> tuple[str, Any, Any]:
+def _random_alteration(random: np.random.Generator) -> tuple[str, Any, Any]:
     """One of ``_alterations``, without the search of Hypothesis; floats are any eight bytes."""
-    match what := _pick(
+    match kind := _pick(
         random, ("tensor", "bytes", "value", "float", "config", "without", "swap", "error")
     ):
         case "tensor":
-            return what, _pick(random, _TENSORS), _pick(random, _ARRAYS)
+            return kind, _pick(random, _TENSORS), _pick(random, _ARRAYS)
         case "bytes":
-            return what, _pick(random, list(REFERENCE)), random.bytes(int(random.integers(65)))
+            return kind, _pick(random, list(REFERENCE)), random.bytes(int(random.integers(65)))
         case "value":
             return "metrics", _pick(random, _KEYS), _pick(random, _VALUES)
         case "float":
             return "metrics", _pick(random, _KEYS), struct.unpack("d", random.bytes(8))[0]
         case "config":
-            return what, _pick(random, _KEYS), _pick(random, _VALUES)
+            return kind, _pick(random, _KEYS), _pick(random, _VALUES)
         case "without":
             record = _pick(random, ("arrays", "metrics", "config"))
-            return what, record, _pick(random, _KEYS + _TENSORS)
+            return kind, record, _pick(random, _KEYS + _TENSORS)
         case "swap":
             record = _pick(random, ("arrays", "metrics", "config", "more"))
-            return what, record, int(random.integers(4))
+            return kind, record, int(random.integers(4))
         case _:
-            return what, int(random.integers(-(2**31), 2**31 + 1)), _text(random)
+            return kind, int(random.integers(-(2**31), 2**31 + 1)), _text(random)
 
 
 @pytest.mark.slow
 def test_ten_thousand_generated_replies() -> None:
     random, admitted = np.random.default_rng(7), 0
     for _ in range(10_000):
-        drawn = [_drawn_alteration(random) for _ in range(int(random.integers(1, 4)))]
-        reply = _altered(drawn)
+        alterations = [_random_alteration(random) for _ in range(int(random.integers(1, 4)))]
+        reply = _altered(alterations)
         try:
             admitted += _through_the_gate(reply)
         except Exception as error:
-            error.add_note(f"alterations: {drawn}")
+            error.add_note(f"alterations: {alterations}")
             raise
     # Neither all nor none: the generator reaches both sides of the gate.
     assert 500 < admitted < 9_500
@@ -400,7 +400,7 @@ def test_ten_thousand_generated_replies() -> None:
         (7, "", None),
     ],
 )
-def test_a_sites_error_is_told_with_its_title_and_without_its_text(
+def test_a_sites_error_is_reported_with_its_title_and_without_its_text(
     code: int, reason: Any, number: int | None
 ):
     words = reported_words(Error(code=code, reason=reason))
@@ -412,7 +412,7 @@ def test_a_sites_error_is_told_with_its_title_and_without_its_text(
 
 
 @pytest.mark.parametrize(
-    ("consumers", "server", "told"),
+    ("consumers", "server", "spent"),
     [
         (1.5, 2.5, (1.5, 2.5)),
         # A server that gets updates before the noise.
@@ -426,12 +426,12 @@ def test_a_sites_error_is_told_with_its_title_and_without_its_text(
     ],
 )
 def test_only_against_the_server_epsilon_may_be_infinite(
-    consumers: float, server: float, told: tuple[float, float] | None
+    consumers: float, server: float, spent: tuple[float, float] | None
 ) -> None:
     expected = replace(EXPECTED, private=True)
     reply = _honest(**{"epsilon-consumers": consumers, "epsilon-server": server})
     del reply.content.metric_records["metrics"]["train-loss"]
     verdict = admit_train(reply, SITE, REGISTERED, expected)
     assert verdict.update is not None
-    assert verdict.update.epsilon == told
-    assert len(verdict.drops) == (0 if told else 2)
+    assert verdict.update.epsilon == spent
+    assert len(verdict.drops) == (0 if spent else 2)

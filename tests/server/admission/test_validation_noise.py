@@ -1,4 +1,4 @@
-"""The gate where sites add noise of their own: as far as noise may reach, and no farther."""
+"""The gate where sites add noise of their own: as wide as the noise may be, and no wider."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def counts(mechanism: str, noise: float = 2.0) -> noised_counts.NoisedCounts:
 
 
 def expected(noised: noised_counts.NoisedCounts | None) -> Expected:
-    told = NAMES if noised is None else noised.told
-    return Expected(RUN, 3, {}, AdmissionSection(), counters=told, noised=noised)
+    names = NAMES if noised is None else noised.told
+    return Expected(RUN, 3, {}, AdmissionSection(), counters=names, noised=noised)
 
 
 def evaluated(mechanism: str, num_examples: int, **counters: float) -> Any:
@@ -97,13 +97,13 @@ def test_a_loss_beside_noised_counters_is_none_of_them() -> None:
 
 
 def test_honest_noise_is_never_dropped() -> None:
-    source, of = Entropy(key=bytes(32)), counts("example", 30.0)
+    source, noised = Entropy(key=bytes(32)), counts("example", 30.0)
     for _ in range(500):
-        made = of.make({"correct": 0.0, "examples": 100.0, "loss-sum": 1.0}, source)
+        made = noised.make({"correct": 0.0, "examples": 100.0, "loss-sum": 1.0}, source)
         message = reply(
             {"num-examples": 100, "epsilon-consumers": 1.0, "epsilon-server": 1.0, **made}
         )
-        assert admit_evaluate(message, SITE, REGISTERED, expected(of)).drops == []
+        assert admit_evaluate(message, SITE, REGISTERED, expected(noised)).drops == []
 
 
 def test_without_noise_the_gate_is_as_narrow_as_before() -> None:
@@ -118,12 +118,12 @@ REFERENCE = {"w": np.zeros(2000, np.float32)}
 
 
 def trained(noise_norm: float, update: np.ndarray[Any, Any]) -> Any:
-    of = Expected(
+    expectation = Expected(
         RUN, 3, REFERENCE, AdmissionSection(), private=True, noise_norm=noise_norm
     )  # fmt: skip
     metrics = {"num-examples": 1, "epsilon-consumers": 1.0, "epsilon-server": 1.0}
     message = reply(metrics, arrays=record({"w": update.astype(np.float32)}))
-    return admit_train(message, SITE, 1, of)
+    return admit_train(message, SITE, 1, expectation)
 
 
 def test_an_update_with_its_site_s_noise_passes_and_one_without_must_be_as_short_as_ever() -> None:

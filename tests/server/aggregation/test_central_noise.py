@@ -15,7 +15,7 @@ import pytest
 from fedge.server.aggregation.central_noise import CentralNoise, Noised, for_run
 from fedge.server.aggregation.privacy_cost import DELTA, central_spent, is_secret_sample
 from fedge.server.aggregation.updates import Update
-from fedge.server.runs.checkpoints import checkpoints_kept
+from fedge.server.runs.checkpoints import checkpoints_to_keep
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import RunError
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon
@@ -310,8 +310,8 @@ def test_the_last_checkpoint_holds_no_past_noise() -> None:
     central.release(3, [], ZERO, 1)
     assert set(central.state()) == {"central/round", "central/clipping-bound"}
     noise(of, 3).restore(central.state(), 3)
-    assert [checkpoints_kept(of, 3, done) for done in (1, 2, 3)] == [2, 2, 1]
-    assert checkpoints_kept(PrivacySection(), 3, 3) == 2
+    assert [checkpoints_to_keep(of, 3, done) for done in (1, 2, 3)] == [2, 2, 1]
+    assert checkpoints_to_keep(PrivacySection(), 3, 3) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The operator's commands on a server's home: made once, read by people and programs, and no name leads elsewhere."""
+"""The operator's commands on a server's home: created once, shown as text and JSON, safe against hostile names."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 
-def wait_for(ready: Callable[[], object], seconds: float, what: str) -> None:
+def wait_for(ready: Callable[[], object], seconds: float, failure: str) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, failure
         time.sleep(0.05)
 
 
@@ -320,7 +320,7 @@ def test_an_upstream_of_another_authority_gets_nothing(home, tmp_path):
 @needs_nginx
 def test_half_open_connections_go_away(home):
     def hasty(text: str) -> str:
-        return text.replace(f"{reverse_proxy.PATIENCE}s;", "1s;")
+        return text.replace(f"{reverse_proxy.TIMEOUT}s;", "1s;")
 
     port = homes.free_port()
     with upstream(home, port) as seen, serving(home, port, hasty) as (front_port, _):

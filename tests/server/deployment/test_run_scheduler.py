@@ -1,4 +1,4 @@
-"""Runs are played to their end whatever dies: a real supervisor with real children, and a SuperLink that is scripted.
+"""Runs are executed to their end whatever process dies: a real supervisor and children, and a scripted SuperLink.
 
 A child that Flower would start is a fork that does to the run's directory what a coordinator does.
 """
@@ -18,7 +18,7 @@ import pytest
 
 from fedge.server.deployment import run_scheduler
 from fedge.server.deployment.flower_control import CONNECTION, Done
-from fedge.server.deployment.run_scheduler import MAX_CRASHES, STOP_REQUEST, Coordinators
+from fedge.server.deployment.run_scheduler import MAX_CRASHES, STOP_REQUEST, RunScheduler
 from fedge.server.runs.directory import prepare, state_of
 from fedge.shared.config.federation import Config
 from fedge.shared.daemon.supervisor import Supervisor
@@ -60,7 +60,7 @@ class Flower:
         for done in late:
             done()
 
-    def tick(self, runs: Coordinators) -> None:
+    def tick(self, runs: RunScheduler) -> None:
         starting, self._starting = self._starting, []
         for arguments in starting:
             runs.launch(arguments)
@@ -76,7 +76,7 @@ class Server:
         self.home, self.flower = home, Flower()
         (home / "runs").mkdir(exist_ok=True)
         self.supervisor = Supervisor(home)
-        self.runs = Coordinators(
+        self.runs = RunScheduler(
             home,
             self.supervisor,
             self.flower,  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def log_of(home: Path) -> str:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_scheduler, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(run_scheduler, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(run_scheduler, "SCAN_EVERY", 0.02)
 
 
 @pytest.fixture

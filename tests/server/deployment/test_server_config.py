@@ -1,4 +1,4 @@
-"""server.toml: what is chosen where nothing is said, and nothing open to others without a front."""
+"""server.toml: its defaults, and that nothing is open to others without a reverse proxy."""
 
 from __future__ import annotations
 

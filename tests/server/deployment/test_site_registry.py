@@ -1,4 +1,4 @@
-"""The roster: one name for one key, and nothing in it but EC P-384 keys."""
+"""The site registry: one name for one key, and nothing in it but EC P-384 keys."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def home(tmp_path):
 
 
 def test_sites_are_admitted_and_expelled(home, site):
-    assert site_registry.roster(home) == {}
+    assert site_registry.site_keys(home) == {}
     keys = {name: site(name) for name in ("b", "a-b", "a")}
     for name, key in keys.items():
         assert site_registry.admit(home, name, key).read_bytes() == key.read_bytes()
-    assert list(site_registry.roster(home)) == ["a", "a-b", "b"]
+    assert list(site_registry.site_keys(home)) == ["a", "a-b", "b"]
     site_registry.expel(home, "a")
-    assert list(site_registry.roster(home)) == ["a-b", "b"]
+    assert list(site_registry.site_keys(home)) == ["a-b", "b"]
     site_registry.admit(home, "a", keys["a"])
-    assert list(site_registry.roster(home)) == ["a", "a-b", "b"]
+    assert list(site_registry.site_keys(home)) == ["a", "a-b", "b"]
 
 
 def test_a_name_or_a_key_that_is_known_is_refused(home, site):
@@ -52,7 +52,7 @@ def test_a_name_or_a_key_that_is_known_is_refused(home, site):
     # A comment does not make it another key.
     north.write_bytes(north.read_bytes().strip() + b" me@there\n")
     assert "site north" in refused(916, site_registry.admit, home, "south", north)
-    assert list(site_registry.roster(home)) == ["north"]
+    assert list(site_registry.site_keys(home)) == ["north"]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_name_or_a_key_that_is_known_is_refused(home, site):
 def test_a_name_that_is_none_is_refused(home, site, name):
     refused(412, site_registry.admit, home, name, site("north"))
     refused(412, site_registry.expel, home, name)
-    assert site_registry.roster(home) == {}
+    assert site_registry.site_keys(home) == {}
 
 
 def test_an_unknown_site_cannot_be_expelled(home, site):
@@ -98,7 +98,7 @@ def test_a_file_that_is_no_sites_key_is_refused(home, tmp_path, content, part):
     # The same, where somebody put it there by hand.
     (home / "sites").mkdir(exist_ok=True)
     (home / "sites" / "north.pub").write_bytes(content)
-    assert "north.pub" in refused(908, site_registry.roster, home)
+    assert "north.pub" in refused(908, site_registry.site_keys, home)
 
 
 def test_a_private_key_is_not_taken(home, site):
@@ -109,7 +109,7 @@ def test_a_private_key_is_not_taken(home, site):
 def test_a_stray_file_is_named(home, site):
     site_registry.admit(home, "north", site("north"))
     (home / "sites" / "notes.txt").write_text("x")
-    assert "notes.txt" in refused(908, site_registry.roster, home)
+    assert "notes.txt" in refused(908, site_registry.site_keys, home)
 
 
 def test_of_many_at_once_one_gets_the_key_in(home, site):
@@ -128,4 +128,4 @@ def test_of_many_at_once_one_gets_the_key_in(home, site):
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == [0, *[916] * 5]
-    assert len(site_registry.roster(home)) == 1
+    assert len(site_registry.site_keys(home)) == 1

@@ -19,7 +19,7 @@ from fedge.client.relay import forward
 from fedge.client.relay.forward import DirectLink
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.runs.directory import RunDirectory, prepare
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.server.training.run import run
 from fedge.server.transport.grid_calls import Clock
 from fedge.shared import protocol
@@ -32,23 +32,23 @@ from fedge.simulations.grid import InProcessGrid
 TASK = get_task("breast-cancer")
 
 
-def config(rounds: int = 3, **of_round: Any) -> Config:
-    timed = {"deadline": 120.0, **of_round}
+def config(rounds: int = 3, **round_options: Any) -> Config:
+    timed = {"deadline": 120.0, **round_options}
     return builders.config("breast-cancer", run={"rounds": rounds}, sites={"count": 3}, round=timed)
 
 
-class Heard(Silent):
+class RecordingListener(NullListener):
     def __init__(self) -> None:
-        self.lost_sites: list[tuple[int, str]] = []
-        self.back_sites: list[tuple[int, str]] = []
+        self.disconnected_sites: list[tuple[int, str]] = []
+        self.reconnected_sites: list[tuple[int, str]] = []
         self.phases: list[tuple[int, str]] = []
         self.rounds: list[int] = []
 
-    def lost(self, server_round: int, site: str, seconds: float) -> None:
-        self.lost_sites.append((server_round, site))
+    def disconnected(self, server_round: int, site: str, seconds: float) -> None:
+        self.disconnected_sites.append((server_round, site))
 
-    def back(self, server_round: int, site: str, seconds: float) -> None:
-        self.back_sites.append((server_round, site))
+    def reconnected(self, server_round: int, site: str, seconds: float) -> None:
+        self.reconnected_sites.append((server_round, site))
 
     def waiting(self, server_round: int, phase: str, sites: Any, seconds: float) -> None:
         self.phases.append((server_round, phase))
@@ -58,8 +58,8 @@ class Heard(Silent):
 
 
 @contextmanager
-def connected(of: Config, directory: RunDirectory) -> Iterator[list[str]]:
-    shares = site_shares(of, TASK)
+def connected(given: Config, directory: RunDirectory) -> Iterator[list[str]]:
+    shares = site_shares(given, TASK)
     for site, data in shares.items():
         forward.connect(site, DirectLink(SiteWorker(site, TASK, data, directory.sites / site)))
     try:
@@ -72,9 +72,9 @@ def connected(of: Config, directory: RunDirectory) -> Iterator[list[str]]:
 class Scene:
     """A run whose sites are real and whose network is scripted."""
 
-    def __init__(self, path: Path, of: Config, superlink: Any, time: Any) -> None:
-        self.config, self.time, self.heard = of, time, Heard()
-        self.directory, _ = prepare(path, of, resume=True)
+    def __init__(self, path: Path, given: Config, superlink: Any, time: Any) -> None:
+        self.config, self.time, self.recording = given, time, RecordingListener()
+        self.directory, _ = prepare(path, given, resume=True)
         self.inner = InProcessGrid({n: f"site-{n}" for n in (1, 2, 3)}, client_app, 7)
         self.grid = superlink(time, self.answer, [1, 2, 3])
         self.numbers = itertools.count()
@@ -98,7 +98,7 @@ class Scene:
     def play(self) -> list[dict[str, Any]]:
         with connected(self.config, self.directory):
             clock = Clock(self.time.now, self.time.sleep)
-            run(self.grid, self.directory, 7, self.heard, clock=clock)
+            run(self.grid, self.directory, 7, self.recording, clock=clock)
         return self.lines()
 
     def lines(self) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path, superlink: Any, fake_time: Any) -> Any:
-    return lambda of, name="run": Scene(tmp_path / name, of, superlink, fake_time)
+    return lambda given, name="run": Scene(tmp_path / name, given, superlink, fake_time)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_lost_messages_and_a_restart_leave_the_models_bytes_as_they_are(
     scene: Any, undisturbed: bytes
 ):
-    of = scene(config())
+    network = scene(config())
     seen: set[tuple[int, str]] = set()
 
     def first(message: Message) -> bool:
@@ -132,7 +132,7 @@ def test_lost_messages_and_a_restart_leave_the_models_bytes_as_they_are(
         seen.add(key)
         return lost
 
-    of.grid.lose = first
+    network.grid.lose = first
     second: list[Message] = []
 
     def of_round_two(message: Message) -> bool:
@@ -142,9 +142,9 @@ def test_lost_messages_and_a_restart_leave_the_models_bytes_as_they_are(
         second.append(message)
         return True
 
-    of.grid.lose_reply = of_round_two
-    lines = of.play()
-    assert of.model() == undisturbed
+    network.grid.lose_reply = of_round_two
+    lines = network.play()
+    assert network.model() == undisturbed
     assert all(line["trained"] == ["site-1", "site-2", "site-3"] for line in lines)
     assert all(line["rejected"] == [] for line in lines), "what we repeat is no duplicate"
 
@@ -153,41 +153,47 @@ def test_lost_messages_and_a_restart_leave_the_models_bytes_as_they_are(
 def test_a_host_that_is_back_within_the_deadline_costs_nothing(
     scene: Any, undisturbed: bytes, fake_time: Any
 ):
-    of = scene(config(deadline=600.0))
-    of.grid.down[2] = [(fake_time.now() + 4.0, fake_time.now() + 150.0)]
-    lines = of.play()
-    assert of.model() == undisturbed
-    assert len(of.heard.lost_sites) == len(of.heard.back_sites) == 1
+    network = scene(config(deadline=600.0))
+    network.grid.down[2] = [(fake_time.now() + 4.0, fake_time.now() + 150.0)]
+    lines = network.play()
+    assert network.model() == undisturbed
+    assert (
+        len(network.recording.disconnected_sites) == len(network.recording.reconnected_sites) == 1
+    )
     assert lines[0]["rejected"] == []
 
 
 @pytest.mark.slow
-def test_a_host_that_is_gone_is_not_invited_again_until_it_is_back(scene: Any, fake_time: Any):
-    of = scene(config(rounds=6))
-    of.grid.down[2] = [(fake_time.now() + 4.0, fake_time.now() + 180.0)]
-    of.grid.work = 20.0
-    lines = of.play()
+def test_a_host_that_dropped_out_is_not_invited_again_until_it_is_back(scene: Any, fake_time: Any):
+    network = scene(config(rounds=6))
+    network.grid.down[2] = [(fake_time.now() + 4.0, fake_time.now() + 180.0)]
+    network.grid.work = 20.0
+    lines = network.play()
     assert lines[0]["invited"] == ["site-1", "site-2", "site-3"]
-    (told,) = [r for r in lines[0]["rejected"] if r["site"] == "site-2"]
-    assert told["code"] == "FE-409"
-    assert told["reason"].startswith("not connected for ")
-    away = [line for line in lines if "site-2" not in line["invited"]]
-    assert away
-    for line in away:
-        (told,) = line["rejected"]
-        assert told["reason"].startswith("not invited: not connected for ")
+    (rejection,) = [r for r in lines[0]["rejected"] if r["site"] == "site-2"]
+    assert rejection["code"] == "FE-409"
+    assert rejection["reason"].startswith("not connected for ")
+    without_site = [line for line in lines if "site-2" not in line["invited"]]
+    assert without_site
+    for line in without_site:
+        (rejection,) = line["rejected"]
+        assert rejection["reason"].startswith("not invited: not connected for ")
         assert line["seconds"] < 60
     assert "site-2" in lines[-1]["trained"]
-    assert [s for _, s in of.heard.lost_sites] == [s for _, s in of.heard.back_sites] == ["site-2"]
+    assert (
+        [s for _, s in network.recording.disconnected_sites]
+        == [s for _, s in network.recording.reconnected_sites]
+        == ["site-2"]
+    )
 
 
 @pytest.mark.slow
-def test_a_silent_site_that_is_connected_is_told_apart_and_invited_again(scene: Any):
-    of = scene(config(rounds=2))
-    of.grid.lose = lambda m: (
+def test_a_connected_site_that_times_out_is_reported_as_such_and_invited_again(scene: Any):
+    network = scene(config(rounds=2))
+    network.grid.lose = lambda m: (
         m.metadata.dst_node_id == 2 and m.metadata.message_type != (protocol.REGISTER)
     )
-    lines = of.play()
+    lines = network.play()
     assert [line["invited"] for line in lines] == [["site-1", "site-2", "site-3"]] * 2
     reasons = {r["reason"] for line in lines for r in line["rejected"]}
     assert reasons == {"connected, but no reply within 120 s"}
@@ -195,22 +201,22 @@ def test_a_silent_site_that_is_connected_is_told_apart_and_invited_again(scene: 
 
 @pytest.mark.slow
 def test_a_late_joiner_takes_part_from_the_next_round(scene: Any, fake_time: Any):
-    of = scene(config(rounds=4, deadline=60.0))
-    of.grid.since[3] = fake_time.now() + 61.0
-    of.grid.work = 40.0
-    lines = of.play()
+    network = scene(config(rounds=4, deadline=60.0))
+    network.grid.since[3] = fake_time.now() + 61.0
+    network.grid.work = 40.0
+    lines = network.play()
     assert lines[0]["invited"] == ["site-1", "site-2"]
     assert lines[-1]["trained"] == ["site-1", "site-2", "site-3"]
-    assert (0, "connect") in of.heard.phases
-    run_json = json.loads(of.directory.run.read_text())
+    assert (0, "connect") in network.recording.phases
+    run_json = json.loads(network.directory.run.read_text())
     assert list(run_json["sites"]) == ["site-1", "site-2", "site-3"]
 
 
-def test_a_silent_node_does_not_hold_up_the_registration(scene: Any, fake_time: Any):
-    of = scene(config(rounds=1, deadline=600.0))
-    of.grid.lose = lambda m: m.metadata.dst_node_id == 3
+def test_a_node_that_times_out_does_not_delay_the_registration(scene: Any, fake_time: Any):
+    network = scene(config(rounds=1, deadline=600.0))
+    network.grid.lose = lambda m: m.metadata.dst_node_id == 3
     began = fake_time.now()
-    lines = of.play()
+    lines = network.play()
     assert lines[0]["invited"] == ["site-1", "site-2"]
     assert {r["reason"] for r in lines[0]["rejected"]} >= {
         "connected, but no answer to the registration"
@@ -219,7 +225,7 @@ def test_a_silent_node_does_not_hold_up_the_registration(scene: Any, fake_time: 
 
 
 def test_a_site_whose_answer_takes_longer_than_a_minute_has_more_time_when_asked_again(scene: Any):
-    of = scene(config(rounds=1, deadline=240.0))
+    network = scene(config(rounds=1, deadline=240.0))
     first: list[Message] = []
 
     def slower(message: Message) -> float:
@@ -228,52 +234,54 @@ def test_a_site_whose_answer_takes_longer_than_a_minute_has_more_time_when_asked
         first.append(message)
         return 95.0 if len(first) == 1 else 45.0
 
-    of.grid.slower = slower
-    (line,) = of.play()
+    network.grid.slower = slower
+    (line,) = network.play()
     assert line["trained"] == ["site-1", "site-2", "site-3"]
     assert len(first) == 2
 
 
 @pytest.mark.slow
-def test_an_outage_of_the_superlink_between_two_rounds_is_told(scene: Any, fake_time: Any):
-    of = scene(config())
-    tell = of.heard.round
+def test_an_outage_of_the_superlink_between_two_rounds_is_reported(scene: Any, fake_time: Any):
+    network = scene(config())
+    record_round = network.recording.round
 
     def fail(line: dict[str, Any]) -> None:
-        tell(line)
+        record_round(line)
         now = fake_time.now()
-        of.grid.failing = [(now, now + 40.0, ConnectionRefusedError("refused"))]
+        network.grid.failing = [(now, now + 40.0, ConnectionRefusedError("refused"))]
 
-    of.heard.round = fail
-    lines = of.play()
+    network.recording.round = fail
+    lines = network.play()
     assert [line["outcome"] for line in lines] == ["committed"] * 3
-    assert of.heard.phases.count((2, "superlink")) >= 2
+    assert network.recording.phases.count((2, "superlink")) >= 2
 
 
 def test_502_names_what_is_known_of_each_required_site(scene: Any, fake_time: Any):
-    of = scene(config(**{"deadline": 30.0, "require-sites": ["site-3", "elsewhere"]}))
-    of.grid.since[3] = 1e12
+    network = scene(config(**{"deadline": 30.0, "require-sites": ["site-3", "elsewhere"]}))
+    network.grid.since[3] = 1e12
     with pytest.raises(RunError) as stopped:
-        of.play()
+        network.play()
     assert stopped.value.code == 502
     assert "elsewhere (never registered)" in stopped.value.message
     assert "site-3 (never registered)" in stopped.value.message
 
 
-def test_502_a_required_site_that_is_lost_is_told_with_the_time(scene: Any, fake_time: Any):
-    of = scene(config(**{"require-sites": ["site-2"]}))
-    of.grid.down[2] = [(fake_time.now() + 4.0, 1e12)]
+def test_502_a_required_site_that_is_disconnected_is_reported_with_the_time(
+    scene: Any, fake_time: Any
+):
+    network = scene(config(**{"require-sites": ["site-2"]}))
+    network.grid.down[2] = [(fake_time.now() + 4.0, 1e12)]
     with pytest.raises(RunError, match="not connected for") as stopped:
-        of.play()
+        network.play()
     assert stopped.value.code == 502
 
 
 @pytest.mark.slow
 def test_a_whole_network_that_is_down_is_waited_for(scene: Any, fake_time: Any):
-    of = scene(config(rounds=3, **{"max-skipped": 2}))
+    network = scene(config(rounds=3, **{"max-skipped": 2}))
     now = fake_time.now()
-    of.grid.down = {n: [(now + 4.0, now + 200.0)] for n in (1, 2, 3)}
-    lines = of.play()
+    network.grid.down = {n: [(now + 4.0, now + 200.0)] for n in (1, 2, 3)}
+    lines = network.play()
     assert lines[0]["outcome"] == "skipped"
     assert lines[-1]["outcome"] == "committed"
-    assert (2, "connect") in of.heard.phases
+    assert (2, "connect") in network.recording.phases

@@ -14,8 +14,8 @@ def test_a_site_takes_part_under_the_name_of_its_key() -> None:
     assert admit_node(NORTH, 7, {"north": "7", "south": "8"}) is NORTH
 
 
-@pytest.mark.parametrize("seats", [{"north": "7", "south": "8"}, {"south": "8"}, {}])
-def test_another_site_s_name_is_refused(seats: dict[str, str]) -> None:
-    found = admit_node(NORTH, 8, seats)
-    assert isinstance(found, Rejection)
-    assert (found.code, found.site) == (412, "north")
+@pytest.mark.parametrize("admitted_nodes", [{"north": "7", "south": "8"}, {"south": "8"}, {}])
+def test_another_site_s_name_is_refused(admitted_nodes: dict[str, str]) -> None:
+    rejection = admit_node(NORTH, 8, admitted_nodes)
+    assert isinstance(rejection, Rejection)
+    assert (rejection.code, rejection.site) == (412, "north")

@@ -1,9 +1,8 @@
-"""What a site is asked, and who is asked: a function of seed and round."""
+"""The requests to a site."""
 
 from __future__ import annotations
 
 import json
-import random
 from importlib.metadata import version
 from typing import Any
 
@@ -26,61 +25,9 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 MEMBERS = {f"site-{i}": Member(f"site-{i}", 100 + i, 10 * i, i) for i in range(1, 10)}
 
 
-def config(strategy: dict[str, Any] | None = None, seed: int = 42, **of_round: Any) -> Config:
+def config(strategy: dict[str, Any] | None = None, seed: int = 42, **round_options: Any) -> Config:
     own = {"run": {"seed": seed}, "sites": {"count": 9}, "train": {"learning-rate": 0.2}}
-    return builders.config("breast-cancer", strategy=strategy, round=of_round, **own)
-
-
-def test_the_cohort_is_a_function_of_seed_and_round():
-    half = config(**{"fraction-train": 0.5})
-    drawn = [requests.cohort(MEMBERS, half, r, 1) for r in range(1, 9)]
-    random.seed(5)
-    backwards = dict(reversed(MEMBERS.items()))
-    again = [requests.cohort(backwards, half, r, 1) for r in range(8, 0, -1)]
-    assert drawn == list(reversed(again))
-    assert len({tuple(c) for c in drawn}) > 1, "rounds differ"
-    other = config(seed=43, **{"fraction-train": 0.5})
-    assert drawn != [requests.cohort(MEMBERS, other, r, 1) for r in range(1, 9)]
-    assert set().union(*drawn) == set(MEMBERS), "everybody comes to be asked"
-    assert all(c == sorted(c) for c in drawn)
-
-
-def test_node_ids_do_not_matter():
-    """They are Flower's and change with every Flower run; a resumed round must ask the same sites."""
-    half = config(**{"fraction-train": 0.5})
-    renumbered = {s: Member(s, 900 - i, 1, 1) for i, s in enumerate(MEMBERS)}
-    for server_round in range(1, 6):
-        assert requests.cohort(MEMBERS, half, server_round, 1) == requests.cohort(
-            renumbered, half, server_round, 1
-        )
-
-
-@pytest.mark.parametrize(
-    ("of_round", "least", "size"),
-    [
-        ({}, 1, 9),
-        ({"fraction-train": 0.5}, 1, 4),
-        ({"fraction-train": 0.01}, 1, 2),
-        ({"fraction-train": 0.01, "min-sites": 6}, 1, 6),
-        ({"fraction-train": 0.01}, 7, 7),
-        ({"fraction-train": 0.01}, 50, 9),
-    ],
-)
-def test_sizes(of_round: dict[str, Any], least: int, size: int):
-    drawn = requests.cohort(MEMBERS, config(**of_round), 3, least)
-    assert len(drawn) == len(set(drawn)) == size
-
-
-def test_required_sites_are_always_asked():
-    wanted = ["site-2", "site-9"]
-    few = config(**{"fraction-train": 0.01, "require-sites": wanted})
-    without = config(**{"fraction-train": 0.01})
-    for server_round in range(1, 20):
-        drawn = requests.cohort(MEMBERS, few, server_round, 1)
-        assert set(wanted) <= set(drawn)
-        assert set(drawn) == set(wanted) | set(requests.cohort(MEMBERS, without, server_round, 1))
-    gone = config(**{"require-sites": ["site-2", "elsewhere"]})
-    assert "elsewhere" not in requests.cohort(MEMBERS, gone, 1, 1)
+    return builders.config("breast-cancer", strategy=strategy, round=round_options, **own)
 
 
 def test_the_view_shows_only_the_cohort(nodes, model: Arrays):
@@ -158,12 +105,12 @@ def test_settings_hold_the_fitted_statistics_only_where_there_are_any():
     ],
 )
 def test_training_requests(strategy: dict[str, Any], nodes, model: Arrays):
-    of = config(strategy, deadline=30.0)
+    run_config = config(strategy, deadline=30.0)
     asked = [MEMBERS[s] for s in ("site-2", "site-5")]
-    built = strategies.build(of.strategy, client_learning_rate=0.1, num_sites=9)
-    common = requests.settings(of, "r-1", 4, (), 3)
+    built = strategies.build(run_config.strategy, client_learning_rate=0.1, num_sites=9)
+    common = requests.settings(run_config, "r-1", 4, (), 3)
     sent = requests.train(
-        nodes(1000), built, model, common, asked, {"site-5": 3}, of, needs_loss=False
+        nodes(1000), built, model, common, asked, {"site-5": 3}, run_config, needs_loss=False
     )
     assert [m.metadata.dst_node_id for m in sent] == [102, 105]
     for message, accepted in zip(sent, (0, 3), strict=True):
@@ -175,7 +122,7 @@ def test_training_requests(strategy: dict[str, Any], nodes, model: Arrays):
         assert own["server-round"] == 4
         assert own["loss-at"] == "running"
         parsed = TrainSection.model_validate(json.loads(str(own["train"])), strict=True)
-        assert parsed == of.train
+        assert parsed == run_config.train
         assert own.get("proximal-mu") == strategy.get("proximal-mu")
         assert own.get("control") == (True if strategy["name"] == "Scaffold" else None)
         arrays = message.content.array_records["arrays"]
@@ -183,7 +130,7 @@ def test_training_requests(strategy: dict[str, Any], nodes, model: Arrays):
             np.testing.assert_array_equal(arrays[name].numpy(), a)
         assert ("control/fc.bias" in arrays) == (strategy["name"] == "Scaffold")
     if strategy["name"] == "FedAdam":
-        # The adaptive strategies learn the model in configure_train.
+        # The adaptive strategies store the model in configure_train.
         held = built.current_arrays  # type: ignore[attr-defined]
         assert {k: a.tobytes() for k, a in held.items()} == {
             k: a.tobytes() for k, a in model.items()
@@ -191,25 +138,27 @@ def test_training_requests(strategy: dict[str, Any], nodes, model: Arrays):
 
 
 def test_a_strategy_that_weighs_by_loss_asks_for_the_loss_as_received(nodes, model: Arrays):
-    of = config({"name": "QFedAvg"})
-    built = strategies.build(of.strategy, client_learning_rate=0.1, num_sites=9)
+    run_config = config({"name": "QFedAvg"})
+    built = strategies.build(run_config.strategy, client_learning_rate=0.1, num_sites=9)
     (message,) = requests.train(
         nodes(9),
         built,
         model,
-        requests.settings(of, "r-1", 1, (), 3),
+        requests.settings(run_config, "r-1", 1, (), 3),
         [MEMBERS["site-1"]],
         {},
-        of,
+        run_config,
         needs_loss=True,
     )
     assert message.content.config_records["config"][protocol.LOSS_AT] == "received"
 
 
 def test_evaluation_requests(model: Arrays):
-    of = config(deadline=30.0)
+    run_config = config(deadline=30.0)
     asked = [MEMBERS["site-1"], MEMBERS["site-2"]]
-    sent = requests.evaluate(model, requests.settings(of, "r-1", 2, (), 3), asked, of)
+    sent = requests.evaluate(
+        model, requests.settings(run_config, "r-1", 2, (), 3), asked, run_config
+    )
     assert [m.metadata.dst_node_id for m in sent] == [101, 102]
     for message in sent:
         assert message.metadata.message_type == "evaluate"

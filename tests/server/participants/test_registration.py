@@ -1,4 +1,4 @@
-"""Registration through real apps on an in-process Grid: who is let in, and what binds them."""
+"""Registration through real apps on an in-process Grid: who is admitted, and which numbers are fixed by it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from fedge.server.participants import registration
 from fedge.server.participants.members import Member
 from fedge.server.runs.journal import Journal
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.server.training import run
 from fedge.server.transport.grid_calls import Clock, GridClient
 from fedge.server.transport.node_status import NodeStatus
@@ -36,8 +36,8 @@ TASK = get_task("breast-cancer")
 FEATURES = TASK.load(None).features
 
 
-def config(count: int = 3, **of_round: Any) -> Config:
-    timed = {"deadline": 20.0, **of_round}
+def config(count: int = 3, **round_options: Any) -> Config:
+    timed = {"deadline": 20.0, **round_options}
     return builders.config("breast-cancer", sites={"count": count}, round=timed)
 
 
@@ -65,19 +65,19 @@ def grid(
 
     @app.query("register")
     def register(message: Message, context: Context) -> Message:
-        told = honest(context.node_id)
-        change(context.node_id, told)
+        reply_values = honest(context.node_id)
+        change(context.node_id, reply_values)
         asked = message.content.config_records["config"]
         answer = ConfigRecord(
             {
                 "run-id": asked["run-id"],
                 "server-round": asked["server-round"],
                 "task": asked["task"],
-                "site": told.pop("site"),
+                "site": reply_values.pop("site"),
             }
         )
         return Message(
-            RecordDict({"config": answer, "metrics": MetricRecord(told)}), reply_to=message
+            RecordDict({"config": answer, "metrics": MetricRecord(reply_values)}), reply_to=message
         )
 
     return InProcessGrid({n: f"site-{n}" for n in range(1, count + 1)}, app, 7)
@@ -102,14 +102,14 @@ def still() -> Clock:
 
 
 def take(
-    of: InProcessGrid,
+    nodes: InProcessGrid,
     given: Config,
     journal: Journal,
     task: Task = TASK,
     clock: Clock | None = None,
 ):
-    live = NodeStatus(GridClient(of, clock or still()))
-    registry = registration.Registry(live, given, task, RUN, journal, Silent())
+    node_status = NodeStatus(GridClient(nodes, clock or still()))
+    registry = registration.Registry(node_status, given, task, RUN, journal, NullListener())
     taken = registry.take(7)
     run.fit_preprocessing(journal, task, given, registry)
     return taken
@@ -142,7 +142,7 @@ def test_a_task_that_learns_nothing_is_written_down_as_it_is(journal: Journal):
     assert journal.run().preprocessing == [{"op": "scale", "factor": 0.5}]  # type: ignore[union-attr]
 
 
-def test_sites_that_standardise_by_themselves_need_tell_no_sums(journal: Journal):
+def test_sites_that_standardise_by_themselves_need_report_no_sums(journal: Journal):
     def silent(node: int, reply: Reply) -> None:
         del reply["feature-total"], reply["feature-total-of-squares"]
 
@@ -317,9 +317,9 @@ def test_a_site_that_comes_later_is_taken_in(journal: Journal):
             self.asked += 1
             return [1] if self.asked == 1 else list(super().get_node_ids())
 
-    of = grid(3)
-    of.__class__ = Growing
-    members, _ = take(of, config(3), journal)
+    nodes = grid(3)
+    nodes.__class__ = Growing
+    members, _ = take(nodes, config(3), journal)
     assert list(members) == ["site-1", "site-2", "site-3"]
 
 

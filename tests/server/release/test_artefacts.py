@@ -1,4 +1,4 @@
-"""Which targets are told as failed: those whose build failed, and of which nothing else is there."""
+"""Which targets are reported as failed: those whose build failed and that have no other artefact."""
 
 import functools
 import sys

@@ -222,10 +222,10 @@ def test_a_checkpoint_of_the_final_weights_is_the_model(run, monkeypatch):
     data = tensors.encode({f"arrays/{k}": a for k, a in weights.items()} | {"memory/m": np.ones(1)})
     (folder / "round-000002.safetensors").write_bytes(data)
     monkeypatch.chdir(folder)
-    found = trained_model.of_checkpoint(Path("round-000002.safetensors"))
+    found = trained_model.from_checkpoint(Path("round-000002.safetensors"))
     assert (
         found.sha256
-        == trained_model.of_run(run).sha256
+        == trained_model.from_run(run).sha256
         == json.loads((run / "run.json").read_text())["model_sha256"]
     )
     assert calibration.load(found.folder / calibration.FILE).model_sha256 == found.sha256
@@ -233,9 +233,9 @@ def test_a_checkpoint_of_the_final_weights_is_the_model(run, monkeypatch):
 
 def test_a_task_beside_a_run_of_another_is_refused(run):
     model = run / "model.safetensors"
-    assert trained_model.of_checkpoint(model, "digits").task.name == "digits"
+    assert trained_model.from_checkpoint(model, "digits").task.name == "digits"
     with pytest.raises(UsageError, match="--task: must be 'digits'") as error:
-        trained_model.of_checkpoint(model, "breast-cancer")
+        trained_model.from_checkpoint(model, "breast-cancer")
     assert error.value.code == 102
 
 

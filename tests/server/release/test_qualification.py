@@ -1,4 +1,4 @@
-"""What is kept: proved equal, proved on the task, and worth its place; a crash is a result."""
+"""Which artefacts are kept: equal to the reference, good on the task, and faster; a crash is a result."""
 
 from dataclasses import replace
 

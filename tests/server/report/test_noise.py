@@ -1,4 +1,4 @@
-"""Metrics with noise: a figure comes with its noise, or is said to be lost in it; nobody counts as not evaluated."""
+"""Metrics with noise: a figure comes with its noise, or is shown as lost in it; no site counts as not evaluated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ metrics-noise-multiplier = 1.0
 """
 
 
-def noise(unit: str, deviation: float, sites: Any = ()) -> dict[str, Any]:
-    own = {s: {"accuracy": 2 * deviation} for s in sites} if unit == "example" else {}
-    of = {"accuracy": deviation}
-    return {"unit": unit, "per_site": own, "site_mean": {**of}, "pooled": {**of}}
+def noise(unit: str, stddev: float, sites: Any = ()) -> dict[str, Any]:
+    own = {s: {"accuracy": 2 * stddev} for s in sites} if unit == "example" else {}
+    values = {"accuracy": stddev}
+    return {"unit": unit, "per_site": own, "site_mean": {**values}, "pooled": {**values}}
 
 
-def noised_files(unit: str, deviation: float) -> Run:
+def noised_files(unit: str, stddev: float) -> Run:
     """The files of a run whose sites put noise on their counts, as the server writes them."""
     found = run_files(8, 4, finished=True)
     for told in (
@@ -42,7 +42,7 @@ def noised_files(unit: str, deviation: float) -> Run:
             told[view] = {"accuracy": 0.9}
         if unit == "site":
             told["per_site"] = {}
-        told["noise"] = noise(unit, deviation, told["per_site"])
+        told["noise"] = noise(unit, stddev, told["per_site"])
         if "train" in told:
             told["train"] = {}
     mechanism = "example" if unit == "example" else "local"
@@ -117,7 +117,8 @@ def test_noise_does_not_read_smaller_than_it_is() -> None:
     assert spread("sensitivity", 0.0501) == "0.051"
     # Noise of which no figure is known hides all, and so does a damaged one.
     assert (
-        shown("accuracy", 0.9, parsed({"unit": "site"}).of("pooled", "accuracy")) == "lost in noise"
+        shown("accuracy", 0.9, parsed({"unit": "site"}).stddev("pooled", "accuracy"))
+        == "lost in noise"
     )
     assert shown("accuracy", 0.9, float("nan")) == "lost in noise"
 

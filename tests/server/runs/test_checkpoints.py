@@ -1,4 +1,4 @@
-"""Checkpoints: the model and the memory come back bit for bit, or the damage is said."""
+"""Checkpoints: the model and the strategy's state are restored bit for bit, or damage is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a command may use a directory, and that no two do at once."""
+"""Which directories a command may use, and that no two commands use one at once."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def held(out: Path) -> Iterator[Path]:
         process.communicate("", timeout=120)
 
 
-def refusal(path: Path, of: Config, *, resume: bool) -> FedgeError:
+def refusal(path: Path, settings: Config, *, resume: bool) -> FedgeError:
     with pytest.raises(FedgeError) as refused:
-        prepare(path, of, resume=resume)
+        prepare(path, settings, resume=resume)
     return refused.value
 
 

@@ -1,4 +1,4 @@
-"""The file of events: written, followed from another process, begun anew, damaged, unwritable."""
+"""The file of events: written, followed from another process, started over, damaged, unwritable."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from fedge.server.runs import events
 from fedge.server.runs.events import EventLog, follow
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 
 
-class Heard(Silent):
+class Heard(NullListener):
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
@@ -30,11 +30,11 @@ class Heard(Silent):
     def waiting(self, server_round: int, phase: str, sites: Any, seconds: float) -> None:
         self.calls.append(("waiting", server_round, phase, list(sites), seconds))
 
-    def lost(self, server_round: int, site: str, seconds: float) -> None:
-        self.calls.append(("lost", server_round, site, seconds))
+    def disconnected(self, server_round: int, site: str, seconds: float) -> None:
+        self.calls.append(("disconnected", server_round, site, seconds))
 
-    def back(self, server_round: int, site: str, seconds: float) -> None:
-        self.calls.append(("back", server_round, site, seconds))
+    def reconnected(self, server_round: int, site: str, seconds: float) -> None:
+        self.calls.append(("reconnected", server_round, site, seconds))
 
 
 EVERY: list[tuple[Any, ...]] = [
@@ -42,8 +42,8 @@ EVERY: list[tuple[Any, ...]] = [
     ("sent", 2, 1, 4, 1000),
     ("site", 2, "site-1", 1, 4),
     ("waiting", 2, "train", ["site-2", "site-3"], 10.5),
-    ("lost", 2, "site-2", 65.0),
-    ("back", 2, "site-2", 9.25),
+    ("disconnected", 2, "site-2", 65.0),
+    ("reconnected", 2, "site-2", 9.25),
     ("round", {"round": 2, "outcome": "committed"}),
 ]
 
@@ -65,6 +65,8 @@ def test_what_is_written_is_told_again(tmp_path: Path):
     assert heard(path) == EVERY
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["n"] for line in lines] == list(range(1, len(EVERY) + 1))
+    names = ["start", "sent", "site", "waiting", "lost", "back", "round"]
+    assert [line["event"] for line in lines] == names
     assert all(line["at"].endswith("Z") for line in lines)
 
 

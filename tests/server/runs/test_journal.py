@@ -1,4 +1,4 @@
-"""The journal: what was committed is there after any end, and damage is said."""
+"""The journal: what was committed survives any end of the process, and damage is reported."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.participants.registration import Registry
 from fedge.server.runs.journal import Journal
-from fedge.server.runs.listener import Silent
+from fedge.server.runs.listener import NullListener
 from fedge.server.secagg.aggregator import SecureSums
 from fedge.server.secagg.recovery import RecoveryStore
 from fedge.server.transport.grid_calls import GridClient
@@ -303,10 +303,12 @@ def rig(
         grid = LosingGrid(dict(enumerate(names, start=1)), app)
         live = NodeStatus(GridClient(grid, clock=fake_time))
         journal = Journal(folder / "journal.db")
-        census = Registry(live, config, task, RUN_ID, journal, Silent())
+        census = Registry(live, config, task, RUN_ID, journal, NullListener())
         members, _ = census.take(1)
         journal.close()
-        talk = MemberExchange(RUN_ID, config, live, Availability(census, members, []), Silent())
+        talk = MemberExchange(
+            RUN_ID, config, live, Availability(census, members, []), NullListener()
+        )
         ledger = RecoveryStore(folder / "run")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -324,13 +326,13 @@ def rig(
             list(members.values()),
             anchors,
         )
-        real = Learner.fit
+        real = Learner.train
 
         def counting(worker: Learner, *arguments: Any) -> Any:
             made.trained.append(worker.site)
             return real(worker, *arguments)
 
-        monkeypatch.setattr(Learner, "fit", counting)
+        monkeypatch.setattr(Learner, "train", counting)
         return made
 
     yield build

@@ -20,8 +20,8 @@ def of(correct, examples=100.0, ran=1.0):
 
 def test_a_candidate_that_failed_at_the_hard_site_is_held_against_the_easy_one_alone():
     easy, hard = {ONNX_FP32: of(95.0), ONNX_INT8: of(90.0)}, {ONNX_FP32: of(55.0)}
-    found = scores.counted(TASK, DIGESTS, [easy, hard], None, 1)
-    int8, fp32 = found[ONNX_INT8], found[ONNX_FP32]
+    scored = scores.counted(TASK, DIGESTS, [easy, hard], None, 1)
+    int8, fp32 = scored[ONNX_INT8], scored[ONNX_FP32]
     # Over all sites fp32 has 75 of 100, beside which INT8 would look better than it is.
     assert (fp32.metrics["accuracy"], fp32.reference["accuracy"]) == (0.75, 0.75)
     assert (int8.sites, int8.num_examples) == (1, 100)
@@ -30,11 +30,11 @@ def test_a_candidate_that_failed_at_the_hard_site_is_held_against_the_easy_one_a
 
 def test_a_candidate_that_ran_where_fp32_did_not_has_nothing_to_be_compared_with():
     both, alone = {ONNX_FP32: of(95.0), ONNX_INT8: of(90.0)}, {ONNX_INT8: of(99.0)}
-    found = scores.counted(TASK, DIGESTS, [both, alone], None, 1)
-    assert found[ONNX_INT8].metrics["accuracy"] == 0.945
-    assert found[ONNX_INT8].reference == {}
-    found = scores.counted(TASK, DIGESTS, [alone], None, 1)
-    assert (set(found), found[ONNX_INT8].reference) == ({ONNX_INT8}, {})
+    scored = scores.counted(TASK, DIGESTS, [both, alone], None, 1)
+    assert scored[ONNX_INT8].metrics["accuracy"] == 0.945
+    assert scored[ONNX_INT8].reference == {}
+    scored = scores.counted(TASK, DIGESTS, [alone], None, 1)
+    assert (set(scored), scored[ONNX_INT8].reference) == ({ONNX_INT8}, {})
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_a_candidate_that_ran_where_fp32_did_not_has_nothing_to_be_compared_with
 def test_of_a_masked_sum_sites_and_examples_must_agree(ran, examples, same):
     values = {ONNX_FP32: of(270.0, 300.0, 3.0), ONNX_INT8: of(260.0, examples, ran)}
     summed = {f"{k}/{name}": v for k, counters in values.items() for name, v in counters.items()}
-    found = scores.counted(TASK, DIGESTS, [scores.by_kind(summed)], None, 3)
-    assert found[ONNX_INT8].reference.get("accuracy") == (0.9 if same else None)
-    assert found[ONNX_INT8].sites == ran
+    scored = scores.counted(TASK, DIGESTS, [scores.by_kind(summed)], None, 3)
+    assert scored[ONNX_INT8].reference.get("accuracy") == (0.9 if same else None)
+    assert scored[ONNX_INT8].sites == ran
 
 
 def test_one_that_ran_nowhere_is_left_out_and_noise_leaves_no_reference():
@@ -62,6 +62,6 @@ def test_one_that_ran_nowhere_is_left_out_and_noise_leaves_no_reference():
     names = tuple(f"{kind}/{name}" for kind in DIGESTS for name in ("correct", "examples"))
     noised = noised_counts.plan(section, names)
     part = {kind: {"correct": 900.0, "examples": 1000.0} for kind in DIGESTS}
-    found = scores.counted(TASK, DIGESTS, [part], noised, 1)
-    assert found[ONNX_INT8].metrics == {"accuracy": 0.9}
-    assert (found[ONNX_INT8].sites, found[ONNX_INT8].reference) == (None, {})
+    scored = scores.counted(TASK, DIGESTS, [part], noised, 1)
+    assert scored[ONNX_INT8].metrics == {"accuracy": 0.9}
+    assert (scored[ONNX_INT8].sites, scored[ONNX_INT8].reference) == (None, {})

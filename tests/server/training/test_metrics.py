@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.server.training.metrics import masked_summary, ratios, summary
+from fedge.server.training.metrics import ratios, secure_summary, summary
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.privacy.mechanisms import noised_counts
 from fedge.shared.privacy.mechanisms.noised_counts import NoisedCounts
@@ -23,29 +23,29 @@ def counters(examples: float, correct: float, positive: float = 0.0, hit: float 
 
 
 def test_mean_counts_sites_and_pooled_counts_examples():
-    made = summary(METRICS, {"a": counters(10, 9, 4, 4), "b": counters(90, 45, 16, 4)})
-    assert made["per_site"]["a"] == {"accuracy": 0.9, "sensitivity": 1.0}
-    assert made["per_site"]["b"] == {"accuracy": 0.5, "sensitivity": 0.25}
-    assert made["site_mean"] == pytest.approx({"accuracy": 0.7, "sensitivity": 0.625})
-    assert made["pooled"] == pytest.approx({"accuracy": 0.54, "sensitivity": 0.4})
+    result = summary(METRICS, {"a": counters(10, 9, 4, 4), "b": counters(90, 45, 16, 4)})
+    assert result["per_site"]["a"] == {"accuracy": 0.9, "sensitivity": 1.0}
+    assert result["per_site"]["b"] == {"accuracy": 0.5, "sensitivity": 0.25}
+    assert result["site_mean"] == pytest.approx({"accuracy": 0.7, "sensitivity": 0.625})
+    assert result["pooled"] == pytest.approx({"accuracy": 0.54, "sensitivity": 0.4})
 
 
-def test_a_site_without_positives_has_no_sensitivity_and_lowers_nobodys():
-    made = summary(METRICS, {"a": counters(10, 9, 4, 2), "b": counters(10, 5)})
-    assert made["per_site"]["b"] == {"accuracy": 0.5}
-    assert made["site_mean"]["sensitivity"] == 0.5
-    assert made["pooled"]["sensitivity"] == 0.5
+def test_a_site_without_positives_has_no_sensitivity_and_lowers_no_other_site_s():
+    result = summary(METRICS, {"a": counters(10, 9, 4, 2), "b": counters(10, 5)})
+    assert result["per_site"]["b"] == {"accuracy": 0.5}
+    assert result["site_mean"]["sensitivity"] == 0.5
+    assert result["pooled"]["sensitivity"] == 0.5
 
 
 def test_a_dropped_counter_takes_only_its_metrics_along():
     partial = {"examples": 10.0, "positive": 5.0, "true-positive": 5.0}
-    made = summary(METRICS, {"a": counters(10, 9, 4, 2), "b": partial})
-    assert made["per_site"]["b"] == {"sensitivity": 1.0}
-    assert made["site_mean"] == {"accuracy": 0.9, "sensitivity": 0.75}
-    assert made["pooled"] == {"accuracy": 0.9, "sensitivity": pytest.approx(7 / 9)}
+    result = summary(METRICS, {"a": counters(10, 9, 4, 2), "b": partial})
+    assert result["per_site"]["b"] == {"sensitivity": 1.0}
+    assert result["site_mean"] == {"accuracy": 0.9, "sensitivity": 0.75}
+    assert result["pooled"] == {"accuracy": 0.9, "sensitivity": pytest.approx(7 / 9)}
 
 
-def test_nobody_measured_nothing_is_told():
+def test_without_counters_there_are_no_metrics():
     assert summary(METRICS, {}) == {"per_site": {}, "site_mean": {}, "pooled": {}}
     assert summary(METRICS, {"a": {}}) == {"per_site": {"a": {}}, "site_mean": {}, "pooled": {}}
     assert summary(METRICS, {"a": counters(0, 0)})["pooled"] == {}
@@ -60,9 +60,9 @@ def test_pooled_is_what_one_place_would_have_measured():
     import torch
 
     task = get_task("breast-cancer")
-    draw = np.random.default_rng(1)
-    logits = torch.from_numpy(draw.normal(size=(60, 1)).astype(np.float32))
-    labels = torch.from_numpy(draw.integers(0, 2, 60))
+    rng = np.random.default_rng(1)
+    logits = torch.from_numpy(rng.normal(size=(60, 1)).astype(np.float32))
+    labels = torch.from_numpy(rng.integers(0, 2, 60))
     parts = {
         f"site-{i}": task.counters(logits[a:b], labels[a:b])
         for i, (a, b) in enumerate([(0, 5), (5, 25), (25, 60)])
@@ -75,20 +75,20 @@ NOISED = {"a": counters(12.5, 14.0, 3.0, -0.5), "b": counters(-0.5, 3.0, -1.0, 2
 
 
 def test_noised_metrics_are_shares_of_the_sums_and_nothing_is_cut_off_before():
-    made = summary(METRICS, NOISED, "example")
+    result = summary(METRICS, NOISED, "example")
     # b's own share means nothing, but its counters are in the sums: leaving them out would shift those.
-    assert made["per_site"] == {"a": {"accuracy": 1.0, "sensitivity": 0.0}, "b": {}}
-    assert made["pooled"] == pytest.approx({"accuracy": 1.0, "sensitivity": 0.75})
-    assert made["site_mean"] == {"accuracy": 1.0, "sensitivity": 0.0}
+    assert result["per_site"] == {"a": {"accuracy": 1.0, "sensitivity": 0.0}, "b": {}}
+    assert result["pooled"] == pytest.approx({"accuracy": 1.0, "sensitivity": 0.75})
+    assert result["site_mean"] == {"accuracy": 1.0, "sensitivity": 0.0}
     low = summary(METRICS, {"a": counters(10, -3)}, "example")
     assert low["pooled"] == {"accuracy": 0.0}
 
 
-def test_where_whole_sites_are_hidden_only_what_is_about_all_of_them_is_told():
+def test_where_the_unit_is_a_site_only_metrics_over_all_sites_are_reported():
     sites = {f"s{i}": {"examples": 1.0, "correct": v} for i, v in enumerate((-1.5, 3.0, 0.9))}
-    made = summary(METRICS[:1], sites, "site")
-    assert made["per_site"] == {}
-    assert made["site_mean"] == made["pooled"] == pytest.approx({"accuracy": 0.8})
+    result = summary(METRICS[:1], sites, "site")
+    assert result["per_site"] == {}
+    assert result["site_mean"] == result["pooled"] == pytest.approx({"accuracy": 0.8})
     # The failing twin: cut to [0, 1] at each site, the same mean comes out as another.
     cut = [min(max(c["correct"], 0.0), 1.0) for c in sites.values()]
     assert abs(sum(cut) / 3 - 0.8) > 0.1
@@ -109,38 +109,44 @@ def noise(mechanism: str, names=("examples", "correct")) -> NoisedCounts:
 
 
 @pytest.mark.parametrize("mechanism", ["local", "example"])
-def test_the_deviation_that_is_told_is_that_of_the_figures(mechanism):
-    of, draw, sites = noise(mechanism), np.random.default_rng(1), 9
+def test_the_reported_standard_deviation_is_that_of_the_metrics(mechanism):
+    noise_plan, rng, sites = noise(mechanism), np.random.default_rng(1), 9
     share, size = 0.6, 400.0
     found = []
     for _ in range(400):
         counted = {}
         for i in range(sites):
             sums = {"examples": size, "correct": share * size}
-            if of.unit == "site":
+            if noise_plan.unit == "site":
                 sums = {"examples": 1.0, "correct": share}
-            counted[f"s{i}"] = sums | {n: sums[n] + draw.normal(0, of.deviation) for n in of.noised}
-        found.append(summary(METRICS[:1], counted, noise=of))
-    told = found[0]["noise"]
-    assert told["unit"] == of.unit
+            counted[f"s{i}"] = sums | {
+                n: sums[n] + rng.normal(0, noise_plan.deviation) for n in noise_plan.noised
+            }
+        found.append(summary(METRICS[:1], counted, noise=noise_plan))
+    stddevs = found[0]["noise"]
+    assert stddevs["unit"] == noise_plan.unit
     values = [row["pooled"]["accuracy"] for row in found]
     if mechanism == "example":
-        assert told["pooled"]["accuracy"] == pytest.approx(np.std(values), rel=0.15)
+        assert stddevs["pooled"]["accuracy"] == pytest.approx(np.std(values), rel=0.15)
         own = [row["per_site"]["s0"]["accuracy"] for row in found]
-        assert told["per_site"]["s0"]["accuracy"] == pytest.approx(np.std(own), rel=0.15)
-        assert told["site_mean"]["accuracy"] >= np.std(
+        assert stddevs["per_site"]["s0"]["accuracy"] == pytest.approx(np.std(own), rel=0.15)
+        assert stddevs["site_mean"]["accuracy"] >= np.std(
             [row["site_mean"]["accuracy"] for row in found]
         )
     else:
         # One counter with noise: its deviation is the multiplier, by the root of the sites.
-        assert told["pooled"]["accuracy"] == told["site_mean"]["accuracy"] == pytest.approx(2 / 3)
-        assert told["per_site"] == {}
+        assert (
+            stddevs["pooled"]["accuracy"]
+            == stddevs["site_mean"]["accuracy"]
+            == pytest.approx(2 / 3)
+        )
+        assert stddevs["per_site"] == {}
 
 
-def test_under_masks_the_noise_of_all_sites_adds_up():
-    of = noise("local")
-    made = masked_summary(METRICS[:1], {"examples": 16.0, "correct": 8.0}, of, 16)
-    assert made["pooled"] == {"accuracy": 0.5}
-    assert made["noise"]["pooled"] == pytest.approx({"accuracy": 2 / 4})
-    assert "noise" not in masked_summary(METRICS[:1], {"examples": 16.0, "correct": 8.0})
-    assert masked_summary(METRICS[:1], {}, of)["noise"]["pooled"] == {}
+def test_under_secure_aggregation_the_noise_of_all_sites_adds_up():
+    noise_plan = noise("local")
+    result = secure_summary(METRICS[:1], {"examples": 16.0, "correct": 8.0}, noise_plan, 16)
+    assert result["pooled"] == {"accuracy": 0.5}
+    assert result["noise"]["pooled"] == pytest.approx({"accuracy": 2 / 4})
+    assert "noise" not in secure_summary(METRICS[:1], {"examples": 16.0, "correct": 8.0})
+    assert secure_summary(METRICS[:1], {}, noise_plan)["noise"]["pooled"] == {}

@@ -1,4 +1,4 @@
-"""Calls of the grid: which failures pass, and what happens while a call blocks."""
+"""Calls of the grid: which failures are transient, and what happens while a call blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fedge.server.transport.grid_calls import Clock, GridClient, Timeouts, passing, silent
+from fedge.server.transport.grid_calls import Clock, GridClient, Timeouts, is_transient, no_op
 from fedge.shared.errors import RunError
 from fedge.simulations.grid import InProcessGrid
 
@@ -25,8 +25,8 @@ def status(code: int) -> httpx.HTTPStatusError:
         httpx.ConnectTimeout("slow"), status(500), status(502), status(503), status(429),
     ],
 )  # fmt: skip
-def test_what_a_failing_line_raises_passes(error: Exception):
-    assert passing(error)
+def test_what_a_failing_connection_raises_is_transient(error: Exception):
+    assert is_transient(error)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +36,19 @@ def test_what_a_failing_line_raises_passes(error: Exception):
         KeyboardInterrupt(), SystemExit(), RunError(501, "x"),
     ],
 )  # fmt: skip
-def test_what_is_refused_or_wrong_does_not(error: BaseException):
-    assert not passing(error)
+def test_what_is_refused_or_wrong_is_not(error: BaseException):
+    assert not is_transient(error)
 
 
 def test_a_grid_of_this_process_is_called_in_this_thread():
-    link = GridClient(InProcessGrid({}, None, 1))  # type: ignore[arg-type]
-    assert link.direct
-    assert link.call("x", threading.get_ident, 0.0, silent) == threading.get_ident()
+    grid_client = GridClient(InProcessGrid({}, None, 1))  # type: ignore[arg-type]
+    assert grid_client.direct
+    assert grid_client.call("x", threading.get_ident, 0.0, no_op) == threading.get_ident()
 
 
 @pytest.mark.slow
-def test_a_call_that_blocks_is_told_of_and_ends_with_a_number(fake_time: Any, superlink: Any):
-    link = GridClient(
+def test_a_call_that_blocks_is_reported_and_ends_with_a_number(fake_time: Any, superlink: Any):
+    grid_client = GridClient(
         superlink(fake_time, lambda m: None, [1]), Clock(fake_time.now), Timeouts(outage=30.0)
     )
     over, ticks = threading.Event(), []
@@ -59,16 +59,16 @@ def test_a_call_that_blocks_is_told_of_and_ends_with_a_number(fake_time: Any, su
 
     try:
         with pytest.raises(RunError, match="list the sites") as stopped:
-            link.call("list the sites", lambda: over.wait(30), fake_time.now() + 5.0, tick)
+            grid_client.call("list the sites", lambda: over.wait(30), fake_time.now() + 5.0, tick)
     finally:
         over.set()
     assert stopped.value.code == 501
     assert len(ticks) == 3
-    assert link.failing_since is not None
+    assert grid_client.failing_since is not None
 
 
 def test_an_outage_is_forgotten_when_it_is_over(fake_time: Any, superlink: Any):
-    link = GridClient(
+    grid_client = GridClient(
         superlink(fake_time, lambda m: None, [1]), Clock(fake_time.now, fake_time.sleep)
     )
     tries: list[int] = []
@@ -79,5 +79,5 @@ def test_an_outage_is_forgotten_when_it_is_over(fake_time: Any, superlink: Any):
             raise ConnectionResetError
         return 7
 
-    assert link.call("x", third, fake_time.now() + 60.0, silent) == 7
-    assert link.failing_since is None
+    assert grid_client.call("x", third, fake_time.now() + 60.0, no_op) == 7
+    assert grid_client.failing_since is None

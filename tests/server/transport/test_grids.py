@@ -1,4 +1,4 @@
-"""The grid that packs: one record goes out, what comes back is as the site made it, and strangers reach the gate."""
+"""The grid that packs: one record goes out, replies come back unpacked, and unreadable ones reach the gate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SENT = np.zeros((2, 3), dtype=np.float32)
 
 
 class Scripted(Grid):
-    """Keeps what is pushed, and replies what it was told to."""
+    """Keeps the pushed messages, and replies as scripted."""
 
     def __init__(self) -> None:
         self.pushed: list[Message] = []

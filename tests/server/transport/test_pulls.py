@@ -1,4 +1,4 @@
-"""A reply whose upload broke off holds up nobody else's, and is asked for once more."""
+"""A reply whose upload broke off does not delay the others', and is asked for once more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server.transport.delivery import DeliveryEvents
-from fedge.server.transport.exchange import Exchange, absence, exchange
+from fedge.server.transport.exchange import Exchange, exchange, no_reply_reason
 from fedge.server.transport.grid_calls import Clock, GridClient
 from fedge.server.transport.node_status import NodeStatus
 from fedge.server.transport.pulls import PendingPulls
@@ -29,7 +29,7 @@ def answer(message: Message) -> Message:
 
 @pytest.fixture(params=[True, False], ids=["flower 1.42", "flower 1.43"])
 def grid(superlink: Any, fake_time: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Node 2's first reply is announced and never complete: whoever asks for it waits in the call.
+    """Node 2's first reply is announced and never complete: a caller that asks for it waits in the call.
 
     In the end Flower 1.42 says that it is gone; 1.43 says nothing.
     """
@@ -41,38 +41,40 @@ def grid(superlink: Any, fake_time: Any, request: pytest.FixtureRequest) -> Iter
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             ids = list(message_ids)
             if self.slow in ids:
-                found = list(super().pull_messages(ids))
-                time.sleep(0.15 if found else 0.0)
-                return found
+                replies = list(super().pull_messages(ids))
+                time.sleep(0.15 if replies else 0.0)
+                return replies
             begun = self.time.now()
             while self.broken in ids and self.time.now() < begun + HELD and not over.is_set():
                 time.sleep(0.005)
-            found = list(super().pull_messages([i for i in ids if i != self.broken]))
-            gone = self.tells and self.broken in ids
-            return [*found, self._flower_says(self.broken, 3)] if gone else found
+            replies = list(super().pull_messages([i for i in ids if i != self.broken]))
+            incomplete = self.reports_loss and self.broken in ids
+            return [*replies, self._flower_says(self.broken, 3)] if incomplete else replies
 
-    found = Broken(fake_time, answer, [1, 2, 3])
-    found.tells = request.param
-    yield found
+    broken = Broken(fake_time, answer, [1, 2, 3])
+    broken.reports_loss = request.param
+    yield broken
     over.set()
 
 
-def play(grid: Any, watch: DeliveryEvents, deadline: float) -> Exchange:
-    link = GridClient(grid, Clock(grid.time.now, grid.time.sleep))
+def play(grid: Any, events: DeliveryEvents, deadline: float) -> Exchange:
+    grid_client = GridClient(grid, Clock(grid.time.now, grid.time.sleep))
     content = RecordDict({"config": ConfigRecord({"hello": 1})})
     asked = [Message(content, dst_node_id=n, message_type="train", ttl=700.0) for n in (1, 2, 3)]
-    return exchange(NodeStatus(link), asked, deadline, watch, PROBE)
+    return exchange(NodeStatus(grid_client), asked, deadline, events, PROBE)
 
 
 def test_the_others_are_heard_at_once_and_the_broken_one_is_asked_again(grid: Any):
-    began, heard = grid.time.now(), {}
+    began, replied_at = grid.time.now(), {}
     got = play(
-        grid, DeliveryEvents(reply=lambda n, _: heard.update({n: grid.time.now() - began})), 600.0
+        grid,
+        DeliveryEvents(reply=lambda n, _: replied_at.update({n: grid.time.now() - began})),
+        600.0,
     )
     assert set(got.replies) == {1, 2, 3}
-    assert max(heard[1], heard[3]) < 10
-    assert heard[2] < 60, "its probe was answered, so nothing of the first reply is under way"
-    assert got.pushed_again == 1
+    assert max(replied_at[1], replied_at[3]) < 10
+    assert replied_at[2] < 60, "its probe was answered, so nothing of the first reply is under way"
+    assert got.retries == 1
 
 
 def test_a_reply_that_is_never_complete_is_named_at_the_deadline_and_ends_nothing(grid: Any):
@@ -86,7 +88,9 @@ def test_a_reply_that_is_never_complete_is_named_at_the_deadline_and_ends_nothin
     got = play(grid, DeliveryEvents(waiting=lambda nodes, _: waited.append(tuple(nodes))), 100.0)
     assert set(got.replies) == {1, 3}
     assert got.arriving == (2,)
-    assert absence(got, 2, 100.0) == "connected, but its reply was not complete within 100 s"
+    assert (
+        no_reply_reason(got, 2, 100.0) == "connected, but its reply was not complete within 100 s"
+    )
     assert set(waited) == {(2,)}
     assert len(waited) >= 8
 
@@ -97,7 +101,7 @@ def test_a_reply_that_takes_its_time_is_fetched_once(grid: Any):
     for _ in range(5):
         got = play(grid, DeliveryEvents(), 600.0)
         assert set(got.replies) == {1, 2, 3}
-        assert (got.again, got.stray) == ((), ())
+        assert (got.duplicates, got.stray) == ((), ())
         grid.slow = f"m{len(grid.pushed) + 2}"
 
 
@@ -109,9 +113,9 @@ def test_what_the_superlink_refuses_goes_out_where_it_is_collected(superlink: An
     with pytest.raises(httpx.HTTPStatusError, match="forbidden"):
         PendingPulls(GridClient(grid)).take([["m0"]])
     grid.failing = [(0.0, 1e9, ConnectionRefusedError("refused"))]
-    link = GridClient(grid)
-    assert PendingPulls(link).take([["m0"]]) == ([], [], True)
-    assert link.failing_since is not None
+    grid_client = GridClient(grid)
+    assert PendingPulls(grid_client).take([["m0"]]) == ([], [], True)
+    assert grid_client.failing_since is not None
 
 
 @pytest.mark.parametrize("error", [KeyError("Nothing"), ValueError("bad"), AttributeError("x")])
@@ -122,10 +126,10 @@ def test_a_reply_that_flower_cannot_read_counts_as_an_empty_one_of_its_site(
 
     class Hostile(superlink):  # type: ignore[misc]
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            found = list(super().pull_messages(message_ids))
-            if any(reply.metadata.src_node_id == 2 for reply in found):
+            replies = list(super().pull_messages(message_ids))
+            if any(reply.metadata.src_node_id == 2 for reply in replies):
                 raise error
-            return found
+            return replies
 
     got = play(Hostile(fake_time, answer, [1, 2, 3]), DeliveryEvents(), 600.0)
     assert {node: list(got.replies[node].content) for node in (1, 2, 3)} == {
@@ -133,4 +137,4 @@ def test_a_reply_that_flower_cannot_read_counts_as_an_empty_one_of_its_site(
         2: [],
         3: ["config"],
     }
-    assert got.pushed_again == 0
+    assert got.retries == 0

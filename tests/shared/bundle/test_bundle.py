@@ -69,9 +69,9 @@ def _assemble(members: list[tuple[str, bytes]]) -> bytes:
 def _members(data: bytes) -> list[tuple[str, bytes]]:
     import io
 
-    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
-        members = opened.getmembers()
-        return [(m.name, opened.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
+    with tarfile.open(fileobj=io.BytesIO(data)) as verified:
+        members = verified.getmembers()
+        return [(m.name, verified.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
 
 
 def _regions(data: bytes) -> list[tuple[int, int, str]]:

@@ -143,7 +143,7 @@ BARE = {"mechanism": "example", "noise_multiplier": 1.0, "clipping_bound": 1.0, 
         ),
     ],
 )
-def test_what_is_said_of_privacy_is_read_again_and_told(privacy: Privacy, words: str) -> None:
+def test_the_record_of_privacy_is_read_again_and_shown(privacy: Privacy, words: str) -> None:
     read = _read({**VALUE, "privacy": privacy.to_json()}).privacy
     assert read == privacy
     assert read.words() == words
@@ -184,7 +184,7 @@ def test_a_manifest_of_before_the_details_of_privacy_is_read_as_it_is() -> None:
         ({"epsilon": 3.0, "delta": 1e-5}, "must hold noise_multiplier, or epsilon and delta"),
     ],
 )
-def test_what_cannot_be_said_of_privacy_is_refused(changes: dict[str, Any], named: str) -> None:
+def test_an_invalid_record_of_privacy_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(BundleError) as error:
         _read({**VALUE, "privacy": {**BARE, **changes}})
     assert error.value.code == 706

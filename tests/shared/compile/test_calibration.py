@@ -21,7 +21,7 @@ COUNTED = Counted(
     {"accuracy": 8 / 9},
     reference={"accuracy": 0.9},
 )
-WHOLE = Calibration(
+COMPLETE = Calibration(
     "r-1",
     SHA,
     SHA,
@@ -37,12 +37,12 @@ WHOLE = Calibration(
 
 
 def test_what_is_written_is_read_and_has_one_spelling(tmp_path):
-    data = calibration.dump(WHOLE)
+    data = calibration.dump(COMPLETE)
     (tmp_path / calibration.FILE).write_bytes(data)
     read = calibration.load(tmp_path / calibration.FILE)
-    assert read == WHOLE
+    assert read == COMPLETE
     assert calibration.dump(read) == data
-    other = replace(WHOLE, ranges=dict(reversed((WHOLE.ranges or {}).items())))
+    other = replace(COMPLETE, ranges=dict(reversed((COMPLETE.ranges or {}).items())))
     assert calibration.dump(other) == data
     assert json.loads(data)["absent"][0]["code"] == "FE-429"
 
@@ -53,7 +53,7 @@ def test_what_was_not_had_is_read_too():
 
 
 def test_what_is_left_out_is_bounded():
-    many = replace(WHOLE, absent=(Absent("a", "ranges", 409, "x" * 5000),) * 3000)
+    many = replace(COMPLETE, absent=(Absent("a", "ranges", 409, "x" * 5000),) * 3000)
     read = calibration.parse(calibration.dump(many))
     assert len(read.absent) == calibration.MAX_ABSENT
     assert len(read.absent[0].reason) == 1000
@@ -86,7 +86,7 @@ def test_what_is_left_out_is_bounded():
     ],
 )
 def test_anything_else_is_refused(change):
-    value = json.loads(calibration.dump(WHOLE)) | change
+    value = json.loads(calibration.dump(COMPLETE)) | change
     text = json.dumps(value)
     with pytest.raises(RunError, match=r"calibration\.json") as caught:
         calibration.parse(text.encode())
@@ -95,7 +95,7 @@ def test_anything_else_is_refused(change):
 
 def test_a_damaged_or_missing_file_is_refused(tmp_path):
     path = tmp_path / calibration.FILE
-    for data in (b"", b"{", b"[]", calibration.dump(WHOLE)[:-9], b"[" * 100_000):
+    for data in (b"", b"{", b"[]", calibration.dump(COMPLETE)[:-9], b"[" * 100_000):
         path.write_bytes(data)
         with pytest.raises(RunError, match="must"):
             calibration.load(path)

@@ -5,28 +5,28 @@ from fedge.shared.compile.graph_input import GraphInput
 
 
 def test_a_shape_is_float32_with_the_batch_alone_open():
-    given = GraphInput.of((3, 8, 8))
-    assert given == GraphInput((3, 8, 8))
-    assert GraphInput.of(given) is given
-    assert given.names == {0: "batch"}
-    x = given.draw(np.random.default_rng(0), 5)
+    float_input = GraphInput.from_shape((3, 8, 8))
+    assert float_input == GraphInput((3, 8, 8))
+    assert GraphInput.from_shape(float_input) is float_input
+    assert float_input.names == {0: "batch"}
+    x = float_input.sample(np.random.default_rng(0), 5)
     assert (x.shape, x.dtype) == ((5, 3, 8, 8), np.float32)
 
 
 def test_open_axes_take_any_size():
-    given = GraphInput((3, 8, 16), open={3: "width", 2: "height"})
-    assert given.names == {0: "batch", 2: "height", 3: "width"}
-    assert given.sizes == {"height": 8, "width": 16}
-    assert given.resized({"width": 40}) == (3, 8, 40)
-    assert given.draw(np.random.default_rng(0), 2, {"height": 4}).shape == (2, 3, 4, 16)
+    float_input = GraphInput((3, 8, 16), open={3: "width", 2: "height"})
+    assert float_input.names == {0: "batch", 2: "height", 3: "width"}
+    assert float_input.sizes == {"height": 8, "width": 16}
+    assert float_input.resized({"width": 40}) == (3, 8, 40)
+    assert float_input.sample(np.random.default_rng(0), 2, {"height": 4}).shape == (2, 3, 4, 16)
     with pytest.raises(
         ValueError, match=r"sizes: must be of \['height', 'width'\], got \['length'\]"
     ):
-        given.resized({"length": 4})
+        float_input.resized({"length": 4})
 
 
 def test_tokens_are_all_below_their_number():
-    x = GraphInput((9,), tokens=4).draw(np.random.default_rng(0), 50)
+    x = GraphInput((9,), tokens=4).sample(np.random.default_rng(0), 50)
     assert x.dtype == np.int64
     assert set(x.flat) == {0, 1, 2, 3}
 

@@ -68,7 +68,7 @@ def test_half_precision_is_near(family, exported):
     half = to_fp16(data)
     assert to_fp16(data) == half
     for sizes in ({}, *family.others):
-        x = family.given.draw(np.random.default_rng(0), 3, sizes)
+        x = family.given.sample(np.random.default_rng(0), 3, sizes)
         for found, expected in zip(run(half, x), run(data, x), strict=True):
             assert found.dtype == expected.dtype
             if np.issubdtype(found.dtype, np.floating):

@@ -46,7 +46,7 @@ class Reader(CalibrationDataReader):
 
 @pytest.fixture(scope="module", params=SHAPES)
 def trained(request, tmp_path_factory):
-    """A graph that tells the classes, its ranges as onnxruntime finds them, and held-out examples."""
+    """A graph that separates the classes, its ranges as onnxruntime finds them, and held-out examples."""
     shape = SHAPES[request.param]
     torch.manual_seed(0)
     if request.param == "cnn":
@@ -95,12 +95,12 @@ def test_all_forms_are_near_the_fp32_graph(trained):
     accuracy = np.mean(logits.argmax(1) == y)
     assert accuracy > 0.85
     largest = np.abs(logits).max()
-    for made, tolerance in (
+    for converted, tolerance in (
         (to_fp16(graph), 2e-3),
         (quantise(graph, ranges, symmetric=False), 0.04),
         (quantise(graph, ranges, symmetric=True), 0.04),
     ):
-        found = run(made, x)
+        found = run(converted, x)
         assert found.dtype == np.float32
         assert 0 < np.abs(found - logits).max() <= tolerance * largest
         assert np.mean(found.argmax(1) == logits.argmax(1)) >= 0.99
@@ -120,15 +120,15 @@ def test_ranges_too_narrow_show(trained):
 def test_the_forms_are_what_their_targets_parse(trained):
     graph, ranges, _, _ = trained
     for symmetric in (False, True):
-        made = onnx.load_model_from_string(quantise(graph, ranges, symmetric=symmetric)).graph
-        points = [t for t in made.initializer if "zero_point" in t.name]
+        converted = onnx.load_model_from_string(quantise(graph, ranges, symmetric=symmetric)).graph
+        points = [t for t in converted.initializer if "zero_point" in t.name]
         kinds = {t.data_type for t in points}
         if symmetric:
             assert kinds == {TensorProto.INT8}
             assert not any(np.any(onnx.numpy_helper.to_array(t)) for t in points)
         else:
             assert kinds == {TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32}
-        scales = [t for t in made.initializer if t.name.endswith("weight_scale")]
+        scales = [t for t in converted.initializer if t.name.endswith("weight_scale")]
         assert scales and all(t.dims for t in scales), "a scale for each channel"
 
 
@@ -180,7 +180,7 @@ def test_constant_activations_make_no_nan(trained):
             assert np.isfinite(run(quantise(graph, constant, symmetric=symmetric), x)).all()
 
 
-def test_the_bytes_are_the_same_in_another_process_and_tell_nothing(trained, tmp_path):
+def test_the_bytes_are_the_same_in_another_process_and_hold_no_metadata(trained, tmp_path):
     graph, ranges, _, _ = trained
     (tmp_path / "model.onnx").write_bytes(graph)
     program = f"""
@@ -199,10 +199,10 @@ print(*(hashlib.sha256(data).hexdigest() for data in made))
         timeout=300,
         env={**os.environ, "PYTHONHASHSEED": "11"},
     )
-    made = [to_fp16(graph), *(quantise(graph, ranges, symmetric=s) for s in (False, True))]
-    assert done.stdout.split() == [hashlib.sha256(data).hexdigest() for data in made]
+    converted = [to_fp16(graph), *(quantise(graph, ranges, symmetric=s) for s in (False, True))]
+    assert done.stdout.split() == [hashlib.sha256(data).hexdigest() for data in converted]
     assert done.stderr == ""
-    for data in made:
+    for data in converted:
         model = onnx.load_model_from_string(data)
         assert not model.metadata_props and not model.doc_string and not model.graph.value_info
         assert str(tmp_path).encode() not in data
@@ -229,13 +229,15 @@ def test_sums_and_norms_stay_in_float32(trained):
 
 
 def graph_of(*nodes, constants=(), shape=("batch", 4)):
-    made = helper.make_graph(
+    converted = helper.make_graph(
         nodes, "g",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
         constants,
     )  # fmt: skip
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
+    return helper.make_model(
+        converted, opset_imports=[helper.make_opsetid("", 20)]
+    ).SerializeToString()
 
 
 @pytest.mark.slow
@@ -248,8 +250,8 @@ def test_a_relu_leaves_one_range_with_what_it_follows():
     graph = export_onnx(network, (1, 6, 6))
     names = activations(graph)
     assert len(names) == 3  # the input, what the Relu gives, and the second convolution's output
-    made = quantise(graph, dict.fromkeys(names, (0.0, 2.0)), symmetric=False)
-    assert "Relu" not in operators(made)
+    converted = quantise(graph, dict.fromkeys(names, (0.0, 2.0)), symmetric=False)
+    assert "Relu" not in operators(converted)
     assert "Relu" in operators(quantise(graph, dict.fromkeys(names, (0.0, 2.0)), symmetric=True))
 
 

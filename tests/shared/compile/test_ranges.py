@@ -30,11 +30,11 @@ def test_the_grid_is_half_octaves_from_2_to_the_minus_14_to_2_to_the_14():
 def test_a_histogram_s_range_is_never_tighter_and_at_most_a_bin_wider(pairs):
     found = extremes(*(sorted(pair) for pair in pairs))
     ((low, high),) = ranges.outermost(ranges.histogram(found).astype(float), 2.0**14)
-    for reach, told in ((-found[..., 0].min(), -low), (found[..., 1].max(), high)):
-        assert told >= reach
-        within = max(reach, 0.0)
-        assert told <= max(within * math.sqrt(2) * (1 + 1e-12), EDGES[1])
-        assert within or told == 0
+    for true_end, end in ((-found[..., 0].min(), -low), (found[..., 1].max(), high)):
+        assert end >= true_end
+        within = max(true_end, 0.0)
+        assert end <= max(within * math.sqrt(2) * (1 + 1e-12), EDGES[1])
+        assert within or end == 0
 
 
 @given(st.lists(st.lists(st.tuples(VALUE, VALUE), min_size=1, max_size=5), min_size=1, max_size=5))
@@ -56,7 +56,7 @@ def test_each_example_is_in_one_bin_of_each_histogram_so_that_the_sensitivity_is
     assert len(ranges.names(3)) == counts.size == len(set(ranges.names(3)))
 
 
-def test_what_is_clipped_is_said_and_what_is_not_finite_is_refused():
+def test_clipping_is_reported_and_values_that_are_not_finite_are_refused():
     kept, beyond = ranges.clipped(np.array([[[-5.0, 2e6]]], np.float32), 100.0)
     assert kept.tolist() == [[[-5.0, 100.0]]]
     assert beyond
@@ -76,9 +76,9 @@ def test_a_range_does_not_go_beyond_the_bound():
 
 
 def test_noise_alone_moves_hardly_any_range():
-    draw, tensors, deviation = np.random.default_rng(0), 20, 3.0
-    threshold = ranges.above_noise(deviation, tensors)
-    noise = draw.normal(0, deviation, (400, tensors * 2 * BINS))
+    draw, tensors, stddev = np.random.default_rng(0), 20, 3.0
+    threshold = ranges.above_noise(stddev, tensors)
+    noise = draw.normal(0, stddev, (400, tensors * 2 * BINS))
     # One calibration in a thousand; of 400 none or one.
     assert (noise > threshold).any(axis=1).sum() <= 2
     assert (noise > threshold / 2).any(axis=1).sum() > 100

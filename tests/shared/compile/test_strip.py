@@ -14,17 +14,17 @@ def graph(*nodes):
 
 
 def test_nodes_follow_those_they_wait_for_and_else_keep_their_order():
-    made = graph(
+    model_bytes = graph(
         helper.make_node("Neg", ["b"], ["y"]),
         helper.make_node("Abs", ["x"], ["c"]),
         helper.make_node("Relu", ["a"], ["b"]),
         helper.make_node("Exp", ["x"], ["a"]),
     )
     with pytest.raises(onnx.checker.ValidationError):
-        onnx.checker.check_model(helper.make_model(made))
-    sort_nodes(made)
-    assert [node.op_type for node in made.node] == ["Abs", "Exp", "Relu", "Neg"]
-    onnx.checker.check_model(helper.make_model(made))
+        onnx.checker.check_model(helper.make_model(model_bytes))
+    sort_nodes(model_bytes)
+    assert [node.op_type for node in model_bytes.node] == ["Abs", "Exp", "Relu", "Neg"]
+    onnx.checker.check_model(helper.make_model(model_bytes))
 
 
 def test_a_loop_has_no_order():

@@ -31,35 +31,35 @@ def graph():
 @pytest.fixture(scope="module")
 def series():
     torch.manual_seed(0)
-    given = GraphInput((20, 3), open={1: "length"})
-    return export_onnx(CNN1d(features=3, classes=2, width=4), given)
+    calls = GraphInput((20, 3), open={1: "length"})
+    return export_onnx(CNN1d(features=3, classes=2, width=4), calls)
 
 
 @pytest.mark.slow
 def test_one_engine_of_several_generations(graph):
-    told = []
+    reports = []
     built = build(
-        graph, runtime=RTX, capabilities=[120, 86], listener=lambda *news: told.append(news)
+        graph, runtime=RTX, capabilities=[120, 86], listener=lambda *news: reports.append(news)
     )
     assert built.capabilities == (86, 120)
     assert built.version == version(RTX)
     assert built.timing_cache is None
     alone = build(graph, runtime=RTX, capabilities=[86])
     assert built.engine != alone.engine
-    shares = [share for _, share in told]
+    shares = [share for _, share in reports]
     assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
-    assert all(phase for phase, _ in told)
+    assert all(phase for phase, _ in reports)
 
 
 def test_the_child_does_the_same(graph, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    told = []
+    reports = []
     built = build_in_child(
-        graph, runtime=RTX, capabilities=[86, 89], listener=lambda *news: told.append(news)
+        graph, runtime=RTX, capabilities=[86, 89], listener=lambda *news: reports.append(news)
     )
     assert (built.capabilities, built.version, built.timing_cache) == ((86, 89), version(RTX), None)
     assert len(built.engine) > 10_000
-    assert told and told[-1][1] > 0.5
+    assert reports and reports[-1][1] > 0.5
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,10 +86,10 @@ def test_turing_multiplies_matrices_in_half_precision_alone(graph):
     assert build(to_fp16(graph), runtime=RTX, capabilities=[75]).engine
 
 
-@pytest.mark.parametrize("wanted", [(), (87,), (86, 90), (86, 86)])
-def test_gpus_that_nothing_is_built_for_are_refused(graph, wanted):
+@pytest.mark.parametrize("requested", [(), (87,), (86, 90), (86, 86)])
+def test_gpus_that_nothing_is_built_for_are_refused(graph, requested):
     with pytest.raises(ReleaseError, match="FE-608 .*must be built for GPUs of sm75, sm80, sm86"):
-        build(graph, runtime=RTX, capabilities=wanted)
+        build(graph, runtime=RTX, capabilities=requested)
 
 
 def test_the_parser_speaks_for_itself():
@@ -166,7 +166,7 @@ def test_a_builder_that_crashes_or_hangs_ends_alone(graph, program, words):
         build_in_child(graph, runtime=RTX, capabilities=[86], deadline=deadline, command=command)
 
 
-def test_builds_of_several_threads_take_turns(graph):
+def test_builds_of_several_threads_run_one_after_the_other(graph):
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(build(graph, runtime=RTX, capabilities=[86])))

@@ -1,4 +1,4 @@
-"""Forks of another process: started, told, ended and started again as if they were children of the daemon."""
+"""Forks of another process: started, watched, ended and started again as if they were children of the daemon."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def program(folder: Path, name: str, *arguments: str, **environment: str) -> Pro
 
 
 def asked(folder: Path, name: str, *arguments: str, **environment: str) -> fork_server.Remote:
-    found = fork_server.ask(program(folder, name, *arguments, **environment))
+    found = fork_server.request_fork(program(folder, name, *arguments, **environment))
     assert found is not None
     return found
 
@@ -119,7 +119,7 @@ from pathlib import Path
 from fedge.shared.daemon import fork_server
 from fedge.shared.daemon.process import Preloaded, Program
 wanted = Preloaded(Path({str(tmp_path / "fork.sock")!r}), "sleep", ({str(mark)!r},))
-remote = fork_server.ask(Program("fork", Path({str(tmp_path / "log")!r}), preloaded=wanted))
+remote = fork_server.request_fork(Program("fork", Path({str(tmp_path / "log")!r}), preloaded=wanted))
 print(remote.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -184,7 +184,7 @@ def test_it_ends_with_the_loop(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("server")
 def test_an_unknown_program_is_not_forked_and_the_server_goes_on(tmp_path: Path) -> None:
-    assert fork_server.ask(program(tmp_path, "nosuch")) is None
+    assert fork_server.request_fork(program(tmp_path, "nosuch")) is None
     assert words(status_of(asked(tmp_path, "leave", "3"))) == "exited with 3"
 
 

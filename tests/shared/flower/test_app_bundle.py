@@ -1,4 +1,4 @@
-"""The Flower bundle: no code in it, the same bytes whoever builds it, and a typed error where it cannot be built."""
+"""The Flower bundle: no code in it, the same bytes on every build, and a typed error where it cannot be built."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = PRIVATE.public_key()
 ATTEMPT = Attempt(bytes(range(32)), "run-1", "train", 3, 1)
 OTHERS = [
-    replace(ATTEMPT, job=bytes(32)),
+    replace(ATTEMPT, request_digest=bytes(32)),
     replace(ATTEMPT, run_id="run-2"),
     replace(ATTEMPT, purpose="evaluate"),
     replace(ATTEMPT, server_round=31),
@@ -26,7 +26,7 @@ OTHERS = [
 
 
 def bundle(site="north", attempt=ATTEMPT):
-    return transcript.new_bundle(attempt, site, bytes([1]) * 32, bytes([2]) * 32, PRIVATE)
+    return transcript.new_advertisement(attempt, site, bytes([1]) * 32, bytes([2]) * 32, PRIVATE)
 
 
 def test_an_attempt_is_encoded_as_it_was_frozen():
@@ -44,7 +44,9 @@ def test_the_transcript_is_the_frozen_one():
         KeyAdvertisement(s, bytes([i]) * 32, bytes([i + 9]) * 32, bytes(64))
         for i, s in enumerate("abc")
     ]
-    encoded = [b"\x01" + b.site.encode() + b.box_key + b.mask_key + b.signature for b in bundles]
+    encoded = [
+        b"\x01" + b.site.encode() + b.encryption_key + b.mask_key + b.signature for b in bundles
+    ]
     framed = b"".join(
         len(p).to_bytes(4, "big") + p for p in (b"transcript", ATTEMPT.encode(), *encoded)
     )
@@ -57,7 +59,7 @@ def test_each_part_makes_another_transcript():
     found = {transcript.transcript(other, bundles) for other in OTHERS}
     changed = [
         replace(bundles[1], site="southern"),
-        replace(bundles[1], box_key=bytes(32)),
+        replace(bundles[1], encryption_key=bytes(32)),
         replace(bundles[1], mask_key=bytes(32)),
         replace(bundles[1], signature=bytes(64)),
     ]
@@ -75,11 +77,11 @@ def test_a_bundle_is_signed_for_its_site_keys_and_attempt():
     good = bundle()
     assert transcript.verifies(ATTEMPT, good, PUBLIC)
     assert not any(transcript.verifies(other, good, PUBLIC) for other in OTHERS)
-    for part in ("box_key", "mask_key", "signature"):
+    for part in ("encryption_key", "mask_key", "signature"):
         changed = bytearray(getattr(good, part))
         changed[7] ^= 1
         assert not transcript.verifies(ATTEMPT, replace(good, **{part: bytes(changed)}), PUBLIC)
-    swapped = replace(good, box_key=good.mask_key, mask_key=good.box_key)
+    swapped = replace(good, encryption_key=good.mask_key, mask_key=good.encryption_key)
     assert not transcript.verifies(ATTEMPT, swapped, PUBLIC)
     assert not transcript.verifies(ATTEMPT, replace(good, site="south"), PUBLIC)
     other = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key()
@@ -151,15 +153,15 @@ def test_the_largest_list_is_read():
 def test_bundles_are_packed_and_unpacked():
     bundles = [bundle("north"), bundle("south-" + "x" * 58)]
     raw = b"".join(b.encode() for b in bundles)
-    assert transcript.unpack_bundles(raw) == bundles
+    assert transcript.unpack_advertisements(raw) == bundles
     assert [len(b.encode()) for b in bundles] == [134, 193]
-    assert transcript.unpack_bundles(b"") == []
+    assert transcript.unpack_advertisements(b"") == []
 
 
 @pytest.mark.parametrize("cut", [1, 64, 128, 133])
 def test_a_part_of_a_bundle_is_refused(cut):
     with pytest.raises(ValueError, match="must be whole bundles, got a part of one"):
-        transcript.unpack_bundles(bundle().encode()[:cut])
+        transcript.unpack_advertisements(bundle().encode()[:cut])
 
 
 @pytest.mark.parametrize(
@@ -167,10 +169,10 @@ def test_a_part_of_a_bundle_is_refused(cut):
 )
 def test_bundles_out_of_order_are_refused(names):
     with pytest.raises(ValueError, match=r"^must be "):
-        transcript.unpack_bundles(b"".join(bundle(n).encode() for n in names))
+        transcript.unpack_advertisements(b"".join(bundle(n).encode() for n in names))
 
 
 def test_bundles_without_end_are_refused():
     one = bytes([1]) + b"a" + bytes(128)
     with pytest.raises(ValueError, match="at most 2048 bundles"):
-        transcript.unpack_bundles(one * (protocol.MAX_SITES + 1))
+        transcript.unpack_advertisements(one * (protocol.MAX_SITES + 1))

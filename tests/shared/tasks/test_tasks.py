@@ -55,7 +55,7 @@ def test_means_lie_in_the_declared_ranges(task, table):
 
 
 def test_every_row_lies_in_the_declared_ranges(task, table):
-    rules = RowRules.of(task.input, task.preprocessing)
+    rules = RowRules.from_schema(task.input, task.preprocessing)
     assert set(rules.outside(rules.checked(table.features.reshape(len(table.labels), -1), 0))) == {
         ()
     }

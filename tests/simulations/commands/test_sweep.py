@@ -131,7 +131,7 @@ def test_a_folder_of_another_sweep_or_of_something_else_is_left_alone(fedge, tmp
     assert not (sweep_of / "sweep.json").exists()
 
 
-def test_another_process_in_the_folder_is_told(fedge, tmp_path):
+def test_another_process_in_the_folder_is_reported(fedge, tmp_path):
     import subprocess
     import sys
 

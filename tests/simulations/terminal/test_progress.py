@@ -80,7 +80,7 @@ def test_the_bar_stops_where_the_run_fails() -> None:
     assert out.getvalue().count("\x1b[?25h") == 1  # the cursor is back
 
 
-def test_waiting_and_lost_sites_are_told_in_plain_lines() -> None:
+def test_waiting_and_disconnected_sites_are_shown_in_plain_lines() -> None:
     out = io.StringIO()
     with Progress(file=out, terminal=False) as progress:
         progress.waiting(0, "connect", [], 12.0)
@@ -88,8 +88,8 @@ def test_waiting_and_lost_sites_are_told_in_plain_lines() -> None:
         progress.sent(2, 1, 3, 10**7)
         progress.waiting(2, "train", ["site-3", "site-4"], 30.0)
         progress.waiting(2, "superlink", ["site-3"], 40.0)
-        progress.lost(2, "si\x1bte-3", 65.0)
-        progress.back(2, "site-3", 90.0)
+        progress.disconnected(2, "si\x1bte-3", 65.0)
+        progress.reconnected(2, "site-3", 90.0)
     assert out.getvalue().splitlines() == [
         "start  waiting for sites to connect (0:12)",
         "round 2/4  waiting for site-3 and 1 more (0:30)",

@@ -16,11 +16,11 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"final": {k: lines[-1]["metrics"][k] for k in ("per_site", "site_mean", "pooled")}}
 
 
-@pytest.mark.parametrize(("sites", "most"), [(1, 4), (8, 14), (12, 16), (13, 12), (300, 12)])
-def test_summary_fits(sites: int, most: int) -> None:
+@pytest.mark.parametrize(("sites", "max_lines"), [(1, 4), (8, 14), (12, 16), (13, 12), (300, 12)])
+def test_summary_fits(sites: int, max_lines: int) -> None:
     lines = [line(n, sites) for n in range(1, 61)]
     text = summary_table(totals(lines), lines).splitlines()
-    assert len(text) <= most
+    assert len(text) <= max_lines
     assert max(map(len, text)) <= 80
     assert text[-2].startswith("site mean")
     assert text[-1].startswith("pooled")
@@ -94,14 +94,14 @@ def test_the_table_names_who_was_missing_and_why() -> None:
         ],
     )
     lines = [line(1, 3), missing]
-    told = summary_table(totals(lines), lines).splitlines()
-    assert told[-4:] == [
+    rows_shown = summary_table(totals(lines), lines).splitlines()
+    assert rows_shown[-4:] == [
         "round 2: 1 of 4 counted",
         "  site-2 absent, not connected for 90 s",
         "  site-3 late",
         "  site-4 absent, not invited: not connected for 9 s",
     ]
-    assert all(len(row) <= 80 for row in told)
+    assert all(len(row) <= 80 for row in rows_shown)
     many = [line(i, 3, trained=["site-0"], rejected=missing["rejected"]) for i in range(1, 50)]
     assert len(absences(many)) == 13
 

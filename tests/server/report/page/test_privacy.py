@@ -1,4 +1,4 @@
-"""The section on privacy: both readers' epsilons, and what is left without noise; nothing of it in plain runs."""
+"""The section on privacy: epsilon by adversary, and outputs without noise; nothing of it in plain runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise of the server's in the report: the readers' curve, that of who knows the sample, none for the server."""
+"""Noise of the server's in the report: curves with a secret and a known sample, none against the server."""
 
 from __future__ import annotations
 

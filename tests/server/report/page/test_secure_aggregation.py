@@ -1,4 +1,4 @@
-"""The section on masked sums: what the server saw, who was lost where, two pictures; nothing of it in plain runs."""
+"""The section on secure aggregation: what the server saw, dropouts, two pictures; nothing of it in plain runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_who_was_lost_where(tmp_path: Path) -> None:
     first["secure"] |= {
         "lost": [
             lost("site-8", "begin"),
-            lost("site-7", "share", reason="FE-421 the roster does not vouch for a site"),
+            lost("site-7", "share", reason="FE-421 a site's key is not valid in the signed roster"),
             lost("site-1", "unmask"),
         ],
         "groups": [NAMES[:6]],
@@ -105,7 +105,7 @@ def test_who_was_lost_where(tmp_path: Path) -> None:
     assert "fewest sites in one6" in found.text
     assert "updates clipped2" in found.text
     assert "values saturated17" in found.text
-    assert "1update1site-7shareFE-421 the roster does not vouch for a site" in found.text
+    assert "1update1site-7shareFE-421 a site's key is not valid in the signed roster" in found.text
     # Eight asked, seven keys, six shares, six vectors, six signatures, five who opened.
     assert row(found, "11876665").startswith("11876665" + "6" + "2017")
 
