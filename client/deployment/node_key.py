@@ -6,7 +6,6 @@ The private half never leaves the site; ``site.pub`` is what the server's operat
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Final
 
@@ -17,10 +16,10 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_ssh_private_key,
     load_ssh_public_key,
 )
 
+from fedge.shared.crypto.key_files import load_elliptic_curve
 from fedge.shared.errors import DeployError
 from fedge.shared.files import flush_folder, read_bounded, reason, write_atomically
 
@@ -101,18 +100,10 @@ def _place(path: Path, data: bytes) -> None:
 
 def _load(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        data = read_bounded(path, _FILE_LIMIT)
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
-            raise DeployError(908, f"{path}: must be readable by its owner only, got {mode:04o}")
-        key = load_ssh_private_key(data, password=None)
-    except OSError as error:
-        raise DeployError(908, f"{path}: cannot be read ({reason(error)})") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise DeployError(
-            908, f"{path}: must hold a private key in OpenSSH's format, without a password"
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        key = load_elliptic_curve(path, openssh=True)
+    except ValueError as error:
+        raise DeployError(908, str(error)) from None
+    if not isinstance(key.curve, ec.SECP384R1):
         raise DeployError(908, f"{path}: must hold an EC P-384 key, got another kind")
     return key
 

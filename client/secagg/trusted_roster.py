@@ -9,7 +9,6 @@ is refused. ``signing.key`` is the site's own key, whose public half the roster 
 from __future__ import annotations
 
 import re
-import stat
 import threading
 from datetime import date
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedge.shared.crypto import dsse
+from fedge.shared.crypto.key_files import load_ed25519
 from fedge.shared.errors import BundleError, DeployError, FedgeError, ReleaseError, SiteError
 from fedge.shared.files import read_bounded, reason, write_atomically
 from fedge.shared.roster.roster import MAX_FILE, Roster, open_roster
@@ -100,13 +100,10 @@ def own_key(home: Path) -> Ed25519PrivateKey:
     Raises:
         ReleaseError: 602, ``signing.key`` cannot be read, holds something else, or is open to other users.
     """
-    path = home / KEY
-    private = dsse.load_private(path)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        # Whoever reads it speaks for this site, the relay too.
-        raise ReleaseError(602, f"{path}: must be readable by its owner only, got {mode:04o}")
-    return private
+    try:
+        return load_ed25519(home / KEY)
+    except ValueError as error:
+        raise ReleaseError(602, str(error)) from None
 
 
 def require_own(roster: Roster, site: str, private: Ed25519PrivateKey, today: date) -> None:

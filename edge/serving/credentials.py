@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedge.shared.errors import DeployError
-from fedge.shared.files import open_regular, read_exactly, reason
+from fedge.shared.files import mode_for_others, open_regular, read_exactly, reason
 
 _FILE_LIMIT: Final = 2**18
 
@@ -127,13 +126,13 @@ def _read(path: Path, option: str, *, secret: bool = False) -> bytes:
     try:
         file, size = open_regular(path)
         with file:
-            mode = stat.S_IMODE(path.stat().st_mode)
+            mode = mode_for_others(path)
             data = read_exactly(file, _FILE_LIMIT + 1)
     except OSError as error:
         raise DeployError(920, f"{option}: {path} cannot be read ({reason(error)})") from None
     if len(data) > _FILE_LIMIT:
         raise DeployError(920, f"{option}: must be at most {_FILE_LIMIT} bytes, got {size}")
-    if secret and mode & 0o077:
+    if secret and mode:
         raise DeployError(
             920, f"{option}: must be readable by its owner alone (chmod 600), got mode {mode:04o}"
         )

@@ -12,7 +12,6 @@ Sites trust this authority and no other, so they refuse a certificate that a pub
 from __future__ import annotations
 
 import shutil
-import stat
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    load_pem_private_key,
 )
 
 from fedge.server.deployment.x509 import (
@@ -36,8 +34,9 @@ from fedge.server.deployment.x509 import (
     issue,
     subject_names,
 )
+from fedge.shared.crypto.key_files import load_elliptic_curve
 from fedge.shared.errors import DeployError
-from fedge.shared.files import flush_folder, open_regular, read_bounded, reason, write_atomically
+from fedge.shared.files import flush_folder, read_bounded, reason, write_atomically
 
 #: Days before the end from which ``warning`` gives a text.
 WARN_DAYS: Final = 30
@@ -231,19 +230,9 @@ def _load_certificate(path: Path) -> x509.Certificate:
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        file, _ = open_regular(path)
-        with file:
-            mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
-            raise DeployError(907, f"{path}: must be readable by its owner only, got {mode:04o}")
-        key = load_pem_private_key(read_bounded(path, _FILE_LIMIT), password=None)
-    except OSError as error:
-        raise DeployError(907, f"{path}: cannot be read ({reason(error)})") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise DeployError(907, f"{path}: must hold a private key in PEM, no password") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise DeployError(907, f"{path}: must hold an elliptic-curve key, got another kind")
-    return key
+        return load_elliptic_curve(path)
+    except ValueError as error:
+        raise DeployError(907, str(error)) from None
 
 
 def _subject_names(certificate: x509.Certificate, home: Path) -> x509.SubjectAlternativeName:

@@ -24,10 +24,10 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_pem_private_key,
     load_pem_public_key,
 )
 
+from fedge.shared.crypto import key_files
 from fedge.shared.errors import BundleError, ReleaseError
 from fedge.shared.files import read_bounded, reason
 
@@ -129,16 +129,9 @@ def load_private(path: Path) -> Ed25519PrivateKey:
         ReleaseError: 602, the file cannot be read or holds something else.
     """
     try:
-        key = load_pem_private_key(read_bounded(path, KEY_LIMIT), password=None)
-    except OSError as error:
-        raise ReleaseError(602, f"{path}: cannot be read ({reason(error)})") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ReleaseError(
-            602, f"{path}: must hold an Ed25519 private key in PEM without a password"
-        ) from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ReleaseError(602, f"{path}: must hold an Ed25519 key, got another kind")
-    return key
+        return key_files.load_ed25519(path, owner_only=False)
+    except ValueError as error:
+        raise ReleaseError(602, str(error)) from None
 
 
 def load_public(path: Path) -> Ed25519PublicKey:
