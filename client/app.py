@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedge.client.relay import forward
+from fedge.client.relay import message_relay
 
 app = ClientApp()
 
@@ -13,64 +13,64 @@ app = ClientApp()
 @app.query("register")
 def register(message: Message, context: Context) -> Message:
     """Ask the site for its numbers of examples, and for sums over its features where the task standardises."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Ask the site to train."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Ask the site to evaluate."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.evaluate("calibrate")
 def calibrate(message: Message, context: Context) -> Message:
     """Ask the site for the ranges of the final model's activations."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.evaluate("qualify")
 def qualify(message: Message, context: Context) -> Message:
     """Ask the site for the metrics of the final model in reduced precisions."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.query("probe")
 def probe(message: Message, context: Context) -> Message:
     """Ask the site whether it is connected, and whether it is computing."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.query("secagg_statistics")
 def secagg_statistics(message: Message, context: Context) -> Message:
     """Ask the site to take part in a secure sum over its features."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.query("secagg_share")
 def secagg_share(message: Message, context: Context) -> Message:
     """Ask the site to share the secrets of its masks among the other sites."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.query("secagg_masked")
 def secagg_masked(message: Message, context: Context) -> Message:
     """Ask the site for its masked vector."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.query("secagg_commit")
 def secagg_commit(message: Message, context: Context) -> Message:
     """Ask the site to sign the list of survivors."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)
 
 
 @app.query("secagg_unmask")
 def secagg_unmask(message: Message, context: Context) -> Message:
     """Ask the site for the shares that unmask the sum."""
-    return forward.forward(message, context)
+    return message_relay.forward(message, context)

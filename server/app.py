@@ -24,7 +24,7 @@ from fedge.server.runs import events, results
 from fedge.server.runs import listener as listeners
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.training.run import run
-from fedge.server.transport.grids import PackedGrid
+from fedge.server.transport.grid_wrappers import PackedGrid
 from fedge.shared.errors import ConfigError, FedgeError
 
 _log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from fedge.shared.preprocessing import steps
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 from fedge.shared.wire.tensors import read
-from fedge.simulations.device import Device
+from fedge.simulations.demo_device import Device
 from fedge.simulations.engine import simulate
 
 

@@ -13,17 +13,17 @@ from flwr.serverapp import Grid
 
 from fedge.client.app import app as client_app
 from fedge.client.data.dataset import SiteData, site_shares
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.client.secagg.replay_guard import ReplayGuard
-from fedge.client.secagg.sums import FOLDER
+from fedge.client.secagg.secure_sums import FOLDER
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
 from fedge.server.runs import listener as listeners
 from fedge.server.runs import results
 from fedge.server.runs.directory import RunDirectory, prepare
 from fedge.server.runs.listener import Listener, NullListener
-from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.secagg.restart_state import RecoveryStore
 from fedge.shared.config.federation import Config
 from fedge.shared.privacy.checks.compatibility import require_compatible
 from fedge.shared.tasks.dry_run import check
@@ -100,9 +100,9 @@ def _workers(
             # The sites of a simulation end with their server: no shares of theirs are left.
             ReplayGuard(home / FOLDER).forget()
         worker = SiteWorker(site, task, data, home, anchors=trust_anchors.get(site))
-        forward.connect(site, DirectLink(worker))
+        message_relay.connect(site, DirectLink(worker))
     try:
         yield list(shares)
     finally:
         for site in shares:
-            forward.disconnect(site)
+            message_relay.disconnect(site)

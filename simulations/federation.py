@@ -22,7 +22,7 @@ from fedge.shared.daemon import process
 from fedge.shared.daemon.process import Program
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import ConfigError, DeployError
-from fedge.simulations.preparation import SOCKET, error_of, prepared
+from fedge.simulations.federation_startup import SOCKET, error_of, prepared
 
 #: Modules imported before the first fork, so that every fork shares them; only workers and coordinator need torch.
 _FLOWER: Final = (

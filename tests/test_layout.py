@@ -180,8 +180,8 @@ def test_the_list_of_what_is_tested_elsewhere_only_shrinks():
 
 
 def test_the_place_of_a_test_is_read_as_people_would():
-    assert subject(Path("tests/server/secagg/test_coordinator_lies.py")) == Path(
-        "server/secagg/coordinator.py"
+    assert subject(Path("tests/server/secagg/test_protocol_steps_lies.py")) == Path(
+        "server/secagg/protocol_steps.py"
     )
     assert subject(Path("tests/shared/models/test_models_images.py")) == Path("shared/models")
     assert subject(Path("tests/simulations/test_forked.py")) == Path("tests/simulations/forked.py")

@@ -34,7 +34,7 @@ server
     admission                admission/validation
     reply                    admission/reply_fields
     verdicts                 admission/validation_result
-    calibration_gate         admission/calibration
+    calibration_gate         admission/calibration_validation
     strategies               aggregation/strategies
     aggregation              aggregation/step
     results                  aggregation/updates
@@ -55,7 +55,7 @@ server
     census                   participants/registration
     attendance               participants/availability
     talk                     participants/member_exchange
-    requests                 participants/messages
+    requests                 participants/request_content
     release                  release/pipeline
     compile/compiler         release/compiler
     compile/build            release/artefacts
@@ -64,7 +64,7 @@ server
     compile/stand_in         release/placeholder_manifest
     report/data              report/run_data
     report/masked            report/secure_data
-    report/noised            report/noise
+    report/noised            report/noised_figures
     report/scales            report/axes
     report/pictures          report/heatmap
     report/values            report/json_values
@@ -89,10 +89,10 @@ server
     events                   runs/events
     progress                 runs/listener
     trained                  runs/trained_model
-    secagg/sums              secagg/aggregator
-    secagg/secure_sum        secagg/coordinator
+    secagg/sums              secagg/secure_sums
+    secagg/secure_sum        secagg/protocol_steps
     secagg/trial             secagg/attempt
-    secagg/ledger            secagg/recovery
+    secagg/ledger            secagg/restart_state
     secagg/mean              secagg/decoding
     rounds                   training/run
     loop                     training/round_loop
@@ -104,10 +104,10 @@ server
     calibration_scores       training/calibration_scores
     link                     transport/grid_calls
     liveness                 transport/node_status
-    fetches                  transport/pulls
+    fetches                  transport/pending_pulls
     conversation             transport/delivery
     exchange                 transport/exchange
-    wrapped_grid             transport/grids
+    wrapped_grid             transport/grid_wrappers
 client
     data                     data/dataset
     partition                data/partition
@@ -127,9 +127,9 @@ client
     private_counts           privacy/noised_evaluation
     private_training         privacy/dp_sgd
     private_release          privacy/noise_calibration
-    relay                    relay/forward
+    relay                    relay/message_relay
     socket_link              relay/worker_client
-    secure_work              secagg/sums
+    secure_work              secagg/secure_sums
     secure_answers           secagg/participant
     secure_session           secagg/session
     contribution             secagg/input_vector
@@ -145,13 +145,13 @@ client
     state                    training/control_variates
     device                   training/device
     eager                    training/optimizers
-    figures                  training/counts
+    figures                  training/requested_counts
     calibration              training/calibration
     calibration_ranges       training/calibration_ranges
     calibration_request      training/calibration_request
     calibrated               training/calibration_replay_guard
-    graph_runs               training/graph_runs
-    graph_child              training/graph_child
+    graph_runs               training/onnx_runs
+    graph_child              training/onnx_child
     serve                    worker/process
     service                  worker/socket_server
     worker                   worker/handlers
@@ -170,6 +170,10 @@ shared
     cli                      cli/main
     command_line             cli/command
     compile/export           compile/onnx_export
+    compile/gpu              compile/gpu_capability
+    compile/observe          compile/activation_observer
+    compile/precision        compile/quantisation
+    compile/strip            compile/strip_metadata
     tolerance                compile/tolerance
     config                   config/federation
     strategy_sections        config/strategies
@@ -236,13 +240,19 @@ edge
     qualification            installation/qualification
     runtime                  runtime/model
     choice                   runtime/choice
-    rehearsal                runtime/rehearsal
-    decision                 outputs/decision
+    rehearsal                runtime/reference_trial
+    decision                 outputs/labelling
     parity                   outputs/parity
     graph                    backends/graph_file
     timing                   backends/timing
+    backends/opening         backends/open_artefact
+    serving/counts           serving/usage_counters
+    serving/protocol         serving/inference_protocol
+    serving/served           serving/loaded_model
 simulations
     flower_private           flower_patches
+    device                   demo_device
+    preparation              federation_startup
     progress                 terminal/progress
     summary                  terminal/summary
     wording                  terminal/text
@@ -260,12 +270,12 @@ client
 server
     test_masked_terms            aggregation/test_privacy_cost
     test_noised_replies          admission/test_validation_noise
-    test_packed_grid             transport/test_grids
+    test_packed_grid             transport/test_grid_wrappers
     test_units                   deployment/test_systemd
     report/test_style            report/page/test_render_style
-    secagg/test_noised_sums      secagg/test_aggregator_noise
-    secagg/test_secure_again     secagg/test_coordinator_restart
-    secagg/test_secure_lies      secagg/test_coordinator_lies
+    secagg/test_noised_sums      secagg/test_secure_sums_noise
+    secagg/test_secure_again     secagg/test_protocol_steps_restart
+    secagg/test_secure_lies      secagg/test_protocol_steps_lies
 shared
     test_bounded                 test_files_reading
     test_npy                     wire/test_npy_writing
@@ -321,9 +331,8 @@ shared.secagg.transcript     Bundle             KeyAdvertisement
 ALIASES = {
     "fedge.edge.inputs.reader": "inputs",
     "fedge.server.aggregation.updates": "site_updates",
-    "fedge.server.participants.messages": "requests",
+    "fedge.server.participants.request_content": "requests",
     "fedge.server.release.artefacts": "artefact_builds",
-    "fedge.server.report.noise": "noise_figures",
     "fedge.server.runs.listener": "listeners",
     "fedge.server.runs.results": "run_results",
     "fedge.client.worker.process": "worker_process",

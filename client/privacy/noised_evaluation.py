@@ -12,7 +12,7 @@ from fedge.client import requests
 from fedge.client.privacy.charging import ChargedReplies, ReleaseRequest
 from fedge.client.requests import Address
 from fedge.client.secagg.participant import is_secure, min_sites_of
-from fedge.client.training.counts import Reported, RequestedCounts
+from fedge.client.training.requested_counts import Reported, RequestedCounts
 from fedge.shared import protocol
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import SiteError

@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 from fedge.client import requests
 from fedge.client.privacy.noising import PrivateWork, Round
 from fedge.client.secagg.participant import is_secure
-from fedge.client.secagg.sums import SecureSums
+from fedge.client.secagg.secure_sums import SecureSums
 from fedge.client.training.learner import Learner
 from fedge.shared.config.privacy import CENTRAL
 from fedge.shared.wire.tensors import NDArrays

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from fedge.client import requests
 from fedge.client.requests import Terms
-from fedge.client.training import calibration_ranges, calibration_replay_guard, graph_runs
+from fedge.client.training import calibration_ranges, calibration_replay_guard, onnx_runs
 from fedge.client.training.calibration_ranges import ObservedRanges
 from fedge.client.training.calibration_request import CalibrationRequest
-from fedge.client.training.counts import Reported, RequestedCounts
-from fedge.client.training.graph_runs import GraphFailedError
 from fedge.client.training.learner import CHUNK, Learner
 from fedge.client.training.local_steps import Examples
+from fedge.client.training.onnx_runs import GraphFailedError
+from fedge.client.training.requested_counts import Reported, RequestedCounts
 from fedge.shared import protocol
 from fedge.shared.compile import candidates, ranges
 from fedge.shared.config.privacy import PrivacySection
@@ -83,7 +83,7 @@ class SiteCalibration:
             section: the run's privacy section.
 
         Raises:
-            SiteError: 414, the request is refused, or this run requested other ranges before; 429, its graph's digest is
+            SiteError: 414, the request is refused, or the run asked for other ranges before; 429, its graph's digest is
                 not that of this site's graph; 413, the site cannot export the graph.
         """
         calibration = CalibrationRequest.parse(request, self._task.name, terms, received)
@@ -262,7 +262,7 @@ class SiteCalibration:
         x, terms = held_out.x.cpu().numpy(), calibration.running
         counters = {}
         for kind, logits in zip(
-            graphs, graph_runs.logits(list(graphs.values()), x, width, terms), strict=True
+            graphs, onnx_runs.logits(list(graphs.values()), x, width, terms), strict=True
         ):
             if isinstance(logits, GraphFailedError):
                 log.warning("%s: %s", kind, logits)

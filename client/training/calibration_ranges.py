@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.client.data.seeding import generator
-from fedge.client.training import graph_runs
-from fedge.client.training.graph_runs import GraphFailedError, Terms
+from fedge.client.training import onnx_runs
+from fedge.client.training.onnx_runs import GraphFailedError, Terms
 from fedge.shared.compile import ranges
-from fedge.shared.compile.observe import observed
+from fedge.shared.compile.activation_observer import observed
 from fedge.shared.errors import SiteError
 
 log = logging.getLogger(__name__)
@@ -114,4 +114,4 @@ def _extremes(
         left = until - time.monotonic()
         if left <= 0:
             raise GraphFailedError(f"must be run within {terms.deadline:g} s")
-        yield graph_runs.extremes(graph, part, tensors, Terms(left, terms.threads))
+        yield onnx_runs.extremes(graph, part, tensors, Terms(left, terms.threads))

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fedge.client import requests
 from fedge.client.requests import Terms
-from fedge.client.training import graph_runs
+from fedge.client.training import onnx_runs
 from fedge.shared import protocol
 from fedge.shared.compile.candidates import CANDIDATES, Ranges
 from fedge.shared.compile.ranges import EDGES
@@ -70,10 +70,10 @@ class CalibrationRequest:
         return cls(request, config, terms, received, _section_of(config), graph)
 
     @property
-    def running(self) -> graph_runs.Terms:
+    def running(self) -> onnx_runs.Terms:
         """Deadline and threads of the graphs."""
-        longest = min(self.section.deadline, graph_runs.MAX_DEADLINE)
-        return graph_runs.Terms(longest, self.terms.threads)
+        longest = min(self.section.deadline, onnx_runs.MAX_DEADLINE)
+        return onnx_runs.Terms(longest, self.terms.threads)
 
     def candidates(self) -> dict[str, str]:
         """Kinds of candidate graphs, each with the SHA-256 (hex) that it must have.

@@ -25,14 +25,14 @@ from fedge.client.privacy.noising import PrivateWork, Round
 from fedge.client.privacy.rounds import PrivateRounds
 from fedge.client.requests import Address, Terms, section_of
 from fedge.client.secagg.participant import is_secure
+from fedge.client.secagg.secure_sums import SecureSums
 from fedge.client.secagg.session import Anchors
-from fedge.client.secagg.sums import SecureSums
 from fedge.client.settings.privacy_policy import PrivacyPolicy, simulated
-from fedge.client.training import counts
 from fedge.client.training import device as devices
+from fedge.client.training import requested_counts
 from fedge.client.training.calibration import SiteCalibration
-from fedge.client.training.counts import RequestedCounts
 from fedge.client.training.learner import Learner
+from fedge.client.training.requested_counts import RequestedCounts
 from fedge.shared import protocol
 from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.errors import FedgeError, SiteError
@@ -206,7 +206,9 @@ class SiteWorker:
         section = section_of(config)
         if kind == protocol.EVALUATE:
             count = partial(self.learner.count, received, held_out)
-            requested = counts.evaluation_counts(self.task.counter_names, len(held_out.y), count)
+            requested = requested_counts.evaluation_counts(
+                self.task.counter_names, len(held_out.y), count
+            )
         else:
             requested = self._calibration.figures(
                 kind, request, terms, received, (train_examples, held_out), section

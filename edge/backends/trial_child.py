@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from fedge.edge.backends.backend import Shapes
-from fedge.edge.backends.opening import open_artefact
+from fedge.edge.backends.open_artefact import open_artefact
 from fedge.edge.backends.timing import peak_rss_mb, percentile, timed
 from fedge.shared.bundle.manifest_artefacts import Artefact
 from fedge.shared.errors import FedgeError, brief

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.edge.outputs.decision import decide
+from fedge.edge.outputs.labelling import decide
 from fedge.shared.bundle.generated_examples import MAX_BATCH_VALUES, example
 from fedge.shared.bundle.manifest import Manifest
 from fedge.shared.compile.tolerance import tolerance

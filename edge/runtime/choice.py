@@ -14,7 +14,7 @@ from fedge.edge.backends.candidates import candidates, place_of
 from fedge.edge.backends.device import cpu_name, detect, runtime_versions
 from fedge.edge.backends.graph_file import refuse_external_data
 from fedge.edge.backends.onnx_graph import OnnxBackend
-from fedge.edge.backends.opening import open_artefact
+from fedge.edge.backends.open_artefact import open_artefact
 from fedge.edge.backends.trial import try_out
 from fedge.edge.installation.record import FILE, DeviceRecord
 from fedge.edge.outputs import parity

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fedge.edge.backends.backend import Backend, Shapes
 from fedge.edge.installation.record import DeviceRecord
-from fedge.edge.outputs.decision import Prediction, decide
+from fedge.edge.outputs.labelling import Prediction, decide
 from fedge.edge.runtime.choice import Choice, best, named
-from fedge.edge.runtime.rehearsal import rehearse
+from fedge.edge.runtime.reference_trial import rehearse
 from fedge.shared.bundle.bundle import Bundle
 from fedge.shared.bundle.manifest import Manifest
 from fedge.shared.bundle.manifest_checks import network_shape

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.edge.serving.counts import Counts
+from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.errors import BundleError, FedgeError, InputError
 
 Array: TypeAlias = NDArray[Any]

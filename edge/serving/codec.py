@@ -14,8 +14,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from fedge.edge.outputs.decision import decide
-from fedge.edge.serving.protocol import message, varint
+from fedge.edge.outputs.labelling import decide
+from fedge.edge.serving.inference_protocol import message, varint
 from fedge.shared.errors import InputError
 from fedge.shared.preprocessing.schema import OutputSchema
 

@@ -16,11 +16,11 @@ from fedge.edge.serving.options import add_options, limits_of
 from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
-    from fedge.edge.serving.counts import Counts
+    from fedge.edge.serving.loaded_model import Limits, Served
     from fedge.edge.serving.metrics import MetricsServer
     from fedge.edge.serving.reload import Background
-    from fedge.edge.serving.served import Limits, Served
     from fedge.edge.serving.service import Service
+    from fedge.edge.serving.usage_counters import Counts
 
 _log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ def _run(arguments: Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedge.edge.installation.folder import watched
     from fedge.edge.serving import credentials
-    from fedge.edge.serving.counts import Counts
     from fedge.edge.serving.reload import Background, Reloader, look
     from fedge.edge.serving.server import InferenceServer
     from fedge.edge.serving.service import Service
+    from fedge.edge.serving.usage_counters import Counts
 
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
@@ -128,7 +128,7 @@ def _loader(arguments: Namespace, limits: Limits, counts: Counts) -> Callable[[]
     """A function that verifies and loads the current bundle."""
     from fedge.edge.inputs.reader import read_statistics
     from fedge.edge.runtime.model import EdgeModel
-    from fedge.edge.serving.served import Served
+    from fedge.edge.serving.loaded_model import Served
     from fedge.shared.errors import BundleError
 
     keys: set[str] = set()

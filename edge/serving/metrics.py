@@ -17,9 +17,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from fedge.edge.serving.counts import ROWS, SECONDS, Counts
 from fedge.edge.serving.credentials import Address
 from fedge.edge.serving.service import Service
+from fedge.edge.serving.usage_counters import ROWS, SECONDS, Counts
 from fedge.shared.errors import DeployError
 from fedge.shared.files import reason
 

@@ -17,7 +17,7 @@ from fedge.edge.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from fedge.edge.serving.served import Limits
+    from fedge.edge.serving.loaded_model import Limits
 
 _MAX_BATCH: Final = 4096
 _MAX_QUEUE: Final = 4096
@@ -108,7 +108,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def limits_of(arguments: Namespace) -> Limits:
     """The server's limits from its parsed options."""
-    from fedge.edge.serving.served import Limits
+    from fedge.edge.serving.loaded_model import Limits
 
     return Limits(
         max_batch=arguments.max_batch,

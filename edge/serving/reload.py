@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from fedge.edge.serving.counts import Counts
-from fedge.edge.serving.served import Served
+from fedge.edge.serving.loaded_model import Served
 from fedge.edge.serving.service import Service
+from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.errors import BundleError, FedgeError, UsageError, one_line
 
 Seen: TypeAlias = tuple[int, int, int, int] | None

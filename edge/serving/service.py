@@ -17,9 +17,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedge.edge.serving import codec
-from fedge.edge.serving.counts import Counts
-from fedge.edge.serving.protocol import HEALTH_SERVICE, SERVICE, message
-from fedge.edge.serving.served import Served
+from fedge.edge.serving.inference_protocol import HEALTH_SERVICE, SERVICE, message
+from fedge.edge.serving.loaded_model import Served
+from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.errors import FedgeError, InputError, UsageError, one_line
 
 Method: TypeAlias = Callable[[bytes, Any], bytes]

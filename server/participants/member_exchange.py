@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.availability import Availability
 from fedge.server.participants.members import Member
 from fedge.server.runs.listener import Listener

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedge.server.admission.validation_result import Registration, Rejection
-from fedge.server.participants import messages
+from fedge.server.participants import request_content
 from fedge.server.participants.members import (
     Member,
     admit_again,
@@ -202,10 +202,10 @@ class Registry:
                 server_round, "register", [f"node {n}" for n in waiting], seconds
             )
         )
-        probe = messages.probe(self.run_id, 0, self.task.name, len(nodes))
+        probe = request_content.probe(self.run_id, 0, self.task.name, len(nodes))
         replies = exchange(
             self.node_status,
-            messages.register(self.run_id, self.config, nodes, deadline),
+            request_content.register(self.run_id, self.config, nodes, deadline),
             deadline,
             events,
             None if self.node_status.grid_client.direct else probe,

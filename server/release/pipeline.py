@@ -15,7 +15,7 @@ from fedge.server.aggregation.privacy_cost import is_secret_sample
 from fedge.server.release import compile_record, qualification
 from fedge.server.release.compile_record import Compiled
 from fedge.server.release.placeholder_manifest import statistics_options
-from fedge.server.report.noise import below_noise_floor
+from fedge.server.report.noised_figures import below_noise_floor
 from fedge.server.report.page.render import write as write_report
 from fedge.server.runs import trained_model
 from fedge.server.runs.directory import RunDirectory

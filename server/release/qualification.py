@@ -26,7 +26,7 @@ from fedge.shared.bundle.manifest_artefacts import (
     Qualification,
     Score,
 )
-from fedge.shared.compile import gpu, tensorrt
+from fedge.shared.compile import gpu_capability, tensorrt
 from fedge.shared.compile.targets import SOURCES
 from fedge.shared.compile.tolerance import tolerance
 from fedge.shared.errors import ReleaseError
@@ -165,7 +165,7 @@ def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) ->
 
 def _runs_here(engine: Engine) -> bool:
     """Whether this machine has the GPU and the runtime of an engine, so that its failure is the engine's own."""
-    here = gpu.capability()
+    here = gpu_capability.capability()
     return here in engine.capabilities and tensorrt.version(engine.runtime) == engine.version
 
 

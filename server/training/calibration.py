@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.server.admission import calibration as gate
-from fedge.server.admission.calibration import RAN
+from fedge.server.admission import calibration_validation as gate
+from fedge.server.admission.calibration_validation import RAN
 from fedge.server.runs.journal import Line
 from fedge.server.training import calibration_scores as scores
 from fedge.server.training.calibration_exchange import CalibrationRequest, Exchanges, Model

@@ -10,12 +10,12 @@ from flwr.app import ConfigRecord, ConfigRecordValues, Message
 
 from fedge.server.admission.validation_result import Evaluation, Expected, Verdict
 from fedge.server.aggregation import privacy_cost
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.availability import Availability
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.runs.journal import Line
-from fedge.server.secagg.aggregator import Counters, SecureSums
+from fedge.server.secagg.secure_sums import Counters, SecureSums
 from fedge.server.training.round_record import RoundRecord
 from fedge.shared import protocol
 from fedge.shared.compile.calibration import Absent

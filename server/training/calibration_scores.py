@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from fedge.server.admission.calibration import RAN
-from fedge.server.report.noise import below_noise_floor
+from fedge.server.admission.calibration_validation import RAN
+from fedge.server.report.noised_figures import below_noise_floor
 from fedge.server.training.metrics import ratios, stddevs
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP32
 from fedge.shared.compile.calibration import Counted

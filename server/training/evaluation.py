@@ -9,11 +9,11 @@ from flwr.app import ConfigRecord, Message
 
 from fedge.server.admission.validation import admit_evaluate
 from fedge.server.admission.validation_result import Evaluation, Expected
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.availability import Availability
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
-from fedge.server.secagg.aggregator import SecureSums
+from fedge.server.secagg.secure_sums import SecureSums
 from fedge.server.training.metrics import secure_summary, summary
 from fedge.server.training.round_record import RoundRecord
 from fedge.shared.config.federation import Config

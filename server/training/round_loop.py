@@ -24,7 +24,7 @@ from fedge.server.aggregation.central_noise import CentralNoise
 from fedge.server.aggregation.privacy_cost import is_secret_sample
 from fedge.server.aggregation.step import aggregate
 from fedge.server.aggregation.updates import RoundResult, Singles, Update
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants import selection
 from fedge.server.participants.availability import Availability
 from fedge.server.participants.member_exchange import MemberExchange
@@ -35,7 +35,7 @@ from fedge.server.runs.checkpoints import checkpoints_to_keep
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.runs.journal import Journal, Line
 from fedge.server.runs.listener import Listener
-from fedge.server.secagg.aggregator import SecureSums
+from fedge.server.secagg.secure_sums import SecureSums
 from fedge.server.training.calibration import Calibrator
 from fedge.server.training.calibration_exchange import Exchanges
 from fedge.server.training.evaluation import Evaluator

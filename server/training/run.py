@@ -20,8 +20,8 @@ from fedge.server.runs import checkpoints, results
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.runs.journal import Journal
 from fedge.server.runs.listener import Listener
-from fedge.server.secagg.aggregator import SecureSums
-from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.secagg.restart_state import RecoveryStore
+from fedge.server.secagg.secure_sums import SecureSums
 from fedge.server.training.round_loop import Loop
 from fedge.server.transport.grid_calls import Clock, GridClient, Timeouts
 from fedge.server.transport.node_status import NodeStatus

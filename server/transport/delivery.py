@@ -16,7 +16,7 @@ from flwr.app import Array, Message, RecordDict
 
 from fedge.server.transport.grid_calls import TimedGrid, no_op
 from fedge.server.transport.node_status import NodeStatus
-from fedge.server.transport.pulls import PendingPulls
+from fedge.server.transport.pending_pulls import PendingPulls
 from fedge.shared import protocol
 
 #: Seconds that Flower keeps a message beyond the deadline, to distinguish a late reply from none.

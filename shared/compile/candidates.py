@@ -89,7 +89,7 @@ def derived(kind: str, graph: bytes, ranges: Ranges | None) -> bytes:
         return graph
     if kind not in CANDIDATES or (kind in QUANTISED and ranges is None):
         raise ValueError(f"candidate: must be of {', '.join(CANDIDATES)}, got {kind!r:.40}")
-    from fedge.shared.compile.precision import quantise, to_fp16
+    from fedge.shared.compile.quantisation import quantise, to_fp16
 
     ranges_key = repr(sorted(ranges.items())) if kind in QUANTISED and ranges is not None else ""
     key = (kind, hashlib.sha256(graph).hexdigest(), ranges_key)
@@ -119,7 +119,7 @@ def tensors(graph: bytes) -> tuple[str, ...]:
     key = hashlib.sha256(graph).hexdigest()
     with _lock:
         if key not in _tensors:
-            from fedge.shared.compile.precision import activations
+            from fedge.shared.compile.quantisation import activations
 
             _tensors.clear()
             _tensors[key] = activations(graph)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedge.shared.bundle.manifest import GRAPH_BATCH, GRAPH_INPUT
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.compile.parity import TOLERANCE, first_line, outputs_of, parity
-from fedge.shared.compile.strip import strip
+from fedge.shared.compile.strip_metadata import strip
 from fedge.shared.errors import ReleaseError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final
 
-from fedge.shared.compile import gpu
+from fedge.shared.compile import gpu_capability
 from fedge.shared.compile.tensorrt_process import (
     BATCH,
     Built,
@@ -156,7 +156,7 @@ def _capabilities(module: Any, runtime: str, requested: Sequence[int]) -> tuple[
     if not hasattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         message = f"{runtime}: must be of version 10 or newer, got {module.__version__}"
         raise ReleaseError(608, message)
-    present = gpu.capability()
+    present = gpu_capability.capability()
     if present is None:
         raise ReleaseError(608, f"{runtime}: must be built where the GPU is, got no GPU here")
     if requested and tuple(requested) != (present,):

@@ -43,7 +43,7 @@ def _run(arguments: Namespace) -> int:
     import time
 
     from fedge.server.runs.directory import require_free
-    from fedge.simulations import device
+    from fedge.simulations import demo_device
 
     started = time.monotonic()
 
@@ -51,7 +51,7 @@ def _run(arguments: Namespace) -> int:
         if not arguments.json:
             sys.stdout.write(text)
 
-    edge = device.find(arguments.edge)
+    edge = demo_device.find(arguments.edge)
     out = arguments.out or _free(Path("runs/demo"))
     require_free(out, resume=False)
     # Imported here, as these import torch and Flower.

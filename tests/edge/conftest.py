@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedge.edge.backends import trial
 from fedge.edge.backends.cuda import Driver
-from fedge.edge.runtime import rehearsal
+from fedge.edge.runtime import reference_trial
 from fedge.shared.bundle.bundle import write_bundle
 from fedge.shared.bundle.manifest import Manifest, Parity
 from fedge.shared.bundle.manifest_artefacts import Artefact, Engine, Latency, Qualification
@@ -336,7 +336,7 @@ def no_gpu() -> None:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials may take longer than on a device, as the machine may be busy with other tests."""
     monkeypatch.setattr(trial, "DEADLINE", 120.0)
-    monkeypatch.setattr(rehearsal, "DEADLINE", 120.0)
+    monkeypatch.setattr(reference_trial, "DEADLINE", 120.0)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from flwr.app import Context, RecordDict
 
 from fedge.client.app import app as client_app
 from fedge.client.data.dataset import site_shares
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app
 from fedge.server.runs import listener
@@ -49,13 +49,13 @@ def serve(directory: RunDirectory, flower_run: int) -> None:
     shares = site_shares(CONFIG, get_task("breast-cancer"))
     for site, data in shares.items():
         worker = SiteWorker(site, get_task("breast-cancer"), data, directory.sites / site)
-        forward.connect(site, DirectLink(worker))
+        message_relay.connect(site, DirectLink(worker))
     try:
         grid = InProcessGrid(dict(enumerate(shares, start=1)), client_app, flower_run)
         app(grid, Context(flower_run, 0, {}, RecordDict(), {"run-dir": str(directory.path)}))
     finally:
         for site in shares:
-            forward.disconnect(site)
+            message_relay.disconnect(site)
 
 
 @pytest.mark.slow

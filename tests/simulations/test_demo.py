@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedge.shared.errors import UsageError
-from fedge.simulations import device
+from fedge.simulations import demo_device
 
 PROGRAM = "import sys; from fedge.shared.cli.main import main; sys.exit(main())"
 
@@ -76,13 +76,13 @@ def test_the_whole_chain(edge_env: Path, tmp_path: Path) -> None:
 
 def test_a_folder_without_fedge_edge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
-        device.find(tmp_path)
+        demo_device.find(tmp_path)
     assert raised.value.code == 105
 
 
 @pytest.mark.slow
 def test_a_device_that_fails_is_an_error_with_its_own_words(tmp_path: Path) -> None:
-    own = device.find(None)
+    own = demo_device.find(None)
     (tmp_path / "x.fedge").write_bytes(b"not a bundle")
     (tmp_path / "k.pub").write_text("no key")
     with pytest.raises(UsageError) as raised:

@@ -10,7 +10,7 @@ from typing import Any
 import builders
 import pytest
 
-from fedge.client.relay import forward
+from fedge.client.relay import message_relay
 from fedge.server.runs.journal import Journal
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, DataError, RunError
@@ -142,7 +142,7 @@ def test_a_run_that_stops_leaves_no_site_connected(tmp_path: Path):
     with pytest.raises(RunError) as stopped:
         simulate(config(**{"require-sites": ["elsewhere"]}), tmp_path / "run")
     assert stopped.value.code == 502
-    assert not forward._links
+    assert not message_relay._links
 
 
 def test_data_that_cannot_be_divided_are_an_error_of_the_data(tmp_path: Path):

@@ -18,8 +18,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedge.client.app import app as client_app
 from fedge.client.data.dataset import site_shares
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.client.secagg import input_vector
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
@@ -109,11 +109,11 @@ class Sites:
         """Connect new workers of all sites."""
         for site in self.shares:
             self.workers[site] = self.worker(site)
-            forward.connect(site, DirectLink(self.workers[site]))
+            message_relay.connect(site, DirectLink(self.workers[site]))
 
     def end(self) -> None:
         for site in self.shares:
-            forward.disconnect(site)
+            message_relay.disconnect(site)
 
     def coordinate(self, dies: Callable[[str, str, str], bool] = lambda *_: False) -> Path:
         """A coordinator, from where the last one ended.

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedge.client.relay import forward
+from fedge.client.relay import message_relay
 from fedge.server.release.pipeline import release
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.runs.journal import Journal
@@ -115,7 +115,7 @@ def test_sites_participate_in_turn(tmp_path: Path) -> None:
 def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None:
     """Leaving it out would reveal that none came."""
     app = ClientApp()
-    app.query("register")(forward.forward)
+    app.query("register")(message_relay.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -131,7 +131,7 @@ def test_a_round_of_which_no_update_comes_is_noise_alone(tmp_path: Path) -> None
 def test_a_run_of_noise_alone_ends(tmp_path: Path) -> None:
     """As where the budget of all sites is spent."""
     app = ClientApp()
-    app.query("register")(forward.forward)
+    app.query("register")(message_relay.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -273,13 +273,13 @@ def test_no_site_learns_how_many_were_sampled(tmp_path: Path) -> None:
 
     def watching(name: str) -> ClientApp:
         app = ClientApp()
-        app.query("register")(forward.forward)
+        app.query("register")(message_relay.forward)
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
             reported = message.content.config_records["config"]
             seen.setdefault(name, []).append(int(str(reported["cohort"])))
-            return forward.forward(message, context)
+            return message_relay.forward(message, context)
 
         return app
 

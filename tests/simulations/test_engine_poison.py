@@ -26,7 +26,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from fedge.client.relay import forward
+from fedge.client.relay import message_relay
 from fedge.shared.config.federation import Config
 from fedge.shared.wire.tensors import read
 from fedge.simulations.engine import simulate
@@ -157,13 +157,13 @@ REJECTED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
 def _hostile(poisons: list[Callable[[RecordDict], None] | None]) -> ClientApp:
     """fedge's relay, but the bad site alters its reply to round r by ``poisons[r - 1]``; None raises instead."""
     app = ClientApp()
-    app.query("register")(forward.forward)
-    app.evaluate()(forward.forward)
+    app.query("register")(message_relay.forward)
+    app.evaluate()(message_relay.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         server_round = int(str(message.content.config_records["config"]["server-round"]))
-        reply = forward.forward(message, context)
+        reply = message_relay.forward(message, context)
         if context.node_config["site"] != BAD:
             return reply
         poison = poisons[server_round - 1]
@@ -340,14 +340,14 @@ def ClientApp_of_all() -> ClientApp:
 
 def test_error_numbers_of_a_site_are_shown_only_when_known(tmp_path: Path) -> None:
     app = ClientApp()
-    app.query("register")(forward.forward)
-    app.evaluate()(forward.forward)
+    app.query("register")(message_relay.forward)
+    app.evaluate()(message_relay.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         if context.node_config["site"] == BAD:
             return Message(Error(code=99_999, reason="<script>alert(1)</script>"), reply_to=message)
-        return forward.forward(message, context)
+        return message_relay.forward(message, context)
 
     directory = simulate(_config("FedAvg", 1), tmp_path / "run", app=app)
     (line,) = _lines(directory.path)
@@ -367,12 +367,12 @@ def test_a_site_cannot_take_over_by_what_it_registers(
     claim: dict[str, int], shown: str, tmp_path: Path
 ) -> None:
     app = ClientApp()
-    app.train()(forward.forward)
-    app.evaluate()(forward.forward)
+    app.train()(message_relay.forward)
+    app.evaluate()(message_relay.forward)
 
     @app.query("register")
     def register(message: Message, context: Context) -> Message:
-        reply = forward.forward(message, context)
+        reply = message_relay.forward(message, context)
         if context.node_config["site"] != BAD:
             return reply
         content = RecordDict({k: v.copy() for k, v in reply.content.items()})

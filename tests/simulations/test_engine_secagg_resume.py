@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 
 from fedge.client.app import app as client_app
 from fedge.client.data.dataset import site_shares
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.app import app as server_app
@@ -112,7 +112,7 @@ class Deployed:
         for site, data in self.shares.items():
             home = self.folder / "homes" / site
             worker = SiteWorker(site, self.task, data, home, anchors=self.anchors[site])
-            forward.connect(site, DirectLink(worker))
+            message_relay.connect(site, DirectLink(worker))
 
     def run(self, grid: Callable[..., InProcessGrid] = InProcessGrid, listener: Any = None) -> Path:
         """The coordinator, from where the last one ended."""
@@ -127,7 +127,7 @@ class Deployed:
     def end(self) -> None:
         """Disconnect them."""
         for site in self.shares:
-            forward.disconnect(site)
+            message_relay.disconnect(site)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fedge.server.report import format as fmt
-from fedge.server.report import noise as noise_figures
+from fedge.server.report import noised_figures as noise_figures
 from fedge.server.report.format import MISSING, esc, metric_name
 from fedge.server.report.json_values import mapping, number, numbers, sequence, text
 from fedge.server.report.page.device import latency_card

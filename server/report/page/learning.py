@@ -7,7 +7,7 @@ from functools import partial
 from statistics import quantiles
 
 from fedge.server.report import format as fmt
-from fedge.server.report import noise as noise_figures
+from fedge.server.report import noised_figures as noise_figures
 from fedge.server.report.charts import Band, Line, line_chart, responsive
 from fedge.server.report.format import esc, metric_name, metric_value
 from fedge.server.report.records import Round, Run

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import quantiles
 
 from fedge.server.report import format as fmt
-from fedge.server.report import noise as noise_figures
+from fedge.server.report import noised_figures as noise_figures
 from fedge.server.report.axes import nice_ticks, tick_texts
 from fedge.server.report.charts import Column, bar, column_chart, responsive, sparkline
 from fedge.server.report.format import esc, metric_name, metric_value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedge.server.report import format as fmt
-from fedge.server.report import noise as noise_figures
+from fedge.server.report import noised_figures as noise_figures
 from fedge.server.report.format import THIN, esc, metric_name, metric_value, tile
 from fedge.server.report.json_values import mapping, number
 from fedge.server.report.page.bundle import parity

@@ -130,7 +130,7 @@ def test_the_deadline_is_the_environments(monkeypatch, text, found):
 @pytest.mark.slow
 def test_the_relays_side_imports_neither_torch_nor_pydantic_nor_data():
     code = (
-        "import sys, fedge.client.app, fedge.client.relay.forward, fedge.client.relay.worker_client;"
+        "import sys, fedge.client.app, fedge.client.relay.message_relay, fedge.client.relay.worker_client;"
         "print([m for m in ('torch', 'pydantic', 'sklearn', 'scipy', 'safetensors', 'fedge.client.worker.handlers',"
         " 'fedge.client.data.dataset', 'fedge.client.settings.policy', 'fedge.shared.config.federation',"
         " 'fedge.shared.tasks.task') if m in sys.modules])"

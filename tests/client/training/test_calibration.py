@@ -16,16 +16,16 @@ from fedge.client.requests import section_of
 from fedge.client.settings import policy
 from fedge.client.settings.policy import Policy
 from fedge.client.settings.privacy_policy import PrivacyPolicy
-from fedge.client.training import calibration_ranges, graph_runs
+from fedge.client.training import calibration_ranges, onnx_runs
 from fedge.client.training.calibration import SiteCalibration
 from fedge.client.training.calibration_request import CalibrationRequest
-from fedge.client.training.graph_runs import Terms
 from fedge.client.training.learner import Learner
+from fedge.client.training.onnx_runs import Terms
 from fedge.client.worker.handlers import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, ONNX_INT8, ONNX_KINDS
 from fedge.shared.compile import candidates, ranges
-from fedge.shared.compile.observe import observed
+from fedge.shared.compile.activation_observer import observed
 from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 from fedge.shared.privacy.ledger.ledger import FILE, Ledger
@@ -127,7 +127,7 @@ def test_ranges_are_the_smallest_and_largest_activations_of_the_training_example
     told = metrics(reply)
     names = candidates.tensors(graph)
     x = (data.train_features - np.float32([1.5, 1.5])) / np.float32([1.5, 2.0])
-    seen = graph_runs.extremes(observed(graph, names), x, len(names), Terms(60.0, 1))
+    seen = onnx_runs.extremes(observed(graph, names), x, len(names), Terms(60.0, 1))
     assert told["num-examples"] == 37
     at = names.index("input")
     assert told["range-low"][at] == pytest.approx(x.min(), rel=1e-6)

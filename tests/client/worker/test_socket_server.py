@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from fedge.client.relay import forward
+from fedge.client.relay import message_relay
 from fedge.client.relay.worker_client import DEATHS, SocketLink
 from fedge.client.settings import policy_writer
 from fedge.client.settings.policy import PolicyFile
@@ -134,13 +134,13 @@ def test_the_relay_finds_the_worker_by_its_environment(served, request_of, weigh
     monkeypatch.setenv("FEDGE_WORKER_SOCKET", str(served.path))
     monkeypatch.setenv("FEDGE_WORKER_DEADLINE", "20")
     monkeypatch.setenv("FEDGE_BUNDLE", BUNDLE)
-    reply = forward.forward(request_of(TRAIN, weights), context)
+    reply = message_relay.forward(request_of(TRAIN, weights), context)
     assert reply.content[protocol.CONFIG][protocol.SITE] == "site-1"
     monkeypatch.setenv("FEDGE_BUNDLE", OTHER)
-    reply = forward.forward(request_of(TRAIN, weights), context)
+    reply = message_relay.forward(request_of(TRAIN, weights), context)
     assert (reply.error.code, reply.error.reason) == (419, "FE-419")
     monkeypatch.delenv("FEDGE_WORKER_SOCKET")
-    assert forward.forward(request_of(TRAIN, weights), context).error.code == 413
+    assert message_relay.forward(request_of(TRAIN, weights), context).error.code == 413
 
 
 def test_a_repeated_request_is_answered_from_the_last_reply(served, request_of, weights):

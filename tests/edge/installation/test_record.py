@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedge.edge.backends import opening
+from fedge.edge.backends import open_artefact
 from fedge.edge.backends.backend import CPU, RTX
 from fedge.edge.backends.device import cpu_name, runtime_versions
 from fedge.edge.installation.folder import open_installed, source, watched
@@ -132,7 +132,7 @@ def test_another_gpu_than_the_recorded_one_puts_the_record_aside(
     bundle, _ = open_installed(directory, load_public(trust))
 
     def elsewhere(*arguments: Any, **more: Any) -> Any:
-        backend = opening.open_artefact(*arguments, **more)
+        backend = open_artefact.open_artefact(*arguments, **more)
         backend.device = "Another GPU"  # type: ignore[misc]
         return backend
 

@@ -15,11 +15,11 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
 from fedge.edge.runtime.model import EdgeModel
-from fedge.edge.serving.counts import Counts
 from fedge.edge.serving.credentials import Address
-from fedge.edge.serving.served import Limits, Served
+from fedge.edge.serving.loaded_model import Limits, Served
 from fedge.edge.serving.server import InferenceServer
 from fedge.edge.serving.service import Service
+from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.bundle.bundle import open_bundle
 from fedge.shared.crypto.dsse import load_public
 

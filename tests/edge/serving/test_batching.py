@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedge.edge.serving.batching import Batcher
-from fedge.edge.serving.counts import Counts
+from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.errors import BundleError, FedgeError, InputError
 
 Array = np.ndarray[Any, Any]

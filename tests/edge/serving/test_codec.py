@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-from fedge.edge.serving import protocol
+from fedge.edge.serving import inference_protocol
 from fedge.edge.serving.codec import OUTPUTS, Decoder, Signature, decode, encode
 from fedge.shared.errors import FedgeError, InputError
 from fedge.shared.preprocessing.schema import OutputSchema
@@ -242,12 +242,12 @@ def test_the_messages_agree_with_the_published_ones() -> None:
         "InferOutputTensor": "ModelInferResponse.InferOutputTensor",
     }
     pool = service_pb2.DESCRIPTOR.pool
-    for line in protocol._TABLE.strip().splitlines():
+    for line in inference_protocol._TABLE.strip().splitlines():
         name = line.split()[0]
         if name.startswith("Health"):
             continue
         theirs = pool.FindMessageTypeByName(f"inference.{published.get(name, name)}")
-        for field in protocol.message(name).DESCRIPTOR.fields:
+        for field in inference_protocol.message(name).DESCRIPTOR.fields:
             same = theirs.fields_by_name[field.name]
             enumeration = same.enum_type is not None  # a number on the wire
             assert field.number == same.number, (name, field.name)

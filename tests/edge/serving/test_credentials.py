@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from fedge.edge.serving.counts import Counts
 from fedge.edge.serving.credentials import Address, address, credentials
 from fedge.edge.serving.server import InferenceServer
 from fedge.edge.serving.service import Service
+from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.errors import DeployError
 
 READY = "/inference.GRPCInferenceService/ServerReady"

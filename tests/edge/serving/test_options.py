@@ -5,8 +5,8 @@ from argparse import ArgumentParser
 
 import pytest
 
+from fedge.edge.serving.loaded_model import Limits
 from fedge.edge.serving.options import add_options, limits_of
-from fedge.edge.serving.served import Limits
 
 MODEL = ("model.fedge", "--trust", "k.pub")
 

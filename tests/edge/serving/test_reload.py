@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from fedge.edge.runtime import rehearsal
+from fedge.edge.runtime import reference_trial
 from fedge.edge.serving.reload import Background, Reloader, look
 from fedge.shared.preprocessing.schema import OutputSchema
 
@@ -206,7 +206,7 @@ def test_a_graph_that_would_take_the_server_along_is_refused(
     message: str,
 ) -> None:
     """All of them signed."""
-    monkeypatch.setattr(rehearsal, "DEADLINE", 2.0 if graph == "endless" else 120.0)
+    monkeypatch.setattr(reference_trial, "DEADLINE", 2.0 if graph == "endless" else 120.0)
     caplog.set_level("INFO")
     server = running(bundle_of())
     reloader = Reloader(

@@ -15,8 +15,8 @@ from flwr.app import Message
 
 from fedge.client.app import app as client_app
 from fedge.client.data.dataset import site_shares
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.runs.directory import RunDirectory, prepare
 from fedge.server.runs.listener import NullListener
@@ -61,12 +61,14 @@ class RecordingListener(NullListener):
 def connected(given: Config, directory: RunDirectory) -> Iterator[list[str]]:
     shares = site_shares(given, TASK)
     for site, data in shares.items():
-        forward.connect(site, DirectLink(SiteWorker(site, TASK, data, directory.sites / site)))
+        message_relay.connect(
+            site, DirectLink(SiteWorker(site, TASK, data, directory.sites / site))
+        )
     try:
         yield list(shares)
     finally:
         for site in shares:
-            forward.disconnect(site)
+            message_relay.disconnect(site)
 
 
 class Scene:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fedge.server.release import artefacts
 from fedge.server.release.artefacts import Builder
 from fedge.shared.compile import tensorrt
-from fedge.shared.compile.precision import activations
+from fedge.shared.compile.quantisation import activations
 from fedge.shared.compile.targets import parse
 from fedge.shared.compile.tensorrt_process import Built
 from fedge.shared.errors import ReleaseError

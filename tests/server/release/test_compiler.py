@@ -20,7 +20,7 @@ from fedge.shared.compile import calibration
 from fedge.shared.compile.calibration import Calibration, Counted
 from fedge.shared.compile.candidates import CANDIDATES, derived
 from fedge.shared.compile.onnx_export import export_onnx, opset_of
-from fedge.shared.compile.precision import activations
+from fedge.shared.compile.quantisation import activations
 from fedge.shared.compile.targets import parse
 from fedge.shared.config import reader
 from fedge.shared.crypto.dsse import load_public, new_key

@@ -16,21 +16,21 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedge.client.app import app
 from fedge.client.data.dataset import SiteData
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.client.secagg.session import Anchors
 from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
 from fedge.server.aggregation import strategies
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.availability import Availability
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.participants.registration import Registry
 from fedge.server.runs.journal import Journal
 from fedge.server.runs.listener import NullListener
-from fedge.server.secagg.aggregator import SecureSums
-from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.secagg.restart_state import RecoveryStore
+from fedge.server.secagg.secure_sums import SecureSums
 from fedge.server.transport.grid_calls import GridClient
 from fedge.server.transport.node_status import NodeStatus
 from fedge.shared import protocol
@@ -239,7 +239,7 @@ class Rig:
                 name, self.task, old.learner.data, old.home, anchors=self.anchors[name]
             )
             self.workers[name] = new
-            forward.connect(name, DirectLink(new))
+            message_relay.connect(name, DirectLink(new))
 
     def invited(self) -> list[str]:
         """Sites that the newest attempt has asked."""
@@ -298,7 +298,7 @@ def rig(
             for i, name in enumerate(names)
         }
         for name, worker in workers.items():
-            forward.connect(name, DirectLink(worker))
+            message_relay.connect(name, DirectLink(worker))
             connected.append(name)
         grid = LosingGrid(dict(enumerate(names, start=1)), app)
         live = NodeStatus(GridClient(grid, clock=fake_time))
@@ -337,4 +337,4 @@ def rig(
 
     yield build
     for name in connected:
-        forward.disconnect(name)
+        message_relay.disconnect(name)

@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedge.client.data.dataset import site_shares
-from fedge.client.relay import forward
+from fedge.client.relay import message_relay
 from fedge.server.runs.journal import Journal
 from fedge.shared.config.federation import Config
 from fedge.shared.errors import ConfigError, RunError
@@ -30,15 +30,15 @@ def _config(**sections: Any) -> Config:
 def _failing(fails: Callable[[str, int], bool]) -> ClientApp:
     """fedge's relay, where a site raises in the rounds for which ``fails(site, round)``."""
     app = ClientApp()
-    app.query("register")(forward.forward)
-    app.evaluate()(forward.forward)
+    app.query("register")(message_relay.forward)
+    app.evaluate()(message_relay.forward)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         server_round = int(str(message.content.config_records["config"]["server-round"]))
         if fails(str(context.node_config["site"]), server_round):
             raise RuntimeError("the GPU went away")
-        return forward.forward(message, context)
+        return message_relay.forward(message, context)
 
     return app
 

@@ -10,7 +10,7 @@ from fedge.shared.bundle.manifest import GRAPH_INPUT
 from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.compile.onnx_export import export_onnx, parity
-from fedge.shared.compile.precision import activations, quantise, to_fp16
+from fedge.shared.compile.quantisation import activations, quantise, to_fp16
 from fedge.shared.compile.tensorrt import around, build_in_child
 from fedge.shared.errors import ReleaseError
 from fedge.shared.models.recurrent import RecurrentClassifier

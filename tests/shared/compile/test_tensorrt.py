@@ -9,10 +9,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fedge.shared.compile import gpu, tensorrt
+from fedge.shared.compile import gpu_capability, tensorrt
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.compile.onnx_export import export_onnx
-from fedge.shared.compile.precision import to_fp16
+from fedge.shared.compile.quantisation import to_fp16
 from fedge.shared.compile.tensorrt import Phases, around, build, build_in_child, version
 from fedge.shared.errors import ReleaseError
 from fedge.shared.models.cnn1d import CNN1d
@@ -123,10 +123,10 @@ def test_a_missing_wheel_is_named_with_how_to_install_it(graph, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*Deprecated in TensorRT-RTX:DeprecationWarning")
 def test_tensorrt_builds_for_the_gpu_at_hand(graph, monkeypatch):
     monkeypatch.setitem(tensorrt.MODULES, "tensorrt", "tensorrt_rtx")
-    monkeypatch.setattr(gpu, "capability", lambda: None)
+    monkeypatch.setattr(gpu_capability, "capability", lambda: None)
     with pytest.raises(ReleaseError, match="FE-608 tensorrt: .*got no GPU here"):
         build(graph, runtime="tensorrt")
-    monkeypatch.setattr(gpu, "capability", lambda: 87)
+    monkeypatch.setattr(gpu_capability, "capability", lambda: 87)
     with pytest.raises(ReleaseError, match="FE-608 tensorrt: .*sm87, got sm86"):
         build(graph, runtime="tensorrt", capabilities=[86])
     for cache in (None, b"damaged"):
@@ -136,7 +136,7 @@ def test_tensorrt_builds_for_the_gpu_at_hand(graph, monkeypatch):
 
 
 def test_no_driver_is_no_gpu():
-    assert gpu.capability("libno-such-driver.so") is None
+    assert gpu_capability.capability("libno-such-driver.so") is None
 
 
 def test_a_listener_that_fails_stops_the_build(graph):

@@ -13,13 +13,13 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server.aggregation.updates import Groups, Summed
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.secagg import decoding
-from fedge.server.secagg.coordinator import SecureSum
 from fedge.server.secagg.outcome import Outcome, SumRequest, UnmaskedSum
-from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.secagg.protocol_steps import SecureSum
+from fedge.server.secagg.restart_state import RecoveryStore
 from fedge.shared import protocol
 from fedge.shared.config.federation import Config
 from fedge.shared.config.strategies import COMPARING, least_replies

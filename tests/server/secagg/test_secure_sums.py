@@ -10,24 +10,24 @@ from fedge.shared.preprocessing import steps
 
 
 def evaluated(made, server_round=1, members=None):
-    from fedge.server.participants import messages
+    from fedge.server.participants import request_content
 
     def compose(some, secure):
-        common = messages.settings(made.config, "r-1", server_round, (), len(some))
-        return messages.evaluate(made.arrays, common, some, made.config, secure)
+        common = request_content.settings(made.config, "r-1", server_round, (), len(some))
+        return request_content.evaluate(made.arrays, common, some, made.config, secure)
 
     return made.sums.evaluate(server_round, members or made.members, compose)
 
 
 def counted(made, sites):
     """The task's counters in clear, added up."""
-    from fedge.server.participants import messages
+    from fedge.server.participants import request_content
 
     found = []
     for member in made.members:
         if member.site in sites:
-            common = messages.settings(made.config, "r-1", 1, (), 6)
-            (asked,) = messages.evaluate(made.arrays, common, [member], made.config)
+            common = request_content.settings(made.config, "r-1", 1, (), 6)
+            (asked,) = request_content.evaluate(made.arrays, common, [member], made.config)
             found.append(
                 dict(made.workers[member.site].answer("evaluate", asked.content)["metrics"])
             )

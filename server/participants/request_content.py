@@ -14,7 +14,7 @@ from flwr.serverapp import strategy as flower
 from fedge.server.aggregation.updates import record
 from fedge.server.participants.members import Member
 from fedge.server.transport.delivery import GRACE
-from fedge.server.transport.grids import CohortView
+from fedge.server.transport.grid_wrappers import CohortView
 from fedge.shared import protocol
 from fedge.shared.config.federation import Config
 from fedge.shared.preprocessing.steps import Standardise, Step

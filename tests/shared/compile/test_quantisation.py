@@ -17,7 +17,7 @@ from torch import nn
 from fedge.shared.bundle.manifest import GRAPH_INPUT
 from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.compile.onnx_export import export_onnx
-from fedge.shared.compile.precision import activations, quantise, to_fp16
+from fedge.shared.compile.quantisation import activations, quantise, to_fp16
 from fedge.shared.errors import ReleaseError
 from fedge.shared.models.cnn import CNN
 from fedge.shared.models.dcgan import Generator
@@ -186,7 +186,7 @@ def test_the_bytes_are_the_same_in_another_process_and_hold_no_metadata(trained,
     program = f"""
 import hashlib, sys
 from pathlib import Path
-from fedge.shared.compile.precision import quantise, to_fp16
+from fedge.shared.compile.quantisation import quantise, to_fp16
 graph, ranges = Path(sys.argv[1]).read_bytes(), {ranges!r}
 made = [to_fp16(graph), *(quantise(graph, ranges, symmetric=s) for s in (False, True))]
 print(*(hashlib.sha256(data).hexdigest() for data in made))

@@ -15,7 +15,7 @@ from fedge.server.transport.delivery import DeliveryEvents
 from fedge.server.transport.exchange import Exchange, exchange, no_reply_reason
 from fedge.server.transport.grid_calls import Clock, GridClient
 from fedge.server.transport.node_status import NodeStatus
-from fedge.server.transport.pulls import PendingPulls
+from fedge.server.transport.pending_pulls import PendingPulls
 from fedge.shared import protocol
 
 PROBE = RecordDict({"config": ConfigRecord({"run-id": "r"})})

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from fedge.shared.errors import DataError
-from fedge.simulations import preparation
+from fedge.simulations import federation_startup
 
 
 def reported(error):
     def work():
         raise error
 
-    return json.loads(preparation._in_a_fork(work))
+    return json.loads(federation_startup._in_a_fork(work))
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_a_failure_is_reported_by_number_and_in_words(error, code, words):
 
 
 def test_the_outcome_is_reported():
-    assert json.loads(preparation._in_a_fork(lambda: True)) == {"finished": True}
+    assert json.loads(federation_startup._in_a_fork(lambda: True)) == {"finished": True}

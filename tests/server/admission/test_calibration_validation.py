@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedge.server.admission.calibration import admit_ranges, admit_scores
+from fedge.server.admission.calibration_validation import admit_ranges, admit_scores
 from fedge.server.admission.validation_result import Expected
 from fedge.shared import protocol
 from fedge.shared.config.privacy import PrivacySection

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedge.server.admission.validation import admit_train
 from fedge.server.admission.validation_result import Expected
-from fedge.server.transport.grids import PackedGrid
+from fedge.server.transport.grid_wrappers import PackedGrid
 from fedge.shared import protocol
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.wire import packed

@@ -15,13 +15,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server.admission.reply_fields import ledger_of
 from fedge.server.admission.validation_result import Rejection, printable, reported, reported_words
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.secagg.attempt import STEPS, GroupAttempt, lost_at
 from fedge.server.secagg.group import Group, LostError
 from fedge.server.secagg.outcome import NAMES, SAMPLE, Outcome, SumRequest, UnmaskedSum
-from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.secagg.restart_state import RecoveryStore
 from fedge.server.transport.exchange import Exchange, no_reply_reason
 from fedge.shared import protocol
 from fedge.shared.failpoints import reach

@@ -6,8 +6,8 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedge.client.app import app
-from fedge.client.relay import forward
-from fedge.client.relay.forward import DirectLink
+from fedge.client.relay import message_relay
+from fedge.client.relay.message_relay import DirectLink
 from fedge.shared import protocol
 
 REQUESTS = [protocol.REGISTER, protocol.TRAIN, protocol.EVALUATE, protocol.PROBE]
@@ -20,9 +20,9 @@ def context():
 
 @pytest.fixture
 def connected(worker):
-    forward.connect("site-1", DirectLink(worker))
+    message_relay.connect("site-1", DirectLink(worker))
     yield worker
-    forward.disconnect("site-1")
+    message_relay.disconnect("site-1")
 
 
 class BrokenLink:
@@ -45,7 +45,7 @@ def test_no_link_is_a_numbered_error(kind, ask, weights, context):
 
 
 def test_disconnected_site_is_gone(connected, ask, context):
-    forward.disconnect("site-1")
+    message_relay.disconnect("site-1")
     assert app(ask(protocol.REGISTER), context).has_error()
 
 
@@ -57,10 +57,10 @@ def test_only_the_named_site_answers(connected, ask):
 
 
 def test_a_broken_link_tells_its_number_and_no_text(ask, context, caplog):
-    forward.connect("site-1", BrokenLink())
-    with caplog.at_level(logging.ERROR, "fedge.client.relay.forward"):
+    message_relay.connect("site-1", BrokenLink())
+    with caplog.at_level(logging.ERROR, "fedge.client.relay.message_relay"):
         reply = app(ask(protocol.REGISTER), context)
-    forward.disconnect("site-1")
+    message_relay.disconnect("site-1")
     assert (reply.error.code, reply.error.reason) == (413, "FE-413")
     assert "/secret/path" in caplog.text
 

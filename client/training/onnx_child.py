@@ -1,4 +1,4 @@
-"""Runs graphs over examples in a process of its own: ``python -P -m fedge.client.training.graph_child``.
+"""Runs graphs over examples in a process of its own: ``python -P -m fedge.client.training.onnx_child``.
 
 A graph that crashes its runtime takes this process with it, and not the worker. Its input comes from the
 worker by standard input, and its output leaves by standard output: no example is written to a disk. Each graph's

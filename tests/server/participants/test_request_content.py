@@ -12,9 +12,9 @@ import pytest
 from flwr.serverapp import strategy as flower
 
 from fedge.server.aggregation import strategies
-from fedge.server.participants import messages as requests
+from fedge.server.participants import request_content as requests
 from fedge.server.participants.members import Member
-from fedge.server.transport import grids
+from fedge.server.transport import grid_wrappers
 from fedge.server.transport.delivery import GRACE
 from fedge.shared import protocol
 from fedge.shared.config.federation import Config
@@ -32,7 +32,7 @@ def config(strategy: dict[str, Any] | None = None, seed: int = 42, **round_optio
 
 def test_the_view_shows_only_the_cohort(nodes, model: Arrays):
     grid = nodes(1000)
-    view = grids.CohortView(grid, [3, 5])
+    view = grid_wrappers.CohortView(grid, [3, 5])
     assert list(view.get_node_ids()) == [3, 5]
     from flwr.app import ConfigRecord
 
@@ -66,7 +66,7 @@ def test_the_view_passes_everything_else_on(nodes):
             return ["sent", *messages, timeout]
 
     seen: list[Any] = []
-    view = grids.CohortView(Recorder(9), [1])
+    view = grid_wrappers.CohortView(Recorder(9), [1])
     view.set_run("r")
     assert seen == [("set_run", "r")]
     assert view.run == "the run"

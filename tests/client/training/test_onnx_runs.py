@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from fedge.client.training import graph_runs
-from fedge.client.training.graph_runs import GraphFailedError, Terms
+from fedge.client.training import onnx_runs
+from fedge.client.training.onnx_runs import GraphFailedError, Terms
 from fedge.shared import failpoints
-from fedge.shared.compile.observe import observed
+from fedge.shared.compile.activation_observer import observed
 
 X = np.array([[1.0, -2.0], [3.0, 0.5], [-4.0, 8.0]], np.float32)
 TERMS = Terms(60.0, 1)
@@ -57,19 +57,19 @@ def endless():
 @pytest.mark.slow
 def test_each_graph_gives_its_logits_or_why_there_are_none():
     graphs = [DOUBLE, b"no graph", ROOT, DOUBLE]
-    good, broken, nan, again = graph_runs.logits(graphs, X, 2, TERMS)
+    good, broken, nan, again = onnx_runs.logits(graphs, X, 2, TERMS)
     assert np.array_equal(good, 2 * X)
     assert np.array_equal(again, good)
     assert isinstance(broken, GraphFailedError)
     assert "finite" in str(nan)
-    (narrow,) = graph_runs.logits([DOUBLE], X, 3, TERMS)
+    (narrow,) = onnx_runs.logits([DOUBLE], X, 3, TERMS)
     assert "must be of shape (3, 3), got (3, 2)" in str(narrow)
 
 
 @pytest.mark.slow
 def test_a_crash_is_a_result_and_the_others_get_another_child(monkeypatch):
     monkeypatch.setenv(failpoints.VARIABLE, "graph-run:2")
-    first, crashed, third = graph_runs.logits([DOUBLE, DOUBLE, DOUBLE], X, 2, TERMS)
+    first, crashed, third = onnx_runs.logits([DOUBLE, DOUBLE, DOUBLE], X, 2, TERMS)
     assert np.array_equal(first, 2 * X)
     assert str(crashed) == "crashed (SIGKILL)"
     assert np.array_equal(third, 2 * X)
@@ -77,7 +77,7 @@ def test_a_crash_is_a_result_and_the_others_get_another_child(monkeypatch):
 
 @pytest.mark.slow
 def test_a_graph_that_hangs_is_ended_alone():
-    hung, good = graph_runs.logits([endless(), DOUBLE], X, 2, Terms(1.0, 1))
+    hung, good = onnx_runs.logits([endless(), DOUBLE], X, 2, Terms(1.0, 1))
     assert str(hung) == "must be run within 1 s"
     assert np.array_equal(good, 2 * X)
 
@@ -88,13 +88,13 @@ def test_an_observed_graph_tells_how_far_each_example_goes():
         helper.make_node("Add", ["input", "input"], ["sum"]),
         helper.make_node("Relu", ["sum"], ["logits"]),
     )
-    found = graph_runs.extremes(observed(two, ("input", "sum", "logits")), X, 3, TERMS)
+    found = onnx_runs.extremes(observed(two, ("input", "sum", "logits")), X, 3, TERMS)
     by_hand = [
         np.stack([a.min(axis=1), a.max(axis=1)], 1) for a in (X, 2 * X, np.maximum(2 * X, 0))
     ]
     assert np.array_equal(found, np.stack(by_hand, axis=1))
     with pytest.raises(GraphFailedError):
-        graph_runs.extremes(b"no graph", X, 3, TERMS)
+        onnx_runs.extremes(b"no graph", X, 3, TERMS)
 
 
 def test_only_tensors_of_the_graph_are_observed():

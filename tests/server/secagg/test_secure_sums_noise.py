@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedge.client.privacy import charging
-from fedge.server.participants import messages
+from fedge.server.participants import request_content
 from fedge.shared.privacy.accounting.epsilon import Release
 from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 from fedge.shared.privacy.mechanisms.csprng import Entropy
@@ -24,8 +24,8 @@ PRIVACY = {
 
 def evaluated(made, server_round=1):
     def compose(some, secure):
-        common = messages.settings(made.config, "r-1", server_round, (), len(some))
-        return messages.evaluate(made.arrays, common, some, made.config, secure)
+        common = request_content.settings(made.config, "r-1", server_round, (), len(some))
+        return request_content.evaluate(made.arrays, common, some, made.config, secure)
 
     return made.sums.evaluate(server_round, made.members, compose)
 
@@ -39,11 +39,11 @@ def exact(made):
     found = {}
     for site, worker in made.workers.items():
         data = worker.learner.data
-        (asked,) = messages.evaluate(
+        (asked,) = request_content.evaluate(
             made.arrays,
             {
                 k: v
-                for k, v in messages.settings(made.config, "r-1", 1, (), 6).items()
+                for k, v in request_content.settings(made.config, "r-1", 1, (), 6).items()
                 if k not in ("privacy", "rounds")
             },
             [m for m in made.members if m.site == site],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedge.server.secagg.recovery import RecoveryStore
+from fedge.server.secagg.restart_state import RecoveryStore
 from fedge.shared.errors import RunError
 
 

@@ -15,13 +15,13 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.client.training.graph_child import HEADER
+from fedge.client.training.onnx_child import HEADER
 
 #: Maximum of a graph's deadline, in seconds, whatever a request says: meanwhile the site answers nothing else.
 MAX_DEADLINE: Final = 300.0
 #: Examples at a time where it makes no difference.
 BATCH: Final = 64
-_COMMAND: Final = (sys.executable, "-P", "-m", "fedge.client.training.graph_child")
+_COMMAND: Final = (sys.executable, "-P", "-m", "fedge.client.training.onnx_child")
 #: Seconds beyond the graphs' own, in which the child starts and reads.
 _START: Final = 60.0
 _MAX_TEXT: Final = 300

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fedge.shared.bundle.onnx_session import load_onnxruntime
-from fedge.shared.compile.strip import sort_nodes, strip
+from fedge.shared.compile.strip_metadata import sort_nodes, strip
 from fedge.shared.errors import ReleaseError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from fedge.edge.runtime.model import EdgeModel
 from fedge.edge.serving import codec
 from fedge.edge.serving.batching import Batcher
 from fedge.edge.serving.codec import DATATYPES, INPUT, OUTPUTS, Signature
-from fedge.edge.serving.counts import Counts, Snapshot
-from fedge.edge.serving.protocol import message
+from fedge.edge.serving.inference_protocol import message
+from fedge.edge.serving.usage_counters import Counts, Snapshot
 from fedge.shared.errors import InputError
 
 #: The protocol's numbers of the types in a model's configuration.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedge.server.report.noise import parsed, shown, spread
+from fedge.server.report.noised_figures import parsed, shown, spread
 from fedge.simulations.terminal.summary import summary_table
 from fedge.simulations.terminal.text import round_facts
 

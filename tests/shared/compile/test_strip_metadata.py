@@ -2,7 +2,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from fedge.shared.compile.strip import sort_nodes, strip
+from fedge.shared.compile.strip_metadata import sort_nodes, strip
 
 
 def graph(*nodes):
