@@ -84,9 +84,9 @@ class SocketLink:
         """Ask the worker for its status, once and with a short deadline.
 
         Returns:
-            ``pid``, ``site``, ``task``, ``device``, ``examples`` (training rows), ``busy``, ``uptime``
-            (seconds), and after the first request ``last-kind``, ``last-run``, ``last-round`` and
-            ``last-seconds`` (since then).
+            ``pid``, ``site``, ``task``, ``device``, ``busy``, ``uptime`` (seconds), and after the first request
+            ``last-kind``, ``last-run``, ``last-round`` and ``last-seconds`` (since then). Nothing that depends on the
+            data: the relay asks this too, and may have been taken over.
 
         Raises:
             SiteError: 420, it does not answer.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.shared.bundle.onnx_session import load_onnxruntime
-from fedge.shared.daemon.process import die_with_parent
+from fedge.shared.daemon.process import die_with_parent, forbid_core_dumps
 from fedge.shared.failpoints import reach
 
 #: Before each frame: the length of its header, in JSON; the header describes what follows.
@@ -87,6 +87,7 @@ def main(source: BinaryIO, out: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
+    forbid_core_dumps()
     die_with_parent(signal.SIGKILL)
     # Output that the runtime prints must not mix with the frames.
     real = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -34,7 +34,7 @@ from fedge.client.worker.handlers import SiteWorker
 from fedge.client.worker.socket_server import ROUND, RUN, Service
 from fedge.shared.cli.command import guarded
 from fedge.shared.daemon import sockets
-from fedge.shared.daemon.process import die_with_parent
+from fedge.shared.daemon.process import die_with_parent, forbid_core_dumps
 from fedge.shared.errors import ConfigError, DeployError, SiteError
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
@@ -66,6 +66,7 @@ def main(home: Path, *, with_parent: bool = False) -> int:
         SiteError: 416, the data exceed the memory bound; 417, there is no such device.
         DeployError, ReleaseError: see ``_anchors``.
     """
+    forbid_core_dumps()
     if with_parent:
         die_with_parent()
     with _locked(home):

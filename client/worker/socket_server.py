@@ -252,7 +252,6 @@ class Service:
                 "site": self._worker.site,
                 "task": self._worker.task.name,
                 "device": str(self._worker.learner.device),
-                "examples": len(self._worker.learner.data.train_labels),
                 "busy": self._worker.busy,
                 "uptime": now - self._started,
             }

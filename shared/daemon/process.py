@@ -11,6 +11,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from typing import NoReturn
 from fedge.shared.daemon import logs
 from fedge.shared.errors import FedgeError, one_line
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 #: sysexits: an internal error of the software.
 _EX_SOFTWARE = 70
 
@@ -197,6 +198,17 @@ def _settle(program: Program, parent: int) -> None:
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Ask the kernel for a signal at the parent's death, so that a killed daemon leaves nothing behind."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def forbid_core_dumps() -> None:
+    """Have the kernel write no core of this process, which would hold its data and keys.
+
+    The limit alone does not hold where ``core_pattern`` is a pipe. A process that is not dumpable (prctl(2)) has no
+    core there either, and no other process of its user reads its memory. A child that is executed asks for itself.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def set_title(title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import sys
 import time
 from importlib import import_module
@@ -12,12 +13,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from flwr.cli.config_utils import get_fab_metadata
 from flwr.cli.install import install_from_fab
+from flwr.common.config import get_project_dir
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
 from fedge.client.deployment import flower_patches
 from fedge.client.deployment.flower_patches import BUSY_FOR, LOOK, POLL, READ, NodeClock
+from fedge.shared.errors import SiteError
+from fedge.shared.flower import app_bundle
 from fedge.shared.flower.patches import CLIENT_APP, SERVER_APP, before_bundle
 
 
@@ -55,9 +60,16 @@ def test_the_server_s_bundle_passes_one_place_too() -> None:
     assert module.install_from_fab is install_from_fab
 
 
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test wraps is as Flower has it when the test ends."""
+    monkeypatch.setattr(run_clientapp, "install_from_fab", install_from_fab)
+    monkeypatch.setattr(run_clientapp, "get_project_dir", get_project_dir)
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What Flower was given to unpack; the module is as before when the test ends."""
+    """The bundles that Flower was given to unpack."""
     found: list[bytes] = []
 
     def install(content: Path | bytes, skip_prompt: bool = False) -> Path:
@@ -98,6 +110,27 @@ def test_a_flower_without_the_place_serves_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(run_clientapp, "install_from_fab")
     with pytest.raises(AttributeError):
         before_bundle(CLIENT_APP, lambda _: None)
+
+
+def test_code_is_loaded_from_the_bundle_that_was_approved_and_from_no_other_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server names id, version and hash of the run apart from the bundle's bytes; here another bundle lies there."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    content = app_bundle.bundle()
+    name, number = get_fab_metadata(content)
+    digest = app_bundle.sha256()
+    before_bundle(CLIENT_APP, lambda _: None)
+    with pytest.raises(SiteError):
+        run_clientapp.get_project_dir(name, number, digest)  # nothing was approved yet
+    folder = run_clientapp.install_from_fab(content, skip_prompt=True)
+    assert run_clientapp.get_project_dir(name, number, digest) == folder
+    # Flower itself takes any folder that is named and there.
+    for place in ((name, "9.9.9", digest), ("other/app", number, digest), (name, number, "f" * 64)):
+        shutil.copytree(folder, get_project_dir(*place))
+        with pytest.raises(SiteError) as caught:
+            run_clientapp.get_project_dir(*place)
+        assert caught.value.code == 419
 
 
 class Time:

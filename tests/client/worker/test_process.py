@@ -1,5 +1,6 @@
 """The worker as a real process."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,25 @@ def test_the_policys_word_holds_at_once(running, weights):
     running.link().exchange(protocol.REGISTER, request(protocol.REGISTER))
 
 
+def test_no_core_is_dumped_of_it_and_no_other_process_of_its_user_reads_it(running):
+    """Of one that is not dumpable the files in /proc are root's, and here those are compared that tell."""
+    pid = running.link().status()["pid"]
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    assert re.search(r"Max core file size +0 +0 ", limits)
+    program = """
+import ctypes, sys
+from fedge.client.worker import process
+try:
+    process.main(__import__("pathlib").Path(sys.argv[1]))
+except Exception as error:
+    print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), error.code)  # PR_GET_DUMPABLE
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program, running.home / "nowhere"], capture_output=True, timeout=300
+    )
+    assert found.stdout == b"0 901\n", found
+
+
 def test_a_second_worker_of_the_same_home_is_refused(running, started):
     second = started(running.home)
     assert second.popen.wait(START) == 1
@@ -257,7 +277,8 @@ def test_it_serves_a_share_and_ends_with_its_parent(tmp_path, weights):
         pid = int(shell.stdout.readline())
         link = SocketLink(home / "worker.sock", START, BUNDLE)
         link.permit(BUNDLE)
-        assert link.status()["examples"] == len(whole.train_labels)
+        reply = link.exchange(protocol.REGISTER, request(protocol.REGISTER))
+        assert reply[protocol.METRICS][protocol.NUM_TRAIN_EXAMPLES] == len(whole.train_labels)
         shell.kill()
     wait_until(lambda: not (home / "worker.sock").exists())
     wait_until(

@@ -228,7 +228,9 @@ def test_status_says_who_and_what(served):
     found = served.link(bundle="").status()
     assert found["pid"] == os.getpid()
     assert (found["site"], found["task"], found["device"]) == ("site-1", "blobs", "cpu")
-    assert (found["examples"], found["busy"]) == (37, False)
+    assert found["busy"] is False
+    # Whoever has taken over the relay may ask for it.
+    assert set(found) == {"pid", "site", "task", "device", "busy", "uptime"}
     assert found["uptime"] >= 0
     assert "last-kind" not in found
 

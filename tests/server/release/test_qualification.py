@@ -99,7 +99,7 @@ def test_an_engine_goes_with_its_graph():
 def test_an_engine_that_fails_where_it_should_run_is_left_out(
     monkeypatch, capability, version, own
 ):
-    monkeypatch.setattr(qualification.gpu, "capability", lambda: capability)
+    monkeypatch.setattr(qualification.gpu_capability, "capability", lambda: capability)
     monkeypatch.setattr(qualification.tensorrt, "version", lambda runtime: version)
     assert bool(verdict(ENGINE, FP32)) == own
 
