@@ -170,8 +170,8 @@ class Peers:
         self, replies: Mapping[str, RecordDict], sent: input_vector.InputVector
     ) -> None:
         """Unmask the client's vector with the shares that it sent to the peers and the one that it revealed."""
-        raw = replies[messages.SHARE][messages.SECURE][messages.BOXES]
-        size, own = messages.BOX_BYTES, self._own.site
+        raw = replies[messages.SHARE][messages.SECURE][messages.ENCRYPTED_SHARES]
+        size, own = messages.ENCRYPTED_SHARE_BYTES, self._own.site
         revealed = replies[messages.UNMASK][messages.SECURE][messages.SHARES]
         place = messages.SHARE_BYTES * sorted([*self._near, own]).index(own)
         shares = {self._at + 1: revealed[place : place + messages.SHARE_BYTES]}
@@ -218,12 +218,12 @@ def shares_of(
 
 def share_reply(group: Group, site: Site) -> ConfigRecord:
     """A reply to exchange 1; the server reads neither the encrypted shares nor the signature."""
-    size = messages.BOX_BYTES * len(group.neighbours[site.name])
+    size = messages.ENCRYPTED_SHARE_BYTES * len(group.neighbours[site.name])
     return messages.record(
         {
             messages.COMMITMENT: hashlib.sha256(site.seed).digest(),
             messages.SIGNATURE: os.urandom(64),
-            messages.BOXES: os.urandom(size),
+            messages.ENCRYPTED_SHARES: os.urandom(size),
         }
     )
 

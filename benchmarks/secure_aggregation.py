@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fedge_secagg
 import flower_secagg
 
+from fedge.shared.crypto import keystream
 from fedge.shared.crypto.keystream import KEY_BYTES
 from fedge.shared.secagg import masking, parallel
 
@@ -233,6 +234,8 @@ def machine(elsewhere: Elsewhere) -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),
+        "keystream": keystream.fastest().__name__,
+        "keystream_gb_per_second": {name: rate / GIGA for name, rate in keystream.rates().items()},
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "threads": parallel.threads(),
@@ -262,6 +265,12 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append(
         f"Upload: {max(shares):.3f} of Flower's at most. Masks: {speed['masks']:.2f} GB/s with {MASKS} in one call, "
         f"{speed['one']:.2f} with one; the bare add {speed['add']:.2f}, so {result['mask_share']:.0%} of it."
+    )
+    streams = result["machine"]["keystream_gb_per_second"]
+    lines.append(
+        f"Keystream by {result['machine']['keystream']}, the faster of "
+        + ", ".join(f"{name} {rate:.2f} GB/s" for name, rate in streams.items())
+        + "."
     )
     lines += [f"MISSED: {line}" for line in result["missed"]]
     busy = result["machine"]["cores_busy_elsewhere"]

@@ -26,7 +26,7 @@ LARGER_FOLDERS = {"benchmarks": 33, "tests/simulations": 23}
 LONGER_FILES = {
     "tests/client/deployment/test_daemon.py": 495,
     "tests/client/deployment/test_daemon_hostile_bundle.py": 628,
-    "tests/client/secagg/test_session.py": 463,
+    "tests/client/secagg/test_session.py": 479,
     "tests/client/training/test_calibration.py": 467,
     "tests/edge/test_cli.py": 461,
     "tests/server/admission/test_validation.py": 437,
@@ -45,7 +45,7 @@ ELSEWHERE = dict(
     for line in (ROOT / "tests" / "tested_elsewhere.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
-MOST_ELSEWHERE = 121
+MOST_ELSEWHERE = 120
 
 
 def files(*folders: str) -> list[Path]:

@@ -36,7 +36,7 @@ server
     verdicts                 admission/validation_result
     calibration_gate         admission/calibration_validation
     strategies               aggregation/strategies
-    aggregation              aggregation/step
+    aggregation              aggregation/aggregate
     results                  aggregation/updates
     central                  aggregation/central_noise
     noised_sum               aggregation/integer_grid
@@ -123,7 +123,7 @@ client
     units/units              deployment/systemd
     privacy                  privacy/charging
     private_work             privacy/noising
-    private_rounds           privacy/rounds
+    private_rounds           privacy/training_by_mechanism
     private_counts           privacy/noised_evaluation
     private_training         privacy/dp_sgd
     private_release          privacy/noise_calibration
@@ -177,11 +177,11 @@ shared
     tolerance                compile/tolerance
     config                   config/federation
     strategy_sections        config/strategies
-    section                  config/section
+    section                  config/base_section
     privacy/section          config/privacy
     privacy/combinations     config/privacy_rules
     config_file              config/reader
-    config_errors            config/messages
+    config_errors            config/error_messages
     toml_file                config/home_files
     signing                  crypto/dsse
     flower_app               flower/app_bundle

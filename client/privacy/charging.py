@@ -38,7 +38,7 @@ class ReleaseRequest:
     Attributes:
         kind: the message type.
         address: run and round.
-        digest: SHA-256 of what is asked of every site alike.
+        digest: SHA-256 of the request, the same for every site.
     """
 
     kind: str
@@ -63,8 +63,8 @@ _PURPOSES: Final[Mapping[str, Purpose]] = {
 }
 
 
-def _purpose(asked: ReleaseRequest) -> Purpose:
-    return _PURPOSES[asked.kind]
+def _purpose(release_request: ReleaseRequest) -> Purpose:
+    return _PURPOSES[release_request.kind]
 
 
 class ChargedReplies:
@@ -81,7 +81,7 @@ class ChargedReplies:
 
     def answer(
         self,
-        asked: ReleaseRequest,
+        release_request: ReleaseRequest,
         unit: Unit,
         mechanism: str,
         release: Release,
@@ -95,7 +95,7 @@ class ChargedReplies:
         and costs nothing. Where the reply was lost, new noise is a new charge.
 
         Args:
-            asked: the request.
+            release_request: the request.
             unit: what the noise hides.
             mechanism: its name.
             release: what the reply gives out.
@@ -106,16 +106,18 @@ class ChargedReplies:
             SiteError: 427, the budget would be exceeded; 428, the ledger cannot be relied on; 414, the run was
                 charged for another release.
         """
-        kept = self._kept(asked)
+        kept = self._kept(release_request)
         if kept is not None:
-            log.info("%s: asked again, answered as before", asked.kind)
+            log.info("%s: asked again, answered as before", release_request.kind)
             return kept
-        spent = self._paid(asked, unit, release) if once else None
-        reply = make(spent or self.charge(asked, unit, mechanism, release))
-        self._keep(asked, reply)
+        spent = self._paid(release_request, unit, release) if once else None
+        reply = make(spent or self.charge(release_request, unit, mechanism, release))
+        self._keep(release_request, reply)
         return reply
 
-    def charge(self, asked: ReleaseRequest, unit: Unit, mechanism: str, release: Release) -> Spent:
+    def charge(
+        self, release_request: ReleaseRequest, unit: Unit, mechanism: str, release: Release
+    ) -> Spent:
         """Write down what is about to be given out.
 
         Raises:
@@ -125,30 +127,31 @@ class ChargedReplies:
         charge = Charge(
             policy.study,
             unit,
-            asked.address.run_id,
-            asked.address.server_round,
-            _purpose(asked),
+            release_request.address.run_id,
+            release_request.address.server_round,
+            _purpose(release_request),
             0,
             mechanism,
             release,
             policy.delta,
-            asked.digest.hex(),
+            release_request.digest.hex(),
         )
         spent = self._ledger().charge(charge, Budget(policy.epsilon, policy.delta, policy.against))
         log.info(
-            "%s: charged to %s, epsilon is %.4f against the model's readers, %.4f against the server",
-            asked.kind, policy.study, spent.consumers, spent.server,
+            "%s: charged to %s, epsilon is %.4f against the model's consumers, %.4f against the server",
+            release_request.kind, policy.study, spent.consumers, spent.server,
         )  # fmt: skip
         return spent
 
-    def _paid(self, asked: ReleaseRequest, unit: Unit, release: Release) -> Spent | None:
+    def _paid(self, release_request: ReleaseRequest, unit: Unit, release: Release) -> Spent | None:
         """What is spent, where this run was charged before; None where it was not."""
         policy, ledger = self._policy(), self._ledger()
-        purpose = _purpose(asked)
+        purpose = _purpose(release_request)
         before = [
             entry.charge.release
             for entry in ledger.entries(policy.study)
-            if (entry.charge.run_id, entry.charge.purpose) == (asked.address.run_id, purpose)
+            if (entry.charge.run_id, entry.charge.purpose)
+            == (release_request.address.run_id, purpose)
         ]
         if not before:
             return None
@@ -158,7 +161,7 @@ class ChargedReplies:
             )
         return ledger.spent(policy.study, unit, policy.delta)
 
-    def vouch(self, reply: RecordDict) -> RecordDict:
+    def attach_ledger_digest(self, reply: RecordDict) -> RecordDict:
         """Put the ledger's digest into a reply: what has left the site shows if its ledger is rewritten."""
         config = reply[protocol.CONFIG]
         if isinstance(config, ConfigRecord):
@@ -178,29 +181,33 @@ class ChargedReplies:
             self._home.mkdir(parents=True, exist_ok=True)
             return Ledger.create(path)
 
-    def _path(self, asked: ReleaseRequest) -> Path:
+    def _path(self, release_request: ReleaseRequest) -> Path:
         # One for each purpose: a round that is redone asks for all again.
-        name = "last-reply" if asked.kind == protocol.TRAIN else f"last-reply-{_purpose(asked)}"
+        name = (
+            "last-reply"
+            if release_request.kind == protocol.TRAIN
+            else f"last-reply-{_purpose(release_request)}"
+        )
         return self._home / FOLDER / name
 
-    def _kept(self, asked: ReleaseRequest) -> RecordDict | None:
+    def _kept(self, release_request: ReleaseRequest) -> RecordDict | None:
         try:
-            found = self._path(asked).read_bytes()
+            found = self._path(release_request).read_bytes()
         except FileNotFoundError:
             return None
         digest, frame = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
-        if digest != asked.digest:
+        if digest != release_request.digest:
             return None
         try:
             reply = frames.decode_reply(frame)
         except frames.WireError:
-            log.warning("%s: a kept reply is damaged, so it is made anew", asked.kind)
+            log.warning("%s: a kept reply is damaged, so it is made again", release_request.kind)
             return None
         return reply if isinstance(reply, RecordDict) else None
 
-    def _keep(self, asked: ReleaseRequest, reply: RecordDict) -> None:
-        path = self._path(asked)
+    def _keep(self, release_request: ReleaseRequest, reply: RecordDict) -> None:
+        path = self._path(release_request)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without the frame's length, which the reader of a socket takes off.
         frame = b"".join(frames.encode_reply(reply))[frames.LENGTH_BYTES :]
-        write_atomically(path, asked.digest + frame)
+        write_atomically(path, release_request.digest + frame)

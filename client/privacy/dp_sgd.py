@@ -1,11 +1,11 @@
 """DP-SGD at a site (Abadi et al., CCS 2016, https://arxiv.org/abs/1607.00133), by Opacus.
 
-Each step draws every example with the same probability q, independently of the others (Poisson sampling, which is what
-the accountant reckons with), scales each example's gradient down to the clipping bound C, adds the gradients, adds
-normal noise of standard deviation noise_multiplier * C, and divides by the batch size that is expected, not by the one
-that was drawn: that one would tell of the data. A step in which no example is drawn still adds its noise.
+Each step samples every example with the same probability q, independently of the others (Poisson sampling, which the
+accountant assumes), scales each example's gradient down to the clipping bound C, adds the gradients, adds normal noise
+of standard deviation noise_multiplier * C, and divides by the batch size that is expected, not by the one that was
+sampled: that one would reveal something of the data. A step in which no example is sampled still adds its noise.
 
-Opacus computes gradients by example, clips and adds; the draws and the noise are ours, as Opacus takes them from a
+Opacus computes gradients by example, clips and adds; the sampling and the noise are ours, as Opacus takes them from a
 generator that can be predicted.
 """
 
@@ -53,7 +53,7 @@ def train_privately(
         examples: the site's training split.
         settings: optimiser and its numbers, in full precision.
         noise: of each step.
-        entropy: of draws and noise.
+        entropy: of sampling and noise.
         proximal_mu: of FedProx, whose term is of the weights alone and is added after the noise.
 
     Raises:
@@ -83,6 +83,7 @@ def train_privately(
                     warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
                     loss.backward()  # type: ignore[no-untyped-call]
                 _require_apart(network, len(rows))
+                _zero_non_finite(steps.params)
             else:
                 for p in steps.params:
                     p.grad_sample = torch.zeros((0, *p.shape), device=p.device, dtype=p.dtype)
@@ -94,13 +95,30 @@ def train_privately(
 def _require_apart(network: nn.Module, rows: int) -> None:
     """Hold the gradients against what is clipped: one an example, or the noise hides less than is charged."""
     for name, p in network.named_parameters():
-        found = getattr(p, "grad_sample", None)
-        if p.requires_grad and not (isinstance(found, torch.Tensor) and len(found) == rows):
-            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        gradient = getattr(p, "grad_sample", None)
+        if p.requires_grad and not (isinstance(gradient, torch.Tensor) and len(gradient) == rows):
+            got = (
+                tuple(gradient.shape)
+                if isinstance(gradient, torch.Tensor)
+                else type(gradient).__name__
+            )
             raise SiteError(
                 _TASK_FAILED,
                 f"{name}: must have a gradient for each of {rows} examples, got {got}",
             )
+
+
+def _zero_non_finite(params: list[Any]) -> None:
+    """Let an example whose gradient is not finite, in any parameter, count as a gradient of zeros.
+
+    A clipped gradient changes the sum by C at most; NaN and infinity have no norm that could be clipped. With weights
+    of the server's choice one example alone would make the update NaN, and the error that follows would say whether it
+    was sampled: a release without noise.
+    """
+    finite = torch.stack([p.grad_sample.flatten(1).isfinite().all(1) for p in params]).all(0)
+    if not finite.all():
+        for p in params:
+            p.grad_sample[~finite] = 0
 
 
 def _poisson(release: Release, rows: int, entropy: Entropy) -> Iterator[NDArray[np.int64]]:
@@ -108,8 +126,8 @@ def _poisson(release: Release, rows: int, entropy: Entropy) -> Iterator[NDArray[
     # Of 2^53 equally likely numbers so many are below the rate.
     limit = np.uint64(round(release.sampling_rate * 2**_BITS))
     for _ in range(release.steps):
-        drawn = entropy.uint64(rows) >> np.uint64(64 - _BITS)
-        yield np.flatnonzero(drawn < limit)
+        sampled = entropy.uint64(rows) >> np.uint64(64 - _BITS)
+        yield np.flatnonzero(sampled < limit)
 
 
 class _OwnNoise(DPOptimizer):  # type: ignore[misc]
@@ -129,10 +147,10 @@ class _OwnNoise(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Add noise in float64 to the sum of clipped gradients, rounded once after."""
-        deviation = self.noise_multiplier * self.max_grad_norm
+        stddev = self.noise_multiplier * self.max_grad_norm
         for p in self.params:
             noise = torch.from_numpy(normal(p.numel(), self._entropy)).view(p.shape)
-            summed = p.summed_grad.detach().cpu().double() + deviation * noise
+            summed = p.summed_grad.detach().cpu().double() + stddev * noise
             p.grad = summed.to(p.device, p.dtype).view_as(p)
 
     def scale_grad(self) -> None:

@@ -27,7 +27,7 @@ MECHANISM: Final = "noised-metrics"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked, and how the counters leave.
+    """A request for counters, and how they leave the site.
 
     Attributes:
         request: itself.
@@ -44,7 +44,7 @@ class Evaluation:
     min_sites: int = 0
 
 
-class PrivateCounts:
+class NoisedEvaluations:
     """Evaluation under differential privacy in one worker.
 
     Args:
@@ -69,17 +69,17 @@ class PrivateCounts:
         """
         if section.mechanism != "off" and section.metrics == "off":
             raise requests.refuse("privacy.metrics", "noised or unprotected to evaluate", "off")
-        honest, least = 1, 0
+        honest, min_sites = 1, 0
         if section.metrics == "noised" and section.mechanism == "distributed":
             if not is_secure(request):
                 raise requests.refuse(
                     "privacy.mechanism", "distributed under masks only", "in clear"
                 )
-            least = min_sites_of(request)
-            honest = least - section.corrupt_sites
+            min_sites = min_sites_of(request)
+            honest = min_sites - section.corrupt_sites
             if honest < 1:
                 raise requests.refuse(
-                    "privacy.corrupt-sites", f"below {least}", section.corrupt_sites
+                    "privacy.corrupt-sites", f"below {min_sites}", section.corrupt_sites
                 )
         names = figures.names if figures.noised is None else figures.noised
         counts = noised_counts.plan(section, names, honest, figures.sensitivity)
@@ -89,58 +89,69 @@ class PrivateCounts:
             counts.require_grid()
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
-        return Evaluation(request, address, figures, counts, least)
+        return Evaluation(request, address, figures, counts, min_sites)
 
-    def answer(self, of: Evaluation, reply: Callable[[MetricRecord], RecordDict]) -> RecordDict:
+    def answer(
+        self, evaluation: Evaluation, reply: Callable[[MetricRecord], RecordDict]
+    ) -> RecordDict:
         """The reply in clear: charged, made, kept; or the one that was kept.
 
         Args:
-            of: what is asked.
+            evaluation: the request, and how its counters leave.
             reply: with these metrics.
 
         Raises:
-            SiteError: 401, a counter is not finite; 427, 428, see ``SitePrivacy``.
+            SiteError: 401, a counter is not finite; 427, 428, see ``ChargedReplies``.
         """
 
         def make(spent: Spent) -> RecordDict:
             # Where the unit is an example their number is told, as when the site registered.
-            whole = of.counts.unit == "site"
+            whole = evaluation.counts.unit == "site"
             metrics: Reported = {
-                protocol.NUM_EXAMPLES: 1 if whole else of.figures.num_examples,
+                protocol.NUM_EXAMPLES: 1 if whole else evaluation.figures.num_examples,
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,
             }
-            found = self._noised(of)
-            if of.figures.listed:
-                metrics[protocol.COUNTS] = [found[name] for name in of.figures.noised or ()]
+            counters = self._noised(evaluation)
+            if evaluation.figures.listed:
+                metrics[protocol.COUNTS] = [
+                    counters[name] for name in evaluation.figures.noised or ()
+                ]
             else:
-                metrics.update(found)
-            return self._privacy.vouch(reply(MetricRecord({**metrics})))
+                metrics.update(counters)
+            return self._privacy.attach_ledger_digest(reply(MetricRecord({**metrics})))
 
-        asked, release = self._asked(of), Release(of.counts.noise_multiplier)
-        return self._privacy.answer(asked, of.counts.unit, MECHANISM, release, make)
+        release_request, release = (
+            self._release_request(evaluation),
+            Release(evaluation.counts.noise_multiplier),
+        )
+        return self._privacy.answer(
+            release_request, evaluation.counts.unit, MECHANISM, release, make
+        )
 
-    def charged(self, of: Evaluation) -> dict[str, float]:
+    def charged(self, evaluation: Evaluation) -> dict[str, float]:
         """Counters for one attempt at a secure sum, charged first; each attempt has noise of its own.
 
         Raises:
             SiteError: as ``answer``.
         """
-        release = Release(of.counts.noise_multiplier)
-        self._privacy.charge(self._asked(of), of.counts.unit, MECHANISM, release)
-        return self._noised(of)
+        release = Release(evaluation.counts.noise_multiplier)
+        self._privacy.charge(
+            self._release_request(evaluation), evaluation.counts.unit, MECHANISM, release
+        )
+        return self._noised(evaluation)
 
-    def vouch(self, reply: RecordDict) -> RecordDict:
+    def attach_ledger_digest(self, reply: RecordDict) -> RecordDict:
         """Put the ledger's digest into a reply."""
-        return self._privacy.vouch(reply)
+        return self._privacy.attach_ledger_digest(reply)
 
-    def _noised(self, of: Evaluation) -> dict[str, float]:
-        found = of.figures.count()
+    def _noised(self, evaluation: Evaluation) -> dict[str, float]:
+        counters = evaluation.figures.count()
         try:
-            return of.counts.make(found, self._privacy.entropy)
+            return evaluation.counts.make(counters, self._privacy.entropy)
         except ValueError as error:
             raise SiteError(401, str(error)) from None
 
     @staticmethod
-    def _asked(of: Evaluation) -> ReleaseRequest:
-        return ReleaseRequest.of(of.figures.kind, of.request, of.address)
+    def _release_request(evaluation: Evaluation) -> ReleaseRequest:
+        return ReleaseRequest.of(evaluation.figures.kind, evaluation.request, evaluation.address)

@@ -1,4 +1,4 @@
-"""Between the worker and its ledger: a round of training under differential privacy."""
+"""A round of training under differential privacy: checked, charged to the ledger, noised."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fedge.shared.wire.tensors import NDArrays
 
 @dataclass(frozen=True)
 class Round:
-    """What is asked, and of which examples.
+    """A request to train, and the examples that it is about.
 
     Attributes:
         request: to train.
         terms: of it.
         section: the mechanism.
         config: of the request.
-        what: the training.
+        training: the settings of the local training.
         examples: the site's training split.
     """
 
@@ -45,7 +45,7 @@ class Round:
     terms: Terms
     section: PrivacySection
     config: ConfigRecord
-    what: Training
+    training: Training
     examples: Examples
 
     @property
@@ -54,47 +54,47 @@ class Round:
         return self.terms.address
 
 
-class PrivateWork:
+class NoisedTraining:
     """Training under differential privacy in one worker."""
 
     def __init__(self, task: Task, privacy: ChargedReplies) -> None:
         self._task, self._privacy = task, privacy
-        self._fit: set[PrivacySection] = set()
+        self._compatible: set[PrivacySection] = set()
 
-    def require_fit(self, section: PrivacySection) -> None:
+    def require_compatible(self, section: PrivacySection) -> None:
         """Hold the task against a mechanism, once for each: a failure later would have been charged.
 
         Raises:
             SiteError: 414, the task cannot be learnt under it.
         """
-        if section in self._fit:
+        if section in self._compatible:
             return
         try:
             compatibility.require_compatible(section, self._task)
         except ConfigError as error:
             raise SiteError(414, error.message) from None
-        self._fit.add(section)
+        self._compatible.add(section)
 
-    def answer(self, of: Round, reply: Callable[[MetricRecord], RecordDict]) -> RecordDict:
+    def answer(self, round_: Round, reply: Callable[[MetricRecord], RecordDict]) -> RecordDict:
         """The round's reply: charged, made, kept; or the one that was kept.
 
         Args:
-            of: the round.
+            round_: the round.
             reply: trains, and makes the reply with these metrics.
 
         Raises:
-            SiteError: 414, what is asked for would tell more than is charged; 427, 428, see ``SitePrivacy``.
+            SiteError: 414, the request would reveal more than is charged; 427, 428, see ``ChargedReplies``.
         """
         once = False
-        num_examples = len(of.examples.y)
-        if of.section.mechanism in CENTRAL:
-            terms = self._run_terms(of)
+        num_examples = len(round_.examples.y)
+        if round_.section.mechanism in CENTRAL:
+            terms = self._run_release(round_)
             release, once = terms.release, terms.once
-        elif of.section.mechanism == "local":
-            _require_bare(of.what)
-            release, num_examples = Release(_noise(of.section).noise_multiplier), 1
+        elif round_.section.mechanism == "local":
+            _require_weights_only(round_.training)
+            release, num_examples = Release(_noise(round_.section).noise_multiplier), 1
         else:
-            release = self._release(of)
+            release = self._release(round_)
 
         def make(spent: Spent) -> RecordDict:
             metrics: dict[str, int | float] = {
@@ -102,37 +102,39 @@ class PrivateWork:
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,
             }
-            return self.vouch(reply(MetricRecord({**metrics})))
+            return self.attach_ledger_digest(reply(MetricRecord({**metrics})))
 
-        asked = ReleaseRequest.of(protocol.TRAIN, of.request, of.address)
-        section = of.section
+        release_request = ReleaseRequest.of(protocol.TRAIN, round_.request, round_.address)
+        section = round_.section
         return self._privacy.answer(
-            asked, section.unit, section.mechanism, release, make, once=once
+            release_request, section.unit, section.mechanism, release, make, once=once
         )
 
-    def vouch(self, reply: RecordDict) -> RecordDict:
+    def attach_ledger_digest(self, reply: RecordDict) -> RecordDict:
         """Put the ledger's digest into a reply."""
-        return self._privacy.vouch(reply)
+        return self._privacy.attach_ledger_digest(reply)
 
-    def charged(self, of: Round, train: Callable[[], NDArrays]) -> tuple[NDArrays, float]:
+    def charged(self, round_: Round, train: Callable[[], NDArrays]) -> tuple[NDArrays, float]:
         """Trained weights for a secure sum, charged first; there is no loss to tell, so it is 0."""
-        asked = ReleaseRequest.of(protocol.TRAIN, of.request, of.address)
-        self._privacy.charge(asked, "example", of.section.mechanism, self._release(of))
+        release_request = ReleaseRequest.of(protocol.TRAIN, round_.request, round_.address)
+        self._privacy.charge(
+            release_request, "example", round_.section.mechanism, self._release(round_)
+        )
         return train(), 0.0
 
-    def noise(self, of: Round, received: NDArrays) -> tuple[SiteNoise, Callable[[], None]]:
+    def noise(self, round_: Round, received: NDArrays) -> tuple[SiteNoise, Callable[[], None]]:
         """The site's part of distributed noise, and what pays for an attempt with it.
 
         Raises:
-            SiteError: 414, what is asked for would tell more than is charged, or the noise does not fit its grid: at
+            SiteError: 414, the request would reveal more than is charged, or the noise does not fit its grid: at
                 once, and not when it was charged.
         """
-        _require_bare(of.what)
-        terms, least = _noise(of.section), min_sites_of(of.request)
-        honest = least - of.section.corrupt_sites
+        _require_weights_only(round_.training)
+        terms, min_sites = _noise(round_.section), min_sites_of(round_.request)
+        honest = min_sites - round_.section.corrupt_sites
         if honest < 1:
             raise requests.refuse(
-                "privacy.corrupt-sites", f"below {least}", of.section.corrupt_sites
+                "privacy.corrupt-sites", f"below {min_sites}", round_.section.corrupt_sites
             )
         try:
             distributed.stddev(terms.noise_multiplier, _size(received), honest, MAX_SITES)
@@ -142,33 +144,33 @@ class PrivateWork:
         noise = SiteNoise(terms.clipping_bound, terms.noise_multiplier, honest, entropy)
 
         def charge() -> None:
-            asked = ReleaseRequest.of(protocol.TRAIN, of.request, of.address)
+            release_request = ReleaseRequest.of(protocol.TRAIN, round_.request, round_.address)
             release = Release(terms.noise_multiplier)
-            self._privacy.charge(asked, "site", of.section.mechanism, release)
+            self._privacy.charge(release_request, "site", round_.section.mechanism, release)
 
         return noise, charge
 
-    def cover(self, of: Round, received: NDArrays) -> Callable[[NDArrays | None], NDArrays]:
-        """What puts all of the noise that hides the site on its update; None trained on nothing.
+    def add_noise(self, round_: Round, received: NDArrays) -> Callable[[NDArrays | None], NDArrays]:
+        """A function that adds all of the noise that hides the site to its update; None is a site without examples.
 
         Raises:
             SiteError: 414, the noise does not fit its grid: at once, and not when it was charged.
         """
-        noise = _noise(of.section)
+        noise = _noise(round_.section)
         try:
             local.stddev(noise.noise_multiplier, _size(received))
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
         entropy = self._privacy.entropy
 
-        def covered(trained: NDArrays | None) -> NDArrays:
+        def noised(trained: NDArrays | None) -> NDArrays:
             return local.noised_weights(
                 received, trained, noise.clipping_bound, noise.noise_multiplier, entropy
             )
 
-        return covered
+        return noised
 
-    def take_steps(self, network: nn.Module, of: Round) -> None:
+    def train_privately_on(self, network: nn.Module, round_: Round) -> None:
         """Train the loaded network in place."""
         # Only here: Opacus takes seconds to import, which a site without it need not pay.
         from fedge.client.privacy.dp_sgd import train_privately
@@ -176,58 +178,60 @@ class PrivateWork:
         train_privately(
             self._task,
             network,
-            of.examples,
-            of.what.settings,
-            _noise_of(of),
+            round_.examples,
+            round_.training.settings,
+            _noise_of(round_),
             self._privacy.entropy,
-            proximal_mu=of.what.proximal_mu,
+            proximal_mu=round_.training.proximal_mu,
         )
 
     @staticmethod
-    def _run_terms(of: Round) -> RunTerms:
-        _require_bare(of.what)
-        return run_terms(of.section, requests.rounds(of.config))
+    def _run_release(round_: Round) -> RunTerms:
+        _require_weights_only(round_.training)
+        return run_terms(round_.section, requests.rounds(round_.config))
 
     @staticmethod
-    def _release(of: Round) -> Release:
-        _require_bare(of.what)
-        if of.what.settings.mixed_precision != "off":
+    def _release(round_: Round) -> Release:
+        _require_weights_only(round_.training)
+        if round_.training.settings.mixed_precision != "off":
             raise requests.refuse(
                 "mixed-precision",
                 "off under differential privacy",
-                of.what.settings.mixed_precision,
+                round_.training.settings.mixed_precision,
             )
-        return release_of(_noise_of(of), of.what.settings, len(of.examples.y))
+        return release_of(_noise_of(round_), round_.training.settings, len(round_.examples.y))
 
 
 def _size(received: NDArrays) -> int:
     return sum(a.size for a in received.values() if a.dtype.kind == "f")
 
 
-def _require_bare(what: Training) -> None:
+def _require_weights_only(training: Training) -> None:
     """Hold a request to weights alone: nothing else of the reply has noise."""
-    if what.control:
+    if training.control:
         raise requests.refuse(protocol.CONTROL, "false under differential privacy", True)
-    if what.loss_at != "running":
-        raise requests.refuse(protocol.LOSS_AT, "running under differential privacy", what.loss_at)
+    if training.loss_at != "running":
+        raise requests.refuse(
+            protocol.LOSS_AT, "running under differential privacy", training.loss_at
+        )
 
 
-def _noise_of(of: Round) -> Noise:
+def _noise_of(round_: Round) -> Noise:
     """The noise of each step of DP-SGD: as configured, or what keeps this site's whole run within epsilon."""
-    section = of.section
+    section = round_.section
     if section.epsilon is None:
         return _noise(section)
-    rows, rounds = len(of.examples.y), requests.rounds(of.config)
+    rows, rounds = len(round_.examples.y), requests.rounds(round_.config)
     evaluations = None
     if section.metrics_noise_multiplier is not None:
-        count = requests.evaluations(of.config)
+        count = requests.evaluations(round_.config)
         evaluations = Release(section.metrics_noise_multiplier, steps=count)
     try:
         return noise_within(
             section.epsilon,
             section.delta,
             section.clipping_bound,
-            of.what.settings,
+            round_.training.settings,
             rows,
             rounds,
             evaluations,

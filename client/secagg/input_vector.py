@@ -45,8 +45,8 @@ class SiteNoise:
             SiteError: 414, the noise does not fit the grid or the ring.
         """
         try:
-            deviation = distributed.stddev(self.noise_multiplier, update.size, self.honest, sites)
-            return distributed.encode(update, self.clipping_bound, deviation, self.entropy)
+            stddev = distributed.stddev(self.noise_multiplier, update.size, self.honest, sites)
+            return distributed.encode(update, self.clipping_bound, stddev, self.entropy)
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
 
@@ -105,13 +105,13 @@ class InputVector:
         return vector
 
     def _limbs(self, saturated: int) -> NDArray[np.uint32]:
-        told = any(c.name == vector_layout.SATURATED for c in self.layout.counters)
-        own = {vector_layout.SATURATED: saturated} if told else {}
+        has_saturated = any(c.name == vector_layout.SATURATED for c in self.layout.counters)
+        own = {vector_layout.SATURATED: saturated} if has_saturated else {}
         return exact_counters.encode_counters({**self.counters, **own}, self.layout.counters)
 
 
 def training(
-    of: Layout,
+    layout: Layout,
     bounds: Bounds,
     received: NDArrays,
     trained: NDArrays | None,
@@ -123,7 +123,7 @@ def training(
     """The contribution of a training round.
 
     Args:
-        of: its layout.
+        layout: of the vector.
         bounds: of the run.
         received: the round's weights.
         trained: the site's, with SCAFFOLD's changes under ``control/``; None where it has no examples.
@@ -145,13 +145,13 @@ def training(
         vector_layout.CAPPED: int(num_examples > bounds.weight_cap),
     }
     if trained is None:
-        return InputVector(of, np.zeros(of.values, np.float32), 0.0, counters)
-    _require_tensors(of, trained)
-    flat = of.flatten(trained)
-    for t in of.tensors:
+        return InputVector(layout, np.zeros(layout.values, np.float32), 0.0, counters)
+    _require_tensors(layout, trained)
+    flat = layout.flatten(trained)
+    for t in layout.tensors:
         if not t.name.startswith(protocol.CONTROL_PREFIX):
             flat[t.start : t.start + t.size] -= received[t.name].reshape(-1)
-    update = flat[: of.segments[0].size]
+    update = flat[: layout.segments[0].size]
     norm = float(np.sqrt(np.vdot(update, update).astype(np.float64)))
     if not np.isfinite(norm):
         norm = float(np.linalg.norm(update.astype(np.float64)))
@@ -161,16 +161,16 @@ def training(
     if norm > bounds.clipping_bound:
         update *= bounds.clipping_bound / norm
         counters[vector_layout.CLIPPED] = 1
-    return InputVector(of, flat, capped / bounds.weight_cap, counters)
+    return InputVector(layout, flat, capped / bounds.weight_cap, counters)
 
 
 def noised(
-    of: Layout, noise: SiteNoise, received: NDArrays, trained: NDArrays | None
+    layout: Layout, noise: SiteNoise, received: NDArrays, trained: NDArrays | None
 ) -> InputVector:
     """The contribution of a training round with distributed noise: every site weighs the same, and counts as one.
 
     Args:
-        of: its layout.
+        layout: of the vector.
         noise: the site's.
         received: the round's weights.
         trained: the site's; None where it has no examples: then it adds its noise alone, and nobody can tell.
@@ -178,32 +178,32 @@ def noised(
     Raises:
         SiteError: 401, the update is not finite; 404, a tensor is missing, or of another shape or type.
     """
-    update = np.zeros(of.values)
+    update = np.zeros(layout.values)
     if trained is not None:
-        _require_tensors(of, trained)
-        update = of.flatten(trained).astype(np.float64) - of.flatten(received)
+        _require_tensors(layout, trained)
+        update = layout.flatten(trained).astype(np.float64) - layout.flatten(received)
         norm = float(np.linalg.norm(update))
         if not np.isfinite(norm):
             raise SiteError(401, "update: must be finite, got NaN or infinity")
         update *= min(1.0, noise.clipping_bound / max(norm, 1e-300))
-    return InputVector(of, update, 1.0, {vector_layout.SITES: 1}, noise)
+    return InputVector(layout, update, 1.0, {vector_layout.SITES: 1}, noise)
 
 
-def evaluation(of: Layout, counters: Mapping[str, float]) -> InputVector:
+def evaluation(layout: Layout, counters: Mapping[str, float]) -> InputVector:
     """The contribution of an evaluation: the task's counters over the site's test examples, with noise or without."""
-    return _counted(of, vector_layout.task_counters(counters))
+    return _counted(layout, vector_layout.task_counters(counters))
 
 
-def statistics(of: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> InputVector:
+def statistics(layout: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> InputVector:
     """The contribution of the sums over standardised columns, in units of each column's bound; None counts nothing."""
-    counters: dict[str, float] = {c.name: 0 for c in of.counters}
+    counters: dict[str, float] = {c.name: 0 for c in layout.counters}
     if found is not None:
         counters[vector_layout.EXAMPLES] = found.count
         sums = zip(bounds, found.total, found.total_of_squares, strict=True)
         for column, (bound, total, squares) in enumerate(sums):
             counters[f"{protocol.FEATURE_TOTAL}-{column}"] = total / bound.unit
             counters[f"{protocol.FEATURE_TOTAL_OF_SQUARES}-{column}"] = squares / bound.unit**2
-    return _counted(of, counters)
+    return _counted(layout, counters)
 
 
 def rounding_key(seed: int, purpose: str, server_round: int, site: str) -> bytes:
@@ -212,9 +212,9 @@ def rounding_key(seed: int, purpose: str, server_round: int, site: str) -> bytes
     return hashlib.sha256(framed(b"fedge rounding", words, site.encode())).digest()
 
 
-def _require_tensors(of: Layout, trained: NDArrays) -> None:
+def _require_tensors(layout: Layout, trained: NDArrays) -> None:
     """Hold tensors against the layout, in which another shape of the same size would pass for the right one."""
-    for t in of.tensors:
+    for t in layout.tensors:
         found = trained.get(t.name)
         if found is None or found.shape != t.shape or found.dtype.kind != "f":
             got = "none" if found is None else f"{found.dtype} of shape {found.shape}"
@@ -223,5 +223,5 @@ def _require_tensors(of: Layout, trained: NDArrays) -> None:
             )
 
 
-def _counted(of: Layout, counters: Mapping[str, float]) -> InputVector:
-    return InputVector(of, np.zeros(0, np.float32), 1.0, {**counters, vector_layout.SITES: 1})
+def _counted(layout: Layout, counters: Mapping[str, float]) -> InputVector:
+    return InputVector(layout, np.zeros(0, np.float32), 1.0, {**counters, vector_layout.SITES: 1})

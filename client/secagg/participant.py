@@ -224,7 +224,7 @@ def _share(session: Session, values: ConfigRecord) -> RecordDict:
         {
             messages.COMMITMENT: shared.commitment,
             messages.SIGNATURE: shared.signature,
-            messages.BOXES: shared.boxes,
+            messages.ENCRYPTED_SHARES: shared.encrypted_shares,
         }
     )
 

@@ -18,7 +18,7 @@ from fedge.shared import protocol
 from fedge.shared.errors import SiteError
 from fedge.shared.preprocessing.steps import Statistics
 from fedge.shared.secagg import messages, vector_layout
-from fedge.shared.secagg import request_digest as jobs
+from fedge.shared.secagg import request_digest as request_digests
 from fedge.shared.tasks.standardised_columns import column_bounds
 from fedge.shared.tasks.task import Task
 from fedge.shared.wire.tensors import NDArrays
@@ -84,21 +84,24 @@ class SecureSums:
             private: the weights are noised, and neither loss nor number of examples may be reported.
         """
         bounds = participant.bounds_of(request)
-        job = jobs.digest(protocol.TRAIN, request)
+        request_digest = request_digests.digest(protocol.TRAIN, request)
 
         def contribute() -> InputVector:
-            known = self._trained
-            if known is not None and known[:2] == (job, training.accepted_round):
-                return known[2]
+            last_trained = self._trained
+            if last_trained is not None and last_trained[:2] == (
+                request_digest,
+                training.accepted_round,
+            ):
+                return last_trained[2]
             layout = vector_layout.of_training(
                 self._shapes, self._parameters, bounds, control=training.control
             )
             trained, loss = fit() if fit else (None, 0.0)
-            made = input_vector.training(
+            vector = input_vector.training(
                 layout, bounds, received, trained, num_examples, loss, private=private
             )
-            self._trained = (job, training.accepted_round, made)
-            return made
+            self._trained = (request_digest, training.accepted_round, vector)
+            return vector
 
         return self.require().begin(protocol.TRAIN, request, terms.address, terms.seed, contribute)
 
@@ -125,17 +128,17 @@ class SecureSums:
             SiteError: 427, the budget would be exceeded, and the site begins nothing.
         """
         layout = vector_layout.of_noised(self._shapes, self._parameters, noise.clipping_bound)
-        job = jobs.digest(protocol.TRAIN, request)
+        request_digest = request_digests.digest(protocol.TRAIN, request)
         least = participant.min_sites_of(request)
 
         def contribute() -> InputVector:
             charge()
-            known = self._trained
-            if known is not None and known[:2] == (job, 0):
-                return known[2]
-            made = input_vector.noised(layout, noise, received, fit() if fit else None)
-            self._trained = (job, 0, made)
-            return made
+            last_trained = self._trained
+            if last_trained is not None and last_trained[:2] == (request_digest, 0):
+                return last_trained[2]
+            vector = input_vector.noised(layout, noise, received, fit() if fit else None)
+            self._trained = (request_digest, 0, vector)
+            return vector
 
         return self.require().begin(
             protocol.TRAIN, request, terms.address, terms.seed, contribute, least

@@ -70,11 +70,11 @@ class Anchors:
 
 @dataclass(frozen=True)
 class Shared:
-    """What a site gives out in exchange 1: boxes in the order of its neighbours' names."""
+    """What a site gives out in exchange 1: encrypted shares in the order of its neighbours' names."""
 
     commitment: bytes
     signature: bytes
-    boxes: bytes
+    encrypted_shares: bytes
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Session:
 
         Raises:
             SiteError: 422, the own bundle is missing or another; 424, fewer sites than the policy asks for.
-            PeerError: 421, the roster does not vouch for a site; 422, a bundle is not signed with its key, or holds
+            PeerError: 421, the roster does not list a site; 422, a bundle is not signed with its key, or holds
                 one that is none.
         """
         names, own = [b.site for b in bundles], self.site
@@ -175,7 +175,7 @@ class Session:
         self._held = {own: (of_seed[at + 1], of_mask[at + 1])}
         sealed = [
             share_encryption.encrypt_share(
-                self._box_key(own, names[i]),
+                self._share_key(own, names[i]),
                 of_seed[i + 1] + of_mask[i + 1],
                 self._t,
                 own,
@@ -190,11 +190,11 @@ class Session:
         return self._shared
 
     def masked(self, sharers: Sequence[Sharer]) -> Masked:
-        """Exchange 2: open the peers' boxes, then mask the vector with all of them.
+        """Exchange 2: decrypt the peers' shares, then mask the vector with all of them.
 
         Raises:
             SiteError: 422, the list is not one that the exchange before allows; 424, too few sites; 401.
-            PeerError: 422, a peer's signature is missing; 425, a box does not open.
+            PeerError: 422, a peer's signature is missing; 425, a share does not decrypt.
         """
         names = [s.site for s in sharers]
         self._require_subset("sharers", names, self._bundles)
@@ -281,10 +281,10 @@ class Session:
                 "must have signed its shares for the same job and sites",
             )
         if sharer.site in self._neighbours:
-            key = self._box_key(sharer.site, self.site)
+            key = self._share_key(sharer.site, self.site)
             try:
                 plain = share_encryption.decrypt_share(
-                    key, sharer.box, self._t, sharer.site, self.site
+                    key, sharer.encrypted_share, self._t, sharer.site, self.site
                 )
             except SiteError as error:
                 raise PeerError(error.code, sharer.site, error.message) from None
@@ -299,22 +299,22 @@ class Session:
         except ValueError as error:
             raise PeerError(PROTOCOL_VIOLATION, bundle.site, str(error)) from None
 
-    def _box_key(self, src: str, dst: str) -> bytes:
+    def _share_key(self, src: str, dst: str) -> bytes:
         peer = dst if src == self.site else src
         return key_agreement.share_encryption_key(self._agreed[peer][0], self._t, src, dst)
 
     def _require_enough(self, count: int) -> None:
-        least = max(self._threshold, self._anchors.min_sites(), self._min_sites, MIN_SITES)
-        if count < least:
-            raise SiteError(TOO_FEW, f"sites: must be {least} or more, got {count}")
+        min_sites = max(self._threshold, self._anchors.min_sites(), self._min_sites, MIN_SITES)
+        if count < min_sites:
+            raise SiteError(TOO_FEW, f"sites: must be {min_sites} or more, got {count}")
 
     def _require_subset(
-        self, what: str, names: Sequence[str], of: Mapping[str, object] | frozenset[str]
+        self, field: str, names: Sequence[str], allowed: Mapping[str, object] | frozenset[str]
     ) -> None:
         if self.site not in names:
-            raise protocol_violation(what, "name this site", "a list without it")
-        if stranger := next((name for name in names if name not in of), None):
-            raise protocol_violation(what, "be among those of the exchange before", stranger)
+            raise protocol_violation(field, "name this site", "a list without it")
+        if stranger := next((name for name in names if name not in allowed), None):
+            raise protocol_violation(field, "be among those of the exchange before", stranger)
 
     def _commitment(self) -> bytes:
         return transcript.commit_statement(
@@ -327,6 +327,6 @@ class Session:
         return self._anchors.private.sign(statement)
 
 
-def protocol_violation(what: str, wanted: str, got: object) -> SiteError:
+def protocol_violation(field: str, wanted: str, got: object) -> SiteError:
     """Error 422 in the project's wording."""
-    return SiteError(PROTOCOL_VIOLATION, f"{what}: must {wanted}, got {str(got)[:80]}")
+    return SiteError(PROTOCOL_VIOLATION, f"{field}: must {wanted}, got {str(got)[:80]}")

@@ -27,7 +27,7 @@ TRUST: Final = "consortium.pub"
 SEEN: Final = "roster-seen.json"
 KEY: Final = "signing.key"
 
-_NOT_VOUCHED: Final = 421
+_NOT_TRUSTED: Final = 421
 _UNUSABLE: Final = 917
 _OLDER: Final = 918
 _NOT_OURS: Final = 919
@@ -87,7 +87,7 @@ class RosterFile:
                 try:
                     self._roster = read(self._home)
                 except FedgeError as error:
-                    raise SiteError(_NOT_VOUCHED, f"{FILE}: must be usable, got {error}") from None
+                    raise SiteError(_NOT_TRUSTED, f"{FILE}: must be usable, got {error}") from None
             return self._roster
 
     def _mark(self) -> _Mark:

@@ -19,7 +19,7 @@ from fedge.client.settings import privacy_policy
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol
 from fedge.shared.config import home_files
-from fedge.shared.config.section import Section
+from fedge.shared.config.base_section import Section
 from fedge.shared.errors import FedgeError, SiteError
 from fedge.shared.secagg import messages
 

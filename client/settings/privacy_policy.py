@@ -9,8 +9,8 @@ from pydantic import Field
 
 from fedge.client.requests import section_of
 from fedge.shared import protocol
+from fedge.shared.config.base_section import Section
 from fedge.shared.config.privacy import CENTRAL
-from fedge.shared.config.section import Section
 from fedge.shared.errors import SiteError
 from fedge.shared.secagg import messages
 

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from fedge.shared.config import home_files
-from fedge.shared.config.section import FilePath, Section, SiteName
+from fedge.shared.config.base_section import FilePath, Section, SiteName
 from fedge.shared.files import write_atomically
 
 FILE: Final = "site.toml"

@@ -20,9 +20,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedge.client import requests
 from fedge.client.data.dataset import SiteData
 from fedge.client.privacy.charging import ChargedReplies
-from fedge.client.privacy.noised_evaluation import Evaluation, PrivateCounts
-from fedge.client.privacy.noising import PrivateWork, Round
-from fedge.client.privacy.rounds import PrivateRounds
+from fedge.client.privacy.noised_evaluation import Evaluation, NoisedEvaluations
+from fedge.client.privacy.noising import NoisedTraining, Round
+from fedge.client.privacy.training_by_mechanism import PrivateRounds
 from fedge.client.requests import Address, Terms, section_of
 from fedge.client.secagg.participant import is_secure
 from fedge.client.secagg.secure_sums import SecureSums
@@ -81,9 +81,9 @@ class SiteWorker:
         floats = {n: s.shape for n, s in self.learner.control_specs.items()}
         self._secure = SecureSums(task, floats, self.learner.trained, anchors, home)
         ledger = ChargedReplies(home, privacy or simulated)
-        work = PrivateWork(task, ledger)
+        work = NoisedTraining(task, ledger)
         self._private = PrivateRounds(self.learner, work, self._secure, self._reply)
-        self._counts = PrivateCounts(ledger)
+        self._counts = NoisedEvaluations(ledger)
         self._calibration = SiteCalibration(self.learner)
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict:
@@ -233,12 +233,12 @@ class SiteWorker:
                 evaluation.request,
                 terms,
                 evaluation.figures.kind,
-                evaluation.counts.told,
+                evaluation.counts.reported,
                 partial(self._counts.charged, evaluation),
                 noised=True,
                 min_sites=evaluation.min_sites,
             )
-            return self._counts.vouch(self._reply(terms.address, values))
+            return self._counts.attach_ledger_digest(self._reply(terms.address, values))
         return self._counts.answer(
             evaluation, partial(self._with_config, evaluation.figures, terms)
         )

@@ -209,7 +209,7 @@ def _numbers(metrics: MetricRecord, key: str, count: int) -> NDArray[np.float64]
 
 def _noised(metrics: MetricRecord, num_examples: int, expected: Expected) -> NDArray[np.float64]:
     noised = expected.noised
-    max_noise = math.inf if noised is None else noised.reach
+    max_noise = math.inf if noised is None else noised.max_noise
     values = _numbers(metrics, protocol.COUNTS, len(expected.counters))
     minimum, maximum = -max_noise, num_examples + max_noise
     if values.min(initial=0.0) < minimum or values.max(initial=0.0) > maximum:

@@ -1,17 +1,17 @@
-"""Noise that the server adds: it gets the updates without, and whoever gets the model sees the noised mean alone.
+"""Noise that the server adds: it gets the updates without, and the model's consumers see the noised mean alone.
 
-``central``: each site is drawn by a coin of its own, its update is clipped and added, and every round has fresh noise
-(McMahan et al. 2018, https://arxiv.org/abs/1710.06963), with a clipping bound that may follow a quantile of the norms
-(Andrew et al. 2021). ``central-mf``: the sites take turns, and the noise is correlated over the rounds, so that it
-adds up to less in the model (``toeplitz``).
+``central``: each site is sampled independently (Poisson sampling), its update is clipped and added, and every round has
+new noise (McMahan et al. 2018, https://arxiv.org/abs/1710.06963), with a clipping bound that may follow a quantile of
+the norms (Andrew et al. 2021). ``central-mf``: the sites participate round-robin, and the noise is correlated over the
+rounds, so that it adds up to less in the model (``toeplitz``).
 
 The sum over a round is divided by the number of sites that take part on average, which depends on who is registered
-and not on who was drawn, who came, or whose update was refused. So one site changes the mean by the clipping bound
+and not on who was sampled, who replied, or whose update was refused. So one site changes the mean by the clipping bound
 over that number at most, whatever the others do; with the real number it could change the weight of all of them. A site
-that joins later is drawn, or has its turn, like the others, and from then on it is in that number. Who is registered
+that joins later is sampled, or has its round, like the others, and from then on it is in that number. Who is registered
 is no secret: the names stand in a release.
 
-A round in which nobody was drawn has its noise like any other: to leave it out would tell that nobody was.
+A round in which no site was sampled has its noise like any other: to leave it out would reveal that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MAX_BOUND: Final = 1e9
 
 _DAMAGED: Final = 504
 _SLOT: Final = "central/"
-#: Sites drawn on average for each standard deviation of the noise on their bits (Andrew et al., section 3).
+#: Sites sampled on average for each standard deviation of the noise on their bits (Andrew et al., section 3).
 _SITES_PER_SIGMA: Final = 20.0
 #: Beyond it a noisy share tells nothing more.
 _MAX_SHARE: Final = 10.0
@@ -111,13 +111,13 @@ class CentralNoise:
         rounds, apart = self._rounds, self._section.min_separation
         times = -(-rounds // apart)
         bands = self._section.bands or toeplitz.best_bands(rounds, times, apart)
-        of = toeplitz.coefficients(rounds, bands)
-        self._multiplier *= toeplitz.sensitivity(of, rounds, times, apart)
-        self._noise = toeplitz.Correlated(of, self._size)
+        coefficients = toeplitz.coefficients(rounds, bands)
+        self._multiplier *= toeplitz.sensitivity(coefficients, rounds, times, apart)
+        self._noise = toeplitz.Correlated(coefficients, self._size)
         _log.info(
             "central-mf: noise correlated over %d rounds, error %.2f of independent noise's",
             bands,
-            toeplitz.error(of, rounds, times, apart),
+            toeplitz.error(coefficients, rounds, times, apart),
         )
         if bands == 1 and rounds > 1:
             _log.warning(
@@ -159,7 +159,7 @@ class CentralNoise:
         """
         self._begin(server_round)
         if self._noise is not None:
-            self._correlated(grid(self.clipping_bound, self._multiplier, self._size))
+            self._correlated_noise(grid(self.clipping_bound, self._multiplier, self._size))
         return self._facts(server_round, self.clipping_bound, self._multiplier, None)
 
     def release(
@@ -176,18 +176,18 @@ class CentralNoise:
         self._begin(server_round)
         bound, expected = self.clipping_bound, self.expected(registered)
         multiplier, count_noise = self._multipliers(expected)
-        of = grid(bound, multiplier, self._size)
+        integer_grid = grid(bound, multiplier, self._size)
         total, within = np.zeros(self._size, np.int64), 0
         for update in updates:
             change = difference(update.arrays, current)
             length = norm(change)
             within += length <= bound
-            total += on_grid(change, length, of)
-        total += self._drawn(of)
+            total += on_grid(change, length, integer_grid)
+        total += self._sample_noise(integer_grid)
         fraction = None
         if count_noise is not None:
             fraction = self._follow(within, len(updates), count_noise, expected)
-        change = np.multiply(total, of.step / expected, dtype=np.float64)
+        change = np.multiply(total, integer_grid.step / expected, dtype=np.float64)
         mean = moved(current, change)
         return Noised(
             Summed(tuple(u.site for u in updates), mean, 1, None),
@@ -247,13 +247,13 @@ class CentralNoise:
         )
         return adaptive_clipping.noise_multiplier_of_updates(self._multiplier, count), count
 
-    def _drawn(self, of: IntegerGrid) -> NDArray[np.int64]:
+    def _sample_noise(self, integer_grid: IntegerGrid) -> NDArray[np.int64]:
         """The round's noise, in steps."""
         if self._noise is None:
-            return table(of.deviation).sample(self._size, self._entropy)
-        return self._correlated(of)
+            return table(integer_grid.stddev).sample(self._size, self._entropy)
+        return self._correlated_noise(integer_grid)
 
-    def _correlated(self, of: IntegerGrid) -> NDArray[np.int64]:
+    def _correlated_noise(self, integer_grid: IntegerGrid) -> NDArray[np.int64]:
         """Real numbers, of which each is a sum over rounds, so that they can be on no grid; rounded once they are made.
 
         The sum of updates is in whole steps, so this is the sum with its real noise, rounded: the steps are far wider
@@ -262,8 +262,8 @@ class CentralNoise:
         if self._noise is None:
             raise ValueError("noise: must be correlated, got another")
         fresh = normal(self._size, self._entropy)
-        fresh *= of.deviation * of.step
-        return np.rint(self._noise.next(fresh) / of.step).astype(np.int64)
+        fresh *= integer_grid.stddev * integer_grid.step
+        return np.rint(self._noise.next(fresh) / integer_grid.step).astype(np.int64)
 
     def _follow(self, within: int, sites: int, count_noise: float, expected: float) -> float:
         """Move the bound for the next round; the noisy share that this round's had within it."""

@@ -35,16 +35,16 @@ class IntegerGrid:
 
     Attributes:
         clipping_bound: L2 norm to which an update is scaled down.
-        deviation: of the noise, in steps.
+        stddev: standard deviation of the noise, in steps.
         step: width of a step.
     """
 
     clipping_bound: float
-    deviation: float
+    stddev: float
     step: float
 
     @property
-    def reach(self) -> float:
+    def sensitivity_steps(self) -> float:
         """The clipping bound in steps: no update on the grid is longer."""
         return self.clipping_bound / self.step
 
@@ -59,8 +59,8 @@ def grid(clipping_bound: float, noise_multiplier: float, size: int) -> IntegerGr
     """
     wanted = _FINE * noise_multiplier * math.sqrt(max(size, 1))
     # A power of two, so that the table of one round serves the next.
-    deviation = 2.0 ** math.ceil(math.log2(min(max(wanted, MIN_STDDEV), MAX_STDDEV)))
-    return IntegerGrid(clipping_bound, deviation, noise_multiplier * clipping_bound / deviation)
+    stddev = 2.0 ** math.ceil(math.log2(min(max(wanted, MIN_STDDEV), MAX_STDDEV)))
+    return IntegerGrid(clipping_bound, stddev, noise_multiplier * clipping_bound / stddev)
 
 
 def floating(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
@@ -82,26 +82,28 @@ def norm(values: NDArray[np.float64]) -> float:
     return math.sqrt(float(np.einsum("i,i->", values, values)))
 
 
-def on_grid(update: NDArray[np.float64], length: float, of: IntegerGrid) -> NDArray[np.int64]:
+def on_grid(
+    update: NDArray[np.float64], length: float, integer_grid: IntegerGrid
+) -> NDArray[np.int64]:
     """An update in steps, never longer than the bound.
 
     Args:
         update: ``(d,)``, finite.
         length: its L2 norm.
-        of: the grid.
+        integer_grid: the grid of the sum.
 
     Returns:
-        Whole numbers of an L2 norm of ``of.reach`` at most: scaled down and taken to the nearest step, and where that
-        made it longer, scaled down a little more. It depends on nothing but this update.
+        ``(d,)`` whole numbers of an L2 norm of ``integer_grid.sensitivity_steps`` at most: scaled down and taken to the
+        nearest step, and where that made it longer, scaled down a little more. It depends on nothing but this update.
     """
-    factor = min(1.0, of.clipping_bound / max(length, 1e-300)) / of.step
+    factor = min(1.0, integer_grid.clipping_bound / max(length, 1e-300)) / integer_grid.step
     found = np.zeros(update.size)
     for tried in range(_TRIES + 1):
         np.rint(update * factor, out=found)
         steps = norm(found)
-        if steps <= of.reach:
+        if steps <= integer_grid.sensitivity_steps:
             break
-        factor *= of.reach / steps * (1 - 4.0 ** (tried - _TRIES))
+        factor *= integer_grid.sensitivity_steps / steps * (1 - 4.0 ** (tried - _TRIES))
     return found.astype(np.int64)
 
 

@@ -192,11 +192,13 @@ def _told(sums: Sequence[Summed]) -> list[tuple[int, float]]:
 
 
 def _summed_reply(
-    request: Message, of: Summed, dtypes: Mapping[str, str], *, with_loss: bool
+    request: Message, summed: Summed, dtypes: Mapping[str, str], *, with_loss: bool
 ) -> Message:
-    mean = {k: _rounded(m, k, dtypes) for k, m in of.mean.items()}
-    loss = of.loss_total / of.weight if with_loss and of.loss_total is not None else None
-    return _reply(request, mean, of.weight, loss, len(of.sites))
+    mean = {k: _rounded(m, k, dtypes) for k, m in summed.mean.items()}
+    loss = (
+        summed.loss_total / summed.weight if with_loss and summed.loss_total is not None else None
+    )
+    return _reply(request, mean, summed.weight, loss, len(summed.sites))
 
 
 def _rounded(mean: NDArray[Any], name: str, dtypes: Mapping[str, str]) -> NDArray[Any]:

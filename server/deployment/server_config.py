@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import Field
 
 from fedge.shared.config import home_files
-from fedge.shared.config.section import Section
+from fedge.shared.config.base_section import Section
 from fedge.shared.daemon.home import free_port, split_address
 from fedge.shared.errors import DeployError
 from fedge.shared.files import write_atomically

@@ -24,7 +24,7 @@ class GroupAttempt:
         failed: why the group was given up.
         blames: by site, who finds fault with it.
         excluded: whom the next attempt is without.
-        unvouched: of those, for whom no roster vouches, as more than one site says.
+        untrusted: those of them that no roster trusts, as more than one site says.
     """
 
     members: list[Member]
@@ -32,7 +32,7 @@ class GroupAttempt:
     failed: str = ""
     blames: dict[str, set[str]] = field(default_factory=dict)
     excluded: set[str] = field(default_factory=set)
-    unvouched: set[str] = field(default_factory=set)
+    untrusted: set[str] = field(default_factory=set)
 
     def left(self, kind: str) -> set[str]:
         """Who is asked in this exchange."""

@@ -1,4 +1,4 @@
-"""What an opened sum says: its exact counters, and the weights that are the mean over its sites."""
+"""What an unmasked sum says: its exact counters, and the weights that are the mean over its sites."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _CHUNK: Final = 2**16
 _DOT: Final = 2**13
 
 
-def counted(layout: Layout, opened: UnmaskedSum) -> dict[str, float]:
+def counted(layout: Layout, unmasked: UnmaskedSum) -> dict[str, float]:
     """The exact counters of a sum.
 
     Raises:
         RunError: 511, they are not a sum of what these sites may send.
     """
-    sites = len(opened.sites)
+    sites = len(unmasked.sites)
     try:
         found = exact_counters.decode_counters(
-            opened.total[layout.values :], layout.counters, sites
+            unmasked.total[layout.values :], layout.counters, sites
         )
     except ValueError:
         raise _out_of_range("counters") from None
@@ -44,13 +44,17 @@ def counted(layout: Layout, opened: UnmaskedSum) -> dict[str, float]:
 
 
 def mean_weights(
-    layout: Layout, opened: UnmaskedSum, bounds: Bounds, current: NDArrays, policy: AdmissionSection
+    layout: Layout,
+    unmasked: UnmaskedSum,
+    bounds: Bounds,
+    current: NDArrays,
+    policy: AdmissionSection,
 ) -> tuple[Summed, Mapping[str, float]]:
     """A sum of weighted updates as the weighted mean of the sites' weights.
 
     Args:
         layout: of a training sum.
-        opened: the sum. Its memory becomes the mean's: it can be read once.
+        unmasked: the sum. Its memory becomes the mean's: it can be read once.
         bounds: that the sites kept.
         current: the round's weights. What is not aggregated stays as it is here.
         policy: of the gate, which sees no single update: its bounds are held against the mean.
@@ -61,15 +65,15 @@ def mean_weights(
     Raises:
         RunError: 511, it is not a sum of what sites may send; 510, of no examples.
     """
-    counters = counted(layout, opened)
-    examples, sites = int(counters[vector_layout.EXAMPLES]), len(opened.sites)
+    counters = counted(layout, unmasked)
+    examples, sites = int(counters[vector_layout.EXAMPLES]), len(unmasked.sites)
     if examples < 1:
         raise RunError(_FAILED, "examples: must be at least 1 over all sites, got none")
     if examples > sites * bounds.weight_cap:
         raise _out_of_range("examples")
     weight = examples / bounds.weight_cap
-    mean, norm = _moved(layout, opened, weight, current)
-    steps = sites / fixed_point.scale(layout.segments[0].bound, opened.sharers)
+    mean, norm = _moved(layout, unmasked, weight, current)
+    steps = sites / fixed_point.scale(layout.segments[0].bound, unmasked.sharers)
     if not norm <= bounds.clipping_bound * _SLACK + steps / weight * layout.segments[0].size ** 0.5:
         raise _out_of_range("update")
     if not norm <= policy.max_update_norm:
@@ -79,10 +83,10 @@ def mean_weights(
         raise _beyond("loss", loss, "admission.max-loss", policy.max_loss)
     # In the order of the round's weights, what came in addition after them.
     ordered = {name: mean.pop(name, a) for name, a in current.items()} | mean
-    return Summed(opened.sites, ordered, examples, counters[vector_layout.LOSS]), counters
+    return Summed(unmasked.sites, ordered, examples, counters[vector_layout.LOSS]), counters
 
 
-def noised_mean(layout: Layout, opened: UnmaskedSum, current: NDArrays) -> Summed:
+def noised_mean(layout: Layout, unmasked: UnmaskedSum, current: NDArrays) -> Summed:
     """The mean of a sum with distributed noise, over sites that weigh the same.
 
     Nothing is held against a bound: the noise is part of the mean, and only the sites know what is under it.
@@ -90,34 +94,34 @@ def noised_mean(layout: Layout, opened: UnmaskedSum, current: NDArrays) -> Summe
     Raises:
         RunError: 511, the number of sites is not that of the vectors.
     """
-    counted(layout, opened)
-    sites = len(opened.sites)
-    mean, _ = _moved(layout, opened, sites, current)
+    counted(layout, unmasked)
+    sites = len(unmasked.sites)
+    mean, _ = _moved(layout, unmasked, sites, current)
     ordered = {name: mean.pop(name, a) for name, a in current.items()}
-    return Summed(opened.sites, ordered, sites, None)
+    return Summed(unmasked.sites, ordered, sites, None)
 
 
-def sample(layout: Layout, opened: Summed, current: NDArrays) -> list[float]:
+def sample(layout: Layout, unmasked: Summed, current: NDArrays) -> list[float]:
     """The first values of the mean update."""
     found: list[float] = []
     for tensor in layout.tensors[: _updated(layout)]:
         if len(found) >= SAMPLE:
             break
-        pair = (opened.mean[tensor.name], current[tensor.name])
+        pair = (unmasked.mean[tensor.name], current[tensor.name])
         new, old = (a.reshape(-1)[: SAMPLE - len(found)].astype(np.float64) for a in pair)
         found += (new - old).tolist()
     return found
 
 
 def _moved(
-    layout: Layout, opened: UnmaskedSum, weight: float, current: NDArrays
+    layout: Layout, unmasked: UnmaskedSum, weight: float, current: NDArrays
 ) -> tuple[NDArrays, float]:
     """Each tensor moved by its mean change, and the L2 norm of the parameters' change.
 
     One pass over memory, and in the sum's own where a value is as wide: the first touch of new memory takes longer
     than all the rest.
     """
-    found = {t.name: _room(t, opened.total, current) for t in layout.tensors}
+    found = {t.name: _room(t, unmasked.total, current) for t in layout.tensors}
     flat = [found[t.name].reshape(-1) for t in layout.tensors]
     # SCAFFOLD's changes are no difference to anything.
     old = [np.ravel(current[t.name]) if t.name in current else None for t in layout.tensors]
@@ -131,9 +135,9 @@ def _moved(
             into, start = flat[i][at : at + _CHUNK], t.start + at
             change = parallel.scratch(into.size * dtype.itemsize).view(dtype)
             fixed_point.decode(
-                opened.total[start : start + into.size],
+                unmasked.total[start : start + into.size],
                 [replace(segments[i], name=t.name, size=into.size)],
-                opened.sharers,
+                unmasked.sharers,
                 weight,
                 out=change,
             )

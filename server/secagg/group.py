@@ -24,7 +24,7 @@ from fedge.shared.secagg import (
     shamir,
     transcript,
 )
-from fedge.shared.secagg.messages import BOX_BYTES, SHARE_BYTES, Sharer, Signed
+from fedge.shared.secagg.messages import ENCRYPTED_SHARE_BYTES, SHARE_BYTES, Sharer, Signed
 from fedge.shared.secagg.shamir import UnrecoverableError
 from fedge.shared.secagg.transcript import Attempt, KeyAdvertisement
 from fedge.shared.wire.npy import decode_raw
@@ -43,7 +43,7 @@ class Group:
         length: coordinates of the vector.
         bundles: by site, sorted: who answered exchange 0.
         sharers: by site: who answered exchange 1, with commitment and signature.
-        boxes: of each sharer, by the site that they are for.
+        encrypted_shares: of each sharer, by the site that they are for.
         total: sum of the masked vectors, modulo 2^32.
         survivors: whose vector is in it.
         signatures: of the survivors on the list of survivors.
@@ -54,7 +54,7 @@ class Group:
     length: int
     bundles: dict[str, KeyAdvertisement]
     sharers: dict[str, Sharer] = field(default_factory=dict)
-    boxes: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    encrypted_shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
     total: NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
     survivors: list[str] = field(default_factory=list)
     signatures: dict[str, bytes] = field(default_factory=dict)
@@ -97,27 +97,28 @@ class Group:
         return {messages.BUNDLES: self._bundled}
 
     def take_share(self, site: str, values: ConfigRecord) -> None:
-        """A site's commitment and boxes.
+        """A site's commitment and encrypted shares.
 
         Raises:
             ValueError: malformed.
         """
         near = self.neighbours[site]
-        size = BOX_BYTES * len(near)
-        raw = messages.data(values, messages.BOXES, size, size)
+        size = ENCRYPTED_SHARE_BYTES * len(near)
+        raw = messages.data(values, messages.ENCRYPTED_SHARES, size, size)
         commitment = messages.data(values, messages.COMMITMENT, 32, 32)
         signature = messages.data(values, messages.SIGNATURE, 64, 64)
-        self.boxes[site] = {
-            peer: raw[i * BOX_BYTES : (i + 1) * BOX_BYTES] for i, peer in enumerate(near)
+        self.encrypted_shares[site] = {
+            peer: raw[i * ENCRYPTED_SHARE_BYTES : (i + 1) * ENCRYPTED_SHARE_BYTES]
+            for i, peer in enumerate(near)
         }
         self.sharers[site] = Sharer(site, commitment, signature, b"")
 
     # Exchange 2.
 
     def masked_values(self, site: str) -> dict[str, bytes]:
-        """What one site is told: who shared, with the boxes for it."""
+        """What one site is told: who shared, with the shares encrypted for it."""
         told = [
-            self.sharers[peer].encode_with(self.boxes[peer].get(site, b""))
+            self.sharers[peer].encode_with(self.encrypted_shares[peer].get(site, b""))
             for peer in sorted(self.sharers)
         ]
         return {messages.SHARERS: b"".join(told)}

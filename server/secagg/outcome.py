@@ -45,7 +45,7 @@ class SumRequest:
 
 @dataclass(frozen=True)
 class UnmaskedSum:
-    """A sum that was opened.
+    """A sum that was unmasked.
 
     Attributes:
         sites: whose vectors are in it, sorted.
@@ -65,7 +65,7 @@ class Outcome:
     """What came of the exchanges.
 
     Attributes:
-        opened: a sum for each group that was opened.
+        unmasked_sums: one for each group whose sum was unmasked.
         failed: why the others were not, a line each.
         lost: by attempt: who dropped out, at which exchange, and why.
         attempts: that were made.
@@ -74,7 +74,7 @@ class Outcome:
         ledgers: SHA-256 (hex) of each site's privacy ledger, where they say it.
     """
 
-    opened: list[UnmaskedSum] = field(default_factory=list)
+    unmasked_sums: list[UnmaskedSum] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     lost: list[dict[str, Any]] = field(default_factory=list)
     attempts: int = 0
@@ -86,8 +86,8 @@ class Outcome:
 
     @property
     def sites(self) -> list[str]:
-        """Whose vectors are in a sum that was opened."""
-        return sorted(site for opened in self.opened for site in opened.sites)
+        """The sites whose vectors are in an unmasked sum, sorted."""
+        return sorted(site for unmasked_sums in self.unmasked_sums for site in unmasked_sums.sites)
 
     def rejections(self, asked: Sequence[Member]) -> list[Rejection]:
         """Why those who were asked are in none of the sums."""

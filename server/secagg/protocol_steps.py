@@ -30,9 +30,9 @@ from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 
 _log = logging.getLogger(__name__)
 
-_UNVOUCHED = 421
-#: With which a site may find fault with a peer: its voucher, its signatures, its share.
-_FAULTS = (_UNVOUCHED, 422, 425)
+_UNTRUSTED = 421
+#: With which a site may find fault with a peer: its entry in the roster, its signatures, its share.
+_FAULTS = (_UNTRUSTED, 422, 425)
 
 
 class _FaultFoundError(ValueError):
@@ -56,18 +56,18 @@ class SecureSum:
 
     def __init__(
         self,
-        talk: MemberExchange,
+        member_exchange: MemberExchange,
         ledger: RecoveryStore,
         *,
         min_sites: int,
         attempts: int,
         deadline: float,
     ) -> None:
-        self._talk, self._ledger = talk, ledger
+        self._member_exchange, self._ledger = member_exchange, ledger
         self._min_sites = max(min_sites, MIN_SITES)
         self._attempts, self._deadline = attempts, deadline
-        # For whom the sites' rosters do not vouch: that does not change from one sum to the next.
-        self._unvouched: set[str] = set()
+        # Sites that the sites' rosters do not trust: that does not change from one sum to the next.
+        self._untrusted: set[str] = set()
 
     def run(self, begin: SumRequest, groups: Sequence[list[Member]]) -> Outcome:
         """Sum over each group of members.
@@ -77,7 +77,7 @@ class SecureSum:
         """
         outcome = Outcome()
         members = {m.site: m for some in groups for m in some}
-        kept = self._ledger.kept(self._talk.run_id, begin.purpose, begin.server_round)
+        kept = self._ledger.kept(self._member_exchange.run_id, begin.purpose, begin.server_round)
         done = {site for group in kept for site in group.bundles}
         if kept:
             _log.info("round %d: %d kept sums are opened", begin.server_round, len(kept))
@@ -85,11 +85,11 @@ class SecureSum:
             self._tell_lost(groups, kept, outcome)
             self._open(begin, kept, members, outcome)
         left = [list(some) for some in groups if not any(m.site in done for m in some)]
-        left = [self._vouched(some, outcome) for some in left]
+        left = [self._trusted_members(some, outcome) for some in left]
         tried = 0
         while tried < self._attempts:
-            # A sum that was about to be opened and was not is lost for good: then no other is opened for nothing.
-            if not left or len(outcome.opened) < len(kept):
+            # A sum that was about to be unmasked and was not is lost for good: then no other is unmasked for nothing.
+            if not left or len(outcome.unmasked_sums) < len(kept):
                 break
             if few := [len(some) for some in left if len(some) < self._min_sites]:
                 outcome.failed.append(f"sites: must be at least {self._min_sites}, got {few[0]}")
@@ -101,10 +101,10 @@ class SecureSum:
             number = self._ledger.next_attempt(begin.purpose, begin.server_round)
             outcome.attempts += 1
             outcome.failed = []
-            known = len(self._unvouched)
+            known = len(self._untrusted)
             committed, left = self._attempt(begin, number, left, outcome)
             # Each site that is found out this way costs an attempt, so those are not counted; there are only so many.
-            tried += len(self._unvouched) == known
+            tried += len(self._untrusted) == known
             if committed:
                 self._ledger.keep(committed)
                 kept += committed
@@ -116,13 +116,13 @@ class SecureSum:
         """How many were made at a round's sum, in all."""
         return self._ledger.attempts(purpose, server_round)
 
-    def _vouched(self, some: list[Member], outcome: Outcome) -> list[Member]:
-        """Members without those whom no roster vouches for."""
+    def _trusted_members(self, some: list[Member], outcome: Outcome) -> list[Member]:
+        """The members without those that no roster trusts."""
         for member in some:
-            if member.site in self._unvouched:
+            if member.site in self._untrusted:
                 why = "left out, as no roster vouches for it"
-                self._lose(outcome, member.site, "begin", why, _UNVOUCHED)
-        return [m for m in some if m.site not in self._unvouched]
+                self._lose(outcome, member.site, "begin", why, _UNTRUSTED)
+        return [m for m in some if m.site not in self._untrusted]
 
     def settled(self) -> None:
         """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
@@ -152,7 +152,7 @@ class SecureSum:
         purpose, server_round = begin.purpose, begin.server_round
         attempt = Attempt(
             request_digest.digest(messages.BEGIN[purpose], asked[0].content),
-            self._talk.run_id,
+            self._member_exchange.run_id,
             purpose,
             server_round,
             number,
@@ -160,7 +160,7 @@ class SecureSum:
         if purpose == "train":
             reach("before-dispatch", server_round)
         phase = purpose if purpose != "statistics" else "sum"
-        result = self._talk.ask(server_round, phase, everybody, asked)
+        result = self._member_exchange.ask(server_round, phase, everybody, asked)
         if purpose == "train":
             reach("all-received", server_round)
         bundles: dict[str, KeyAdvertisement] = {}
@@ -222,7 +222,7 @@ class SecureSum:
                 )
         if not asked:
             return
-        result = self._talk.ask(
+        result = self._member_exchange.ask(
             begin.server_round, NAMES[kind], members, asked, deadline=self._deadline
         )
 
@@ -232,8 +232,8 @@ class SecureSum:
             if isinstance(values, ConfigRecord) and messages.BLAMED in values:
                 peer = str(values.get(messages.BLAMED))
                 by_site[site].blames.setdefault(peer, set()).add(site)
-                if values.get(messages.CODE) == _UNVOUCHED:
-                    by_site[site].unvouched.add(peer)
+                if values.get(messages.CODE) == _UNTRUSTED:
+                    by_site[site].untrusted.add(peer)
                 why = f"finds fault with {printable(peer)}, {_code(values)}"
                 raise _FaultFoundError(why, values.get(messages.CODE))
             if group is not None:
@@ -248,8 +248,8 @@ class SecureSum:
                     self._lose(outcome, site, NAMES[kind], why, 411)
             for peer in trial.check(kind, self._min_sites):
                 count = len(trial.blames[peer])
-                if count > 1 and peer in trial.unvouched:
-                    self._unvouched.add(peer)
+                if count > 1 and peer in trial.untrusted:
+                    self._untrusted.add(peer)
                 who = "1 site finds" if count == 1 else f"{count} sites find"
                 codes = [
                     outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out
@@ -277,7 +277,7 @@ class SecureSum:
                     asked.append(
                         self._message(messages.UNMASK, group, group.unmask_values(), members[site])
                     )
-        result = self._talk.ask(
+        result = self._member_exchange.ask(
             begin.server_round, NAMES[messages.UNMASK], whom, asked, deadline=self._deadline
         )
 
@@ -294,14 +294,14 @@ class SecureSum:
                 continue
             for site in sorted(wrong):
                 self._lose(outcome, site, "unmask", "its shares are not those it was given")
-            outcome.opened.append(
+            outcome.unmasked_sums.append(
                 UnmaskedSum(tuple(group.survivors), len(group.sharers), group.threshold, total)
             )
 
     def _message(
         self, kind: str, group: Group, values: Mapping[str, bytes], member: Member
     ) -> Message:
-        config, a = self._talk.config, group.attempt
+        config, a = self._member_exchange.config, group.attempt
         address = requests.address(a.run_id, a.server_round, config.task.name, len(group.bundles))
         secure = messages.record(
             {messages.PURPOSE: a.purpose, messages.ATTEMPT: a.number, **values}
@@ -320,7 +320,9 @@ class SecureSum:
         """Take every reply; note who is lost, and why."""
         outcome.sent += result.sent
         outcome.received += result.received
-        deadline = self._talk.config.round.deadline if exchange == "begin" else self._deadline
+        deadline = (
+            self._member_exchange.config.round.deadline if exchange == "begin" else self._deadline
+        )
         for member in asked:
             reply = result.replies.get(member.node_id)
             if reply is None:
@@ -335,7 +337,7 @@ class SecureSum:
                 )
             else:
                 try:
-                    _require_answer(reply.content, member.site, self._talk.run_id)
+                    _require_answer(reply.content, member.site, self._member_exchange.run_id)
                     take(member.site, reply.content)
                 except ValueError as error:
                     code = error.code if isinstance(error, _FaultFoundError) else 411

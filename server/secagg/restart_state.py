@@ -1,4 +1,4 @@
-"""What of a secure sum outlives the coordinator: the number of the last attempt, and sums that are about to be opened.
+"""What a restarted coordinator knows of a secure sum: the last attempt's number, and sums about to be unmasked.
 
 A site answers the last exchange of a round once. So what the coordinator needs to open the sum is on disk before
 that exchange begins, and stays there until the round is committed; a coordinator that starts anew asks for the very
@@ -79,22 +79,22 @@ class RecoveryStore:
         return number
 
     def keep(self, groups: Sequence[Group]) -> None:
-        """Write down sums of one attempt that are about to be opened, beside those of attempts before."""
-        of = groups[0].attempt
-        path = self._folder / f"{of.purpose}-{of.number}.json"
+        """Write down sums of one attempt that are about to be unmasked, beside those of attempts before."""
+        attempt = groups[0].attempt
+        path = self._folder / f"{attempt.purpose}-{attempt.number}.json"
         totals = {f"group-{i}": g.total for i, g in enumerate(groups)}
         # What is there under this name is of another round, and is not read for this one.
         self._folder.mkdir(exist_ok=True)
         data = tensors.encode(totals)
         write_atomically(path.with_suffix(_SUMS), data)
-        told = {
+        record = {
             "sha256": hashlib.sha256(data).hexdigest(),
             "groups": [group.to_json(g) for g in groups],
         }
-        write_atomically(path, json.dumps(told).encode())
+        write_atomically(path, json.dumps(record).encode())
 
     def kept(self, run_id: str, purpose: Purpose, server_round: int) -> list[Group]:
-        """The sums of this round that were about to be opened when the coordinator ended; none that is damaged."""
+        """The sums of this round that were about to be unmasked when the coordinator ended; none that is damaged."""
         found: list[Group] = []
         for path in sorted(self._folder.glob(f"{purpose}-*.json")):
             try:

@@ -51,7 +51,7 @@ class Trained:
         outcome: of the exchanges.
         facts: for the round's line.
         reason: why there is no sum.
-        seen: the first values of one masked vector as it came, and of the mean update that was opened.
+        seen: the first values of one masked vector as it came, and of the mean update that was unmasked.
     """
 
     result: Summed | Groups | None
@@ -78,7 +78,7 @@ class Counters:
     @property
     def summed(self) -> tuple[str, ...]:
         """Names of those that are in the sum."""
-        return self.names if self.noised is None else self.noised.told
+        return self.names if self.noised is None else self.noised.reported
 
 
 class SecureSums:
@@ -92,13 +92,13 @@ class SecureSums:
     """
 
     def __init__(
-        self, talk: MemberExchange, ledger: RecoveryStore, config: Config, task: Task
+        self, member_exchange: MemberExchange, ledger: RecoveryStore, config: Config, task: Task
     ) -> None:
         section = config.secure_aggregation
-        self._talk, self._config, self._task = talk, config, task
+        self._member_exchange, self._config, self._task = member_exchange, config, task
         self._private = config.privacy.mechanism
         self._sum = SecureSum(
-            talk,
+            member_exchange,
             ledger,
             min_sites=section.min_sites,
             attempts=section.attempts,
@@ -139,11 +139,11 @@ class SecureSums:
         outcome = self._run(server_round, "train", layout, groups, compose)
         sums: list[Summed] = []
         facts = _facts(outcome)
-        for opened in outcome.opened:
+        for unmasked in outcome.unmasked_sums:
             try:
-                made, counted = self._mean(layout, opened, current)
+                made, counted = self._mean(layout, unmasked, current)
             except RunError as error:
-                outcome.failed.append(f"{', '.join(opened.sites[:_NAMED])}: {error}")
+                outcome.failed.append(f"{', '.join(unmasked.sites[:_NAMED])}: {error}")
                 continue
             sums.append(made)
             for name in (vector_layout.CLIPPED, vector_layout.CAPPED, vector_layout.SATURATED):
@@ -171,12 +171,12 @@ class SecureSums:
         )
 
     def _mean(
-        self, layout: Layout, opened: UnmaskedSum, current: NDArrays
+        self, layout: Layout, unmasked: UnmaskedSum, current: NDArrays
     ) -> tuple[Summed, Mapping[str, float]]:
         if self._private == "distributed":
-            return decoding.noised_mean(layout, opened, current), {}
+            return decoding.noised_mean(layout, unmasked, current), {}
         found, counted = decoding.mean_weights(
-            layout, opened, self._bounds, current, self._config.admission
+            layout, unmasked, self._bounds, current, self._config.admission
         )
         # Under DP-SGD the sites tell no loss, so that its sum is 0.
         return (found if self._private == "off" else replace(found, loss_total=None)), counted
@@ -205,7 +205,7 @@ class SecureSums:
         compose: Compose,
         counters: Counters | None = None,
     ) -> tuple[dict[str, float] | None, Outcome]:
-        """Sum counters over the members' examples; None where the sum is not opened.
+        """Sum counters over the members' examples; None where the sum is not unmasked.
 
         Args:
             server_round: of the run.
@@ -217,9 +217,9 @@ class SecureSums:
         names, noised = counters.summed, counters.noised
         layout = vector_layout.of_evaluation(names, noised=noised is not None)
         outcome = self._run(server_round, counters.purpose, layout, [asked], compose)
-        for opened in outcome.opened:
+        for unmasked in outcome.unmasked_sums:
             try:
-                counted = decoding.counted(layout, opened)
+                counted = decoding.counted(layout, unmasked)
             except RunError as error:
                 outcome.failed.append(str(error))
                 continue
@@ -248,13 +248,15 @@ class SecureSums:
         """Sum what standardisation needs over the members' training examples.
 
         Raises:
-            RunError: 510, the sum could not be opened, or is of no examples.
+            RunError: 510, the sum could not be unmasked, or is of no examples.
         """
         bounds = column_bounds(self._task)
         layout = vector_layout.of_statistics(len(bounds))
 
         def compose(members: list[Member], secure: ConfigRecord) -> list[Message]:
-            address = requests.address(self._talk.run_id, 0, self._task.name, len(members))
+            address = requests.address(
+                self._member_exchange.run_id, 0, self._task.name, len(members)
+            )
             if self._config.privacy.mechanism != "off":
                 address[protocol.PRIVACY] = self._config.privacy.model_dump_json(by_alias=True)
             content = RecordDict(
@@ -264,9 +266,9 @@ class SecureSums:
             return [requests.message(content, m, messages.STATISTICS, 0, deadline) for m in members]
 
         outcome = self._run(0, "statistics", layout, [asked], compose)
-        if not outcome.opened:
+        if not outcome.unmasked_sums:
             raise RunError(_FAILED, f"statistics: must be summed, got {'; '.join(outcome.failed)}")
-        counted = decoding.counted(layout, outcome.opened[0])
+        counted = decoding.counted(layout, outcome.unmasked_sums[0])
         if not counted[vector_layout.EXAMPLES]:
             raise RunError(_FAILED, "statistics: must be of 1 example or more, got none")
         units = np.array([bound.unit for bound in bounds])
@@ -325,7 +327,7 @@ class SecureSums:
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
     """What the round's line says of a secure sum."""
-    first = outcome.opened[0] if outcome.opened else None
+    first = outcome.unmasked_sums[0] if outcome.unmasked_sums else None
     return {
         "attempts": outcome.attempts,
         "threshold": first.threshold if first else None,
@@ -334,7 +336,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _seen(
-    layout: Layout, outcome: Outcome, opened: Summed, current: NDArrays
+    layout: Layout, outcome: Outcome, unmasked: Summed, current: NDArrays
 ) -> dict[str, list[float]]:
-    update = decoding.sample(layout, opened, current)
+    update = decoding.sample(layout, unmasked, current)
     return {"masked": [float(v) for v in outcome.sample[: len(update)]], "opened": update}

@@ -234,7 +234,7 @@ class Calibrator:
         """The ranges from summed histograms, or the reason why there are none."""
         threshold, count = 0.0, len(model.tensors)
         if noised is not None:
-            stddev = noised.deviation * math.sqrt(len(sites))
+            stddev = noised.stddev * math.sqrt(len(sites))
             threshold = ranges.above_noise(stddev, count)
         shaped = counts.reshape(count, ranges.SIDES, ranges.BINS)
         try:

@@ -74,7 +74,7 @@ def _counted(
     noise: dict[str, float] = {}
     if noised is not None:
         # Here the number of examples has noise, whatever the unit of privacy.
-        noise_source = replace(noised, unit="example", told=tuple(sorted(total)))
+        noise_source = replace(noised, unit="example", reported=tuple(sorted(total)))
         noise = stddevs(task.metrics, total, noise_source, sites_per_part * len(own))
         metrics = {name: v for name, v in metrics.items() if not below_noise_floor(noise[name])}
     return Counted(

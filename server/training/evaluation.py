@@ -87,7 +87,7 @@ class Evaluator:
         )
         messages = requests.evaluate(model.arrays, common, members, self.config)
         noised = noised_counts.plan(self.config.privacy, self.task.counter_names)
-        counters = self.task.counter_names if noised is None else noised.told
+        counters = self.task.counter_names if noised is None else noised.reported
         expected = Expected(
             self.run_id,
             model.server_round,

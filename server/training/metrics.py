@@ -52,7 +52,7 @@ def stddevs(
     Returns:
         Name of the metric -> standard deviation.
     """
-    spread = noise.deviation * math.sqrt(sites)
+    spread = noise.stddev * math.sqrt(sites)
     result = {}
     for metric in metrics:
         value = ratios((metric,), counters, noised=True).get(metric.name)

@@ -20,9 +20,9 @@ from fedge.server.admission.validation import admit_losses, admit_train
 from fedge.server.admission.validation_result import Expected
 from fedge.server.aggregation import privacy_cost, strategies
 from fedge.server.aggregation import updates as site_updates
+from fedge.server.aggregation.aggregate import aggregate
 from fedge.server.aggregation.central_noise import CentralNoise
 from fedge.server.aggregation.privacy_cost import is_secret_sample
-from fedge.server.aggregation.step import aggregate
 from fedge.server.aggregation.updates import RoundResult, Singles, Update
 from fedge.server.participants import request_content as requests
 from fedge.server.participants import selection

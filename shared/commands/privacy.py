@@ -79,20 +79,20 @@ def _run(arguments: Namespace) -> int:
     if arguments.action == "restore":
         return privacy_restore.run(arguments)
     try:
-        found = _epsilon(arguments) if arguments.action == "epsilon" else _calibrate(arguments)
+        result = _epsilon(arguments) if arguments.action == "epsilon" else _calibrate(arguments)
     except ValueError as error:
         name, _, rest = str(error).partition(":")
         raise UsageError(102, f"--{name.replace('_', '-')}:{rest}") from None
     if arguments.unit:
-        # The server sees which sites are drawn, and as little as anybody else which examples.
+        # The server sees which sites are sampled, and as little as anybody else which examples.
         seen = "epsilon_unamplified" if arguments.unit == "site" else "epsilon"
-        found |= {"unit": arguments.unit, "epsilon_server": found[seen]}
+        result |= {"unit": arguments.unit, "epsilon_server": result[seen]}
     if arguments.json:
-        sys.stdout.write(json.dumps({key: _finite(value) for key, value in found.items()}) + "\n")
+        sys.stdout.write(json.dumps({key: _finite(value) for key, value in result.items()}) + "\n")
         return 0
     wanted = "epsilon" if arguments.action == "epsilon" else "noise_multiplier"
-    sys.stdout.write(f"{found[wanted]:.{_DECIMALS}f}\n")
-    sys.stderr.write(_words(found) + "\n")
+    sys.stdout.write(f"{result[wanted]:.{_DECIMALS}f}\n")
+    sys.stderr.write(_words(result) + "\n")
     return 0
 
 
@@ -137,16 +137,16 @@ def _finite(value: Any) -> Any:
     return None if value == float("inf") else value
 
 
-def _words(found: dict[str, Any]) -> str:
-    who = "one is replaced" if found["accountant"] == "RDP" else "one takes part or not"
+def _words(result: dict[str, Any]) -> str:
+    who = "one is replaced" if result["accountant"] == "RDP" else "one takes part or not"
     server = (
-        f"{found['epsilon_unamplified']:.{_DECIMALS}f} for the server, which sees who was sampled"
+        f"{result['epsilon_unamplified']:.{_DECIMALS}f} for the server, which sees who was sampled"
     )
-    if found["sampling_rate"] == 1:
+    if result["sampling_rate"] == 1:
         readers = "whoever reads the results"
-    elif found.get("unit") == "example":
+    elif result.get("unit") == "example":
         readers = "whoever reads the results, the server too"
-    elif found.get("unit") == "site":
+    elif result.get("unit") == "site":
         readers = f"whoever reads the results alone; {server}"
     else:
         readers = (
@@ -154,7 +154,7 @@ def _words(found: dict[str, Any]) -> str:
             "with unit example the server's is the same"
         )
     return (
-        f"epsilon {found['epsilon']:.{_DECIMALS}f} at delta {found['delta']:g}, {found['accountant']}, where {who}: "
+        f"epsilon {result['epsilon']:.{_DECIMALS}f} at delta {result['delta']:g}, {result['accountant']}, where {who}: "
         f"for {readers}"
     )
 

@@ -75,12 +75,12 @@ def _delta(text: str) -> float:
 
 def _number(text: str, below: float, wanted: str) -> float:
     try:
-        found = float(text)
+        number = float(text)
     except ValueError:
-        found = math.nan
-    if not 0 < found < below:
+        number = math.nan
+    if not 0 < number < below:
         raise ArgumentTypeError(f"must be {wanted}, got {text[:40]!r}")
-    return found
+    return number
 
 
 def run(arguments: Namespace) -> int:
@@ -100,12 +100,12 @@ def run(arguments: Namespace) -> int:
     path: Path = arguments.home / FILE
     # One reading for everything, so that a charge in between cannot make the parts differ.
     entries = Ledger(path).entries()
-    known = sorted({entry.charge.study for entry in entries})
-    if arguments.study is not None and arguments.study not in known:
-        wanted = ", ".join(known) or "none, as nothing was charged"
+    charged = sorted({entry.charge.study for entry in entries})
+    if arguments.study is not None and arguments.study not in charged:
+        wanted = ", ".join(charged) or "none, as nothing was charged"
         raise UsageError(102, f"--study: must be one of {wanted}; got {arguments.study!r}")
     studies = _studies(entries, arguments)
-    found = {
+    report = {
         "ledger": str(path),
         "charges": len(entries),
         "head": entries[-1].hash if entries else None,
@@ -115,9 +115,9 @@ def run(arguments: Namespace) -> int:
     if arguments.csv:
         text = _csv(studies)
     elif arguments.json:
-        text = json.dumps(_finite(found))
+        text = json.dumps(_finite(report))
     else:
-        text = _text(found)
+        text = _text(report)
     sys.stdout.write(text + "\n")
     return 0
 
@@ -128,9 +128,9 @@ def _studies(entries: Sequence[Entry], arguments: Namespace) -> list[dict[str, A
     for entry in entries:
         by_study.setdefault(entry.charge.study, []).append(entry)
         groups.setdefault((entry.charge.study, entry.charge.unit), []).append(entry)
-    most = math.inf if arguments.all else MAX_RUNS
+    max_runs = math.inf if arguments.all else MAX_RUNS
     return [
-        _study(group, by_study[study], arguments.delta, arguments.epsilon, most)
+        _study(group, by_study[study], arguments.delta, arguments.epsilon, max_runs)
         for (study, unit), group in sorted(groups.items())
         if arguments.study in (None, study) and arguments.unit in (None, unit)
     ]
@@ -141,16 +141,16 @@ def _study(
     of_study: Sequence[Entry],
     delta: float | None,
     budget: float | None,
-    most: float,
+    max_runs: float,
 ) -> dict[str, Any]:
-    """A study and unit as plain values.
+    """A privacy budget account (study) and unit as plain values.
 
     Args:
-        entries: all of it, the oldest first; at least one.
-        of_study: those of the study's other unit too.
-        delta: to reckon at; the newest entry's where None.
+        entries: its charges, the oldest first; at least one.
+        of_study: the charges of the study for either unit, the oldest first.
+        delta: at which epsilon is computed; the newest entry's where None.
         budget: epsilon.
-        most: runs to give, the newest.
+        max_runs: the number of runs to give, the newest ones.
     """
     from fedge.shared.privacy.accounting.adversaries import of_entries
 
@@ -165,7 +165,7 @@ def _study(
         (sorted(purposes.values(), key=_last) for purposes in places.values()),
         key=lambda rows: _last(rows[-1]),
     )
-    shown = in_order[-int(min(most, len(in_order))) :]
+    shown = in_order[-int(min(max_runs, len(in_order))) :]
     consumers, server = of_entries(of_study, unit, delta)
     return {
         "study": entries[-1].charge.study,
@@ -243,12 +243,12 @@ def _cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
-def _text(found: Mapping[str, Any]) -> str:
-    lines = [line for study in found["studies"] for line in (*_heading(study), *_table(study), "")]
-    if not found["studies"]:
+def _text(report: Mapping[str, Any]) -> str:
+    lines = [line for study in report["studies"] for line in (*_heading(study), *_table(study), "")]
+    if not report["studies"]:
         lines = ["nothing was charged", ""]
-    count = found["charges"]
-    ending = f"head {found['head']}, " if count else ""
+    count = report["charges"]
+    ending = f"head {report['head']}, " if count else ""
     lines.append(f"chain of {count} charge{'' if count == 1 else 's'}: {ending}verified")
     return "\n".join(lines)
 
@@ -292,14 +292,16 @@ def _table(study: Mapping[str, Any]) -> list[str]:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     first, last = row["first_round"], row["last_round"]
-    made = {
+    values_by_name = {
         **row,
         "run_id": _cut(row["run_id"]),
         "mechanism": _cut(row["mechanism"]),
         "rounds": f"{first}" if first == last else f"{first}–{last}",
     }
     return [
-        f"{made[name]:.4f}" if name.startswith("epsilon") else _plain(made[name])
+        f"{values_by_name[name]:.4f}"
+        if name.startswith("epsilon")
+        else _plain(values_by_name[name])
         for name in _COLUMNS
     ]
 

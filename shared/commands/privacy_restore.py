@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: What such a charge has in place of a run and a mechanism.
 RESTORED: Final = "restored"
-#: To reckon at where the copy names none; a budget is held at its own delta all the same.
+#: Delta to account at where the copy names none; a budget is held at its own delta all the same.
 _DELTA: Final = 1e-5
 
 _EXAMPLE: Final = (
@@ -95,12 +95,12 @@ def run(arguments: Namespace) -> int:
 def charges_since(
     entries: Sequence[Entry], release: Release, study: str | None, unit: Unit | None
 ) -> list[tuple[Charge, float]]:
-    """Charges for what an older copy of a ledger lacks, each with the delta to reckon at.
+    """Charges for what an older copy of a ledger lacks, each with the delta to account at.
 
     Args:
         entries: the copy's, the oldest first.
         release: what was sent since.
-        study: to charge; every study in the copy where None, as it cannot say which one went on.
+        study: privacy budget account to charge; every one in the copy where None, as it cannot say which one went on.
         unit: of privacy; that of the study's newest charge where None.
 
     Raises:
@@ -115,13 +115,13 @@ def charges_since(
     charges = []
     for name in studies:
         last = newest.get(name)
-        of = unit or (last.charge.unit if last else None)
-        if of is None:
+        charged_unit = unit or (last.charge.unit if last else None)
+        if charged_unit is None:
             raise ValueError(f"unit: must be given, as the copy has no charge of {name}; got none")
         delta = last.epsilon_delta if last else _DELTA
         charge = Charge(
             study=name,
-            unit=of,
+            unit=charged_unit,
             run_id=RESTORED,
             server_round=0,
             purpose="train",

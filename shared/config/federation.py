@@ -27,22 +27,22 @@ class Config(Sections):
     """A federation."""
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Config:
+    def _check_combinations(self) -> Config:
         found = [
-            *self._momentum_without_use(),
-            *self._numbers_beyond_the_sites(),
-            *self._unfit_for_sums(),
+            *self._momentum_problems(),
+            *self._site_count_problems(),
+            *self._secure_aggregation_problems(),
             *privacy_rules.incompatible(self),
         ]
         if found:
             raise ValueError("; ".join(found))
         return self
 
-    def _momentum_without_use(self) -> Iterator[str]:
+    def _momentum_problems(self) -> Iterator[str]:
         if self.train.optimizer == "adam" and self.train.momentum:
             yield f"train.momentum: must be 0 with adam, got {self.train.momentum}"
 
-    def _unfit_for_sums(self) -> Iterator[str]:
+    def _secure_aggregation_problems(self) -> Iterator[str]:
         """What cannot be had under masks."""
         secure, chosen = self.secure_aggregation, self.strategy
         if not secure.enabled:
@@ -75,7 +75,7 @@ class Config(Sections):
             if most > MAX_SITES:
                 yield f"sites.count: must be at most {MAX_SITES} in a secure sum, got {most}"
 
-    def _numbers_beyond_the_sites(self) -> Iterator[str]:
+    def _site_count_problems(self) -> Iterator[str]:
         """What no run could fulfil; natural sites are known only once the data is read."""
         if self.data.partition == "natural":
             return

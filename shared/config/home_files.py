@@ -10,8 +10,8 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fedge.shared.config.messages import worded
-from fedge.shared.config.section import Section
+from fedge.shared.config.base_section import Section
+from fedge.shared.config.error_messages import worded
 from fedge.shared.errors import ConfigError, DeployError
 from fedge.shared.files import read_bounded, reason
 

@@ -6,7 +6,7 @@ from typing import Final, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from fedge.shared.config.section import Section
+from fedge.shared.config.base_section import Section
 
 #: Keys that one mechanism alone has a use for.
 _OF_MECHANISM: Final = {

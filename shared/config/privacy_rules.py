@@ -16,9 +16,9 @@ def incompatible(config: Sections) -> Iterator[str]:
     """One text for each key that cannot be as it is: what it must be, why, and what it is."""
     if config.privacy.mechanism == "off":
         return
-    yield from _of_strategy(config)
-    yield from _of_masks(config)
-    yield from _of_cohort(config)
+    yield from _strategy_problems(config)
+    yield from _secure_aggregation_problems(config)
+    yield from _cohort_problems(config)
     if config.calibration.enabled and config.privacy.metrics == "off":
         yield (
             "calibration.enabled: must be false with privacy.metrics off, as ranges and scores are figures over the"
@@ -39,7 +39,7 @@ def incompatible(config: Sections) -> Iterator[str]:
         yield f"privacy.bands: must be at most run.rounds, {config.run.rounds}, got {bands}"
 
 
-def _of_strategy(config: Sections) -> Iterator[str]:
+def _strategy_problems(config: Sections) -> Iterator[str]:
     strategy, mechanism = config.strategy, config.privacy.mechanism
     if isinstance(strategy, QFedAvg):
         yield (
@@ -64,7 +64,7 @@ def _of_strategy(config: Sections) -> Iterator[str]:
             )
 
 
-def _of_masks(config: Sections) -> Iterator[str]:
+def _secure_aggregation_problems(config: Sections) -> Iterator[str]:
     secure, privacy = config.secure_aggregation, config.privacy
     if privacy.mechanism == "distributed":
         if not secure.enabled:
@@ -89,7 +89,7 @@ def _of_masks(config: Sections) -> Iterator[str]:
         )
 
 
-def _of_cohort(config: Sections) -> Iterator[str]:
+def _cohort_problems(config: Sections) -> Iterator[str]:
     """Who takes part is the mechanism's to draw."""
     if config.privacy.mechanism not in CENTRAL:
         return

@@ -16,8 +16,8 @@ from typing import Any, Final, TypeAlias, get_args
 import tomli_w
 from pydantic import ValidationError
 
+from fedge.shared.config.error_messages import shown, worded
 from fedge.shared.config.federation import Config
-from fedge.shared.config.messages import shown, worded
 from fedge.shared.config.strategies import StrategySection
 from fedge.shared.errors import ConfigError
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fedge.shared.config.base_section import FilePath, Section, SiteName
 from fedge.shared.config.privacy import PrivacySection
-from fedge.shared.config.section import FilePath, Section, SiteName
 from fedge.shared.config.strategies import FedAvg, StrategySection
 
 

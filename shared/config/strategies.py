@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedge.shared.config.section import Section
+from fedge.shared.config.base_section import Section
 
 
 class _Strategy(Section):

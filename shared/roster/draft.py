@@ -90,7 +90,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Draft(Listing):
-    """A roster that nobody signed yet: it can be edited, and vouches for nobody."""
+    """A roster that nobody signed yet: it can be edited, and makes no site trusted."""
 
 
 def entry_of(raw: bytes, expires: date, revoked: bool = False) -> RosterSite:

@@ -2,7 +2,7 @@
 
 It is the trust anchor of secure aggregation. The consortium signs it, every site installs it, and a
 server never sends it: a server that could name the keys could put its own in a site's place. A
-draft is edited and signed; only what ``open_roster`` returns vouches for anybody, and the two have
+draft is edited and signed; only what ``open_roster`` returns makes a site trusted, and the two have
 different types for that reason.
 
 Signed, it is a DSSE envelope (``fedge.shared.crypto.dsse``) around canonical JSON.
@@ -34,7 +34,7 @@ from fedge.shared.roster.draft import (
 
 PAYLOAD_TYPE: Final = "application/vnd.fedge.roster+json"
 
-_NOT_VOUCHED: Final = 421
+_NOT_TRUSTED: Final = 421
 _UNUSABLE: Final = 917
 
 
@@ -48,7 +48,7 @@ class Roster(Listing):
         return hashlib.sha256(content(self)).hexdigest()
 
     def key_of(self, site: str, today: date) -> Ed25519PublicKey:
-        """The key that vouches for a site.
+        """The public key of a trusted site.
 
         Args:
             site: its name; it may come from the server.
@@ -59,12 +59,12 @@ class Roster(Listing):
         """
         entry = self.sites.get(site)
         if entry is None:
-            raise SiteError(_NOT_VOUCHED, f"site {site[:80]!r}: must be in the roster, got none")
+            raise SiteError(_NOT_TRUSTED, f"site {site[:80]!r}: must be in the roster, got none")
         if entry.revoked:
-            raise SiteError(_NOT_VOUCHED, f"site {site}: must be valid, got revoked by the roster")
+            raise SiteError(_NOT_TRUSTED, f"site {site}: must be valid, got revoked by the roster")
         if today > entry.expires:
             raise SiteError(
-                _NOT_VOUCHED,
+                _NOT_TRUSTED,
                 f"site {site}: must be valid on {today}, got one that expired after {entry.expires}",
             )
         return entry.key

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 KEY_BYTES: Final = 32
 TRANSCRIPT_BYTES: Final = 32
 
-_BOX: Final = b"fedge secure aggregation 1: box"
+_SHARE_ENCRYPTION: Final = b"fedge secure aggregation 1: box"
 _MASK: Final = b"fedge secure aggregation 1: pair mask"
 _SELF: Final = b"fedge secure aggregation 1: self mask"
 
@@ -71,7 +71,7 @@ def shared(own: Pair, public: bytes) -> bytes:
 
 
 def share_encryption_key(shared: bytes, transcript: bytes, src: str, dst: str) -> bytes:
-    """The key of the one box from ``src`` to ``dst``; the way back has another.
+    """The key of the one encrypted share from ``src`` to ``dst``; the way back has another.
 
     Args:
         shared: 32 bytes of ``shared``.
@@ -85,7 +85,7 @@ def share_encryption_key(shared: bytes, transcript: bytes, src: str, dst: str) -
     Raises:
         ValueError: a length is wrong.
     """
-    return _derive(shared, transcript, _BOX, src, dst)
+    return _derive(shared, transcript, _SHARE_ENCRYPTION, src, dst)
 
 
 def mask_key(shared: bytes, transcript: bytes, a: str, b: str) -> bytes:

@@ -8,7 +8,7 @@ exchange  message type             request, beside run, round and task         r
           evaluate.qualify,
           query.secagg_statistics
 1         query.secagg_share       all bundles                                 commitment, sealed shares
-2         query.secagg_masked      who shared, their boxes for this site       the masked vector
+2         query.secagg_masked      who shared, their shares for this site      the masked vector
 3         query.secagg_commit      whose vectors arrived                       a signature on that list
 4         query.secagg_unmask      the signatures of the others                one share a peer
 ========  =======================  ==========================================  ==================================
@@ -62,7 +62,7 @@ WEIGHT_CAP: Final = "weight-cap"
 BUNDLE: Final = "bundle"
 BUNDLES: Final = "bundles"
 COMMITMENT: Final = "commitment"
-BOXES: Final = "boxes"
+ENCRYPTED_SHARES: Final = "boxes"
 SHARERS: Final = "sharers"
 SIGNATURE: Final = "signature"
 SIGNATURES: Final = "signatures"
@@ -75,7 +75,7 @@ VECTOR: Final = "masked"
 
 #: Two shares and the tag of AES-GCM.
 SHARE_BYTES: Final = 33
-BOX_BYTES: Final = 2 * SHARE_BYTES + 16
+ENCRYPTED_SHARE_BYTES: Final = 2 * SHARE_BYTES + 16
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,25 @@ class Sharer:
         site: its name.
         commitment: SHA-256 of its self-mask seed.
         signature: of both and T, with its roster key.
-        box: its shares for the reader; empty where the reader holds none of it.
+        encrypted_share: its shares, encrypted for the receiver; empty where the receiver holds none of it.
     """
 
     site: str
     commitment: bytes
     signature: bytes
-    box: bytes
+    encrypted_share: bytes
 
     def encode(self) -> bytes:
         """As one text."""
-        return self.encode_with(self.box)
+        return self.encode_with(self.encrypted_share)
 
-    def encode_with(self, box: bytes) -> bytes:
-        """As one text for the reader of another box."""
-        return _head(self.site, self.commitment, self.signature) + bytes([len(box)]) + box
+    def encode_with(self, encrypted_share: bytes) -> bytes:
+        """As one text for the receiver of another encrypted share."""
+        return (
+            _head(self.site, self.commitment, self.signature)
+            + bytes([len(encrypted_share)])
+            + encrypted_share
+        )
 
 
 @dataclass(frozen=True)
@@ -181,10 +185,13 @@ def sharers_of(values: ConfigRecord) -> list[Sharer]:
         commitment, at = _cut(raw, at, HASH_BYTES)
         signature, at = _cut(raw, at, SIGNATURE_BYTES)
         size, at = _cut(raw, at, 1)
-        box, at = _cut(raw, at, size[0])
-        if len(box) not in (0, BOX_BYTES):
-            raise ValueError(f"box: must be {BOX_BYTES} bytes or none, got {len(box)}")
-        found.append(Sharer(name, commitment, signature, box))
+        encrypted_share, at = _cut(raw, at, size[0])
+        if len(encrypted_share) not in (0, ENCRYPTED_SHARE_BYTES):
+            raise ValueError(
+                f"encrypted share: must be {ENCRYPTED_SHARE_BYTES} bytes or none, "
+                f"got {len(encrypted_share)}"
+            )
+        found.append(Sharer(name, commitment, signature, encrypted_share))
     transcript.require_names([s.site for s in found])
     return found
 

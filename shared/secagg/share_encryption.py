@@ -1,8 +1,8 @@
-"""Boxes: what one site sends to another through the server, sealed with AES-256-GCM (NIST SP 800-38D).
+"""Encrypted shares: what one site sends to another through the server, under AES-256-GCM (NIST SP 800-38D).
 
-The nonce is zero. That is sound because a key seals one box only: it is derived from two X25519 keys that live for one
-attempt, from the transcript of that attempt, and from the direction. A site must therefore seal once and keep the
-box, not seal again when it is asked again.
+The nonce is zero. That is sound because a key encrypts one share only: it is derived from two X25519 keys that live
+for one attempt, from the transcript of that attempt, and from the direction. A site must therefore encrypt
+once and keep the result, not encrypt again when it is asked again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from fedge.shared.errors import SiteError
 from fedge.shared.secagg.key_agreement import KEY_BYTES, TRANSCRIPT_BYTES, framed
 
-#: A box is so much longer than its content.
+#: An encrypted share is so much longer than its content.
 TAG_BYTES: Final = 16
 
 _NONCE: Final = bytes(12)
@@ -26,7 +26,7 @@ def encrypt_share(key: bytes, plain: bytes, transcript: bytes, src: str, dst: st
     """Encrypt and authenticate ``plain``, with T, sender and receiver as associated data.
 
     Args:
-        key: 32 bytes of ``key_agreement.share_encryption_key``, used for no other box.
+        key: 32 bytes of ``key_agreement.share_encryption_key``, used for no other share.
         plain: the content.
         transcript: T, 32 bytes.
         src: the sender's site id.
@@ -41,19 +41,22 @@ def encrypt_share(key: bytes, plain: bytes, transcript: bytes, src: str, dst: st
     return _cipher(key).encrypt(_NONCE, plain, _associated(transcript, src, dst))
 
 
-def decrypt_share(key: bytes, box: bytes, transcript: bytes, src: str, dst: str) -> bytes:
-    """The content of a box.
+def decrypt_share(
+    key: bytes, encrypted_share: bytes, transcript: bytes, src: str, dst: str
+) -> bytes:
+    """Decrypt a share.
 
     Raises:
-        SiteError: 425, the tag is wrong: the box was altered, or is for another round, sender or receiver.
+        SiteError: 425, the tag is wrong: the encrypted share was altered, or is for another round, sender or receiver.
         ValueError: the length of the key or of T is wrong.
     """
     try:
-        return _cipher(key).decrypt(_NONCE, box, _associated(transcript, src, dst))
+        return _cipher(key).decrypt(_NONCE, encrypted_share, _associated(transcript, src, dst))
     except InvalidTag:
         raise SiteError(
             _UNOPENED,
-            f"{src}: its box for {dst} must carry a right tag, got a wrong one ({len(box)} bytes)",
+            f"{src}: its encrypted share for {dst} must carry a right tag, "
+            f"got a wrong one ({len(encrypted_share)} bytes)",
         ) from None
 
 

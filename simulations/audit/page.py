@@ -27,24 +27,24 @@ _STYLE: Final = (
 )
 
 
-def to_json(found: Finding, inverted: Inversion, seconds: float) -> dict[str, Any]:
+def to_json(finding: Finding, inverted: Inversion, seconds: float) -> dict[str, Any]:
     """Everything but scores and pictures, as plain JSON values."""
     return {
-        "verdict": found.verdict,
-        "mechanism": found.mechanism,
-        "noise_multiplier": found.noise_multiplier,
-        "noise_factor": found.noise_factor,
-        "honest_sites": found.honest or None,
-        "rounds": found.rounds,
-        "delta": found.delta,
-        "claim": found.claim,
-        "lower_bound": found.bound,
-        "largest_possible_bound": found.most,
+        "verdict": finding.verdict,
+        "mechanism": finding.mechanism,
+        "noise_multiplier": finding.noise_multiplier,
+        "noise_factor": finding.noise_factor,
+        "honest_sites": finding.honest or None,
+        "rounds": finding.rounds,
+        "delta": finding.delta,
+        "claim": finding.claim,
+        "lower_bound": finding.bound,
+        "largest_possible_bound": finding.most,
         "confidence": 1 - P,
-        "canaries": found.sizes.canaries,
-        "guesses": found.sizes.guesses,
-        "correct": found.correct,
-        "parameters": found.sizes.parameters,
+        "canaries": finding.sizes.canaries,
+        "guesses": finding.sizes.guesses,
+        "correct": finding.correct,
+        "parameters": finding.sizes.parameters,
         "inversion": {
             "reason": inverted.reason or None,
             "layer": inverted.layer or None,
@@ -56,11 +56,11 @@ def to_json(found: Finding, inverted: Inversion, seconds: float) -> dict[str, An
     }  # fmt: skip
 
 
-def render(found: Finding, inverted: Inversion, task: str, config: str, when: str) -> str:
+def render(finding: Finding, inverted: Inversion, task: str, config: str, when: str) -> str:
     """The page.
 
     Args:
-        found: the audit of the noise.
+        finding: the audit of the noise.
         inverted: the attack on one update.
         task: name.
         config: the configuration, resolved, as TOML.
@@ -71,58 +71,58 @@ def render(found: Finding, inverted: Inversion, task: str, config: str, when: st
         files.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "secure.css")
     )
     sections = [
-        _canaries(found),
-        _meaning(found),
-        _inversion(inverted, found.mechanism),
+        _canaries(finding),
+        _meaning(finding),
+        _inversion(inverted, finding.mechanism),
         _origin(config),
     ]
     titles = ("Canaries", "What it shows", "One update", "Configuration")
     links = zip(("canaries", "meaning", "inversion", "origin"), titles, strict=True)
     return Template(files.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title=esc(f"Audit, {task}, {found.mechanism}"),
+        title=esc(f"Audit, {task}, {finding.mechanism}"),
         style=style + _STYLE,
-        headline=esc(wording.words(found) + "."),
-        run=esc(f"audit of {task}, mechanism {found.mechanism}"),
-        state=found.verdict,
+        headline=esc(wording.words(finding) + "."),
+        run=esc(f"audit of {task}, mechanism {finding.mechanism}"),
+        state=finding.verdict,
         when=f"<time>{esc(when)}</time>",
         nav="".join(f'<a href="#{n}">{t}</a>' for n, t in links),
-        body="".join([_checked(found), _tiles(found), *sections]),
+        body="".join([_checked(finding), _tiles(finding), *sections]),
     )
 
 
-def _checked(found: Finding) -> str:
-    if found.noise_factor == 1:
+def _checked(finding: Finding) -> str:
+    if finding.noise_factor == 1:
         return ""
     text = (
-        f"This is a check of the audit itself: the noise was cut to {found.noise_factor:g} of what the configuration "
+        f"This is a check of the audit itself: the noise was cut to {finding.noise_factor:g} of what the configuration "
         "says, while the claim stayed. An audit that is worth anything tells that such noise is too little."
     )
     return f'<div class="card warn"><h3>Noise cut on purpose</h3><p>{esc(text, 1000)}</p></div>'
 
 
-def _tiles(found: Finding) -> str:
-    sizes = found.sizes
-    claim = "none" if found.claim is None else f"{found.claim:.2f}"
-    bad = found.verdict != "not contradicted"
+def _tiles(finding: Finding) -> str:
+    sizes = finding.sizes
+    claim = "none" if finding.claim is None else f"{finding.claim:.2f}"
+    bad = finding.verdict != "not contradicted"
     tiles = [
-        fmt.tile("Claim", claim, f"epsilon of {wording.audited(found)}, delta {found.delta:g}", "main"),
-        fmt.tile("Lower bound", f"{found.bound:.2f}", f"proved with {1 - P:.0%} confidence", "main"),
-        fmt.tile("Guesses right", f"{found.correct} of {sizes.guesses}", f"of {sizes.canaries} canaries"),
-        fmt.tile("Verdict", found.verdict, "", "bad" if bad else "good"),
+        fmt.tile("Claim", claim, f"epsilon of {wording.audited(finding)}, delta {finding.delta:g}", "main"),
+        fmt.tile("Lower bound", f"{finding.bound:.2f}", f"proved with {1 - P:.0%} confidence", "main"),
+        fmt.tile("Guesses right", f"{finding.correct} of {sizes.guesses}", f"of {sizes.canaries} canaries"),
+        fmt.tile("Verdict", finding.verdict, "", "bad" if bad else "good"),
     ]  # fmt: skip
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _canaries(found: Finding) -> str:
+def _canaries(finding: Finding) -> str:
     return fmt.section(
-        "canaries", "Canaries", esc(wording.how(found), 2000), _scores(found) + _facts(found)
+        "canaries", "Canaries", esc(wording.how(finding), 2000), _scores(finding) + _facts(finding)
     )
 
 
-def _scores(found: Finding) -> str:
-    edges = np.linspace(float(found.scores.min()), float(found.scores.max()) + 1e-12, _BINS + 1)
-    within, _ = np.histogram(found.scores[found.inside], edges)
-    without, _ = np.histogram(found.scores[~found.inside], edges)
+def _scores(finding: Finding) -> str:
+    edges = np.linspace(float(finding.scores.min()), float(finding.scores.max()) + 1e-12, _BINS + 1)
+    within, _ = np.histogram(finding.scores[finding.inside], edges)
+    without, _ = np.histogram(finding.scores[~finding.inside], edges)
     columns = [
         Column(i, (int(a), int(b)), f"{edges[i]:.3g} to {edges[i + 1]:.3g}: {a} in, {b} out")
         for i, (a, b) in enumerate(zip(within, without, strict=True))
@@ -146,29 +146,32 @@ def _scores(found: Finding) -> str:
     return f'<div class="pair">{fmt.card("Scores", legend + responsive(draw), note)}'
 
 
-def _facts(found: Finding) -> str:
-    guesses, of = found.sizes.guesses, wording.audited(found)
-    rows = [("mechanism", esc(found.mechanism))]
-    if found.noise_multiplier is not None:
-        rows.append(("noise multiplier", fmt.significant(found.noise_multiplier, 6)))
-    if found.noise_factor != 1:
-        rows.append(("share of it that was added", fmt.significant(found.noise_factor, 6)))
-    if found.honest:
-        rows.append(("sites that add noise", str(found.honest)))
+def _facts(finding: Finding) -> str:
+    guesses, of = finding.sizes.guesses, wording.audited(finding)
+    rows = [("mechanism", esc(finding.mechanism))]
+    if finding.noise_multiplier is not None:
+        rows.append(("noise multiplier", fmt.significant(finding.noise_multiplier, 6)))
+    if finding.noise_factor != 1:
+        rows.append(("share of it that was added", fmt.significant(finding.noise_factor, 6)))
+    if finding.honest:
+        rows.append(("sites that add noise", str(finding.honest)))
     rows += [
-        ("guesses right", f"{found.correct} of {guesses}, {fmt.share(found.correct / guesses)}; by chance about half"),
-        ("largest bound that it can show", f"{found.most:.4f}, with every guess right"),
-        ("lower bound", f"{found.bound:.4f}, at delta {found.delta:g}"),
-        ("claim", "none" if found.claim is None else f"{found.claim:.4f}, by the accountant, for {of}"),
+        (
+            "guesses right",
+            f"{finding.correct} of {guesses}, {fmt.share(finding.correct / guesses)}; by chance about half",
+        ),
+        ("largest bound that it can show", f"{finding.most:.4f}, with every guess right"),
+        ("lower bound", f"{finding.bound:.4f}, at delta {finding.delta:g}"),
+        ("claim", "none" if finding.claim is None else f"{finding.claim:.4f}, by the accountant, for {of}"),
     ]  # fmt: skip
     note = "One-run audit of Steinke, Nasr and Jagielski (2023), with abstentions."
     return fmt.card("In numbers", fmt.definitions(rows), note) + "</div>"
 
 
-def _meaning(found: Finding) -> str:
+def _meaning(finding: Finding) -> str:
     cards = [
         fmt.card(title, f"<ul>{''.join(f'<li>{esc(line, 1000)}</li>' for line in lines)}</ul>", css="brief")
-        for title, lines in (("It can", wording.can()), ("It cannot", wording.cannot(found)))
+        for title, lines in (("It can", wording.can()), ("It cannot", wording.cannot(finding)))
     ]  # fmt: skip
     return fmt.section(
         "meaning",
@@ -230,8 +233,8 @@ def _picture(
 
 
 def _numbers(values: NDArray[np.float64]) -> Sequence[float]:
-    found: list[float] = np.nan_to_num(values, nan=0.0, posinf=1e300, neginf=-1e300).tolist()
-    return found
+    finding: list[float] = np.nan_to_num(values, nan=0.0, posinf=1e300, neginf=-1e300).tolist()
+    return finding
 
 
 def _origin(config: str) -> str:

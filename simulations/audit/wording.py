@@ -36,50 +36,50 @@ _AN_UPDATE: Final = "each the update of one site"
 _AN_EXAMPLE: Final = "each a training example with a gradient of its own"
 
 
-def words(found: Finding) -> str:
+def words(finding: Finding) -> str:
     """The verdict in a sentence."""
-    bound = f"{found.bound:.2f}"
-    if found.claim is None:
-        most = ", as much as this audit can show" if found.bound == found.most else ""
+    bound = f"{finding.bound:.2f}"
+    if finding.claim is None:
+        most = ", as much as this audit can show" if finding.bound == finding.most else ""
         return f"Nothing protects: epsilon of plain training is at least {bound}{most}"
-    claim = f"{found.claim:.2f}"
-    if found.verdict == "caught":
+    claim = f"{finding.claim:.2f}"
+    if finding.verdict == "caught":
         return f"CAUGHT: epsilon is at least {bound}, above the claim of {claim}"
     more = (
         ""
-        if found.could_contradict
-        else f"; no outcome could, as this audit shows {found.most:.2f} at most"
+        if finding.could_contradict
+        else f"; no outcome could, as this audit shows {finding.most:.2f} at most"
     )
     return f"Not contradicted: the guesses prove an epsilon of {bound}, below the claim of {claim}{more}"
 
 
-def audited(found: Finding) -> str:
+def audited(finding: Finding) -> str:
     """What claim and bound are of."""
-    if found.mechanism == "central-mf":
+    if finding.mechanism == "central-mf":
         return (
             "the whole run, 1 round"
-            if found.rounds == 1
-            else f"the whole run, {found.rounds} rounds"
+            if finding.rounds == 1
+            else f"the whole run, {finding.rounds} rounds"
         )
-    return "one update" if found.mechanism == "local" else "one release"
+    return "one update" if finding.mechanism == "local" else "one release"
 
 
-def how(found: Finding) -> str:
+def how(finding: Finding) -> str:
     """What canaries were, and how they were guessed."""
     does = {
-        "distributed": f"{_AN_UPDATE}, added modulo 2^32. The {found.honest} sites that the configuration counts on "
+        "distributed": f"{_AN_UPDATE}, added modulo 2^32. The {finding.honest} sites that the configuration counts on "
         "add noise, the others none: the worst sum that is promised to protect",
         "example": f"{_AN_EXAMPLE}, in one step of DP-SGD over all of them",
         "central": f"{_AN_UPDATE}, in one round of noise of the server's, in which every site is drawn",
         "central-mf": f"{_AN_UPDATE}, the same in each of its turns, from the first round on. As the promise is for "
-        f"the whole run, its {fmt.count(found.rounds)} rounds are looked at together, weighed so that the correlated "
+        f"the whole run, its {fmt.count(finding.rounds)} rounds are looked at together, weighed so that the correlated "
         "noise takes itself back as far as it can",
         "local": f"{_AN_UPDATE}, with all of its noise from the site itself, and looked at alone",
         "off": f"{_AN_EXAMPLE}, in one plain step over all of them",
-    }[found.mechanism]
-    sizes = found.sizes
+    }[finding.mechanism]
+    sizes = finding.sizes
     coin = "A coin said of each whether it was in. From what came out alone"
-    if found.mechanism == "local":
+    if finding.mechanism == "local":
         coin = (
             "A coin said of each whether the site sent it (in) or its negation (out), the two updates that are "
             "farthest apart. From what came out of each"
@@ -100,23 +100,24 @@ def can() -> list[str]:
     ]
 
 
-def cannot(found: Finding) -> list[str]:
+def cannot(finding: Finding) -> list[str]:
     """What it does not."""
     scope = (
         "It looks at one run, not at several: how runs add up is the accountant's, and a site's ledger's."
-        if found.mechanism == "central-mf"
+        if finding.mechanism == "central-mf"
         else "It looks at one release, not at a whole run: how releases add up is the accountant's, and a site's"
         " ledger's."
     )
     said = [
         "It cannot confirm: a bound below the claim is what this one attack found. A better one may find more. "
         "Even sound noise and the best guesses leave a wide gap between the two.",
-        f"It cannot show more than {found.most:.2f}, however little is protected; a larger claim is out of its reach.",
+        f"It cannot show more than {finding.most:.2f}, however little is protected;"
+        " a larger claim is out of its reach.",
         scope,
         "It does not look at sampling, at the generator of the random bits, at time, or at what leaves beside the "
         "mechanism, as held-out metrics that were declared unprotected.",
     ]
-    if found.mechanism in CENTRAL:
+    if finding.mechanism in CENTRAL:
         said.append(
             "It looks at what the model's readers get. The server gets every update without noise, and nothing is "
             "claimed against it."

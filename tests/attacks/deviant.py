@@ -207,10 +207,10 @@ class Server:
             self._total, wrong = self.group.unmask()
             assert not wrong
         total = self._total
-        of, group = self.layout, self.group
-        values = fixed_point.decode(total[: of.values], of.segments, len(group.sharers))
+        layout, group = self.layout, self.group
+        values = fixed_point.decode(total[: layout.values], layout.segments, len(group.sharers))
         return values, exact_counters.decode_counters(
-            total[of.values :], of.counters, len(group.survivors)
+            total[layout.values :], layout.counters, len(group.survivors)
         )
 
     def plain(self, site: str) -> np.ndarray:
@@ -220,12 +220,12 @@ class Server:
         reply = self.sites[site].answer(protocol.TRAIN, self.train_request(secure=False))
         trained = {n: a.numpy() for n, a in reply[protocol.ARRAYS].items()}
         weight = int(reply[protocol.METRICS][protocol.NUM_EXAMPLES]) / BOUNDS.weight_cap
-        of = self.layout
-        flat = of.flatten(trained).astype(np.float64) - of.flatten(self.weights)
+        layout = self.layout
+        flat = layout.flatten(trained).astype(np.float64) - layout.flatten(self.weights)
         return np.asarray(weight * flat)
 
     def is_right(self) -> bool:
-        """Whether the sum that was opened is that of the survivors, to the rounding of each."""
+        """Whether the sum that was unmasked is that of the survivors, to the rounding of each."""
         found, counted = self.opened()
         alive = self.group.survivors
         bound = np.concatenate([np.full(s.size, s.bound) for s in self.layout.segments])
@@ -235,10 +235,10 @@ class Server:
         limit = len(alive) * (1 + 1e-6 / steps.min())
         return float(off.max()) <= limit and counted[vector_layout.SITES] == len(alive)
 
-    def shares_given(self, of: str) -> int:
+    def shares_given(self, site: str) -> int:
         """Shares of a site's secrets that came out in this attempt, of whichever kind."""
         group = getattr(self, "group", None)
-        return sum(of in given for given in group.shares.values()) if group else 0
+        return sum(site in given for given in group.shares.values()) if group else 0
 
     def _address(self) -> dict[str, Any]:
         return {

@@ -117,9 +117,9 @@ def replayed_round_or_attempt(home: Path) -> Attack:
     bundles.share(
         lambda site, _: {messages.BUNDLES: joined({**old.group.bundles, **_of(site, bundles)})}
     )
-    boxes = Server(sites, attempt=3).begin().share()
-    boxes.group.boxes[VICTIM] = old.group.boxes[VICTIM]
-    boxes.masked()
+    encrypted_shares = Server(sites, attempt=3).begin().share()
+    encrypted_shares.group.encrypted_shares[VICTIM] = old.group.encrypted_shares[VICTIM]
+    encrypted_shares.masked()
     signatures = Server(sites, attempt=4).begin().share()
     signatures.masked(
         lambda site, _: {
@@ -133,10 +133,11 @@ def replayed_round_or_attempt(home: Path) -> Attack:
     again = Server({n: sites[n] for n in REST}, attempt=6).begin()
     return judged(
         "replayed-round-or-attempt",
-        f"old bundles: {said(bundles)}; the victim's old boxes: {said(boxes)}; old signatures: {said(signatures)}; "
+        f"old bundles: {said(bundles)}; the victim's old boxes: {said(encrypted_shares)}; "
+        f"old signatures: {said(signatures)}; "
         f"the round once more without the victim, after its sum was opened: {said(again)} "
         "(under another run's name: the last row of the next table)",
-        (old, bundles, boxes, signatures, last, again),
+        (old, bundles, encrypted_shares, signatures, last, again),
         due={messages.SHARE: 6, messages.MASKED: 5 + 6, protocol.TRAIN: 5},
         opened=(last,),
     )
@@ -189,9 +190,9 @@ def lowered_threshold(home: Path) -> Attack:
 def flipped_box_bit(home: Path) -> Attack:
     """One bit of the box from the victim to site-1 is flipped on the way."""
     server = Server(make_sites(home)).begin().share()
-    box = bytearray(server.group.boxes[VICTIM][NAMES[0]])
-    box[len(box) // 2] ^= 1
-    server.group.boxes[VICTIM][NAMES[0]] = bytes(box)
+    encrypted_share = bytearray(server.group.encrypted_shares[VICTIM][NAMES[0]])
+    encrypted_share[len(encrypted_share) // 2] ^= 1
+    server.group.encrypted_shares[VICTIM][NAMES[0]] = bytes(encrypted_share)
     server.masked().commit().unmask()
     return judged(
         "flipped-box-bit",

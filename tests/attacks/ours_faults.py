@@ -45,7 +45,7 @@ def dropout_before_upload(home: Path) -> Attack:
         if place == "share":
             # Its reply is lost; the others go on without it.
             server.share()
-            del server.group.sharers[VICTIM], server.group.boxes[VICTIM]
+            del server.group.sharers[VICTIM], server.group.encrypted_shares[VICTIM]
             server.masked()
         else:
             server.share().masked(skip=VICTIM)

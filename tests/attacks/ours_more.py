@@ -82,13 +82,13 @@ def small_order_keys(home: Path) -> Attack:
         for number, point in enumerate(_SMALL):
             server = Server(make_sites(home / f"{field}-{number}"))
             server.begin(requests=None)
-            of = server.group
-            weak = replace(of.bundles[LOST], **{field: point})
+            group = server.group
+            weak = replace(group.bundles[LOST], **{field: point})
             signed = transcript.new_advertisement(
-                of.attempt, LOST, weak.encryption_key, weak.mask_key, private_key(LOST)
+                group.attempt, LOST, weak.encryption_key, weak.mask_key, private_key(LOST)
             )
-            told = {messages.BUNDLES: joined(of.bundles | {LOST: signed})}
-            del server.sites[LOST], of.bundles[LOST]
+            told = {messages.BUNDLES: joined(group.bundles | {LOST: signed})}
+            del server.sites[LOST], group.bundles[LOST]
             server.share(lambda *_, told=told: told)
             servers.append(server)
     return judged("small-order-keys", said(servers[0]), tuple(servers), {messages.SHARE: 5 * 6})

@@ -76,14 +76,14 @@ def data_of(name: str, count: int) -> SiteData:
 
 
 def make_sites(
-    home: Path, *, known: Roster | None = None, of: Task | None = None, **examples: int
+    home: Path, *, known: Roster | None = None, site_task: Task | None = None, **examples: int
 ) -> dict[str, SiteWorker]:
     """Fresh workers.
 
     Args:
         home: a folder; each site has one of its own below it.
         known: the roster that all of them hold; of all names unless given.
-        of: the task.
+        site_task: the task that they train; ``task()`` unless given.
         examples: of sites with other numbers than ``EXAMPLES``, by name with _ for -.
     """
     trusted = known or roster_of(NAMES)
@@ -91,7 +91,7 @@ def make_sites(
     return {
         name: SiteWorker(
             name,
-            of or task(),
+            site_task or task(),
             data_of(name, counts[name]),
             home / name,
             anchors=Anchors(
@@ -102,8 +102,8 @@ def make_sites(
     }
 
 
-def weights_of(of: Task) -> dict[str, Any]:
+def weights_of(task: Task) -> dict[str, Any]:
     """The weights that a round begins with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return {k: t.numpy().copy() for k, t in of.network().state_dict().items()}
+        return {k: t.numpy().copy() for k, t in task.network().state_dict().items()}

@@ -23,11 +23,11 @@ def whole(sites):
 
 
 def test_batch_norms_statistics_are_summed_and_its_counter_is_not(tmp_path):
-    of = task(with_buffers)
-    server = whole(make_sites(tmp_path, of=of))
+    buffered = task(with_buffers)
+    server = whole(make_sites(tmp_path, site_task=buffered))
     assert server.is_right()
     placed = {t.name for t in server.layout.tensors}
-    assert placed == set(weights_of(of)) - {"1.num_batches_tracked"}
+    assert placed == set(weights_of(buffered)) - {"1.num_batches_tracked"}
     assert [s.name for s in server.layout.segments] == ["update", "state"]
     # The statistics are in it: they moved from 0 and 1.
     values, _ = server.opened()

@@ -65,11 +65,11 @@ class Known(NamedTuple):
     pairs: np.ndarray
 
 
-def known(of: Config, said: list[Said], home: Path) -> dict[str, Known]:
+def known(run_config: Config, said: list[Said], home: Path) -> dict[str, Known]:
     """What each site would have answered to the same requests without masks."""
-    task = get_task(of.task.name)
+    task = get_task(run_config.task.name)
     found = {}
-    for site, data in site_shares(of, task).items():
+    for site, data in site_shares(run_config, task).items():
         worker = SiteWorker(site, task, data, home / site)
         numbers: dict[str, float] = {}
         pairs: list[np.ndarray] = []
@@ -87,7 +87,7 @@ def known(of: Config, said: list[Said], home: Path) -> dict[str, Known]:
                     after = array.numpy().ravel()
                     pairs += [both(after), both(after - before[name].ravel())]
         # Small whole numbers, and the seed, stand in every message.
-        common = {*range(-5, 6), of.run.seed}
+        common = {*range(-5, 6), run_config.run.seed}
         numbers = {n: v for n, v in numbers.items() if v not in common}
         found[site] = Known(numbers, np.unique(np.concatenate(pairs)))
     return found
@@ -147,20 +147,20 @@ def run(task: str, out: Path, *, secure: bool) -> tuple[Config, list[Said]]:
         made.append(Recorder(*args))
         return made[0]
 
-    of = config(
+    run_config = config(
         task,
         run={"rounds": 1 if task == "digits" else 2, "seed": 3},
         data={"alpha": 2.0},
         secure_aggregation={"enabled": secure},
     )
-    simulate(of, out, grid=grid)
-    return of, made[0].said
+    simulate(run_config, out, grid=grid)
+    return run_config, made[0].said
 
 
 def searched(task: str, home: Path, *, secure: bool) -> tuple[list[Said], set[str]]:
     """All that was said, and what of single sites is in it: in replies, and in requests of exchanges 1 to 4."""
-    of, said = run(task, home / "run", secure=secure)
-    secrets = known(of, said, home / "plain")
+    run_config, said = run(task, home / "run", secure=secure)
+    secrets = known(run_config, said, home / "plain")
     assert all(len(s.numbers) > 5 and len(s.pairs) > 50 for s in secrets.values())
     parts = [s.reply for s in said] + [s.request for s in said if s.kind in messages.STEPS]
     raw = b"|".join(piece for content in parts for piece in pieces(content))

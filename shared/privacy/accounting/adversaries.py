@@ -1,4 +1,4 @@
-"""Epsilon of many releases together, against either reader."""
+"""Epsilon of many releases together, against either adversary: the model's consumers, or the server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ Part: TypeAlias = tuple[float, float, bool, int]
 def account(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[float, float]:
     """Epsilon of these releases together, against the model's consumers and against the server.
 
-    The server sees which sites are sampled, so for it sampling hides no site. Which examples a site draws it sees as
-    little as anybody else: single examples are hidden from both alike.
+    The server sees which sites are sampled, so for it sampling hides no site. Which examples a site samples it
+    does not see any more than others do: single examples are hidden from both alike.
+
+    Args:
+        releases: to account for.
+        delta: at which epsilon is computed, within (0, 1).
+        unit: what the noise hides.
+
+    Returns:
+        Epsilon against the model's consumers, and against the server.
 
     Raises:
         ValueError: ``delta`` is not within (0, 1).
@@ -32,27 +40,30 @@ def account(releases: Iterable[Release], delta: float, unit: Unit) -> tuple[floa
 def of_study(
     kept: Iterable[tuple[Unit, str, Part]], unit: Unit, delta: float
 ) -> tuple[float, float]:
-    """What all charges of a study come to for a unit, whatever they were made for.
+    """Epsilon of all charges to a privacy budget account (study) for a unit, for whatever purpose they were made.
 
     What hides a whole site hides each of its examples as well; what hides single examples bounds nothing for the site.
     Nothing bounds what the server learns from updates to which it adds the noise itself.
 
     Args:
         kept: unit, mechanism and release of each charge.
-        unit: whose epsilon.
-        delta: at which.
+        unit: whose epsilon is computed.
+        delta: at which epsilon is computed.
+
+    Returns:
+        Epsilon against the model's consumers, and against the server.
     """
     every = list(kept)
-    examples = [part for of, _, part in every if of == "example"]
+    examples = [part for hidden, _, part in every if hidden == "example"]
     if unit == "site" and examples:
         return math.inf, math.inf
-    sites = [part for of, _, part in every if of == "site"]
+    sites = [part for hidden, _, part in every if hidden == "site"]
     consumers, server = account_parts(examples, sites, delta)
     return consumers, math.inf if any(name in CENTRAL for _, name, _ in every) else server
 
 
 def of_entries(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[float, float]:
-    """As ``of_study``, of the first charges of a study as its ledger holds them, at least one.
+    """As ``of_study``, for the first charges of a study as its ledger holds them; at least one.
 
     The newest says it already where it is of this unit and delta; that takes no accountant.
     """
@@ -66,12 +77,12 @@ def of_entries(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[floa
 def account_parts(
     of_examples: Iterable[Part], of_sites: Iterable[Part], delta: float
 ) -> tuple[float, float]:
-    """As ``reckon``, of releases as the ledger keeps them.
+    """As ``account``, for releases as the ledger keeps them.
 
     Args:
-        of_examples: in which examples are drawn, unseen.
-        of_sites: in which sites are drawn, which the server sees.
-        delta: at which.
+        of_examples: releases that sample examples, unseen by the server.
+        of_sites: releases that sample sites, which the server sees.
+        delta: at which epsilon is computed.
     """
     check_delta(delta)
     examples, sites = _merged(of_examples), _merged(of_sites)

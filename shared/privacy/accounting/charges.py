@@ -1,4 +1,4 @@
-"""What a site's privacy ledger is told, and what it tells: charges, budgets, and what is spent."""
+"""What goes into a site's privacy ledger and comes out of it: charges, budgets, and what is spent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Charge:
     """One release of noised data.
 
     Attributes:
-        study: whose budget it is charged to.
+        study: the privacy budget account that it is charged to.
         unit: what the noise hides: one example, or the whole site.
         run_id: fedge's id of the run.
         server_round: of the run.
@@ -30,7 +30,7 @@ class Charge:
         attempt: of the round; fresh noise for the same round is a charge of its own.
         mechanism: its name in the configuration.
         release: what accounting needs of it.
-        delta: at which the request reckons. Kept only; the ledger reckons at the budget's.
+        delta: at which the request accounts. Kept only; the ledger accounts at the budget's.
         digest: SHA-256 (hex) of the request that it answers.
 
     Raises:
@@ -53,9 +53,9 @@ class Charge:
             text = getattr(self, name)
             if not (isinstance(text, str) and 1 <= len(text) <= 128 and text.isprintable()):
                 raise ValueError(f"{name}: must be 1 to 128 printable characters, got {text!r:.80}")
-        for name, known in (("unit", get_args(Unit)), ("purpose", get_args(Purpose))):
-            if getattr(self, name) not in known:
-                wanted = " or ".join(known)
+        for name, choices in (("unit", get_args(Unit)), ("purpose", get_args(Purpose))):
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(choices)
                 raise ValueError(f"{name}: must be {wanted}, got {getattr(self, name)!r:.80}")
         for name in ("server_round", "attempt"):
             number = getattr(self, name)
@@ -74,11 +74,11 @@ OF_CHARGE: Final = tuple(field.name for field in fields(Charge) if field.name !=
 
 @dataclass(frozen=True)
 class Budget:
-    """What a study may spend on a unit.
+    """What a privacy budget account (study) may spend on a unit.
 
     Attributes:
-        epsilon: most; a charge that ends exactly there fits.
-        delta: at which epsilon is reckoned.
+        epsilon: the maximum; a charge that ends exactly there is accepted.
+        delta: at which epsilon is computed.
         against: whose epsilon counts. The server's is never the smaller one, as it sees who was sampled.
 
     Raises:
@@ -99,7 +99,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Spent:
-    """Epsilon against whoever gets the model, and against the server, after this many charges."""
+    """Epsilon against the model's consumers, and against the server, after this many charges."""
 
     consumers: float
     server: float
@@ -114,8 +114,9 @@ class Entry:
         id: 1, 2, ... over all studies.
         time: UTC, ISO 8601.
         charge: as it was made.
-        epsilon_consumers: of its study and unit up to here, at ``epsilon_delta``.
-        epsilon_server: likewise, against the server.
+        epsilon_consumers: epsilon of its study and unit up to here against the model's consumers, at
+            ``epsilon_delta``.
+        epsilon_server: the same against the server.
         epsilon_delta: the budget's, when it was charged.
         hash: of the chain up to here.
     """
@@ -130,7 +131,7 @@ class Entry:
 
 
 def check_delta(delta: float) -> None:
-    """Hold a delta against its range.
+    """Check that a delta is within its range.
 
     Raises:
         ValueError: it is not within (0, 1).

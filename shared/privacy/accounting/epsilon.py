@@ -3,14 +3,14 @@
 A release is the sum over a sample, clipped, with Gaussian noise; the discrete Gaussian of the same noise multiplier is
 counted the same. Releases of one kind are put together before they are composed:
 
-- ``analytic``: nobody is left out. Many Gaussians are one, as their 1 / sigma^2 add up, and its epsilon is exact
+- ``analytic``: no one is left out. Many Gaussians are one, as their 1 / sigma^2 add up, and its epsilon is exact
   (Balle and Wang 2018, https://arxiv.org/abs/1805.06530, theorem 8).
-- ``PLD``: each takes part by a coin of its own. Privacy loss distributions, connect-the-dots (Doroshenko et al. 2022,
+- ``PLD``: each is sampled independently. Privacy loss distributions, connect-the-dots (Doroshenko et al. 2022,
   https://arxiv.org/abs/2207.04380), by Google's dp-accounting; adding or removing one.
 - ``RDP``: a sample of a fixed size, without replacement (Wang, Balle and Kasiviswanathan 2019,
   https://arxiv.org/abs/1808.00087), by dp-accounting too; replacing one. A clipped sum changes by up to twice the
   clipping bound when one is replaced: the noise multiplier has to be taken over that. Poisson releases beside one of a
-  fixed size count as if nobody was left out, as there is no RDP bound for them under this relation.
+  fixed size count as if no one was left out, as there is no RDP bound for them under this relation.
 
 PLD rounds losses to a grid, always upwards. The grid is chosen so that this adds about 1e-4 at most, or 1e-5 of an
 epsilon above 10. No epsilon is above that without sampling, which holds in any case.
@@ -62,7 +62,7 @@ class Release:
         noise_multiplier: standard deviation of the noise over the L2 sensitivity, 0 or more.
         sampling_rate: chance to be in the sample, above 0 and up to 1.
         steps: how many releases, 1 or more, each on a fresh sample.
-        fixed_size: the sample has a fixed size and is drawn without replacement; else each is in by a coin of its own.
+        fixed_size: the sample has a fixed size and is taken without replacement; else each is sampled independently.
 
     Raises:
         ValueError: an attribute is out of its range.
@@ -109,7 +109,7 @@ def accountant(releases: Sequence[Release]) -> Literal["analytic", "PLD", "RDP"]
 
 
 def unamplified(releases: Sequence[Release]) -> list[Release]:
-    """The same releases for a reader who sees who was sampled, as the server does: nobody is hidden by sampling."""
+    """The same releases for an adversary who sees who was sampled, as the server does: sampling hides no one."""
     return [replace(release, sampling_rate=1.0) for release in releases]
 
 
@@ -130,10 +130,10 @@ def calibrate(
         beside: further releases within the same epsilon, without sampling.
 
     Returns:
-        ``LEAST_NOISE`` to ``LARGEST_NOISE``, at most 0.1 % above the smallest, never below it.
+        ``MIN_NOISE`` to ``MAX_NOISE``, at most 0.1 % above the smallest, never below it.
 
     Raises:
-        ValueError: an argument is out of its range, or more noise would be needed than ``LARGEST_NOISE``.
+        ValueError: an argument is out of its range, or more noise would be needed than ``MAX_NOISE``.
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon: must be above 0 and finite, got {epsilon}")
@@ -143,7 +143,7 @@ def calibrate(
     def spent(noise_multiplier: float) -> float:
         return _epsilon(_merged([Release(noise_multiplier, sampling_rate, steps), *beside]), delta)
 
-    # What is enough without sampling is enough with it; the little more covers the rounding of the search.
+    # What is enough without sampling is enough with it; the little more makes up for the rounding of the search.
     room = _gaussian_noise(epsilon, delta) ** -2
     room -= math.fsum(one.steps / one.noise_multiplier**2 for one in beside)
     enough = math.sqrt(steps / room) * (1 + 1e-9) if room > 0 else MAX_NOISE
@@ -152,7 +152,7 @@ def calibrate(
         raise ValueError(
             f"epsilon: must be reachable with a noise multiplier up to {MAX_NOISE:g}, got {epsilon}"
         )
-    return start if sampling_rate == 1 else _least(spent, epsilon, start)
+    return start if sampling_rate == 1 else _min_noise(spent, epsilon, start)
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
@@ -227,7 +227,7 @@ def _gaussian_noise(epsilon: float, delta: float) -> float:
     return 1 / low
 
 
-def _least(spent: Callable[[float], float], budget: float, high: float) -> float:
+def _min_noise(spent: Callable[[float], float], budget: float, high: float) -> float:
     """The smallest noise multiplier that spends no more than the budget, to ``_PRECISION``; ``high`` does not."""
     at_high = spent(high)
     low, at_low = high / 2, spent(high / 2)
@@ -274,11 +274,13 @@ def _merged(releases: Iterable[Release]) -> tuple[Release, ...]:
 
 def _together(plain: Sequence[tuple[float, int]]) -> float:
     """The noise multiplier of one Gaussian release that is worth all of these, (noise multiplier, steps)."""
-    least = min(noise for noise, _ in plain)
-    if least == 0:
+    min_noise = min(noise for noise, _ in plain)
+    if min_noise == 0:
         return 0.0
-    # Relative to the least one, as the square of its inverse may be no float.
-    return least / math.sqrt(math.fsum(steps * (least / noise) ** 2 for noise, steps in plain))
+    # Relative to the smallest one, as the square of its inverse may be no float.
+    return min_noise / math.sqrt(
+        math.fsum(steps * (min_noise / noise) ** 2 for noise, steps in plain)
+    )
 
 
 def _accountant(parts: tuple[Release, ...]) -> Literal["analytic", "PLD", "RDP"]:
@@ -300,8 +302,8 @@ def _epsilon(parts: tuple[Release, ...], delta: float) -> float:
         case "RDP":
             return min(_by_rdp(parts, delta), without)
         case "PLD" if sum(part.steps for part in parts) * _ROUNDING <= delta:
-            found = _composed(parts, _interval(parts, delta)).get_epsilon_for_delta(delta)
-            return min(float(found), without)
+            bound = _composed(parts, _interval(parts, delta)).get_epsilon_for_delta(delta)
+            return min(float(bound), without)
         case _:
             return without
 
@@ -343,12 +345,12 @@ def _interval(parts: tuple[Release, ...], delta: float) -> float:
         largest = (_WIDTH + 0.5 / part.noise_multiplier) / part.noise_multiplier
         # With sampling, log(1 - q + q e^loss).
         widest = max(widest, np.logaddexp(0, math.log(part.sampling_rate) + largest))
-    deviation = math.sqrt(variance)
+    stddev = math.sqrt(variance)
     quantile = math.sqrt(-2 * math.log(delta))
-    tolerance = _TOLERANCE * max(1, (mean + quantile * deviation) / 10)
+    tolerance = _TOLERANCE * max(1, (mean + quantile * stddev) / 10)
     steps = sum(part.steps for part in parts)
-    fine = math.sqrt(12 * tolerance * deviation / ((quantile + deviation) * steps))
-    coarse = max(widest / _GRID_STEPS_OF_ONE, 16 * deviation / _GRID_STEPS_TOGETHER)
+    fine = math.sqrt(12 * tolerance * stddev / ((quantile + stddev) * steps))
+    coarse = max(widest / _GRID_STEPS_OF_ONE, 16 * stddev / _GRID_STEPS_TOGETHER)
     return 2.0 ** math.floor(math.log2(max(fine, coarse)))
 
 

@@ -14,8 +14,8 @@ class RunTerms:
 
     Attributes:
         release: to charge.
-        once: it is the run's, charged before a site's first round in it. Sampling hides a site only while nobody
-            knows its rounds, so that the rounds in which it is not drawn count like the others; and correlated noise
+        once: it is the run's, charged before a site's first round in it. Sampling hides a site only while no one
+            knows its rounds, so that the rounds in which it is not sampled count like the others; and correlated noise
             is one release over all rounds.
     """
 

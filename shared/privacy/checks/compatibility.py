@@ -14,7 +14,7 @@ from fedge.shared.privacy.mechanisms import distributed, local, noised_counts
 from fedge.shared.protocol import MAX_SITES
 from fedge.shared.tasks.task import Task
 
-_UNFIT: Final = 211
+_INCOMPATIBLE: Final = 211
 
 
 def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) -> None:
@@ -23,18 +23,18 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
     Args:
         section: the mechanism.
         task: to learn.
-        min_sites: fewest sites of a sum under masks; 0 where nobody knows yet, and distributed noise is not looked at.
+        min_sites: fewest sites of a secure sum; 0 where that is not known yet, and distributed noise is not looked at.
 
     Raises:
         ConfigError: 211, a layer mixes examples, a parameter's gradients are not by example, the task standardises by
-            statistics without noise, or the noise fits no grid.
+            statistics without noise, or the noise is too little or too much for the grid.
     """
     if section.mechanism == "off":
         return
     if steps.learns(task.preprocessing) and section.statistics == "off":
         raise ConfigError(
-            _UNFIT,
-            f"privacy.statistics: must be unprotected for {task.name}, which learns mean and deviation of its"
+            _INCOMPATIBLE,
+            f"privacy.statistics: must be unprotected for {task.name}, which fits mean and standard deviation of its"
             " columns, got off",
         )
     with torch.random.fork_rng(devices=[]):
@@ -46,8 +46,8 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
         state = network.state_dict().items()
         if others := [n for n, t in state if n not in trained and t.is_floating_point()]:
             raise ConfigError(
-                _UNFIT,
-                f"{task.name}: network must have no state besides its parameters, as no noise covers that,"
+                _INCOMPATIBLE,
+                f"{task.name}: network must have no state besides its parameters, as no noise protects that,"
                 f" got {others[0]}; GroupNorm has none where BatchNorm has some",
             )
         return
@@ -57,7 +57,7 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
     network.train()
     for error in ModuleValidator.validate(network, strict=False):
         raise ConfigError(
-            _UNFIT,
+            _INCOMPATIBLE,
             f"{task.name}: network must have layers that keep examples apart, got {str(error)[:200]}",
         )
     from fedge.shared.privacy.checks.per_example_gradients import require_apart
@@ -66,7 +66,7 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
         with torch.random.fork_rng(devices=[]):
             require_apart(task, network)
     except ValueError as error:
-        raise ConfigError(_UNFIT, f"{task.name}: {error}") from None
+        raise ConfigError(_INCOMPATIBLE, f"{task.name}: {error}") from None
 
 
 def _require_noise(section: PrivacySection, task: Task, network: nn.Module, min_sites: int) -> None:
@@ -87,4 +87,4 @@ def _require_noise(section: PrivacySection, task: Task, network: nn.Module, min_
         if counts is not None:
             counts.require_grid()
     except ValueError as error:
-        raise ConfigError(_UNFIT, f"privacy: {error}") from None
+        raise ConfigError(_INCOMPATIBLE, f"privacy: {error}") from None

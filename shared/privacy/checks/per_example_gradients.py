@@ -39,25 +39,25 @@ def require_apart(task: Task, network: nn.Module) -> None:
     x, y = _examples(task)
     network.train()
     for module in network.modules():
-        # Dropout draws for each pass; what has no weights is not looked at by Opacus.
+        # Dropout samples for each pass; what has no weights is not looked at by Opacus.
         if next(module.parameters(), None) is None:
             module.eval()
     with torch.no_grad():
-        # A network that still draws has no gradients that two passes agree on.
+        # A network that still samples has no gradients that two passes agree on.
         drawing = not torch.equal(network(x), network(x))
     exact = [_of_one(task, network, x[[row]], y[[row]]) for row in range(_EXAMPLES)]
     clipped = _by_example(task, network, x, y)
     whole = [_norm(*(g for g in one.values() if g is not None)) for one in exact]
-    for name, found in clipped.items():
-        if found is None or len(found) != _EXAMPLES:
-            got = "none" if found is None else tuple(found.shape)
+    for name, gradients in clipped.items():
+        if gradients is None or len(gradients) != _EXAMPLES:
+            got = "none" if gradients is None else tuple(gradients.shape)
             raise ValueError(
                 f"{name}: must have a gradient for each of {_EXAMPLES} examples, got {got}"
             )
         for row in range(0 if drawing else _EXAMPLES):
             one = exact[row][name]
-            wanted = torch.zeros_like(found[row]) if one is None else one
-            off, own = _norm(found[row] - wanted), _norm(wanted)
+            wanted = torch.zeros_like(gradients[row]) if one is None else one
+            off, own = _norm(gradients[row] - wanted), _norm(wanted)
             if not off <= _OF_OWN * own + _OF_ALL * whole[row]:
                 raise ValueError(
                     f"{name}: must have the gradient of each example by itself, as the loss must be a mean over"
@@ -76,8 +76,8 @@ def _examples(task: Task) -> tuple[Tensor, Tensor]:
 def _of_one(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> _Gradients:
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     loss = task.loss(network(x), y)
-    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return dict(zip(trained, found, strict=True))
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return dict(zip(trained, gradients, strict=True))
 
 
 def _by_example(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> _Gradients:
@@ -100,12 +100,12 @@ def _by_example(task: Task, network: nn.Module, x: Tensor, y: Tensor) -> _Gradie
                 raise ValueError(
                     f"network: must have gradients by example, got {brief(error)}"
                 ) from None
-        found = {
+        gradients = {
             n: getattr(p, "grad_sample", None)
             for n, p in network.named_parameters()
             if p.requires_grad
         }
-        return {n: g.detach() if isinstance(g, Tensor) else None for n, g in found.items()}
+        return {n: g.detach() if isinstance(g, Tensor) else None for n, g in gradients.items()}
     finally:
         module.to_standard_module()
 

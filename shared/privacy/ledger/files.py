@@ -60,12 +60,12 @@ def read_marker(path: Path) -> Marker | None:
         OSError: it cannot be read.
     """
     try:
-        found = _MARKER.fullmatch(read_bounded(marker_of(path), _MARKER_LIMIT))
+        match = _MARKER.fullmatch(read_bounded(marker_of(path), _MARKER_LIMIT))
     except FileNotFoundError:
         return None
-    if found is None:
+    if match is None:
         refuse(path, "must be the ledger that was made here, got another one or a damaged marker")
-    name, charges, head = found.groups(default=b"")
+    name, charges, head = match.groups(default=b"")
     return Marker(name.decode(), int(charges or 0), head.decode())
 
 

@@ -1,4 +1,4 @@
-"""A site's lifetime privacy ledger: what every study has spent, over all its runs, and a hard stop before too much.
+"""A site's lifetime privacy ledger: what every budget account (study) has spent, and a hard stop before too much.
 
 One SQLite file in the site's home. A release of noised data is charged, on the disk, before it leaves; so a crash
 leaves a charge too many and never one too few. Each row holds SHA-256(the hash of the row before || canonical JSON of
@@ -7,8 +7,8 @@ the row), and a row of its own holds their count and the last hash; every method
 The marker beside it holds how many charges there are and the last hash, so that an older copy of the ledger is noticed.
 
 What this notices: damage, an older copy, and the edits of somebody who does not know the chain. What it does not:
-whoever may write in the home can compute a whole new chain and marker, put older copies of both back, or delete both.
-Only a digest that has left the site, as in a bundle's signed statement, shows that. It is the site's own
+anyone who may write in the home can compute a whole new chain and marker, put older copies of both back, or delete
+both. Only a digest that has left the site, as in a bundle's signed statement, shows that. It is the site's own
 ledger, which keeps the site from overspending by accident or at a server's wish; it is no evidence against the site.
 """
 
@@ -54,7 +54,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class Ledger:
-    """A site's ledger. Each method opens the file anew, so any number of threads and processes may share it.
+    """A site's ledger. Each method opens the file again, so any number of threads and processes may share it.
 
     Args:
         path: of a ledger that ``create`` made.
@@ -106,7 +106,7 @@ class Ledger:
 
         Args:
             path: where the copy lies.
-            since: from the copy's charges, those for what was sent since, each with the delta to reckon at.
+            since: from the copy's charges, those for what was sent since, each with the delta to account at.
 
         Returns:
             The charges that were added.
@@ -168,11 +168,11 @@ class Ledger:
         return spent
 
     def spent(self, study: str, unit: Unit, delta: float) -> Spent:
-        """What a study has spent on a unit, reckoned at ``delta``."""
+        """What a study has spent on a unit, computed at ``delta``."""
         return _spent(self._book(), study, unit, delta)
 
     def would_spend(self, charge: Charge, delta: float) -> Spent:
-        """What its study and unit would have spent with this charge, reckoned at ``delta``; nothing is written."""
+        """What its study and unit would have spent with this charge, computed at ``delta``; nothing is written."""
         return _spent(self._book(), charge.study, charge.unit, delta, charge)
 
     def entries(self, study: str | None = None) -> list[Entry]:
@@ -190,7 +190,9 @@ class Ledger:
         """
         book = self._book()
         pairs = zip(reversed(book.records), reversed(book.hashes), strict=True)
-        return next((found for record, found in pairs if record["study"] == study), book.start)
+        return next(
+            (chain_hash for record, chain_hash in pairs if record["study"] == study), book.start
+        )
 
     def verify(self) -> str:
         """Read the whole file and recompute the chain.
@@ -268,8 +270,8 @@ def _hint(charge: Charge) -> str:
 
 
 def _part_of(record: Record) -> Part:
-    of = record
-    return of["noise_multiplier"], of["sampling_rate"], of["fixed_size"], of["steps"]
+    r = record
+    return r["noise_multiplier"], r["sampling_rate"], r["fixed_size"], r["steps"]
 
 
 def _require(path: Path) -> None:

@@ -112,12 +112,12 @@ def entries_of(book: Book) -> list[Entry]:
     return [_entry(*pair) for pair in zip(book.records, book.hashes, strict=True)]
 
 
-def _entry(record: Record, of_chain: str) -> Entry:
-    of = record
-    release = Release(of["noise_multiplier"], of["sampling_rate"], of["steps"], of["fixed_size"])
-    charge = Charge(release=release, **{name: of[name] for name in OF_CHARGE})
-    epsilons = float(of["epsilon_consumers"]), float(of["epsilon_server"])
-    return Entry(of["id"], of["time"], charge, *epsilons, of["epsilon_delta"], of_chain)
+def _entry(record: Record, chain_hash: str) -> Entry:
+    r = record
+    release = Release(r["noise_multiplier"], r["sampling_rate"], r["steps"], r["fixed_size"])
+    charge = Charge(release=release, **{name: r[name] for name in OF_CHARGE})
+    epsilons = float(r["epsilon_consumers"]), float(r["epsilon_server"])
+    return Entry(r["id"], r["time"], charge, *epsilons, r["epsilon_delta"], chain_hash)
 
 
 def _refuse_charge(path: Path, number: int, happened: str) -> NoReturn:

@@ -19,8 +19,8 @@ from fedge.shared.privacy.mechanisms.discrete_gaussian import MAX_SIGMA, table
 MIN_COUNT_NOISE: Final = 0.001
 MAX_COUNT_NOISE: Final = MAX_SIGMA / 4
 
-#: The noise is drawn on a grid of at least 2^10 steps a standard deviation: its privacy is then the continuous
-#: Gaussian's, which accountants reckon with, to 2 10^-6 of delta. On whole numbers, at a standard deviation of 1, delta
+#: The noise is sampled on a grid of at least 2^10 steps a standard deviation: its privacy is then the continuous
+#: Gaussian's, which accountants assume, to 2 10^-6 of delta. On whole numbers, at a standard deviation of 1, delta
 #: is off by up to 70 %.
 _GRID_BITS: Final = 10
 
@@ -95,8 +95,8 @@ def noisy_fraction(
         sites: that answered; with ``expected`` possibly none.
         count_noise_multiplier: sigma_b, ``MIN_COUNT_NOISE`` to ``MAX_COUNT_NOISE``.
         entropy: where the random bits come from.
-        expected: sites that sampling draws on average, above 0. Needed under Poisson sampling: how many answered is
-            then itself a secret, and dividing by it would not have the sensitivity that is reckoned with. ``sites``
+        expected: sites in the sample on average, above 0. Needed under Poisson sampling: how many answered is
+            then itself a secret, and dividing by it would not have the sensitivity that is accounted for. ``sites``
             where not given.
 
     Returns:
@@ -106,9 +106,9 @@ def noisy_fraction(
         ValueError: an argument is out of its range.
     """
     # An empty sample is a sample: its round has the same noise as any other.
-    least = 1 if expected is None else 0
-    if sites < least:
-        raise ValueError(f"sites: must be {least} or more, got {sites}")
+    min_sites = 1 if expected is None else 0
+    if sites < min_sites:
+        raise ValueError(f"sites: must be {min_sites} or more, got {sites}")
     if not 0 <= bits <= sites:
         raise ValueError(f"bits: must be 0 to {sites}, got {bits}")
     if not MIN_COUNT_NOISE <= count_noise_multiplier <= MAX_COUNT_NOISE:

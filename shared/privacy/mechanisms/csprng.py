@@ -1,8 +1,8 @@
 """Random bits for noise: AES-256 keystreams under keys from the operating system.
 
-Whoever can predict the noise can subtract it, so none of it comes from a generator that was made for simulations
+Anyone who can predict the noise can subtract it, so none of it comes from a generator that was made for simulations
 (Mersenne Twister, PCG64: their state follows from their output). A key makes one stream, of up to ``STREAM_BYTES``, and
-is then replaced. A forked process draws its own key; otherwise parent and child would make the same noise.
+is then replaced. A forked process takes its own key; otherwise parent and child would make the same noise.
 
 What this cannot do: a virtual machine that is cloned while it runs makes the same noise twice, and the key stays in
 OpenSSL's memory until that is used again.

@@ -1,9 +1,9 @@
 """Noise in whole numbers: the discrete Gaussian (Canonne, Kamath and Steinke 2020, https://arxiv.org/abs/2004.00010).
 
-N_Z(0, sigma^2) has the probability rho(k) / Z at the whole number k, rho(k) = exp(-k^2 / (2 sigma^2)). It is drawn by
+N_Z(0, sigma^2) has the probability rho(k) / Z at the whole number k, rho(k) = exp(-k^2 / (2 sigma^2)). It is sampled by
 inversion: a random number of 127 bits is looked up among the cumulative probabilities of the magnitude, and one bit
 more is the sign. A magnitude above 0 carries the probability of both its signs, and 0 carries its own once, with
-either sign: so zero is not counted twice, nothing is drawn again, and the table is half as long as the whole line's.
+either sign: so zero is not counted twice, nothing is sampled again, and the table is half as long as the whole line's.
 
 With 64 bits alone each probability would be off by up to 2^-64, which over the 10^6 values of a table, 10^7
 coordinates and 10^3 rounds adds up to 10^-3 or so of a total variation: far above any delta. With 128 it is 10^-22.
@@ -14,11 +14,11 @@ inside all rows at once. Each product is cut off, by less than 2^-189. After i r
 by less than 2^-174, rho / Z by less than 2^-157, and so a sum of at most 2^24 of them by less than 2^-133: 2^-6 of
 the table's last bit. Cut to 127 bits, an entry is the true one rounded down, or one less.
 
-Accountants reckon with the continuous Gaussian, from which this one's delta differs by 2 10^-6 of it at 1 000 steps a
+Accountants assume the continuous Gaussian, from which this one's delta differs by 2 10^-6 of it at 1 000 steps a
 standard deviation, by 3 % at 5, and by up to 70 % at 1: callers choose their grid fine enough.
 
-Time is the same for every value but for memory's caches; an attacker who times one draw alone learns something, which
-is why whole vectors are drawn.
+Time is the same for every value but for memory's caches; an attacker who times one sample alone learns something, which
+is why whole vectors are sampled.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Table:
         self.tail = _tail(self.sigma, self.high.size)
 
     def sample(self, size: int, entropy: Entropy) -> NDArray[np.int64]:
-        """Independent draws, one-dimensional.
+        """Independent samples, one-dimensional.
 
         Raises:
             ValueError: the size is negative.
@@ -121,10 +121,10 @@ def table(sigma: float) -> Table:
 def draw(
     high: NDArray[np.uint64], low: NDArray[np.uint64], size: int, entropy: Entropy
 ) -> NDArray[np.int64]:
-    """Draw from a table of cumulative probabilities of the magnitude.
+    """Sample from a table of cumulative probabilities of the magnitude.
 
     Of a random word the lowest bit is the sign and the others are compared with ``high``. Only where they are equal to
-    an entry's, which happens to one word in 2^40, a second word is drawn and decides.
+    an entry's, which happens to one word in 2^40, a second word is taken and decides.
 
     Args:
         high: upper 63 bits of each entry, non-decreasing.
@@ -140,7 +140,7 @@ def draw(
     """
     if size < 0:
         raise ValueError(f"size: must be 0 or more, got {size}")
-    found = np.empty(size, np.int64)
+    values = np.empty(size, np.int64)
     for start in range(0, size, _CHUNK):
         words = entropy.uint64(min(_CHUNK, size - start))
         # Sorted by the magnitude; a sorted search is several times faster than one at random.
@@ -155,8 +155,8 @@ def draw(
             places[index] = first + among.searchsorted(second, side="right")
         negative = (words & np.uint64(1)).astype(bool)
         np.negative(places, out=places, where=negative)
-        found[start : start + words.size][order] = places
-    return found
+        values[start : start + words.size][order] = places
+    return values
 
 
 def _cumulative(sigma: float) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -186,8 +186,8 @@ def _cumulative(sigma: float) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         _carry(sums)
         for words, limb in ((high, 0), (low, 2)):
             # One row after the other.
-            made = (sums[limb] << _SHIFT | sums[limb + 1]).T.reshape(-1)
-            words[start : start + made.size] = made[: size - start]
+            piece = (sums[limb] << _SHIFT | sums[limb + 1]).T.reshape(-1)
+            words[start : start + piece.size] = piece[: size - start]
     return high, low
 
 

@@ -1,14 +1,14 @@
-"""Distributed noise in whole numbers, added by every site under its mask, so that the server sees only their sum.
+"""Distributed noise in whole numbers, added by every site before masking, so that the server sees only their sum.
 
 The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation (Kairouz, Liu and Steinke,
 ICML 2021, https://arxiv.org/abs/2102.06387), without its rotation: in a ring of 2^32 the grid can be so fine that
 rounding costs nothing against the continuous Gaussian, and no coordinate comes near the ring's ends.
 
 A clipped update of L2 norm C becomes whole numbers on a grid of 2^16 steps to C, rounded at random such that its norm
-is at most ``sensitivity``; a vector that comes out longer is rounded anew (their Proposition 26, with beta = e^(-1/2)).
+is at most ``sensitivity``; a vector that comes out longer is rounded again (their Proposition 26, beta = e^(-1/2)).
 Each site adds discrete Gaussian noise of variance (noise_multiplier * sensitivity)^2 / h, where h honest sites at least
-are in every sum that is opened. The sum of their noise is no discrete Gaussian, but at 1 000 steps a standard deviation
-and more it differs from one by less than anybody can count (their Theorem 9: by e^(-2 pi^2 sigma^2 / 2)).
+are in every sum that is unmasked. The sum of their noise is no discrete Gaussian, but at 1 000 steps a standard
+deviation and more it differs from one by less than anybody can count (their Theorem 9: by e^(-2 pi^2 sigma^2 / 2)).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def stddev(noise_multiplier: float, size: int, honest: int, sites: int) -> float
     Args:
         noise_multiplier: of the sum over ``honest`` sites, by the sensitivity.
         size: coordinates of the update.
-        honest: sites whose noise is in every sum that is opened, at least.
+        honest: sites whose noise is in every sum that is unmasked, at least.
         sites: in the sum, at most.
 
     Raises:
@@ -67,24 +67,24 @@ def stddev(noise_multiplier: float, size: int, honest: int, sites: int) -> float
     """
     if not 1 <= honest <= sites:
         raise ValueError(f"honest sites: must be 1 to {sites}, got {honest}")
-    found = noise_multiplier * sensitivity(size) / math.sqrt(honest)
-    if not MIN_STDDEV <= found <= MAX_SIGMA:
+    result = noise_multiplier * sensitivity(size) / math.sqrt(honest)
+    if not MIN_STDDEV <= result <= MAX_SIGMA:
         raise ValueError(
-            f"noise of one site: must be {MIN_STDDEV:g} to {MAX_SIGMA:g} steps, got {found:.0f};"
+            f"noise of one site: must be {MIN_STDDEV:g} to {MAX_SIGMA:g} steps, got {result:.0f};"
             " change noise-multiplier"
         )
-    farthest = sites * (STEPS + 1) + _TAIL_STDDEVS * found * math.sqrt(sites)
-    if farthest >= 2**31:
+    largest = sites * (STEPS + 1) + _TAIL_STDDEVS * result * math.sqrt(sites)
+    if largest >= 2**31:
         raise ValueError(
-            f"sum: must stay within 2^31 steps, got up to {farthest:.3g}; use fewer sites"
+            f"sum: must stay within 2^31 steps, got up to {largest:.3g}; use fewer sites"
         )
-    return found
+    return result
 
 
 def encode(
     update: NDArray[np.floating[Any]],
     clipping_bound: float,
-    noise_deviation: float,
+    noise_stddev: float,
     entropy: Entropy,
 ) -> NDArray[np.uint32]:
     """A clipped update with noise, in the ring of 2^32.
@@ -92,7 +92,7 @@ def encode(
     Args:
         update: ``(d,)``, of L2 norm ``clipping_bound`` at most.
         clipping_bound: C.
-        noise_deviation: of ``deviation``.
+        noise_stddev: standard deviation of one site's noise, in steps, from ``stddev``.
         entropy: of rounding and noise.
 
     Raises:
@@ -106,17 +106,17 @@ def encode(
             f"update: must have an L2 norm of {clipping_bound:g} at most, got {norm:g}"
         )
     exact *= steps_a_unit(clipping_bound) * min(1.0, clipping_bound / max(norm, 1e-300))
-    found = rounded(exact, sensitivity(update.size), entropy)
-    found += table(noise_deviation).sample(update.size, entropy)
-    return found.astype(np.uint32)
+    result = rounded(exact, sensitivity(update.size), entropy)
+    result += table(noise_stddev).sample(update.size, entropy)
+    return result.astype(np.uint32)
 
 
-def rounded(exact: NDArray[np.float64], longest: float, entropy: Entropy) -> NDArray[np.int64]:
+def rounded(exact: NDArray[np.float64], max_norm: float, entropy: Entropy) -> NDArray[np.int64]:
     """Round up or down at random, with the right mean, until the vector is short enough.
 
     Args:
         exact: ``(d,)``, in steps.
-        longest: L2 norm, of ``sensitivity``.
+        max_norm: bound on the L2 norm, in steps, from ``sensitivity``.
         entropy: where the random bits come from.
 
     Raises:
@@ -124,8 +124,8 @@ def rounded(exact: NDArray[np.float64], longest: float, entropy: Entropy) -> NDA
     """
     for _ in range(_TRIES):
         uniform = (entropy.uint64(exact.size) >> np.uint64(64 - _BITS)) * 2.0**-_BITS
-        found = np.floor(exact + uniform).astype(np.int64)
+        result = np.floor(exact + uniform).astype(np.int64)
         # Exact in float64: every square is a whole number below 2^53, and so is their sum, or nearly.
-        if math.sqrt(float(np.square(found.astype(np.float64)).sum())) <= longest:
-            return found
+        if math.sqrt(float(np.square(result.astype(np.float64)).sum())) <= max_norm:
+            return result
     raise ValueError(f"update: must become short enough in {_TRIES} roundings, did not")

@@ -47,9 +47,9 @@ def normal(size: int, entropy: Entropy) -> NDArray[np.float64]:
     """
     if size < 0:
         raise ValueError(f"size: must be 0 or more, got {size}")
-    found = np.empty(size)
+    values = np.empty(size)
     for start in range(0, size, 2 * _CHUNK):
-        piece = found[start : start + 2 * _CHUNK]
+        piece = values[start : start + 2 * _CHUNK]
         pairs = (piece.size + 1) // 2
         words = entropy.uint64(2 * _SUMMANDS * pairs).reshape(2, _SUMMANDS, pairs)
         # Odd multiples of 2^-53, so never 0, nor 1.
@@ -58,4 +58,4 @@ def normal(size: int, entropy: Entropy) -> NDArray[np.float64]:
         angle = 2 * math.pi * uniform[1]
         piece[:pairs] = (radius * np.cos(angle)).sum(axis=0) / 2
         piece[pairs:] = (radius * np.sin(angle)).sum(axis=0)[: piece.size - pairs] / 2
-    return found
+    return values

@@ -1,8 +1,8 @@
-"""Noise that a site adds to its update by itself, so that nobody needs to be trusted: local differential privacy.
+"""Noise that a site adds to its update by itself, so that no one needs to be trusted: local differential privacy.
 
-Whoever reads the update can hardly tell what data the site has: all of them may be replaced by others. Two updates of
+Anyone who reads the update can hardly tell what data the site has: all may be replaced by others. Two updates of
 L2 norm C are up to 2C apart, so 2C is the sensitivity, and the noise has a standard deviation of noise_multiplier * 2C
-a coordinate: the Gaussian mechanism, reckoned exactly (Balle and Wang 2018, https://arxiv.org/abs/1805.06530).
+a coordinate: the Gaussian mechanism, accounted exactly (Balle and Wang 2018, https://arxiv.org/abs/1805.06530).
 
 What leaves is a whole number of grid steps a coordinate, so that no float's low bits tell anything: the update is
 rounded at random, never to more than ``distributed.sensitivity``, and twice that is what the noise is a multiple of.
@@ -42,12 +42,12 @@ def steps(noise_multiplier: float, size: int) -> int:
         few = _stddev(noise_multiplier, size, grid) < distributed.MIN_STDDEV
         return few or distributed.sensitivity(size, grid) > _LENGTHENED * grid
 
-    found = 1
-    while found < distributed.STEPS and coarse(found):
-        if _stddev(noise_multiplier, size, 2 * found) > MAX_SIGMA:
+    result = 1
+    while result < distributed.STEPS and coarse(result):
+        if _stddev(noise_multiplier, size, 2 * result) > MAX_SIGMA:
             break
-        found *= 2
-    return found
+        result *= 2
+    return result
 
 
 def stddev(noise_multiplier: float, size: int) -> float:
@@ -56,13 +56,13 @@ def stddev(noise_multiplier: float, size: int) -> float:
     Raises:
         ValueError: the noise is so little that the accountant's Gaussian differs from the discrete one, or too much.
     """
-    found = _stddev(noise_multiplier, size, steps(noise_multiplier, size))
-    if not distributed.MIN_STDDEV <= found <= MAX_SIGMA:
+    result = _stddev(noise_multiplier, size, steps(noise_multiplier, size))
+    if not distributed.MIN_STDDEV <= result <= MAX_SIGMA:
         raise ValueError(
-            f"noise: must be {distributed.MIN_STDDEV:g} to {MAX_SIGMA:g} steps, got {found:.0f};"
+            f"noise: must be {distributed.MIN_STDDEV:g} to {MAX_SIGMA:g} steps, got {result:.0f};"
             " change noise-multiplier"
         )
-    return found
+    return result
 
 
 def noised(
@@ -92,9 +92,9 @@ def noised(
     wide = stddev(noise_multiplier, exact.size)
     grid = steps(noise_multiplier, exact.size)
     exact *= min(1.0, clipping_bound / max(norm, 1e-300)) * (grid / clipping_bound)
-    found = distributed.rounded(exact, distributed.sensitivity(exact.size, grid), entropy)
-    found += table(wide).sample(exact.size, entropy)
-    return found.astype(np.float64) * (clipping_bound / grid)
+    result = distributed.rounded(exact, distributed.sensitivity(exact.size, grid), entropy)
+    result += table(wide).sample(exact.size, entropy)
+    return result.astype(np.float64) * (clipping_bound / grid)
 
 
 def noised_weights(
@@ -109,13 +109,13 @@ def noised_weights(
     Args:
         received: the round's.
         trained: the site's, in names, shapes and types as ``received``; None where it has no examples: then there is
-            noise alone, and nobody can tell.
+            noise alone, and no one can tell.
         clipping_bound: L2 norm of the update, over all floating-point tensors together.
         noise_multiplier: standard deviation of the noise, by twice that.
         entropy: of rounding and noise.
 
     Returns:
-        As ``received``; tensors of whole numbers, which no noise covers, are as they came.
+        As ``received``; tensors of whole numbers, which get no noise, are as they came.
 
     Raises:
         ValueError: the update is not finite, or the noise does not fit the grid.
@@ -132,11 +132,11 @@ def noised_weights(
             update[places[name]] = trained[name].reshape(-1)
             update[places[name]] -= received[name].reshape(-1)
     update = noised(update, clipping_bound, noise_multiplier, entropy)
-    found = {name: np.array(a) for name, a in received.items()}
+    result = {name: np.array(a) for name, a in received.items()}
     for name, place in places.items():
         a = received[name]
-        found[name] = (a.astype(np.float64) + update[place].reshape(a.shape)).astype(a.dtype)
-    return found
+        result[name] = (a.astype(np.float64) + update[place].reshape(a.shape)).astype(a.dtype)
+    return result
 
 
 def max_update_norm(clipping_bound: float, noise_multiplier: float, size: int) -> float:

@@ -1,7 +1,7 @@
-"""Poisson sampling: who takes part in a round, each by a coin of its own.
+"""Poisson sampling: who takes part in a round, each sampled independently.
 
-Amplification by sampling holds for exactly this: independent coins, from a generator that nobody can predict, and a
-sample that stays secret. A fixed number of sites drawn without replacement is another mechanism with another epsilon.
+Amplification by sampling holds for exactly this: independent choices, from a generator that no one can predict, and a
+sample that stays secret. A fixed number of sites taken without replacement is another mechanism with another epsilon.
 The sample may be empty, and that round counts like any other; drawing again would not be Poisson sampling.
 """
 
@@ -14,18 +14,18 @@ from collections.abc import Sequence
 def poisson(
     names: Sequence[str], sampling_rate: float, system: random.SystemRandom | None = None
 ) -> list[str]:
-    """Draw each name with this probability, independently of the others.
+    """Sample each name with this probability, independently of the others.
 
     The probability is exactly the float's: that is a whole number over 2^k, and k random bits are compared with the
     whole number, without rounding (k = 55 for 0.1).
 
     Args:
-        names: all that might be drawn, each once.
+        names: all that might be sampled, each once.
         sampling_rate: above 0, up to 1.
         system: the operating system's generator; a new handle where not given.
 
     Returns:
-        Who was drawn, in the order of ``names``; possibly nobody.
+        The sampled names, in the order of ``names``; possibly none.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -1,14 +1,14 @@
 """Correlated noise for running sums: a banded Toeplitz factorisation (DP-MF).
 
-A model after t rounds is the sum of t updates. Noise that is drawn anew in every round adds up in it; noise of which
+A model after t rounds is the sum of t updates. Noise that is independent in each round adds up in it; noise of which
 later rounds take a part back adds up to less, at the same privacy. With A the lower triangle of ones (running sums) and
 C lower triangular, the mechanism releases the updates plus C^-1 z, z independent with a standard deviation of
 noise_multiplier times the sensitivity of C (Choquette-Choo et al. 2023, "(Amplified) Banded Matrix Factorization",
 https://arxiv.org/abs/2306.08153). The whole run is one Gaussian release at that noise multiplier.
 
 C is A's square root, whose diagonals are 1, 1/2, 3/8, ..., cut to its first bands (Kalinin and Lampert 2024, "Banded
-square root matrix factorization", https://arxiv.org/abs/2405.13763). Whoever takes part in several rounds must be kept
-``min_separation`` rounds apart: that is a promise of the caller's on which the privacy rests.
+square root matrix factorization", https://arxiv.org/abs/2405.13763). A site that takes part in several rounds must be
+kept ``min_separation`` rounds apart: that is a promise of the caller's on which the privacy rests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-#: Rounds that noise is correlated over at most where nobody says how many: each is a vector in memory and on the disk.
+#: Rounds that noise is correlated over at most where no number is set: each is a vector in memory and on the disk.
 MAX_BANDS: Final = 1000
 
 #: Numbers of bands that are tried first: each larger by this factor, and so many multiples of the separation.
@@ -45,8 +45,8 @@ def coefficients(rounds: int, bands: int) -> NDArray[np.float64]:
     if not 1 <= bands <= rounds:
         raise ValueError(f"bands: must be 1 to {rounds}, got {bands}")
     index = np.arange(1.0, bands)
-    found: NDArray[np.float64] = np.concatenate(([1.0], 1 - 0.5 / index)).cumprod(dtype=np.float64)
-    return found
+    values: NDArray[np.float64] = np.concatenate(([1.0], 1 - 0.5 / index)).cumprod(dtype=np.float64)
+    return values
 
 
 def sensitivity(
@@ -64,19 +64,19 @@ def sensitivity(
         coefficients: the diagonals, the first above 0.
         rounds: of the run, as many as there are diagonals or more.
         participations: rounds in which one takes part at most.
-        min_separation: least distance of two of them.
+        min_separation: smallest distance of two of them, in rounds.
 
     Raises:
-        ValueError: an argument is out of its range, or so many participations do not fit into the run.
+        ValueError: an argument is out of its range, or so many participations are impossible in the run.
     """
     _require_diagonals(coefficients, rounds)
     if (np.diff(coefficients) > 0).any() or coefficients[-1] < 0:
         raise ValueError("coefficients: must be 0 or more and not grow, got others")
     if min_separation < 1:
         raise ValueError(f"min_separation: must be 1 or more, got {min_separation}")
-    most = -(-rounds // min_separation)
-    if not 1 <= participations <= most:
-        raise ValueError(f"participations: must be 1 to {most}, got {participations}")
+    possible = -(-rounds // min_separation)
+    if not 1 <= participations <= possible:
+        raise ValueError(f"participations: must be 1 to {possible}, got {participations}")
     column = np.zeros(rounds)
     for start in range(0, participations * min_separation, min_separation):
         end = min(start + coefficients.size, rounds)
@@ -96,7 +96,7 @@ def error(
         coefficients: the diagonals.
         rounds: of the run.
         participations: rounds in which one takes part at most.
-        min_separation: least distance of two of them; rounds / participations, rounded down, where not given.
+        min_separation: smallest distance of two of them; rounds / participations, rounded down, where not given.
 
     Returns:
         Below 1 where correlated noise is the better one.
@@ -115,7 +115,7 @@ def error(
 
 
 def best_bands(rounds: int, participations: int, min_separation: int) -> int:
-    """The number of bands with the least ``error``, up to ``MOST_BANDS``.
+    """The number of bands with the smallest ``error``, up to ``MAX_BANDS``.
 
     The error falls and rises between one multiple of the separation and the next, where columns begin to overlap; so
     the multiples are tried, some numbers in between, and then what lies about the best of them.
@@ -123,25 +123,27 @@ def best_bands(rounds: int, participations: int, min_separation: int) -> int:
     Raises:
         ValueError: as ``sensitivity``.
     """
-    most = min(rounds, MAX_BANDS)
+    max_bands = min(rounds, MAX_BANDS)
 
-    def of(bands: int) -> float:
+    def error_of(bands: int) -> float:
         return error(coefficients(rounds, bands), rounds, participations, min_separation)
 
-    tried, bands = {most}, 1
-    while bands < most:
-        tried.add(bands)
+    candidates, bands = {max_bands}, 1
+    while bands < max_bands:
+        candidates.add(bands)
         bands = max(bands + 1, math.ceil(bands * _GROWTH))
-    tried |= {k * min_separation for k in range(1, _MULTIPLES + 1) if k * min_separation <= most}
-    known = {bands: of(bands) for bands in sorted(tried)}
+    candidates |= {
+        k * min_separation for k in range(1, _MULTIPLES + 1) if k * min_separation <= max_bands
+    }
+    errors = {bands: error_of(bands) for bands in sorted(candidates)}
     while True:
-        best = min(known, key=lambda bands: (known[bands], bands))
-        below = max((n for n in known if n < best), default=best)
-        above = min((n for n in known if n > best), default=best)
-        between = {(below + best) // 2, (best + above + 1) // 2} - known.keys()
+        best = min(errors, key=lambda bands: (errors[bands], bands))
+        below = max((n for n in errors if n < best), default=best)
+        above = min((n for n in errors if n > best), default=best)
+        between = {(below + best) // 2, (best + above + 1) // 2} - errors.keys()
         if not between:
             return best
-        known |= {bands: of(bands) for bands in between}
+        errors |= {bands: error_of(bands) for bands in between}
 
 
 def _spread(coefficients: NDArray[np.float64], rounds: int) -> float:
@@ -149,8 +151,8 @@ def _spread(coefficients: NDArray[np.float64], rounds: int) -> float:
     inverse = np.zeros(rounds)
     inverse[0] = 1 / coefficients[0]
     for index in range(1, rounds):
-        known = inverse[max(0, index - coefficients.size + 1) : index][::-1]
-        inverse[index] = -(coefficients[1 : known.size + 1] @ known) / coefficients[0]
+        earlier = inverse[max(0, index - coefficients.size + 1) : index][::-1]
+        inverse[index] = -(coefficients[1 : earlier.size + 1] @ earlier) / coefficients[0]
     # Row t of A C^-1 holds the first t running sums of that.
     squares = np.cumsum(inverse) ** 2
     return math.sqrt(float(np.cumsum(squares).mean()))
@@ -159,7 +161,7 @@ def _spread(coefficients: NDArray[np.float64], rounds: int) -> float:
 class Correlated:
     """The noise of one round after the other, C^-1 z, in the memory of ``bands - 1`` vectors.
 
-    What it keeps is past noise: as secret as the updates, and needed to go on after a crash. Starting anew in the
+    What it keeps is past noise: as secret as the updates, and needed to go on after a crash. Starting again in the
     middle of a run is not the mechanism that was accounted for.
 
     Args:
@@ -216,15 +218,15 @@ class Correlated:
         """
         if fresh.shape != (self._size,):
             raise ValueError(f"fresh: must be {self._size} values, got {fresh.shape}")
-        found = fresh.astype(np.float64)
+        noise = fresh.astype(np.float64)
         bands = self._coefficients.size
         for back in range(1, min(self._round, bands - 1) + 1):
-            found -= self._coefficients[back] * self._past[(self._round - back) % (bands - 1)]
-        found /= self._coefficients[0]
+            noise -= self._coefficients[back] * self._past[(self._round - back) % (bands - 1)]
+        noise /= self._coefficients[0]
         if bands > 1:
-            self._past[self._round % (bands - 1)] = found
+            self._past[self._round % (bands - 1)] = noise
         self._round += 1
-        return found
+        return noise
 
 
 def _require_diagonals(coefficients: NDArray[np.float64], rounds: int) -> None:

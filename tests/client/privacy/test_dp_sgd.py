@@ -98,6 +98,36 @@ def test_the_noise_has_the_deviation_that_is_charged_and_so_has_a_step_without_e
     assert low * deviation**2 - drift < float((moved**2).sum()) < high * deviation**2 + 3 * drift
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])
+def test_one_example_that_breaks_its_gradient_tells_nobody_that_it_was_there(task, examples, value):
+    """With weights that a server chose. Its gradient counts as zeros: the step is that of the others."""
+
+    def chosen():
+        net = network(task)
+        with torch.no_grad():
+            next(net.parameters()).fill_(1e3)
+        return net
+
+    def trained(x, rows):
+        net = chosen()
+        part = Examples(x[rows], examples.y[rows])
+        # Every example is in every step.
+        settings = section(**{"batch-size": len(rows), "local-steps": 1})
+        train_privately(task, net, part, settings, Noise(1e-9, 1.0), Entropy(key=KEY))
+        return flat(net)
+
+    hostile = examples.x.clone()
+    hostile[0] = value
+    everybody, others = list(range(10)), list(range(1, 10))
+    broken = gradient(task, chosen(), Examples(hostile, examples.y), 0)
+    assert not broken.isfinite().all(), "the attack"
+    after, before = trained(hostile, everybody), flat(chosen())
+    assert after.isfinite().all()
+    torch.testing.assert_close(
+        (after - before) * 10, (trained(hostile, others) - before) * 9, rtol=1e-3, atol=1e-4
+    )
+
+
 def test_no_two_rounds_have_the_same_noise(task, examples):
     both = []
     for _ in range(2):

@@ -11,7 +11,7 @@ from builders import privacy_asked as section
 from fedge.client import requests
 from fedge.client.privacy.charging import ChargedReplies
 from fedge.client.privacy.noise_calibration import noise_within
-from fedge.client.privacy.noising import PrivateWork, Round
+from fedge.client.privacy.noising import NoisedTraining, Round
 from fedge.client.settings.privacy_policy import PrivacyPolicy, simulated
 from fedge.client.worker.handlers import SiteWorker
 from fedge.shared import protocol
@@ -205,7 +205,7 @@ def test_distributed_noise_that_fits_no_grid_is_refused_uncharged(
     of = Round(
         message.content, requests.terms(config, 2), noised, config, requests.training(config), None
     )
-    work = PrivateWork(task, ledger)
+    work = NoisedTraining(task, ledger)
     if says is None:
         noise, charge = work.noise(of, weights)
         charge()

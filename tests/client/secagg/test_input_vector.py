@@ -22,17 +22,19 @@ def tensors(value=0.0, dtype=np.float32, **others):
     return found | {"steps": np.array(7)} | others
 
 
-def trained(*args, received=None, examples=100, loss=0.5, of=LAYOUT):
-    return input_vector.training(of, BOUNDS, received or tensors(), *args, examples, loss)
+def trained(*args, received=None, examples=100, loss=0.5, layout=LAYOUT):
+    return input_vector.training(layout, BOUNDS, received or tensors(), *args, examples, loss)
 
 
 def decoded(made: InputVector, sites=3):
     """The values and counters of one site's vector, as a server reads a sum of one."""
-    of, vector = made.layout, made.encode(sites, KEY)
-    counted = exact_counters.decode_counters(vector[of.values :], of.counters, 1)
-    if not of.segments:
+    layout, vector = made.layout, made.encode(sites, KEY)
+    counted = exact_counters.decode_counters(vector[layout.values :], layout.counters, 1)
+    if not layout.segments:
         return None, counted
-    return of.unflatten(fixed_point.decode(vector[: of.values], of.segments, sites)), counted
+    return layout.unflatten(
+        fixed_point.decode(vector[: layout.values], layout.segments, sites)
+    ), counted
 
 
 def close(found, wanted, bound=5.0, sites=3):
@@ -156,19 +158,19 @@ def test_a_site_without_examples_adds_nothing_but_itself():
 
 
 def test_scaffolds_changes_are_no_difference_to_what_was_received():
-    of = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
+    layout = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
     control = {f"control/{n}": np.full(s, 2.0, np.float32) for n, s in SHAPES.items()}
     mine = tensors(1.0) | control
-    values, _ = decoded(trained(mine, received=tensors() | control, examples=200, of=of))
+    values, _ = decoded(trained(mine, received=tensors() | control, examples=200, layout=layout))
     assert close(values["control/w"], 2.0, bound=50.0)
     assert close(values["w"], 1.0)
 
 
 def test_the_rounding_is_right_on_average_and_the_same_again():
-    of = vector_layout.of_training({"w": (20_000,)}, ["w"], BOUNDS, control=False)
+    layout = vector_layout.of_training({"w": (20_000,)}, ["w"], BOUNDS, control=False)
     step = 1 / fixed_point.scale(5.0, 3)
     made = InputVector(
-        of,
+        layout,
         np.full(20_000, 10.3 * step, np.float64),
         1.0,
         {"sites": 1, "examples": 1, "loss": 0, "clipped": 0, "capped": 0},
@@ -193,27 +195,27 @@ def test_rounding_keys_are_those_of_one_sum_and_site():
 
 
 def test_an_evaluation_counts_what_the_task_counts():
-    of = vector_layout.of_evaluation(["correct", "examples", "loss-sum"])
+    layout = vector_layout.of_evaluation(["correct", "examples", "loss-sum"])
     _, counted = decoded(
-        input_vector.evaluation(of, {"correct": 3.0, "examples": 5.0, "loss-sum": 0.25})
+        input_vector.evaluation(layout, {"correct": 3.0, "examples": 5.0, "loss-sum": 0.25})
     )
     assert vector_layout.from_task_counters(counted, ["correct", "examples", "loss-sum"]) == {
         "correct": 3.0, "examples": 5.0, "loss-sum": 0.25
     }  # fmt: skip
     assert counted["sites"] == 1
-    refused(401, input_vector.evaluation, of, {"correct": 3, "examples": 5, "loss-sum": np.nan})
+    refused(401, input_vector.evaluation, layout, {"correct": 3, "examples": 5, "loss-sum": np.nan})
 
 
 def test_statistics_are_in_units_of_their_columns():
     bounds = (Bound("age", 0.0, 100.0), Bound("zero", 0.0, 0.0))
-    of = vector_layout.of_statistics(2)
+    layout = vector_layout.of_statistics(2)
     found = Statistics(4, (160.0, 0.5), (6500.0, 0.125))
-    _, counted = decoded(input_vector.statistics(of, found, bounds))
+    _, counted = decoded(input_vector.statistics(layout, found, bounds))
     assert counted["examples"] == 4
     assert counted["feature-total-0"] * 100 == pytest.approx(160, abs=1e-8)
     assert counted["feature-total-of-squares-0"] * 1e4 == pytest.approx(6500, abs=1e-5)
     assert counted["feature-total-1"] == 0.5
-    _, nothing = decoded(input_vector.statistics(of, None, bounds))
+    _, nothing = decoded(input_vector.statistics(layout, None, bounds))
     assert nothing == dict.fromkeys(nothing, 0) | {"sites": 1}
     beyond = Statistics(4, (1e12, 0.0), (0.0, 0.0))
-    refused(401, input_vector.statistics, of, beyond, bounds)
+    refused(401, input_vector.statistics, layout, beyond, bounds)

@@ -184,7 +184,7 @@ def test_what_is_no_list_ends_the_session(sites):
 
 def test_fault_with_a_peer_is_told_to_the_server_and_logged(sites, caplog):
     sites.begin().until(messages.MASKED)
-    sites.group.boxes["south"]["north"] = bytes(82)
+    sites.group.encrypted_shares["south"]["north"] = bytes(82)
     reply = sites.step(messages.MASKED, "north")
     assert set(reply) == {messages.SECURE}
     assert dict(reply[messages.SECURE]) == {messages.BLAMED: "south", messages.CODE: 425}

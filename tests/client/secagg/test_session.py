@@ -51,25 +51,32 @@ def known_to(names):
     return roster.open_roster(signed, consortium.public_key())
 
 
-def contribution(name, of=LAYOUT):
+def contribution(name, layout=LAYOUT):
     """Values, some of them beyond their bounds, a weight and counters of a site."""
     draw = random.Random(name)
-    values = np.array([draw.uniform(-3, 3) for _ in range(of.values)], np.float32)
+    values = np.array([draw.uniform(-3, 3) for _ in range(layout.values)], np.float32)
     examples = draw.randint(0, 100)
     counters = {"sites": 1, "examples": examples, "loss": draw.uniform(0, 1e6)}
-    return InputVector(of, values, examples / 100, counters | {"clipped": 1, "capped": 0})
+    return InputVector(layout, values, examples / 100, counters | {"clipped": 1, "capped": 0})
 
 
 class Round:
     """All sites and an honest server."""
 
     def __init__(
-        self, names, *, min_sites=3, attempt=ATTEMPT, of=LAYOUT, made=contribution, own_min_sites=0
+        self,
+        names,
+        *,
+        min_sites=3,
+        attempt=ATTEMPT,
+        layout=LAYOUT,
+        made=contribution,
+        own_min_sites=0,
     ):
         known = known_to(names)
         self.noted = []
-        self.of = of
-        self.contributions = {n: made(n, of) for n in names}
+        self.layout = layout
+        self.contributions = {n: made(n, layout) for n in names}
         self.sessions = {
             n: Session(
                 Anchors(n, key, lambda: known, lambda: min_sites),
@@ -82,7 +89,7 @@ class Round:
             for n, key in keys_of(names).items()
         }
         bundles = {n: s.bundle for n, s in self.sessions.items()}
-        self.group = Group(attempt, of.length, bundles)
+        self.group = Group(attempt, layout.length, bundles)
 
     def bundles(self):
         return list(self.group.bundles.values())
@@ -96,7 +103,11 @@ class Round:
     def share(self, lost=()):
         for n in (n for n in self.group.bundles if n not in lost):
             out = self.sessions[n].share(self.bundles())
-            values = {"commitment": out.commitment, "signature": out.signature, "boxes": out.boxes}
+            values = {
+                "commitment": out.commitment,
+                "signature": out.signature,
+                "boxes": out.encrypted_shares,
+            }
             self.group.take_share(n, messages.record(values))
         self.group.require(self.group.sharers, "share")
         return self
@@ -129,17 +140,17 @@ class Round:
 
     def true_sum(self):
         """In whole numbers, from what the survivors would send without masks."""
-        of, sharers = self.of, len(self.group.sharers)
-        total = np.zeros(of.length, np.int64)
+        layout, sharers = self.layout, len(self.group.sharers)
+        total = np.zeros(layout.length, np.int64)
         for n in self.group.survivors:
             vector = self.contributions[n].encode(sharers, rounding_key(7, "train", 3, n))
-            total[: of.values] += vector[: of.values].view(np.int32)
-            total[of.values :] += vector[of.values :]
+            total[: layout.values] += vector[: layout.values].view(np.int32)
+            total[layout.values :] += vector[layout.values :]
         return total
 
     def is_true(self, total):
-        of, true = self.of, self.true_sum()
-        found = np.concatenate([total[: of.values].view(np.int32), total[of.values :]])
+        layout, true = self.layout, self.true_sum()
+        found = np.concatenate([total[: layout.values].view(np.int32), total[layout.values :]])
         return found.tolist() == true.tolist()
 
 
@@ -308,7 +319,10 @@ def test_the_other_party_of_a_fault_is_named():
     )
     one = Round(named(5, "contiguous")).share()
     told = one.sharers("site-0")
-    told[2] = replace(told[2], box=told[2].box[:-1] + bytes([told[2].box[-1] ^ 1]))
+    told[2] = replace(
+        told[2],
+        encrypted_share=told[2].encrypted_share[:-1] + bytes([told[2].encrypted_share[-1] ^ 1]),
+    )
     refused(425, one.sessions["site-0"].masked, told, peer="site-2")
 
 
@@ -317,15 +331,15 @@ def test_an_error_of_a_peer_is_one_of_the_site():
     assert (str(error), error.peer) == ("FE-425 site-2: must open", "site-2")
 
 
-@pytest.mark.parametrize("of", ["commitment", "signature", "missing box"])
-def test_a_sharer_is_believed_by_its_signature_alone(of):
+@pytest.mark.parametrize("field", ["commitment", "signature", "missing box"])
+def test_a_sharer_is_believed_by_its_signature_alone(field):
     one = Round(named(5, "contiguous")).share()
     told: list[Sharer] = one.sharers("site-0")
-    if of == "missing box":
-        told[3] = replace(told[3], box=b"")
+    if field == "missing box":
+        told[3] = replace(told[3], encrypted_share=b"")
         refused(425, one.sessions["site-0"].masked, told, peer="site-3")
         return
-    told[3] = replace(told[3], **{of: bytes(len(getattr(told[3], of)))})
+    told[3] = replace(told[3], **{field: bytes(len(getattr(told[3], field)))})
     refused(422, one.sessions["site-0"].masked, told, peer="site-3")
 
 
@@ -367,8 +381,8 @@ def test_whose_vector_is_in_the_sum_is_opened_by_its_seed_and_others_by_their_ke
     one = Round(names).share().masked(["site-4"]).commit()
     held = {n: dict(one.sessions[n]._held) for n in names[:4]}
     one.unmask()
-    for giver, of in one.group.shares.items():
-        assert of == {peer: held[giver][peer][peer == "site-4"] for peer in names}
+    for giver, shares in one.group.shares.items():
+        assert shares == {peer: held[giver][peer][peer == "site-4"] for peer in names}
 
 
 class Full(list):
@@ -432,12 +446,14 @@ def passes(vector):
 @pytest.mark.parametrize("value", [0.0, BOUNDS.value_bound, -BOUNDS.value_bound])
 def test_a_masked_vector_cannot_be_told_from_noise(value):
     """Two verdicts on each of three vectors, wrong once in 1e7: less than once in 1e6 runs, this fails by chance."""
-    of = vector_layout.of_training({"w": (SIZE,)}, ["w"], BOUNDS, control=False)
+    layout = vector_layout.of_training({"w": (SIZE,)}, ["w"], BOUNDS, control=False)
 
     def made(name, _):
-        return replace(contribution(name, of), values=np.full(SIZE, value, np.float32), weight=1.0)
+        return replace(
+            contribution(name, layout), values=np.full(SIZE, value, np.float32), weight=1.0
+        )
 
-    one = Round(named(3, "contiguous"), of=of, made=made).share()
+    one = Round(named(3, "contiguous"), layout=layout, made=made).share()
     vector = one.sessions["site-0"].masked(one.sharers("site-0")).vector[:SIZE]
     assert passes(vector) == (True, True)
     plain = one.contributions["site-0"].encode(3, bytes(32))[:SIZE]

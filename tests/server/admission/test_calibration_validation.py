@@ -122,7 +122,7 @@ def test_noised_counts_may_lie_beyond_their_range_as_far_as_noise_goes():
     )
     names = tuple(f"bin-{i}" for i in range(8))
     noised = noised_counts.plan(section, names, 1, 2.0)
-    assert noised.deviation == 2.0
+    assert noised.stddev == 2.0
     expected = Expected("r-1", 3, {}, AdmissionSection(), counters=names, noised=noised)
     spent = {"epsilon-consumers": 1.0, "epsilon-server": 1.0}
     found, verdict = ranged(count=1, expected=expected, counts=[-15.0] * 4 + [16.0] * 4, **spent)

@@ -50,7 +50,7 @@ def counts(mechanism: str, noise: float = 2.0) -> noised_counts.NoisedCounts:
 
 
 def expected(noised: noised_counts.NoisedCounts | None) -> Expected:
-    names = NAMES if noised is None else noised.told
+    names = NAMES if noised is None else noised.reported
     return Expected(RUN, 3, {}, AdmissionSection(), counters=names, noised=noised)
 
 
@@ -81,12 +81,12 @@ def test_whole_sites_weigh_one_whatever_they_say() -> None:
 
 @pytest.mark.parametrize(("mechanism", "n"), [("example", 100), ("local", 1)])
 def test_what_no_noise_makes_is_dropped(mechanism: str, n: int) -> None:
-    reach = counts(mechanism).reach
-    for far in (n + 1.01 * reach, -1.01 * reach, math.nan, math.inf):
+    max_noise = counts(mechanism).max_noise
+    for far in (n + 1.01 * max_noise, -1.01 * max_noise, math.nan, math.inf):
         verdict = evaluated(mechanism, n, correct=far, examples=float(n))
         assert [d.metric for d in verdict.drops] == ["correct"]
         assert verdict.evaluation.counters == {"examples": n}
-    near = evaluated(mechanism, n, correct=n + 0.99 * reach, examples=float(n))
+    near = evaluated(mechanism, n, correct=n + 0.99 * max_noise, examples=float(n))
     assert near.drops == []
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import strategy as flower
 from pydantic import TypeAdapter
 
 from fedge.server.aggregation import strategies
-from fedge.server.aggregation.step import aggregate
+from fedge.server.aggregation.aggregate import aggregate
 from fedge.server.aggregation.updates import Singles, Update, record
 from fedge.server.runs import checkpoints
 from fedge.shared.config import strategies as cfg

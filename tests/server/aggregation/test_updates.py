@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord
 from pydantic import TypeAdapter
 
 from fedge.server.aggregation import strategies
-from fedge.server.aggregation.step import aggregate
+from fedge.server.aggregation.aggregate import aggregate
 from fedge.server.aggregation.updates import Singles, Summed, as_replies, record, summed
 from fedge.shared.config import strategies as cfg
 

@@ -62,7 +62,7 @@ class Fault:
 
     site: str
     kind: str
-    what: str | Alter
+    action: str | Alter
     times: int = 1 << 30
 
 
@@ -86,22 +86,22 @@ class LosingGrid(InProcessGrid):
         fault = next(
             (f for f in self.faults if (f.site, f.kind) == (site, kind) and f.times > 0), None
         )
-        what = fault.what if fault else ""
+        action = fault.action if fault else ""
         if fault:
             fault.times -= 1
-        if what == "silent":
+        if action == "silent":
             self.log.append((site, kind, message.content, None))
             return None
         reply = super()._answer(message_id, message)
-        if what == "late":
+        if action == "late":
             self.late.add(reply.metadata.reply_to_message_id)
-        elif what == "error":
+        elif action == "error":
             reply = Message(Error(code=413, reason="patient 4711"), reply_to=message)
-        elif what == "garbage":
+        elif action == "garbage":
             reply = Message(_garbled(reply.content), reply_to=message)
-        elif callable(what):
-            what(reply.content)
-        if what in ("error", "garbage"):
+        elif callable(action):
+            action(reply.content)
+        if action in ("error", "garbage"):
             flower_patches.number(reply, f"{message_id}-reply")
         self.log.append((site, kind, message.content, reply))
         return reply
@@ -173,9 +173,9 @@ class Rig:
     anchors: Mapping[str, Anchors]
     trained: list[str] = field(default_factory=list)
 
-    def fault(self, site: str, exchange: str, what: str | Alter, times: int = 1 << 30) -> None:
+    def fault(self, site: str, exchange: str, action: str | Alter, times: int = 1 << 30) -> None:
         """Let an exchange with a site go wrong."""
-        self.grid.faults.append(Fault(site, KINDS.get(exchange, exchange), what, times))
+        self.grid.faults.append(Fault(site, KINDS.get(exchange, exchange), action, times))
 
     def compose(
         self, server_round: int, asked: list[Member], secure: ConfigRecord | None = None

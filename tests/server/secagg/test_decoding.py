@@ -40,10 +40,10 @@ def of_training(bounds=BOUNDS, *, control=False):
     return vector_layout.of_training(SHAPES, PARAMETERS, bounds, control=control)
 
 
-def contribution(of, update, **counters):
-    flat = np.full(of.values, update, np.float32)
+def contribution(layout, update, **counters):
+    flat = np.full(layout.values, update, np.float32)
     values = {"sites": 1, "examples": 50, "loss": 25.0, "clipped": 0, "capped": 0, **counters}
-    return InputVector(of, flat, min(values["examples"], 100) / 100, values)
+    return InputVector(layout, flat, min(values["examples"], 100) / 100, values)
 
 
 def opened(some, sharers=None):
@@ -55,10 +55,14 @@ def opened(some, sharers=None):
 
 
 def test_a_sum_is_scaled_by_who_shared_and_counted_by_who_is_in_it():
-    of, before = of_training(), current()
-    some = [contribution(of, 0.5), contribution(of, -0.25), contribution(of, 0.5, examples=25)]
+    layout, before = of_training(), current()
+    some = [
+        contribution(layout, 0.5),
+        contribution(layout, -0.25),
+        contribution(layout, 0.5, examples=25),
+    ]
     # Six had shared, three are left.
-    summed, counters = decoding.mean_weights(of, opened(some, 6), BOUNDS, before, GATE)
+    summed, counters = decoding.mean_weights(layout, opened(some, 6), BOUNDS, before, GATE)
     assert summed.weight == counters["examples"] == 125
     assert summed.loss_total == pytest.approx(75.0)
     change = (50 * 0.5 - 50 * 0.25 + 25 * 0.5) / 125
@@ -75,9 +79,9 @@ def test_a_sum_is_scaled_by_who_shared_and_counted_by_who_is_in_it():
 
 
 def test_control_variates_change_by_themselves():
-    of, before = of_training(control=True), current()
-    some = [contribution(of, 0.5) for _ in range(3)]
-    summed, _ = decoding.mean_weights(of, opened(some), BOUNDS, before, GATE)
+    layout, before = of_training(control=True), current()
+    some = [contribution(layout, 0.5) for _ in range(3)]
+    summed, _ = decoding.mean_weights(layout, opened(some), BOUNDS, before, GATE)
     added = [name for name in summed.mean if name not in before]
     assert len(added) == len(SHAPES)
     for name in added:
@@ -89,37 +93,37 @@ def test_control_variates_change_by_themselves():
     [({"examples": 0}, 510), ({"sites": 0}, 511)],
 )
 def test_counters_that_cannot_be_are_refused(counters, code):
-    of = of_training()
-    some = [contribution(of, 0.0, **counters) for _ in range(3)]
+    layout = of_training()
+    some = [contribution(layout, 0.0, **counters) for _ in range(3)]
     with pytest.raises(RunError) as caught:
-        decoding.mean_weights(of, opened(some), BOUNDS, current(), GATE)
+        decoding.mean_weights(layout, opened(some), BOUNDS, current(), GATE)
     assert caught.value.code == code
 
 
 def test_an_update_beyond_what_clipping_allows_is_refused():
     bounds = Bounds(2.0, 4.0, 100.0, 100)
-    of = of_training(bounds)
-    longest = 2.0 / np.sqrt(of.segments[0].size)
+    layout = of_training(bounds)
+    longest = 2.0 / np.sqrt(layout.segments[0].size)
     for factor, fits in ((1.0, True), (1.01, False)):
         # What is no parameter is bounded by itself alone.
-        some = [contribution(of, factor * longest) for _ in range(3)]
+        some = [contribution(layout, factor * longest) for _ in range(3)]
         for one in some:
-            one.values[of.segments[0].size :] = 50.0
+            one.values[layout.segments[0].size :] = 50.0
         if fits:
-            decoding.mean_weights(of, opened(some), bounds, current(), GATE)
+            decoding.mean_weights(layout, opened(some), bounds, current(), GATE)
             continue
         with pytest.raises(RunError) as caught:
-            decoding.mean_weights(of, opened(some), bounds, current(), GATE)
+            decoding.mean_weights(layout, opened(some), bounds, current(), GATE)
         assert caught.value.code == 511
         assert "update must be in the range" in caught.value.message
 
 
 def test_the_sample_is_of_the_update_s_first_values():
-    of, before = of_training(), current()
+    layout, before = of_training(), current()
     summed, _ = decoding.mean_weights(
-        of, opened([contribution(of, 0.25)] * 3), BOUNDS, before, GATE
+        layout, opened([contribution(layout, 0.25)] * 3), BOUNDS, before, GATE
     )
-    found = decoding.sample(of, summed, before)
+    found = decoding.sample(layout, summed, before)
     assert len(found) == decoding.SAMPLE
     assert found == pytest.approx([0.25] * decoding.SAMPLE, abs=1e-6)
 
@@ -135,23 +139,23 @@ def test_the_sample_is_of_the_update_s_first_values():
     ],
 )
 def test_the_gate_s_bounds_are_held_against_the_mean(gate, says):
-    of = of_training()
-    ready = opened([contribution(of, 0.25)] * 3)
+    layout = of_training()
+    ready = opened([contribution(layout, 0.25)] * 3)
     with pytest.raises(RunError, match=says) as caught:
-        decoding.mean_weights(of, ready, BOUNDS, current(), AdmissionSection(**gate))
+        decoding.mean_weights(layout, ready, BOUNDS, current(), AdmissionSection(**gate))
     assert caught.value.code == 511
 
 
 def test_a_noised_sum_is_on_the_grid_of_its_noise():
     shapes = {"wide": (300, 401), "bias": (401,)}
-    of = vector_layout.of_noised(shapes, shapes, 2.0)
+    layout = vector_layout.of_noised(shapes, shapes, 2.0)
     rng = np.random.default_rng(3)
     before = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
     noise = SiteNoise(2.0, 0.05, 5, Entropy(key=bytes(32)))
     change = {k: np.full(s, 0.004, np.float32) for k, s in shapes.items()}
     after = {k: before[k] + change[k] for k in shapes}
-    ready = opened([noised(of, noise, before, after)] * 5)
-    found = decoding.noised_mean(of, ready, before)
+    ready = opened([noised(layout, noise, before, after)] * 5)
+    found = decoding.noised_mean(layout, ready, before)
     assert (found.weight, found.loss_total) == (5, None)
     moved = np.concatenate([(found.mean[k] - before[k]).reshape(-1) for k in shapes])
     norm = 0.004 * np.sqrt(moved.size)

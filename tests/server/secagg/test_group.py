@@ -51,7 +51,11 @@ class Sites:
     def share(self, site):
         out = self.sessions[site].share(list(self.group.bundles.values()))
         return messages.record(
-            {"commitment": out.commitment, "signature": out.signature, "boxes": out.boxes}
+            {
+                "commitment": out.commitment,
+                "signature": out.signature,
+                "boxes": out.encrypted_shares,
+            }
         )
 
     def masked(self, site):
@@ -197,7 +201,7 @@ def test_a_malformed_share_is_not_taken(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         sites.group.take_share("site-0", values)
     assert not sites.group.sharers
-    assert not sites.group.boxes
+    assert not sites.group.encrypted_shares
 
 
 def test_a_damaged_or_malformed_vector_is_not_added():
@@ -271,7 +275,11 @@ def test_nothing_that_opens_a_sum_is_written_down():
     text = json.dumps(groups.to_json(sites.group))
     for given in sites.group.shares.values():
         assert not any(share.hex() in text for share in given.values())
-    assert not any(box.hex() in text for of in sites.group.boxes.values() for box in of.values())
+    assert not any(
+        encrypted_share.hex() in text
+        for of in sites.group.encrypted_shares.values()
+        for encrypted_share in of.values()
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ def liar(monkeypatch):
     """Let a site mask a vector of its own making in the sums of updates."""
 
     class Lie:
-        def __init__(self, of, values):
-            self.of, self.values = of, values
+        def __init__(self, vector, values):
+            self.vector, self.values = vector, values
 
         def encode(self, sites, rounding_key):
-            return self.values(self.of.encode(sites, rounding_key))
+            return self.values(self.vector.encode(sites, rounding_key))
 
     def lie(site, values):
         def session(anchors, attempt, given, *more):
@@ -30,15 +30,15 @@ def liar(monkeypatch):
     return lie
 
 
-@pytest.mark.parametrize("what", ["noise", "counter", "update"])
-def test_a_site_that_masks_garbage_is_found_in_the_sum(rig, liar, what):
+@pytest.mark.parametrize("garbage", ["noise", "counter", "update"])
+def test_a_site_that_masks_garbage_is_found_in_the_sum(rig, liar, garbage):
     made = rig()
 
     def values(honest):
         found = honest.copy()
-        if what == "noise":
+        if garbage == "noise":
             return np.random.default_rng(1).integers(0, 2**32, honest.size, dtype=np.uint32)
-        if what == "counter":
+        if garbage == "counter":
             found[-6:] = 2**31
         else:
             found[:22] = 2**28

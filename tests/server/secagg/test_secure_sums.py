@@ -60,7 +60,7 @@ def test_without_a_sum_there_is_no_evaluation(rig):
     found, outcome = evaluated(made)
     assert found is None
     assert outcome.failed == ["begin: must be answered by 3 sites, got 2"]
-    assert outcome.opened == []
+    assert outcome.unmasked_sums == []
 
 
 def test_too_few_are_not_asked_at_all(rig):

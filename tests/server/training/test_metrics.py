@@ -120,7 +120,7 @@ def test_the_reported_standard_deviation_is_that_of_the_metrics(mechanism):
             if noise_plan.unit == "site":
                 sums = {"examples": 1.0, "correct": share}
             counted[f"s{i}"] = sums | {
-                n: sums[n] + rng.normal(0, noise_plan.deviation) for n in noise_plan.noised
+                n: sums[n] + rng.normal(0, noise_plan.stddev) for n in noise_plan.noised
             }
         found.append(summary(METRICS[:1], counted, noise=noise_plan))
     stddevs = found[0]["noise"]

@@ -23,8 +23,8 @@ def fedge(capsys):
     return run
 
 
-def as_json(found):
-    status, out, err = found
+def as_json(result):
+    status, out, err = result
     assert (status, err) == (0, "")
     assert out.count("\n") == 1
     return json.loads(out)
@@ -56,16 +56,16 @@ def test_sampling_hides_an_example_from_the_server_and_no_site(fedge):
     example = as_json(fedge("epsilon", f"{EPSILON} --unit example --json"))
     site = as_json(fedge("epsilon", f"{EPSILON} --unit site --json"))
     assert (example["unit"], site["unit"]) == ("example", "site")
-    for found in (example, site):
+    for result in (example, site):
         released = [Release(1.0, 0.1, 100)]
-        consumers, server = account(released, 1e-5, found["unit"])
-        assert (found["epsilon"], found["epsilon_server"]) == (consumers, server)
+        consumers, server = account(released, 1e-5, result["unit"])
+        assert (result["epsilon"], result["epsilon_server"]) == (consumers, server)
     assert example["epsilon_server"] < site["epsilon_server"]
 
 
 def test_epsilon_as_json_has_all_that_went_in(fedge):
-    found = as_json(fedge("epsilon", f"{EPSILON} --json"))
-    assert found == {
+    result = as_json(fedge("epsilon", f"{EPSILON} --json"))
+    assert result == {
         "noise_multiplier": 1.0,
         "sampling_rate": 0.1,
         "steps": 100,
@@ -81,8 +81,8 @@ def test_a_fixed_size_costs_more_and_says_so(fedge):
     status, out, err = fedge("epsilon", f"{EPSILON} --fixed-size")
     assert (status, out) == (0, "14.0538\n")
     assert "RDP, where one is replaced" in err
-    found = as_json(fedge("epsilon", f"{EPSILON} --fixed-size --json"))
-    assert (found["fixed_size"], found["accountant"]) == (True, "RDP")
+    result = as_json(fedge("epsilon", f"{EPSILON} --fixed-size --json"))
+    assert (result["fixed_size"], result["accountant"]) == (True, "RDP")
 
 
 def test_without_sampling_there_is_one_reader(fedge):
@@ -90,14 +90,14 @@ def test_without_sampling_there_is_one_reader(fedge):
     assert (status, out) == (0, "0.9263\n")
     assert "analytic" in err
     assert "server" not in err
-    found = as_json(fedge("epsilon", "--noise-multiplier 4 --delta 1e-5 --json"))
-    assert found["epsilon"] == found["epsilon_unamplified"]
+    result = as_json(fedge("epsilon", "--noise-multiplier 4 --delta 1e-5 --json"))
+    assert result["epsilon"] == result["epsilon_unamplified"]
 
 
 def test_no_noise_has_no_epsilon(fedge):
     assert fedge("epsilon", "--noise-multiplier 0 --delta 1e-5")[:2] == (0, "inf\n")
-    found = as_json(fedge("epsilon", "--noise-multiplier 0 --delta 1e-5 --json"))
-    assert found["epsilon"] is None
+    result = as_json(fedge("epsilon", "--noise-multiplier 0 --delta 1e-5 --json"))
+    assert result["epsilon"] is None
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_calibrate_prints_noise_that_keeps_the_promise(fedge, options):
     assert status == 0
     assert out == f"{float(out):.4f}\n"
     assert err.count("\n") == 1
-    found = as_json(fedge("calibrate", f"{options} --json"))
-    assert found["noise_multiplier"] == float(out)
-    assert 0.997 * found["target"] < found["epsilon"] <= found["target"]
+    result = as_json(fedge("calibrate", f"{options} --json"))
+    assert result["noise_multiplier"] == float(out)
+    assert 0.997 * result["target"] < result["epsilon"] <= result["target"]
     # What is printed, given back as it stands, is within.
-    again = f"--noise-multiplier {out.strip()} --sampling-rate {found['sampling_rate']} "
+    again = f"--noise-multiplier {out.strip()} --sampling-rate {result['sampling_rate']} "
     spent = as_json(
-        fedge("epsilon", f"{again} --steps {found['steps']} --delta {found['delta']} --json")
+        fedge("epsilon", f"{again} --steps {result['steps']} --delta {result['delta']} --json")
     )
-    assert spent["epsilon"] == found["epsilon"]
+    assert spent["epsilon"] == result["epsilon"]
 
 
 @pytest.mark.parametrize(

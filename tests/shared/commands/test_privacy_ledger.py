@@ -66,18 +66,18 @@ def charge(
     return made, PLENTY
 
 
-def good(found):
-    status, out, err = found
+def good(report):
+    status, out, err = report
     assert (status, err) == (0, "")
     return out
 
 
-def bad(found, status, label):
-    assert found[:2] == (status, "")
-    assert found[2].count("\n") == 1
-    assert found[2].startswith(f"{label} ")
-    assert " Remedy: " in found[2]
-    return found[2]
+def bad(report, status, label):
+    assert report[:2] == (status, "")
+    assert report[2].count("\n") == 1
+    assert report[2].startswith(f"{label} ")
+    assert " Remedy: " in report[2]
+    return report[2]
 
 
 @pytest.fixture
@@ -129,10 +129,10 @@ def test_only_a_budget_that_is_spent_looks_so(show, ledger, budget, full):
 
 
 def test_json_holds_the_same_in_full(show, two_runs):
-    found = json.loads(good(show("--json", "--epsilon", "4")))
-    assert (found["charges"], found["verified"]) == (6, True)
-    assert found["head"] == two_runs.verify()
-    heart, lung = found["studies"]
+    report = json.loads(good(show("--json", "--epsilon", "4")))
+    assert (report["charges"], report["verified"]) == (6, True)
+    assert report["head"] == two_runs.verify()
+    heart, lung = report["studies"]
     assert (heart["study"], heart["unit"], heart["charges"], heart["budget"]) == (
         "heart", "site", 5, 4.0,
     )  # fmt: skip

@@ -47,8 +47,8 @@ def restore(capsys):
 
 def test_every_study_of_the_copy_is_charged_and_what_is_spent_printed(older, restore, capsys):
     assert main.main(["privacy", "ledger", "--home", str(older)]) == 1
-    told = capsys.readouterr().err
-    assert "got an older copy with 2 charges" in told and "fedge privacy restore" in told
+    message = capsys.readouterr().err
+    assert "got an older copy with 2 charges" in message and "fedge privacy restore" in message
     status, out, err = restore(older, *SINCE)
     assert (status, err) == (0, "")
     after = epsilon.epsilon([Release(4.0, 1.0, 4)], DELTA)

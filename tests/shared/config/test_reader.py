@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedge.shared.config.error_messages import keys, shown
 from fedge.shared.config.federation import Config
-from fedge.shared.config.messages import keys, shown
 from fedge.shared.config.reader import (
     MAX_FILE,
     dump,

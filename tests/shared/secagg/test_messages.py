@@ -6,10 +6,10 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedge.shared import protocol
 from fedge.shared.secagg import messages
-from fedge.shared.secagg.messages import BOX_BYTES, Sharer, Signed
+from fedge.shared.secagg.messages import ENCRYPTED_SHARE_BYTES, Sharer, Signed
 
 SHARERS = [
-    Sharer("north", bytes([1]) * 32, bytes([2]) * 64, bytes([3]) * BOX_BYTES),
+    Sharer("north", bytes([1]) * 32, bytes([2]) * 64, bytes([3]) * ENCRYPTED_SHARE_BYTES),
     Sharer("south", bytes([4]) * 32, bytes([5]) * 64, b""),
 ]
 SIGNED = [Signed("north", bytes([1]) * 64), Signed("south", bytes([2]) * 64)]
@@ -31,7 +31,7 @@ def test_signatures_are_read_as_they_were_written():
 
 def test_a_full_list_fits_the_bound():
     names = sorted("x" * 57 + f"{i:07}" for i in range(protocol.MAX_SITES))
-    sharers = [Sharer(n, bytes(32), bytes(64), bytes(BOX_BYTES)) for n in names]
+    sharers = [Sharer(n, bytes(32), bytes(64), bytes(ENCRYPTED_SHARE_BYTES)) for n in names]
     assert len(messages.sharers_of(of("sharers", messages.joined(sharers)))) == 2048
     signed = [Signed(n, bytes(64)) for n in names]
     assert len(messages.signatures_of(of("signatures", messages.joined(signed)))) == 2048
@@ -48,9 +48,12 @@ def test_a_part_of_a_list_is_refused(cut):
 
 
 def test_a_box_of_another_length_is_refused():
-    for size in (1, BOX_BYTES - 1, BOX_BYTES + 1, 255):
+    for size in (1, ENCRYPTED_SHARE_BYTES - 1, ENCRYPTED_SHARE_BYTES + 1, 255):
         raw = Sharer("north", bytes(32), bytes(64), bytes(size)).encode()
-        with pytest.raises(ValueError, match=f"box: must be {BOX_BYTES} bytes or none, got {size}"):
+        with pytest.raises(
+            ValueError,
+            match=f"encrypted share: must be {ENCRYPTED_SHARE_BYTES} bytes or none, got {size}",
+        ):
             messages.sharers_of(of("sharers", raw))
 
 

@@ -51,10 +51,10 @@ def test_the_cipher_gives_the_published_numbers(
 
 def test_a_box_is_aes_256_gcm_under_a_zero_nonce() -> None:
     """The ciphertext does not depend on associated data: it is test case 14's; the tag does."""
-    box = share_encryption.encrypt_share(bytes(32), bytes(16), T, "a", "b")
-    assert box[:16].hex() == "cea7403d4d606b6e074ec5d3baf39d18"
+    encrypted_share = share_encryption.encrypt_share(bytes(32), bytes(16), T, "a", "b")
+    assert encrypted_share[:16].hex() == "cea7403d4d606b6e074ec5d3baf39d18"
     associated = framed(T, b"a", b"b")
-    assert box == AESGCM(bytes(32)).encrypt(bytes(12), bytes(16), associated)
+    assert encrypted_share == AESGCM(bytes(32)).encrypt(bytes(12), bytes(16), associated)
     assert (
         share_encryption.encrypt_share(KEY, PLAIN, T, "a", "b").hex()
         == "6dd3dbaad042f7eb277434aeda3746bc59c83405cf1339"
@@ -63,9 +63,9 @@ def test_a_box_is_aes_256_gcm_under_a_zero_nonce() -> None:
 
 @pytest.mark.parametrize("plain", [b"", PLAIN, bytes(72), bytes(100_000)], ids=len)
 def test_a_box_opens_and_is_a_tag_longer(plain: bytes) -> None:
-    box = share_encryption.encrypt_share(KEY, plain, T, "a", "b")
-    assert len(box) == len(plain) + share_encryption.TAG_BYTES
-    assert share_encryption.decrypt_share(KEY, box, T, "a", "b") == plain
+    encrypted_share = share_encryption.encrypt_share(KEY, plain, T, "a", "b")
+    assert len(encrypted_share) == len(plain) + share_encryption.TAG_BYTES
+    assert share_encryption.decrypt_share(KEY, encrypted_share, T, "a", "b") == plain
 
 
 @pytest.mark.parametrize(
@@ -83,15 +83,15 @@ def test_a_box_opens_and_is_a_tag_longer(plain: bytes) -> None:
 def test_another_key_round_sender_or_receiver_does_not_open_it(
     key: bytes, transcript: bytes, src: str, dst: str
 ) -> None:
-    box = share_encryption.encrypt_share(KEY, PLAIN, T, "a", "b")
-    with pytest.raises(SiteError, match=f"^FE-425 {src}: its box for {dst} must"):
-        share_encryption.decrypt_share(key, box, transcript, src, dst)
+    encrypted_share = share_encryption.encrypt_share(KEY, PLAIN, T, "a", "b")
+    with pytest.raises(SiteError, match=f"^FE-425 {src}: its encrypted share for {dst} must"):
+        share_encryption.decrypt_share(key, encrypted_share, transcript, src, dst)
 
 
 def test_a_flipped_bit_anywhere_is_found_and_the_sender_named() -> None:
-    box = share_encryption.encrypt_share(KEY, PLAIN, T, "hospital-4", "hospital-1")
-    for bit in range(8 * len(box)):
-        altered = bytearray(box)
+    encrypted_share = share_encryption.encrypt_share(KEY, PLAIN, T, "hospital-4", "hospital-1")
+    for bit in range(8 * len(encrypted_share)):
+        altered = bytearray(encrypted_share)
         altered[bit // 8] ^= 1 << bit % 8
         with pytest.raises(SiteError) as caught:
             share_encryption.decrypt_share(KEY, bytes(altered), T, "hospital-4", "hospital-1")
@@ -102,9 +102,9 @@ def test_a_flipped_bit_anywhere_is_found_and_the_sender_named() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 22, 24])
 def test_a_box_of_another_length_does_not_open(length: int) -> None:
-    box = (share_encryption.encrypt_share(KEY, PLAIN, T, "a", "b") + b"\0")[:length]
+    encrypted_share = (share_encryption.encrypt_share(KEY, PLAIN, T, "a", "b") + b"\0")[:length]
     with pytest.raises(SiteError, match=rf"FE-425 a: .* \({length} bytes\)"):
-        share_encryption.decrypt_share(KEY, box, T, "a", "b")
+        share_encryption.decrypt_share(KEY, encrypted_share, T, "a", "b")
 
 
 @pytest.mark.parametrize("length", [0, 16, 31, 33])

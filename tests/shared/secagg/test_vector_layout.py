@@ -11,64 +11,64 @@ BOUNDS = Bounds(10.0, 4.0, 100.0, 1000)
 SHAPES = {"w": (2, 3), "mean": (3,), "b": (), "var": (3,)}
 
 
-def tensors(of):
+def tensors(layout):
     draw = np.random.default_rng(5)
-    return {t.name: draw.normal(size=t.shape).astype(np.float32) for t in of.tensors}
+    return {t.name: draw.normal(size=t.shape).astype(np.float32) for t in layout.tensors}
 
 
 def test_parameters_come_first_whatever_their_place_in_the_network():
-    of = vector_layout.of_training(SHAPES, ["b", "w"], BOUNDS, control=False)
-    assert of.tensors == (
+    layout = vector_layout.of_training(SHAPES, ["b", "w"], BOUNDS, control=False)
+    assert layout.tensors == (
         Placed("w", (2, 3), 0, 6),
         Placed("b", (), 6, 1),
         Placed("mean", (3,), 7, 3),
         Placed("var", (3,), 10, 3),
     )
-    assert [(s.name, s.size, s.bound) for s in of.segments] == [
+    assert [(s.name, s.size, s.bound) for s in layout.segments] == [
         ("update", 7, 4.0),
         ("state", 6, 100.0),
     ]
-    assert of.values == 13
-    assert of.length == 13 + 3 * 6
+    assert layout.values == 13
+    assert layout.length == 13 + 3 * 6
 
 
 def test_without_state_there_is_one_segment():
-    of = vector_layout.of_training({"w": (2,)}, ["w"], BOUNDS, control=False)
-    assert [s.name for s in of.segments] == ["update"]
+    layout = vector_layout.of_training({"w": (2,)}, ["w"], BOUNDS, control=False)
+    assert [s.name for s in layout.segments] == ["update"]
 
 
 def test_control_variates_follow_one_a_tensor():
-    of = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
-    assert [t.name for t in of.tensors[4:]] == [f"control/{n}" for n in SHAPES]
-    assert of.values == 26
-    assert sum(s.size for s in of.segments) == 26
+    layout = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=True)
+    assert [t.name for t in layout.tensors[4:]] == [f"control/{n}" for n in SHAPES]
+    assert layout.values == 26
+    assert sum(s.size for s in layout.segments) == 26
 
 
 @pytest.mark.parametrize("control", [False, True])
 def test_tensors_come_back_as_they_were(control):
-    of = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=control)
-    given = tensors(of)
-    flat = of.flatten(given | {"steps": np.array(3)})
-    assert flat.shape == (of.values,)
+    layout = vector_layout.of_training(SHAPES, ["w", "b"], BOUNDS, control=control)
+    given = tensors(layout)
+    flat = layout.flatten(given | {"steps": np.array(3)})
+    assert flat.shape == (layout.values,)
     assert flat.dtype == np.float32
-    found = of.unflatten(flat)
-    assert list(found) == [t.name for t in of.tensors]
+    found = layout.unflatten(flat)
+    assert list(found) == [t.name for t in layout.tensors]
     assert all(
         np.array_equal(found[n], given[n]) and found[n].shape == given[n].shape for n in given
     )
 
 
 def test_the_widest_type_is_kept():
-    of = vector_layout.of_training({"w": (1,), "v": (1,)}, ["w", "v"], BOUNDS, control=False)
+    layout = vector_layout.of_training({"w": (1,), "v": (1,)}, ["w", "v"], BOUNDS, control=False)
     given = {"w": np.array([1 + 1e-12]), "v": np.ones(1, np.float32)}
-    assert of.flatten(given).tolist() == [1 + 1e-12, 1.0]
+    assert layout.flatten(given).tolist() == [1 + 1e-12, 1.0]
     halves = {"w": np.ones(1, np.float16), "v": np.ones(1, np.float16)}
-    assert of.flatten(halves).dtype == np.float32
+    assert layout.flatten(halves).dtype == np.float32
 
 
 def test_counters_of_a_training_sum_have_room_for_every_site():
-    of = vector_layout.of_training(SHAPES, ["w"], BOUNDS, control=False)
-    found = {c.name: (c.low, c.high, c.fraction_bits) for c in of.counters}
+    layout = vector_layout.of_training(SHAPES, ["w"], BOUNDS, control=False)
+    found = {c.name: (c.low, c.high, c.fraction_bits) for c in layout.counters}
     assert found == {
         "sites": (0, 1, 0),
         "examples": (0, 1000, 0),
@@ -80,12 +80,12 @@ def test_counters_of_a_training_sum_have_room_for_every_site():
 
 
 def test_an_evaluation_is_counters_alone_and_none_of_them_is_the_layouts_own():
-    of = vector_layout.of_evaluation(["examples", "sites"])
-    assert (of.values, of.segments, of.tensors) == (0, (), ())
-    assert [c.name for c in of.counters] == ["sites", "task/examples", "task/sites"]
+    layout = vector_layout.of_evaluation(["examples", "sites"])
+    assert (layout.values, layout.segments, layout.tensors) == (0, (), ())
+    assert [c.name for c in layout.counters] == ["sites", "task/examples", "task/sites"]
     given = vector_layout.task_counters({"examples": 3.0, "sites": 9.0}) | {"sites": 1}
-    total = exact_counters.encode_counters(given, of.counters)
-    found = exact_counters.decode_counters(total, of.counters, 1)
+    total = exact_counters.encode_counters(given, layout.counters)
+    found = exact_counters.decode_counters(total, layout.counters, 1)
     assert vector_layout.from_task_counters(found, ["examples", "sites"]) == {
         "examples": 3,
         "sites": 9,
@@ -93,19 +93,21 @@ def test_an_evaluation_is_counters_alone_and_none_of_them_is_the_layouts_own():
 
 
 def test_noised_counters_may_be_negative_and_add_up_exactly():
-    of = vector_layout.of_evaluation(["correct", "examples"], noised=True)
+    layout = vector_layout.of_evaluation(["correct", "examples"], noised=True)
     sites = [
         {"correct": -12.5, "examples": 3.0},
         {"correct": 2.0**-20, "examples": -4.25},
         {"correct": 5.0, "examples": -(2.0**38)},
     ]
     vectors = [
-        exact_counters.encode_counters(vector_layout.task_counters(one) | {"sites": 1}, of.counters)
+        exact_counters.encode_counters(
+            vector_layout.task_counters(one) | {"sites": 1}, layout.counters
+        )
         for one in sites
     ]
     total = np.sum(vectors, axis=0, dtype=np.uint32)
     found = vector_layout.from_task_counters(
-        exact_counters.decode_counters(total, of.counters, 3), ["correct", "examples"]
+        exact_counters.decode_counters(total, layout.counters, 3), ["correct", "examples"]
     )
     assert found == {"correct": -7.5 + 2.0**-20, "examples": -1.25 - 2.0**38}
     # The failing twin: counters without noise have no room below 0.
@@ -117,8 +119,8 @@ def test_noised_counters_may_be_negative_and_add_up_exactly():
 
 
 def test_statistics_have_two_sums_a_column_with_either_sign():
-    of = vector_layout.of_statistics(2)
-    assert [c.name for c in of.counters] == [
+    layout = vector_layout.of_statistics(2)
+    assert [c.name for c in layout.counters] == [
         "sites",
         "examples",
         "feature-total-0",
@@ -126,5 +128,7 @@ def test_statistics_have_two_sums_a_column_with_either_sign():
         "feature-total-of-squares-0",
         "feature-total-of-squares-1",
     ]
-    assert {(c.low, c.high, c.fraction_bits) for c in of.counters[2:]} == {(-(2**23), 2**23, 36)}
+    assert {(c.low, c.high, c.fraction_bits) for c in layout.counters[2:]} == {
+        (-(2**23), 2**23, 36)
+    }
     assert vector_layout.of_statistics(0).length == 6

@@ -57,8 +57,8 @@ QUICK = [case for case in CONFIGURATIONS if case[2] <= 60 and case[0] > 1.5][:6]
 def direct(noise, rate, steps, delta, interval):
     """dp-accounting's own accountant, by its events."""
     event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise))
-    found = PLDAccountant(value_discretization_interval=interval).compose(event, steps)
-    return found.get_epsilon(delta)
+    actual = PLDAccountant(value_discretization_interval=interval).compose(event, steps)
+    return actual.get_epsilon(delta)
 
 
 def by_rdp(noise, rate, steps, delta):
@@ -88,8 +88,8 @@ def test_published_numbers_without_sampling(noise, steps, expected):
 
 @pytest.mark.parametrize(("noise", "rate", "steps", "delta"), QUICK)
 def test_agrees_with_dp_accounting(noise, rate, steps, delta):
-    found = epsilon([Release(noise, rate, steps)], delta)
-    assert found == pytest.approx(direct(noise, rate, steps, delta, 1e-4), abs=1e-3)
+    actual = epsilon([Release(noise, rate, steps)], delta)
+    assert actual == pytest.approx(direct(noise, rate, steps, delta, 1e-4), abs=1e-3)
 
 
 @pytest.mark.slow
@@ -101,12 +101,12 @@ def test_agrees_with_dp_accounting(noise, rate, steps, delta):
     ],
 )
 def test_agrees_with_dp_accounting_everywhere(noise, rate, steps, delta):
-    found = epsilon([Release(noise, rate, steps)], delta)
+    actual = epsilon([Release(noise, rate, steps)], delta)
     # Its default grid, 1e-4, is itself too coarse for small losses, and takes gigabytes for large ones.
     spread = rate * math.sqrt(steps) / noise
-    interval = 2e-5 if spread < 0.3 and noise > 1 else 1e-4 if found < 20 else 5e-4
+    interval = 2e-5 if spread < 0.3 and noise > 1 else 1e-4 if actual < 20 else 5e-4
     expected = direct(noise, rate, steps, delta, interval)
-    assert found == pytest.approx(expected, abs=1e-3 * max(1, found / 100))
+    assert actual == pytest.approx(expected, abs=1e-3 * max(1, actual / 100))
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_opacus_is_an_upper_bound_close_by(noise, rate, steps, delta):
 
 @pytest.mark.parametrize(("noise", "rate", "steps", "delta"), QUICK)
 def test_lies_between_what_is_exact_for_one_step_and_rdp(noise, rate, steps, delta):
-    found = epsilon([Release(noise, rate, steps)], delta)
-    assert epsilon([Release(noise, rate)], delta) <= found <= by_rdp(noise, rate, steps, delta)
+    actual = epsilon([Release(noise, rate, steps)], delta)
+    assert epsilon([Release(noise, rate)], delta) <= actual <= by_rdp(noise, rate, steps, delta)
 
 
 def test_parts_of_a_kind_are_one():
@@ -162,10 +162,10 @@ def test_gaussians_together_are_one_gaussian():
 def test_the_order_does_not_matter():
     chance = random.Random(5)
     releases = [Release(1 + n / 7, 0.3 / (n + 1), n + 1) for n in range(6)] + [Release(2.5)]
-    found = epsilon(releases, 1e-6)
+    actual = epsilon(releases, 1e-6)
     for _ in range(5):
         chance.shuffle(releases)
-        assert epsilon(releases, 1e-6) == found
+        assert epsilon(releases, 1e-6) == actual
 
 
 @pytest.mark.slow
@@ -232,10 +232,10 @@ def test_one_fixed_size_takes_the_others_to_rdp_without_sampling():
         dp_event.SampledWithoutReplacementDpEvent(10, 1, dp_event.GaussianDpEvent(4.0)), 10
     )
     accounted.compose(dp_event.GaussianDpEvent(20.0), 10)
-    found = epsilon([poisson, fixed], 1e-5)
-    assert found == pytest.approx(accounted.get_epsilon(1e-5), rel=1e-9)
+    actual = epsilon([poisson, fixed], 1e-5)
+    assert actual == pytest.approx(accounted.get_epsilon(1e-5), rel=1e-9)
     assert accountant([poisson, fixed]) == "RDP"
-    assert found > epsilon([fixed], 1e-5)
+    assert actual > epsilon([fixed], 1e-5)
 
 
 def test_nothing_and_no_noise():
@@ -272,9 +272,9 @@ def test_gaussian_epsilon_solves_its_equation(noise, delta):
     """With fifty digits, where floats cannot follow."""
     import mpmath
 
-    found = gaussian_epsilon(noise, delta)
+    actual = gaussian_epsilon(noise, delta)
     with mpmath.workdps(60):
-        mu, bound = 1 / mpmath.mpf(noise), mpmath.mpf(found)
+        mu, bound = 1 / mpmath.mpf(noise), mpmath.mpf(actual)
 
         def left(spent):
             # ncdf loses its digits far out in the tail.
@@ -284,7 +284,7 @@ def test_gaussian_epsilon_solves_its_equation(noise, delta):
             return low - mpmath.exp(spent) * high
 
         assert left(bound * (1 + mpmath.mpf("1e-9"))) <= delta
-        assert found == 0 or left(bound * (1 - mpmath.mpf("1e-9"))) >= delta
+        assert actual == 0 or left(bound * (1 - mpmath.mpf("1e-9"))) >= delta
 
 
 def test_gaussian_epsilon_is_nothing_where_delta_covers_all():
@@ -363,11 +363,11 @@ def test_a_ledger_of_many_kinds_is_quick_to_extend():
             part.cache_clear()
     begun = time.process_time()
     before = epsilon(releases, 1e-5)
-    anew = time.process_time() - begun
+    recomputed = time.process_time() - begun
     accounting._epsilon.cache_clear()
     begun = time.process_time()
     after = epsilon([*releases, Release(1.5, 0.07)], 1e-5)
-    assert time.process_time() - begun < anew / 3
+    assert time.process_time() - begun < recomputed / 3
     assert before < after < before + 0.1
 
 

@@ -16,7 +16,7 @@ from fedge.shared.tasks.registry import get_task
 OF_SITES = ("distributed", "central", "central-mf", "local")
 
 
-def of(mechanism: str) -> PrivacySection:
+def privacy_section(mechanism: str) -> PrivacySection:
     values: dict[str, Any] = {"mechanism": mechanism, "noise-multiplier": 1.0}
     return PrivacySection.model_validate(values)
 
@@ -31,20 +31,20 @@ def normed(norm: nn.Module) -> Any:
 @pytest.mark.parametrize("mechanism", OF_SITES)
 def test_state_that_no_noise_covers_is_refused(mechanism: str) -> None:
     with pytest.raises(ConfigError, match="no state besides its parameters") as caught:
-        require_compatible(of(mechanism), normed(nn.BatchNorm1d(8)))
+        require_compatible(privacy_section(mechanism), normed(nn.BatchNorm1d(8)))
     assert caught.value.code == 211
 
 
 @pytest.mark.parametrize("mechanism", OF_SITES)
 def test_where_sites_are_hidden_examples_may_mix(mechanism: str) -> None:
     mixing = nn.BatchNorm1d(8, track_running_stats=False)
-    require_compatible(of(mechanism), normed(mixing))
-    require_compatible(of(mechanism), get_task("digits"))
+    require_compatible(privacy_section(mechanism), normed(mixing))
+    require_compatible(privacy_section(mechanism), get_task("digits"))
 
 
 def test_where_examples_are_hidden_they_may_not() -> None:
     with pytest.raises(ConfigError, match="keep examples apart"):
-        require_compatible(of("example"), normed(nn.BatchNorm1d(8)))
+        require_compatible(privacy_section("example"), normed(nn.BatchNorm1d(8)))
     require_compatible(PrivacySection(), normed(nn.BatchNorm1d(8)))
 
 

@@ -33,8 +33,8 @@ class Tokens(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.inner(x.long())
-        return found
+        actual: Tensor = self.inner(x.long())
+        return actual
 
 
 class Places(nn.Module):
@@ -47,8 +47,8 @@ class Places(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         vectors = self.token(x.long()) + self.place(torch.arange(x.shape[1]))
-        found: Tensor = self.fc(vectors.tanh().mean(dim=1))
-        return found
+        actual: Tensor = self.fc(vectors.tanh().mean(dim=1))
+        return actual
 
 
 class Idle(nn.Module):
@@ -59,8 +59,8 @@ class Idle(nn.Module):
         self.fc, self.idle = nn.Linear(64, 10), nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.fc(x.flatten(1))
-        return found
+        actual: Tensor = self.fc(x.flatten(1))
+        return actual
 
 
 class Drawing(nn.Module):
@@ -71,8 +71,8 @@ class Drawing(nn.Module):
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.fc(nn.functional.dropout(x.flatten(1), training=self.training))
-        return found
+        actual: Tensor = self.fc(nn.functional.dropout(x.flatten(1), training=self.training))
+        return actual
 
 
 def of_tokens(network: Callable[[], nn.Module], length: int) -> Task:

@@ -306,8 +306,8 @@ def test_two_processes_at_once_never_exceed_the_budget(path):
 def test_threads_of_a_process_share_a_ledger(path):
     book = Ledger.create(path)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda number: book.charge(charge(number), PLENTY), range(12)))
-    assert sorted(spent.charges for spent in found) == list(range(1, 13))
+        actual = list(pool.map(lambda number: book.charge(charge(number), PLENTY), range(12)))
+    assert sorted(spent.charges for spent in actual) == list(range(1, 13))
     book.verify()
 
 
@@ -449,11 +449,11 @@ def test_a_flipped_byte_is_noticed_wherever_it_counts(filled):
         flipped[at] ^= 0x20
         filled.write_bytes(flipped)
         try:
-            found = Ledger(filled).entries()
+            actual = Ledger(filled).entries()
         except SiteError as error:
             assert error.code == 428
         else:  # a byte that nothing depends on
-            assert found == expected
+            assert actual == expected
             assert at not in checked
         for leftover in filled.parent.glob(f"{FILE}-*"):
             leftover.unlink()

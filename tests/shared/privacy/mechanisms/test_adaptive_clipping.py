@@ -44,8 +44,8 @@ def test_it_converges_to_the_median(start: float) -> None:
 
 @pytest.mark.parametrize("quantile", [0.2, 0.8])
 def test_it_converges_to_another_quantile(quantile: float) -> None:
-    found = follow(1.0, lambda bound, fraction: update(bound, fraction, quantile))
-    assert found == pytest.approx(math.exp(stats.norm.ppf(quantile)), rel=0.1)
+    actual = follow(1.0, lambda bound, fraction: update(bound, fraction, quantile))
+    assert actual == pytest.approx(math.exp(stats.norm.ppf(quantile)), rel=0.1)
 
 
 def test_with_the_sign_inverted_it_collapses() -> None:
@@ -88,19 +88,19 @@ def test_a_noise_multiplier_out_of_range_is_refused(z: float) -> None:
 @pytest.mark.parametrize("sigma", [0.5, 3.0, 50.0])
 def test_the_fraction_has_the_noise_that_it_says(sigma: float) -> None:
     entropy, size = Entropy(key=KEY), 4000
-    found = np.array([noisy_fraction(30, 100, sigma, entropy) for _ in range(size)])
-    assert abs(found.mean() - 0.3) < 3 * sigma / 100 / math.sqrt(size)
-    assert abs(found.var() / (sigma / 100) ** 2 - 1) < 3 * math.sqrt(2 / size)
-    assert stats.kstest((found - 0.3) * 100 / sigma, "norm").pvalue > 1e-3
+    actual = np.array([noisy_fraction(30, 100, sigma, entropy) for _ in range(size)])
+    assert abs(actual.mean() - 0.3) < 3 * sigma / 100 / math.sqrt(size)
+    assert abs(actual.var() / (sigma / 100) ** 2 - 1) < 3 * math.sqrt(2 / size)
+    assert stats.kstest((actual - 0.3) * 100 / sigma, "norm").pvalue > 1e-3
     # The failing twin: noise of twice that, as without the halved sensitivity.
-    assert stats.kstest((found - 0.3) * 200 / sigma, "norm").pvalue < 1e-3
+    assert stats.kstest((actual - 0.3) * 200 / sigma, "norm").pvalue < 1e-3
 
 
 def test_it_may_lie_outside_0_and_1() -> None:
     entropy = Entropy(key=KEY)
-    found = [noisy_fraction(0, 10, 20.0, entropy) for _ in range(100)]
-    assert min(found) < 0
-    assert max(found) > 1
+    actual = [noisy_fraction(0, 10, 20.0, entropy) for _ in range(100)]
+    assert min(actual) < 0
+    assert max(actual) > 1
 
 
 def test_under_poisson_sampling_one_site_more_changes_it_by_half_a_share() -> None:
@@ -160,11 +160,11 @@ def test_the_largest_noise_is_allowed() -> None:
 
 
 def test_an_empty_sample_has_noise_like_any_other() -> None:
-    found = [
+    actual = [
         noisy_fraction(0, 0, 1.0, Entropy(key=bytes([k]) * 32), expected=10) for k in range(99)
     ]
-    assert abs(np.mean(found) - 0.5) < 4 * 0.1 / math.sqrt(99)
-    assert np.std(found) == pytest.approx(0.1, rel=0.3)
+    assert abs(np.mean(actual) - 0.5) < 4 * 0.1 / math.sqrt(99)
+    assert np.std(actual) == pytest.approx(0.1, rel=0.3)
     # Without the number that is expected there is nothing to divide by.
     with pytest.raises(ValueError, match="^sites: must be 1 or more"):
         noisy_fraction(0, 0, 1.0, Entropy())

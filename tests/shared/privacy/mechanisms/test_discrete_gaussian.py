@@ -28,8 +28,8 @@ SIZE = 300_000
 LARGE = 20_000.0
 
 
-def entries(found: Table) -> list[int]:
-    pairs = zip(found.high.tolist(), found.low.tolist(), strict=True)
+def entries(actual: Table) -> list[int]:
+    pairs = zip(actual.high.tolist(), actual.low.tolist(), strict=True)
     return [(high << 64) + low for high, low in pairs]
 
 
@@ -44,12 +44,12 @@ def exact(sigma: float, size: int) -> list[mpmath.mpf]:
         return [one / total for one in rho]
 
 
-def p_value(drawn: NDArray[np.int64], probabilities: NDArray[np.float64]) -> float:
+def p_value(sampled: NDArray[np.int64], probabilities: NDArray[np.float64]) -> float:
     """Chi-squared of draws against the probabilities of 0, 1, -1, 2, ...: values expected less than 20 times as one."""
     largest = (probabilities.size - 1) // 2
-    counts = np.bincount(drawn + largest, minlength=2 * largest + 1)
+    counts = np.bincount(sampled + largest, minlength=2 * largest + 1)
     order = np.argsort(abs(np.arange(-largest, largest + 1)), kind="stable")
-    counts, expected = counts[order], probabilities * drawn.size
+    counts, expected = counts[order], probabilities * sampled.size
     rare = expected < 20
     counts = np.append(counts[~rare], counts[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())
@@ -67,29 +67,29 @@ def line(sigma: float) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("sigma", [MIN_SIGMA, 0.3, 0.99, 1.0, 3.7, 19.0, 100.25])
 def test_every_entry_is_the_true_one_rounded_down_or_one_less(sigma: float) -> None:
-    found = entries(Table(sigma))
-    probabilities = exact(sigma, 2 * len(found) + 20)
+    actual = entries(Table(sigma))
+    probabilities = exact(sigma, 2 * len(actual) + 20)
     with mpmath.workdps(70):
         below = mpmath.mpf(0)
-        for k, entry in enumerate(found):
+        for k, entry in enumerate(actual):
             below += probabilities[k] * (2 if k else 1)
             true = int(mpmath.floor(below * UNIT))
             assert true - 1 <= entry <= true
-        below += 2 * probabilities[len(found)]
+        below += 2 * probabilities[len(actual)]
         assert 1 - below <= Table(sigma).tail * (1 + 1e-9) + mpmath.mpf(10) ** -65
 
 
 @pytest.mark.parametrize("sigma", [1024.0, 5000.123, LARGE])
 def test_a_large_table_adds_up_and_has_the_right_steps(sigma: float) -> None:
     """Z comes from Poisson's summation and the entries from the sum itself, so that they meet checks both."""
-    found = entries(table(sigma))
-    assert 0 <= UNIT - found[-1] <= 2
-    assert found == sorted(found)
+    actual = entries(table(sigma))
+    assert 0 <= UNIT - actual[-1] <= 2
+    assert actual == sorted(actual)
     with mpmath.workdps(70):
         z = mpmath.mpf(sigma) * mpmath.sqrt(2 * mpmath.pi)
-        for k in [1, 2, 255, 256, 257, round(sigma), round(7 * sigma), len(found) - 2]:
+        for k in [1, 2, 255, 256, 257, round(sigma), round(7 * sigma), len(actual) - 2]:
             rho = mpmath.exp(-(mpmath.mpf(k) ** 2) / (2 * mpmath.mpf(sigma) ** 2))
-            assert abs(found[k] - found[k - 1] - 2 * UNIT * rho / z) < 2
+            assert abs(actual[k] - actual[k - 1] - 2 * UNIT * rho / z) < 2
 
 
 def test_how_rows_are_grouped_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +98,9 @@ def test_how_rows_are_grouped_makes_no_difference(monkeypatch: pytest.MonkeyPatc
     for steps, rows in ((8, 4), (1, 3), (7, 1000)):
         monkeypatch.setattr(discrete_gaussian, "_STEPS", steps)
         monkeypatch.setattr(discrete_gaussian, "_ROWS", rows)
-        found = entries(Table(19.0))
-        assert len(found) == len(usual)
-        assert max(abs(a - b) for a, b in zip(found, usual, strict=True)) <= 1
+        actual = entries(Table(19.0))
+        assert len(actual) == len(usual)
+        assert max(abs(a - b) for a, b in zip(actual, usual, strict=True)) <= 1
 
 
 @pytest.mark.parametrize("sigma", [MIN_SIGMA, 1.0, 3.7, 1000.0, LARGE])
@@ -113,10 +113,10 @@ def test_the_tail_is_below_2_to_the_128(sigma: float) -> None:
 @pytest.mark.parametrize("sigma", [MIN_SIGMA, 0.3, 1.0, 3.7, 100.25])
 def test_the_variance_is_exactly_the_table_s(sigma: float) -> None:
     made = table(sigma)
-    found = [*entries(made), UNIT]
-    total = sum(k * k * (found[k] - found[k - 1]) for k in range(1, len(found)))
+    actual = [*entries(made), UNIT]
+    total = sum(k * k * (actual[k] - actual[k - 1]) for k in range(1, len(actual)))
     assert made.variance() == float(Fraction(total, UNIT))
-    true = 2 * mpmath.fsum(k * k * p for k, p in enumerate(exact(sigma, len(found))))
+    true = 2 * mpmath.fsum(k * k * p for k, p in enumerate(exact(sigma, len(actual))))
     assert made.variance() == pytest.approx(float(true), rel=1e-12)
 
 
@@ -128,44 +128,44 @@ def test_the_variance_of_a_large_table() -> None:
 
 @pytest.mark.parametrize("sigma", [0.3, 0.5, 1.0, 3.7, 19.0, 100.25])
 def test_draws_have_the_exact_probabilities(sigma: float) -> None:
-    drawn = table(sigma).sample(SIZE, Entropy(key=KEY))
-    assert drawn.dtype == np.int64
-    assert p_value(drawn, line(sigma)) > 1e-3
-    squares = drawn.astype(np.float64) ** 2
+    sampled = table(sigma).sample(SIZE, Entropy(key=KEY))
+    assert sampled.dtype == np.int64
+    assert p_value(sampled, line(sigma)) > 1e-3
+    squares = sampled.astype(np.float64) ** 2
     error = np.sqrt(squares.var() / SIZE)
     assert abs(squares.mean() - table(sigma).variance()) < 3 * error
-    assert abs(drawn.mean()) < 3 * np.sqrt(table(sigma).variance() / SIZE)
+    assert abs(sampled.mean()) < 3 * np.sqrt(table(sigma).variance() / SIZE)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.7, 19.0])
 def test_wrong_draws_are_caught(sigma: float) -> None:
     """A standard deviation 3 % off; and zero counted twice, as a sign for every magnitude would."""
     right = line(sigma)
-    drawn = Table(1.03 * sigma).sample(SIZE, Entropy(key=KEY))
+    sampled = Table(1.03 * sigma).sample(SIZE, Entropy(key=KEY))
     # What is beyond the right table's end would be caught at once.
-    drawn = drawn[abs(drawn) <= (right.size - 1) // 2]
-    assert p_value(drawn, right) < 1e-3
+    sampled = sampled[abs(sampled) <= (right.size - 1) // 2]
+    assert p_value(sampled, right) < 1e-3
     twice = right.copy()
     twice[0] *= 2
     assert p_value(table(sigma).sample(SIZE, Entropy(key=KEY)), twice / twice.sum()) < 1e-3
 
 
 def test_rounding_a_normal_number_is_another_distribution() -> None:
-    drawn = np.rint(0.5 * np.random.default_rng(0).standard_normal(SIZE)).astype(np.int64)
-    assert p_value(drawn, line(0.5)) < 1e-3
+    sampled = np.rint(0.5 * np.random.default_rng(0).standard_normal(SIZE)).astype(np.int64)
+    assert p_value(sampled, line(0.5)) < 1e-3
 
 
 @pytest.mark.slow
 def test_draws_from_a_large_table() -> None:
     sigma, size = LARGE, 300_000
-    drawn = table(sigma).sample(size, Entropy(key=KEY))
-    assert abs(drawn.var() / sigma**2 - 1) < 3 * np.sqrt(2 / size)
+    sampled = table(sigma).sample(size, Entropy(key=KEY))
+    assert abs(sampled.var() / sigma**2 - 1) < 3 * np.sqrt(2 / size)
     # Moved by a uniform half step, it is the continuous one's but for (1 / sigma)^2.
-    moved = drawn + np.random.default_rng(0).random(size) - 0.5
+    moved = sampled + np.random.default_rng(0).random(size) - 0.5
     assert stats.kstest(moved / sigma, "norm").pvalue > 1e-3
     assert stats.kstest(1.02 * moved / sigma, "norm").pvalue < 1e-3
-    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 4 / np.sqrt(size)
-    assert 0.49 < (drawn > 0).mean() < 0.51
+    assert abs(np.corrcoef(sampled[:-1], sampled[1:])[0, 1]) < 4 / np.sqrt(size)
+    assert 0.49 < (sampled > 0).mean() < 0.51
 
 
 class Narrow(Entropy):
@@ -185,9 +185,9 @@ def test_where_high_words_are_equal_the_low_one_decides() -> None:
     """Numbers 0 to 3, each one time in four; of the 1s the low words leave 1/8, 1/2 and 3/8, of the 2s 1/4 and 3/4."""
     high = np.array([1, 1, 2, 4], np.uint64)
     low = np.array([2**61, 5 * 2**61, 2**62, 0], np.uint64)
-    drawn = abs(draw(high, low, 40_000, Narrow()))
+    sampled = abs(draw(high, low, 40_000, Narrow()))
     expected = np.array([8 + 1, 4, 3 + 2, 6 + 8]) / 32
-    counts = np.bincount(drawn, minlength=4)
+    counts = np.bincount(sampled, minlength=4)
     assert counts.size == 4
     assert stats.chisquare(counts, 40_000 * expected).pvalue > 1e-3
     # With high words alone nothing would be 1, and 0 only where the number is 0.
@@ -221,8 +221,8 @@ def test_each_side_of_a_tie() -> None:
         (2**63 - 1, [], 3),
     ]:
         for sign in (0, 1):
-            found = draw(high, low, 1, Script([2 * number + sign], second))
-            assert found.tolist() == [-expected if sign else expected]
+            actual = draw(high, low, 1, Script([2 * number + sign], second))
+            assert actual.tolist() == [-expected if sign else expected]
 
 
 def test_the_same_key_makes_the_same_noise() -> None:

@@ -20,22 +20,22 @@ def signed(total):
 
 def summed(sites, honest, size=20_000, noise_multiplier=1.0, update=None):
     entropy = Entropy(key=KEY)
-    deviation = distributed.stddev(noise_multiplier, size, honest, sites)
+    noise_stddev = distributed.stddev(noise_multiplier, size, honest, sites)
     update = np.zeros(size) if update is None else update
     total = np.zeros(size, np.uint32)
     for _ in range(sites):
-        total += distributed.encode(update, 2.0, deviation, entropy)
+        total += distributed.encode(update, 2.0, noise_stddev, entropy)
     return signed(total)
 
 
 @pytest.mark.parametrize(("sites", "honest"), [(5, 5), (8, 5), (1, 1)])
 def test_the_sum_over_so_many_sites_has_the_variance_that_is_charged_or_more(sites, honest):
     size = 20_000
-    found = summed(sites, honest)
+    actual = summed(sites, honest)
     sigma = distributed.sensitivity(size) * math.sqrt(sites / honest)
     # The variance of a variance of n normal values is 2 sigma^4 / n.
-    assert abs(found.var() - sigma**2) < 3 * sigma**2 * math.sqrt(2 / size)
-    assert abs(found.mean()) < 4 * sigma / math.sqrt(size)
+    assert abs(actual.var() - sigma**2) < 3 * sigma**2 * math.sqrt(2 / size)
+    assert abs(actual.mean()) < 4 * sigma / math.sqrt(size)
     assert sigma >= distributed.sensitivity(size)
 
 
@@ -43,9 +43,9 @@ def test_the_sum_is_as_a_gaussian_and_half_the_noise_is_found_out():
     size = 20_000
     sigma = distributed.sensitivity(size)
     for multiplier, fits in ((1.0, True), (0.9, False)):
-        found = summed(5, 5, noise_multiplier=multiplier)
+        actual = summed(5, 5, noise_multiplier=multiplier)
         edges = stats.norm.ppf(np.linspace(0, 1, 41)[1:-1]) * sigma
-        counts = np.bincount(np.searchsorted(edges, found), minlength=40)
+        counts = np.bincount(np.searchsorted(edges, actual), minlength=40)
         p = stats.chisquare(counts).pvalue
         assert (p > 1e-3) == fits
 
@@ -53,22 +53,22 @@ def test_the_sum_is_as_a_gaussian_and_half_the_noise_is_found_out():
 def test_updates_add_up_under_the_noise():
     size, sites = 5_000, 400
     update = np.full(size, 2.0 / math.sqrt(size))
-    found = summed(sites, sites, size, 0.4, update) / distributed.steps_a_unit(2.0) / sites
+    actual = summed(sites, sites, size, 0.4, update) / distributed.steps_a_unit(2.0) / sites
     noise = 0.4 * distributed.sensitivity(size) / distributed.steps_a_unit(2.0) / sites
-    assert abs(found.mean() - update[0]) < 4 * noise / math.sqrt(size)
+    assert abs(actual.mean() - update[0]) < 4 * noise / math.sqrt(size)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 100_000])
 def test_a_rounded_update_is_never_longer_than_is_charged_for(size):
     entropy = Entropy(key=KEY)
     rng = np.random.default_rng(size)
-    longest = distributed.sensitivity(size)
+    max_norm = distributed.sensitivity(size)
     for _ in range(20):
         exact = rng.standard_normal(size)
         exact *= distributed.STEPS / np.linalg.norm(exact)
-        found = distributed.rounded(exact, longest, entropy)
-        assert np.abs(found - exact).max() < 1
-        assert np.linalg.norm(found.astype(float)) <= longest
+        actual = distributed.rounded(exact, max_norm, entropy)
+        assert np.abs(actual - exact).max() < 1
+        assert np.linalg.norm(actual.astype(float)) <= max_norm
 
 
 def test_rounding_has_the_right_mean():

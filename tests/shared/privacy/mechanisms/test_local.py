@@ -23,7 +23,7 @@ def entropy(n=0):
 )
 def test_the_variance_is_that_of_twice_the_bound(noise_multiplier, bound):
     size = 200_000
-    found = local.noised(np.zeros(size), bound, noise_multiplier, entropy())
+    actual = local.noised(np.zeros(size), bound, noise_multiplier, entropy())
     wanted = (noise_multiplier * 2 * bound) ** 2
     # Of a Gaussian's squares: the variance's standard error is sqrt(2 / n) of it.
     error = wanted * math.sqrt(2 / size)
@@ -31,10 +31,10 @@ def test_the_variance_is_that_of_twice_the_bound(noise_multiplier, bound):
     grid = local.steps(noise_multiplier, size)
     excess = (distributed.sensitivity(size, grid) / grid) ** 2
     assert 1 < excess < 1.0021
-    assert abs(found.var() - wanted * excess) < 3 * error
-    assert abs(found.mean()) < 4 * math.sqrt(wanted / size)
+    assert abs(actual.var() - wanted * excess) < 3 * error
+    assert abs(actual.mean()) < 4 * math.sqrt(wanted / size)
     # The failing twin: noise for a sensitivity of C, as if a site were added and not replaced.
-    assert abs(found.var() - wanted / 4) > 100 * error
+    assert abs(actual.var() - wanted / 4) > 100 * error
 
 
 def test_at_a_real_network_s_size_rounding_costs_nothing_to_speak_of():
@@ -45,12 +45,14 @@ def test_at_a_real_network_s_size_rounding_costs_nothing_to_speak_of():
 @pytest.mark.parametrize("noise_multiplier", [0.02, 1.0, 3.0, 60.0])
 @pytest.mark.parametrize("size", [1, 100, 1_000_000])
 def test_the_grid_is_fine_enough_for_the_accountant_and_the_table(noise_multiplier, size):
-    deviation = local.stddev(noise_multiplier, size)
-    assert distributed.MIN_STDDEV <= deviation <= MAX_SIGMA
+    noise_stddev = local.stddev(noise_multiplier, size)
+    assert distributed.MIN_STDDEV <= noise_stddev <= MAX_SIGMA
     grid = local.steps(noise_multiplier, size)
     assert grid <= distributed.STEPS
-    # What two sites' updates can be apart, and what it is reckoned with.
-    assert deviation / (2 * distributed.sensitivity(size, grid)) == pytest.approx(noise_multiplier)
+    # What two sites' updates can be apart, and what it is accounted with.
+    assert noise_stddev / (2 * distributed.sensitivity(size, grid)) == pytest.approx(
+        noise_multiplier
+    )
 
 
 @pytest.mark.parametrize("noise_multiplier", [1e-4, 1e4])
@@ -62,9 +64,9 @@ def test_noise_off_the_grid_is_refused(noise_multiplier):
 def test_what_leaves_is_a_whole_number_of_steps():
     draw = np.random.default_rng(0)
     update = draw.normal(size=1000) * 1e-3
-    found = local.noised(update, 0.7, 1.3, entropy()) / (0.7 / local.steps(1.3, 1000))
-    assert np.array_equal(found, np.rint(found)) or abs(found - np.rint(found)).max() < 1e-6
-    assert np.unique(np.rint(found)).size > 900
+    actual = local.noised(update, 0.7, 1.3, entropy()) / (0.7 / local.steps(1.3, 1000))
+    assert np.array_equal(actual, np.rint(actual)) or abs(actual - np.rint(actual)).max() < 1e-6
+    assert np.unique(np.rint(actual)).size > 900
 
 
 def test_a_long_update_is_scaled_down_and_a_short_one_is_not():
@@ -115,24 +117,24 @@ def weights():
 def test_weights_move_by_the_noised_update_alone():
     received = weights()
     trained = {k: a + np.asarray(1, a.dtype) for k, a in received.items()}
-    found = local.noised_weights(received, trained, 1.0, 0.02, entropy(1))
-    assert list(found) == list(received)
-    assert [a.dtype for a in found.values()] == [a.dtype for a in received.values()]
-    assert found["w"].shape == (20, 30)
+    actual = local.noised_weights(received, trained, 1.0, 0.02, entropy(1))
+    assert list(actual) == list(received)
+    assert [a.dtype for a in actual.values()] == [a.dtype for a in received.values()]
+    assert actual["w"].shape == (20, 30)
     # No noise covers whole numbers: they stay.
-    assert found["steps"] == 7
-    moved = np.concatenate([(found[k] - received[k]).ravel() for k in ("w", "b")])
+    assert actual["steps"] == 7
+    moved = np.concatenate([(actual[k] - received[k]).ravel() for k in ("w", "b")])
     # 630 ones, scaled down to a norm of 1 all together.
     assert abs(moved.mean() - 1 / math.sqrt(630)) < 4 * 0.04 / math.sqrt(630)
     assert np.array_equal(received["w"], weights()["w"])
     again = local.noised_weights(received, trained, 1.0, 0.02, entropy(2))
-    assert not np.array_equal(again["w"], found["w"])
+    assert not np.array_equal(again["w"], actual["w"])
 
 
-def test_nobody_can_tell_that_a_site_had_no_examples():
+def test_that_a_site_had_no_examples_does_not_show():
     received = weights()
-    found = local.noised_weights(received, None, 1.0, 2.0, entropy())
-    assert found["w"].std() == pytest.approx(4.0, rel=0.2)
+    actual = local.noised_weights(received, None, 1.0, 2.0, entropy())
+    assert actual["w"].std() == pytest.approx(4.0, rel=0.2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -145,9 +147,9 @@ def test_an_update_that_is_not_finite_is_refused(bad):
 
 @pytest.mark.parametrize("size", [1, 50, 5_000])
 def test_the_noise_s_norm_stays_within_what_the_gate_allows(size):
-    farthest = local.max_update_norm(0.5, 2.0, size)
+    largest = local.max_update_norm(0.5, 2.0, size)
     source = entropy()
     norms = [np.linalg.norm(local.noised(np.zeros(size), 0.5, 2.0, source)) for _ in range(200)]
-    assert max(norms) < farthest
+    assert max(norms) < largest
     # And the gate is no open door: within a few standard deviations of the usual norm.
-    assert farthest < 2.01 * (math.sqrt(size) + 8)
+    assert largest < 2.01 * (math.sqrt(size) + 8)

@@ -22,22 +22,22 @@ def section(mechanism="example", noise=2.0, **more):
     return builders.section(PrivacySection, **own)
 
 
-def drawn(counts, times=4000, found=FOUND):
+def sampled(counts, times=4000, exact=FOUND):
     source = Entropy(key=bytes(32))
-    made = [counts.make(found, source) for _ in range(times)]
-    return {name: np.array([one[name] for one in made]) for name in counts.told}
+    results = [counts.make(exact, source) for _ in range(times)]
+    return {name: np.array([one[name] for one in results]) for name in counts.reported}
 
 
-def within(values, mean, deviation):
+def within(values, mean, stddev):
     n = len(values)
-    assert abs(values.mean() - mean) < 4 * deviation / math.sqrt(n)
-    assert abs(values.var() - deviation**2) < 3 * deviation**2 * math.sqrt(2 / n)
+    assert abs(values.mean() - mean) < 4 * stddev / math.sqrt(n)
+    assert abs(values.var() - stddev**2) < 3 * stddev**2 * math.sqrt(2 / n)
 
 
 def test_single_examples_are_hidden_in_every_counter_but_the_loss():
     counts = noised_counts.plan(section(), NAMES)
-    assert counts.told == counts.noised == ("correct", "examples", "positive", "true-positive")
-    for name, values in drawn(counts).items():
+    assert counts.reported == counts.noised == ("correct", "examples", "positive", "true-positive")
+    for name, values in sampled(counts).items():
         # One example changes all four by 1.
         within(values, FOUND[name], 2.0 * math.sqrt(4))
 
@@ -47,10 +47,10 @@ def test_whole_sites_are_hidden_in_shares_and_each_counts_as_one(mechanism):
     counts = noised_counts.plan(section(mechanism), NAMES)
     assert counts.unit == "site"
     assert counts.noised == ("correct", "positive", "true-positive")
-    values = drawn(counts)
+    values = sampled(counts)
     assert set(values.pop("examples")) == {1.0}
-    for name, of in values.items():
-        within(of, FOUND[name] / 80, 2.0 * math.sqrt(3))
+    for name, shares in values.items():
+        within(shares, FOUND[name] / 80, 2.0 * math.sqrt(3))
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_under_masks_the_sites_noise_is_as_much_together():
     )
     within(sums, 5 * 0.75, 2.0 * math.sqrt(3))
     # The failing twin: one site's alone is a fifth of it, and would be charged for too little.
-    alone = drawn(counts, 2000)["correct"]
+    alone = sampled(counts, 2000)["correct"]
     assert alone.var() < 0.25 * 12
 
 
@@ -71,7 +71,7 @@ def test_the_noise_is_on_a_grid_that_is_fine_enough(noise):
     counts = noised_counts.plan(section("local", noise), NAMES)
     steps = 2**counts.bits
     assert 0 <= counts.bits <= noised_counts.MAX_BITS
-    assert counts.deviation * steps >= 1000
+    assert counts.stddev * steps >= 1000
     for value in counts.make(FOUND, Entropy()).values():
         assert (value * steps).is_integer()
 
@@ -86,14 +86,14 @@ def test_a_site_s_shares_stay_within_0_and_1_before_the_noise():
     # A task that counts wrongly must not move a mean by more than is hidden.
     counts = noised_counts.plan(section("local", 0.01), NAMES)
     odd = FOUND | {"correct": 1e9, "positive": -5.0}
-    values = drawn(counts, 200, odd)
+    values = sampled(counts, 200, odd)
     assert abs(values["correct"].mean() - 1) < 0.01
     assert abs(values["positive"].mean()) < 0.01
 
 
 def test_a_site_without_examples_is_noise_alone():
     nothing = dict.fromkeys(NAMES, 0.0)
-    values = drawn(noised_counts.plan(section("local"), NAMES), found=nothing)
+    values = sampled(noised_counts.plan(section("local"), NAMES), exact=nothing)
     within(values["correct"], 0.0, 2.0 * math.sqrt(3))
     assert set(values["examples"]) == {1.0}
 

@@ -30,8 +30,8 @@ class Fixed(random.SystemRandom):
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
 def test_the_number_drawn_is_binomial_and_a_fixed_number_is_caught(rate: float) -> None:
     system, rounds = Fixed(1), 3000
-    drawn = [poisson(NAMES, rate, system) for _ in range(rounds)]
-    sizes = np.bincount([len(one) for one in drawn], minlength=41)
+    sampled = [poisson(NAMES, rate, system) for _ in range(rounds)]
+    sizes = np.bincount([len(one) for one in sampled], minlength=41)
     expected = rounds * stats.binom.pmf(np.arange(41), 40, rate)
     usual = expected >= 5
     observed = np.append(sizes[usual], sizes[~usual].sum())
@@ -75,11 +75,11 @@ def test_a_tenth_takes_more_than_53_bits() -> None:
 
 def test_the_order_is_kept_and_a_rate_of_1_takes_all() -> None:
     assert poisson(NAMES, 1.0) == NAMES
-    drawn = poisson(NAMES, 0.5)
-    assert drawn == [name for name in NAMES if name in set(drawn)]
+    sampled = poisson(NAMES, 0.5)
+    assert sampled == [name for name in NAMES if name in set(sampled)]
 
 
-def test_nobody_may_be_drawn() -> None:
+def test_the_sample_may_be_empty() -> None:
     assert poisson(NAMES, 1e-300) == []
     assert poisson([], 0.5) == []
 

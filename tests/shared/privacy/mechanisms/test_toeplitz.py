@@ -22,10 +22,10 @@ from fedge.shared.privacy.mechanisms.toeplitz import (
 
 
 def matrix(diagonals: NDArray[np.float64], rounds: int) -> NDArray[np.float64]:
-    found = np.zeros((rounds, rounds))
+    actual = np.zeros((rounds, rounds))
     for k, value in enumerate(diagonals):
-        found += np.diag(np.full(rounds - k, value), -k)
-    return found
+        actual += np.diag(np.full(rounds - k, value), -k)
+    return actual
 
 
 def test_the_diagonals() -> None:
@@ -46,8 +46,8 @@ def test_the_recursion_is_the_inverse(bands: int) -> None:
     fresh = normal(rounds * size, Entropy(key=bytes(32))).reshape(rounds, size)
     noise = Correlated(diagonals, size)
     kept = fresh.copy()
-    found = np.array([noise.next(one) for one in fresh])
-    assert np.allclose(found, np.linalg.solve(matrix(diagonals, rounds), fresh), atol=1e-12)
+    actual = np.array([noise.next(one) for one in fresh])
+    assert np.allclose(actual, np.linalg.solve(matrix(diagonals, rounds), fresh), atol=1e-12)
     assert (fresh == kept).all()
 
 
@@ -55,8 +55,8 @@ def test_diagonals_of_the_callers_own() -> None:
     diagonals = np.array([2.0, 0.5, 0.0, 0.25])
     fresh = np.arange(24.0).reshape(12, 2)
     noise = Correlated(diagonals, 2)
-    found = np.array([noise.next(one) for one in fresh])
-    assert np.allclose(matrix(diagonals, 12) @ found, fresh, atol=1e-12)
+    actual = np.array([noise.next(one) for one in fresh])
+    assert np.allclose(matrix(diagonals, 12) @ actual, fresh, atol=1e-12)
 
 
 def test_what_it_returned_may_be_changed() -> None:
@@ -93,8 +93,8 @@ def test_the_sensitivity_is_the_worst_of_all_patterns(
                 continue
             for signs in itertools.product((1, -1), repeat=count):
                 worst = max(worst, float(np.linalg.norm(c[:, chosen] @ np.array(signs))))
-    found = sensitivity(coefficients(rounds, bands), rounds, participations, apart)
-    assert found == pytest.approx(worst, rel=1e-12)
+    actual = sensitivity(coefficients(rounds, bands), rounds, participations, apart)
+    assert actual == pytest.approx(worst, rel=1e-12)
 
 
 def test_with_few_bands_the_columns_do_not_overlap() -> None:
@@ -127,10 +127,10 @@ def test_the_error_is_that_of_noise_which_was_drawn() -> None:
     rounds, size, bands = 40, 3000, 12
     diagonals = coefficients(rounds, bands)
     entropy, noise = Entropy(key=bytes(32)), Correlated(diagonals, size)
-    deviation = sensitivity(diagonals, rounds, 1, rounds)
+    stddev = sensitivity(diagonals, rounds, 1, rounds)
     total, squares = np.zeros(size), 0.0
     for _ in range(rounds):
-        total += noise.next(deviation * normal(size, entropy))
+        total += noise.next(stddev * normal(size, entropy))
         squares += float((total**2).mean())
     measured = math.sqrt(squares / rounds) / math.sqrt((rounds + 1) / 2)
     assert measured == pytest.approx(error(diagonals, rounds), rel=0.02)
@@ -142,9 +142,9 @@ def test_the_error_is_that_of_noise_which_was_drawn() -> None:
 )
 def test_the_gain_over_100_rounds(participations: int, gain: float, bands: int) -> None:
     """With the best number of bands, which for several participations is the separation."""
-    found = [error(coefficients(100, k), 100, participations) for k in range(1, 101)]
-    assert 1 / min(found) == pytest.approx(gain, abs=0.005)
-    assert int(np.argmin(found)) + 1 == bands
+    actual = [error(coefficients(100, k), 100, participations) for k in range(1, 101)]
+    assert 1 / min(actual) == pytest.approx(gain, abs=0.005)
+    assert int(np.argmin(actual)) + 1 == bands
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_best_number_of_bands_is_that_of_all(rounds: int, apart: int) -> Non
     assert best_bands(rounds, times, apart) == int(np.argmin(every)) + 1
 
 
-def test_whoever_is_asked_every_round_gains_nothing_by_bands() -> None:
+def test_a_site_in_every_round_gains_nothing_by_bands() -> None:
     assert best_bands(50, 50, 1) == 1
 
 
@@ -224,7 +224,7 @@ def test_what_goes_on_after_a_crash_has_the_same_noise(bands: int) -> None:
         for one in fresh[done:]:
             np.testing.assert_array_equal(whole.next(one), resumed.next(one))
         assert resumed.round == rounds
-        # The failing twin: noise that is begun anew.
+        # The failing twin: noise that starts again.
         if done and bands > 1:
             expected = np.linalg.solve(matrix(diagonals, rounds), fresh)[done]
             begun = Correlated(diagonals, size).next(fresh[done])

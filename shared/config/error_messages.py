@@ -152,17 +152,19 @@ def _unknown_key(detail: ErrorDetails) -> str:
     others = _members_with(loc, name) if tag else []
     if others:
         return f"{_dotted(path)}: must be a key{owner}, got a key of {', '.join(others)}"
-    known = _sections() if isinstance(detail["input"], Mapping) else _settable(str(path[0]), tag)
-    nearest = _nearest(tuple(str(part) for part in path), known)
+    known_keys = (
+        _sections() if isinstance(detail["input"], Mapping) else _settable(str(path[0]), tag)
+    )
+    nearest = _nearest(tuple(str(part) for part in path), known_keys)
     offer = f"the nearest is {nearest}" if nearest else "there is none like it"
     return f"{_dotted(path)}: must be a known key{owner}; {offer}"
 
 
-def _nearest(path: tuple[str, ...], known: Sequence[tuple[str, ...]]) -> str:
+def _nearest(path: tuple[str, ...], known_keys: Sequence[tuple[str, ...]]) -> str:
     """The known path most like ``path``, empty where none is near."""
     folded = tuple(part.replace("_", "-").lower() for part in path)
     best, best_score = "", NEAR
-    for candidate in known:
+    for candidate in known_keys:
         last = difflib.SequenceMatcher(None, folded[-1], candidate[-1]).ratio()
         whole = difflib.SequenceMatcher(None, ".".join(folded), ".".join(candidate)).ratio()
         # A key of the same section wins over a little more likeness elsewhere.
