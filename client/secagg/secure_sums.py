@@ -162,7 +162,7 @@ class SecureSums:
             terms: of it.
             kind: its message type.
             names: of the counters, in the order of the vector.
-            count: the counters; with noise that is paid for, each time anew, where there is some.
+            count: the counters; where there is noise, with new noise that is charged each time.
             noised: whether there is.
             min_sites: fewest sites whose noise together hides each; 0 where there is none.
 

@@ -211,7 +211,7 @@ class CentralNoise:
         """Go on after round ``done`` from what ``state`` gave then; other entries are passed over.
 
         Raises:
-            RunError: 504, it is not that round's. To begin noise anew within a run would not be what is accounted for.
+            RunError: 504, it is not that round's. Noise that begins again within a run is not what was accounted for.
         """
         if done == 0:
             return

@@ -2,7 +2,7 @@
 
 Each update is scaled down to the bound, taken to whole steps of a grid, and added with weight 1. Whole numbers add up
 to the same in any order, and noise in whole steps (``discrete_gaussian``) has no low bits that tell what is under it.
-The grid is so fine that accountants may reckon with the continuous Gaussian, and that rounding is little beside the
+The grid is so fine that accountants may assume the continuous Gaussian, and that rounding is little beside the
 smallest values of interest: an update's mean coordinate at its bound is 16 steps or more, unless the noise is so much
 larger than the update that the table of its probabilities would take too long.
 """

@@ -11,7 +11,7 @@ from fedge.shared.privacy.accounting import epsilon
 from fedge.shared.privacy.accounting.adversaries import account
 from fedge.shared.privacy.accounting.epsilon import Release
 
-#: At which the server reckons epsilon; each site's ledger has its owner's.
+#: Delta at which the server computes epsilon; each site's ledger has its owner's.
 DELTA: Final = 1e-5
 
 
@@ -34,7 +34,7 @@ def noise_multiplier_of(section: PrivacySection) -> float:
 def central_spent(
     section: PrivacySection, server_round: int, evaluations: int = 0
 ) -> dict[str, float | None]:
-    """Epsilon of a run up to a round, for whoever gets the model, and for who also learns who was drawn.
+    """Epsilon of a run up to a round, for the model's consumers, and for those who also learn which sites were sampled.
 
     Args:
         section: with a mechanism of the server's.
@@ -71,7 +71,7 @@ def masked_spent(
         section: with distributed noise.
         before: what this gave for the round before; empty at the first.
         updates: attempts at the round's sum of updates.
-        evaluations: likewise, of noised counters.
+        evaluations: the same for noised counters.
 
     Returns:
         ``delta``, ``consumers`` and ``sample_known`` as in a line's ``central``, None standing for infinity; and how

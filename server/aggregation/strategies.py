@@ -163,7 +163,7 @@ def minimum_replies(section: cfg.StrategySection) -> int:
             return 1
 
 
-# Attributes that hold a strategy's memory between rounds; those that configure_train sets anew are not among them.
+# Attributes that hold a strategy's memory between rounds; those that configure_train sets again are not among them.
 _NAMED_STATE = ("m_t", "v_t", "control")
 
 

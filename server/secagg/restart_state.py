@@ -1,7 +1,7 @@
 """What a restarted coordinator knows of a secure sum: the last attempt's number, and sums about to be unmasked.
 
 A site answers the last exchange of a round once. So what the coordinator needs to open the sum is on disk before
-that exchange begins, and stays there until the round is committed; a coordinator that starts anew asks for the very
+that exchange begins, and stays there until the round is committed; a coordinator that starts again asks for the very
 same, which sites answer as they did before. The files hold nothing that anybody can read: the sums are masked, and the
 shares that open them are not written down.
 """

@@ -241,7 +241,7 @@ class SecureSums:
         return noised_counts.plan(self._config.privacy, names, honest, sensitivity)
 
     def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
-        """How many were made at a round's sum, those before a coordinator was started anew too."""
+        """How many were made at a round's sum, those before a restart of the coordinator too."""
         return self._sum.attempts(purpose, server_round)
 
     def statistics(self, asked: list[Member]) -> Statistics:
@@ -315,7 +315,7 @@ class SecureSums:
         )
 
     def _groups(self, server_round: int, asked: list[Member]) -> list[list[Member]]:
-        """Members by lot into groups of nearly one size, anew each round."""
+        """Divide the members at random into groups of nearly one size, differently each round."""
         count = self._config.secure_aggregation.groups
         if count == 1:
             return [asked]

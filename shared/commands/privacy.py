@@ -160,7 +160,7 @@ def _words(result: dict[str, Any]) -> str:
 
 
 COMMAND = Command(
-    summary="reckon what noise is worth, and what is spent",
+    summary="compute what noise is worth, and show what is spent",
     extra="train",
     arguments=_arguments,
     run=_run,

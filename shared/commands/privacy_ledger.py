@@ -57,7 +57,7 @@ def add(actions: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--delta", metavar="D", type=_delta,
-        help="reckon at this delta (default: the newest charge's)",
+        help="compute at this delta (default: the newest charge's)",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"more than the newest {MAX_RUNS} runs")
     form = parser.add_mutually_exclusive_group()

@@ -22,7 +22,7 @@ def load_ed25519(path: Path, *, owner_only: bool = True) -> Ed25519PrivateKey:
 
     Args:
         path: of the file.
-        owner_only: refuse a file that others than its owner may use, as whoever reads it can sign in its owner's name.
+        owner_only: refuse a file that others than its owner may use, as a reader of it can sign in its owner's name.
 
     Raises:
         ValueError: what the file must be, as "PATH: must be X, got Y".

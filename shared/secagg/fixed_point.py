@@ -72,7 +72,7 @@ def scale(bound: float, sites: int) -> float:
 
     Args:
         bound: largest magnitude of a value.
-        sites: that add up at most; the same number for encoding and decoding, whoever drops out.
+        sites: that add up at most; the same number for encoding and decoding, whichever drop out.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -4,7 +4,7 @@ A secret is the value at 0 of a random polynomial of degree ``threshold - 1`` ov
 a share is its value at x. p is the smallest prime above 2^256, so that every 32-byte string is a secret; a share takes
 33 bytes, big endian. The shares are a Reed-Solomon code, which is how ``recover`` finds the wrong ones.
 
-Python's integers do not compute in constant time; whoever measures this process to the microsecond is not held off.
+Python's integers do not compute in constant time: this does not hold against an attacker who measures microseconds.
 """
 
 from __future__ import annotations

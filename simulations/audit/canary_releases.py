@@ -4,8 +4,8 @@ With ``distributed`` a canary is the update of a site, clipped, rounded, noised 
 it is a training example whose gradient is the canary, in one full-batch step of DP-SGD; with ``off`` the same step
 without either. For ``central``, ``central-mf`` and ``local`` see ``canary_rounds``.
 
-A sum with distributed noise is promised to protect if a certain number of honest sites is in it, whoever else is. The
-audit takes the worst such sum: as many sites as that add noise, and the others, as corrupt ones may, add none. A site
+A sum with distributed noise is promised to protect if a certain number of honest sites is in it, whichever others are.
+The audit takes the worst such sum: as many sites as that add noise, and the others, as corrupt ones may, add none. A site
 that is out adds zeros; an honest one adds its noise to them.
 """
 

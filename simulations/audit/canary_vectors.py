@@ -22,7 +22,7 @@ Listener: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Canaries:
-    """Directions by number, made anew when needed: together they would take 400 MB.
+    """Directions by number, made again when needed: together they would take 400 MB.
 
     Attributes:
         seed: of the directions.

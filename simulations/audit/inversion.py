@@ -56,7 +56,7 @@ class View:
         layer: ``(k,)``, the layer's inputs as recovered.
         error: largest difference to the true ones.
         example: ``(n,)``, the example as recovered; None where it was not looked for.
-        example_error: likewise.
+        example_error: the same for the example.
     """
 
     name: str
