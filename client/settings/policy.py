@@ -157,12 +157,25 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
             expected = "site while share-statistics is false"
             raise _refusal(protocol.STANDARDISE, expected, standardise)
     privacy_policy.allow(policy.privacy, kind, config)
+    if kind == protocol.TRAIN:
+        _allow_clipping(policy.secure_aggregation, config)
     if kind == protocol.CALIBRATE:
         _allow_ranges(policy, config, masked=isinstance(secure, ConfigRecord))
     if kind in _COHORTS:
         cohort = config.get(protocol.COHORT, 0)
         if type(cohort) is not int or cohort < policy.min_cohort:
             raise _refusal(protocol.COHORT, f"at least {policy.min_cohort}", cohort)
+
+
+def _allow_clipping(policy: SecurePolicy, config: ConfigRecord) -> None:
+    """Check the bound to which an update is clipped for distributed noise: that of its section, not of the sum."""
+    section = requests.section_of(config)
+    if section.mechanism == "distributed" and section.clipping_bound > policy.max_clipping_bound:
+        raise _refusal(
+            "privacy.clipping-bound",
+            f"at most {policy.max_clipping_bound:g}",
+            section.clipping_bound,
+        )
 
 
 def shares_ranges(policy: Policy) -> bool:

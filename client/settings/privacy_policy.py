@@ -88,20 +88,21 @@ def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
     Raises:
         SiteError: 418, the site's owner does not allow it; 414, its privacy section does not parse.
     """
-    if not policy.required:
-        return
     if kind not in _ABOUT_DATA:
         return
     section = section_of(config)
+    # How many sites may add no noise is the owner's to say wherever the noise is shared, required or not.
+    if section.mechanism == "distributed" and section.corrupt_sites < policy.corrupt_sites:
+        raise _refusal(
+            "privacy.corrupt-sites", f"at least {policy.corrupt_sites}", section.corrupt_sites
+        )
+    if not policy.required:
+        return
     if section.mechanism == "off":
         raise _refusal(kind, "under differential privacy", "without")
     if section.mechanism in CENTRAL and not policy.trust_server:
         expected = "of the site's own while privacy.trust-server is false"
         raise _refusal("privacy.mechanism", expected, section.mechanism)
-    if section.mechanism == "distributed" and section.corrupt_sites < policy.corrupt_sites:
-        raise _refusal(
-            "privacy.corrupt-sites", f"at least {policy.corrupt_sites}", section.corrupt_sites
-        )
     if section.statistics == "unprotected" and not policy.share_statistics:
         expected = "off while privacy.share-statistics is false"
         raise _refusal("privacy.statistics", expected, section.statistics)

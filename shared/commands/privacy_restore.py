@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedge.shared.privacy.accounting.charges import Charge, Entry
     from fedge.shared.privacy.accounting.epsilon import Release
 
-#: What such a charge has in place of a run and a mechanism.
+#: What such a charge has in place of a run, and of a mechanism unless it is one of the server's.
 RESTORED: Final = "restored"
 #: Delta to account at where the copy names none; a budget is held at its own delta all the same.
 _DELTA: Final = 1e-5
@@ -56,6 +56,11 @@ def add(actions: _SubParsersAction[ArgumentParser]) -> None:
         help="what the noise hides (default: as the study's newest charge)",
     )  # fmt: skip
     parser.add_argument(
+        "--own-noise", action="store_true",
+        help="every release since had the site's own noise (example, distributed or local); without it the server may"
+        " have had updates without any (central, central-mf), and epsilon against the server is infinite",
+    )  # fmt: skip
+    parser.add_argument(
         "--study", metavar="NAME", help="charge this one only (default: every study in the copy)"
     )
 
@@ -70,6 +75,7 @@ def run(arguments: Namespace) -> int:
     """
     import sys
 
+    from fedge.shared.config.privacy import CENTRAL
     from fedge.shared.errors import UsageError
     from fedge.shared.privacy.accounting.epsilon import Release
     from fedge.shared.privacy.ledger.ledger import FILE, Ledger
@@ -78,7 +84,13 @@ def run(arguments: Namespace) -> int:
         release = Release(arguments.noise_multiplier, arguments.sampling_rate, arguments.steps)
         added = Ledger.restore(
             arguments.home / FILE,
-            lambda entries: charges_since(entries, release, arguments.study, arguments.unit),
+            lambda entries: charges_since(
+                entries,
+                release,
+                arguments.study,
+                arguments.unit,
+                RESTORED if arguments.own_noise else CENTRAL[0],
+            ),
         )
     except ValueError as error:
         name, _, rest = str(error).partition(":")
@@ -93,7 +105,11 @@ def run(arguments: Namespace) -> int:
 
 
 def charges_since(
-    entries: Sequence[Entry], release: Release, study: str | None, unit: Unit | None
+    entries: Sequence[Entry],
+    release: Release,
+    study: str | None,
+    unit: Unit | None,
+    mechanism: str,
 ) -> list[tuple[Charge, float]]:
     """Charges for what an older copy of a ledger lacks, each with the delta to account at.
 
@@ -102,6 +118,7 @@ def charges_since(
         release: what was sent since.
         study: privacy budget account to charge; every one in the copy where None, as it cannot say which one went on.
         unit: of privacy; that of the study's newest charge where None.
+        mechanism: to charge under; with one of the server's nothing bounds what the server learnt.
 
     Raises:
         ValueError: the copy leaves study or unit open, or a value is out of its range.
@@ -126,7 +143,7 @@ def charges_since(
             server_round=0,
             purpose="train",
             attempt=0,
-            mechanism=RESTORED,
+            mechanism=mechanism,
             release=release,
             delta=delta,
             # No request is answered; this says from where on charges are missing.

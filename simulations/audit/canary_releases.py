@@ -5,8 +5,8 @@ it is a training example whose gradient is the canary, in one full-batch step of
 without either. For ``central``, ``central-mf`` and ``local`` see ``canary_rounds``.
 
 A sum with distributed noise is promised to protect if a certain number of honest sites is in it, whichever others are.
-The audit takes the worst such sum: as many sites as that add noise, and the others, as corrupt ones may, add none. A site
-that is out adds zeros; an honest one adds its noise to them.
+The audit takes the worst such sum: as many sites as that add noise, and the others add none, as corrupt ones may. A
+site that is out adds zeros; an honest one adds its noise to them.
 """
 
 from __future__ import annotations

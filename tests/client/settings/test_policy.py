@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -6,6 +7,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedge.client.settings import policy, policy_writer
 from fedge.client.settings.policy import PolicyFile, SecurePolicy
+from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol
 from fedge.shared.errors import ConfigError, DeployError
 from fedge.shared.secagg import messages
@@ -233,6 +235,32 @@ def test_where_masks_are_required_nothing_leaves_in_clear(masked_only, allowed, 
     # Without the requirement both ways are open.
     policy.allow(allowed, kind, asked, BUNDLE)
     policy.allow(allowed, kind, masked(), BUNDLE)
+
+
+@pytest.mark.parametrize(
+    ("section", "terms", "refusal"),
+    [
+        ({"clipping-bound": 100.0}, {}, ""),
+        ({"clipping-bound": 100.5}, {}, "privacy.clipping-bound: must be at most 100"),
+        ({"corrupt-sites": 2}, {"corrupt-sites": 2}, ""),
+        ({"corrupt-sites": 1}, {"corrupt-sites": 2}, "privacy.corrupt-sites: must be at least 2"),
+        ({}, {"corrupt-sites": 2}, "privacy.corrupt-sites: must be at least 2"),
+    ],
+)
+def test_terms_of_distributed_noise_hold_where_privacy_is_not_required_too(
+    tmp_path, section, terms, refusal
+):
+    owner = policy_writer.write(tmp_path, **GOOD, privacy=PrivacyPolicy.model_validate(terms))
+    asked = masked()
+    asked[protocol.CONFIG][protocol.PRIVACY] = json.dumps(
+        {"mechanism": "distributed", "noise-multiplier": 1.0, **section}
+    )
+    if refusal:
+        assert refused(418, policy.allow, owner, protocol.TRAIN, asked, BUNDLE).startswith(refusal)
+    else:
+        policy.allow(owner, protocol.TRAIN, asked, BUNDLE)
+    # A probe is about no data.
+    policy.allow(owner, protocol.PROBE, asked, BUNDLE)
 
 
 def test_where_masks_are_required_probes_and_exchanges_are_answered(masked_only):

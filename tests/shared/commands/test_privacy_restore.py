@@ -11,7 +11,8 @@ from fedge.shared.privacy.accounting.epsilon import Release
 from fedge.shared.privacy.ledger.ledger import FILE, Ledger
 
 DELTA = 1e-6
-SINCE = ("--noise-multiplier", "4", "--sampling-rate", "1", "--steps", "3")
+UNSURE = ("--noise-multiplier", "4", "--sampling-rate", "1", "--steps", "3")
+SINCE = (*UNSURE, "--own-noise")
 
 
 def charge(number, study, unit="site"):
@@ -62,6 +63,22 @@ def test_every_study_of_the_copy_is_charged_and_what_is_spent_printed(older, res
         "restored",
     ]
     assert main.main(["privacy", "ledger", "--home", str(older)]) == 0
+
+
+def test_what_may_have_gone_to_the_server_without_noise_bounds_nothing_against_it(older, restore):
+    """The copy does not say under which mechanism the lost charges were made."""
+    status, out, _ = restore(older, *UNSURE)
+    after = epsilon.epsilon([Release(4.0, 1.0, 4)], DELTA)
+    assert status == 0
+    assert (
+        out.count(f"epsilon is now {after:.4f} against the consumers, inf against the server") == 2
+    )
+    spent = Ledger(older / FILE).spent("heart", "site", DELTA)
+    assert spent.server == math.inf and spent.consumers == pytest.approx(after)
+    # And it stays so, whatever is charged after it.
+    later = charge(12, "heart")
+    assert Ledger(older / FILE).charge(later, Budget(1e6, DELTA, "consumers")) is not None
+    assert Ledger(older / FILE).spent("heart", "site", DELTA).server == math.inf
 
 
 def test_one_study_alone_where_its_owner_says_so(older, restore):
