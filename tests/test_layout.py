@@ -45,7 +45,7 @@ ELSEWHERE = dict(
     for line in (ROOT / "tests" / "tested_elsewhere.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
-MOST_ELSEWHERE = 120
+MOST_ELSEWHERE = 119
 
 
 def files(*folders: str) -> list[Path]:

@@ -42,8 +42,13 @@ def of_study(
 ) -> tuple[float, float]:
     """Epsilon of all charges to a privacy budget account (study) for a unit, for whatever purpose they were made.
 
-    What hides a whole site hides each of its examples as well; what hides single examples bounds nothing for the site.
-    Nothing bounds what the server learns from updates to which it adds the noise itself.
+    The two units have different neighbours. Data sets of the unit ``site`` differ by a site that is there or not: its
+    clipped update changes the sum by the clipping bound C. Those of the unit ``example`` differ by one example. By
+    DP-SGD that example is there or not, and its clipped gradient changes the sum by C; but within a site whose update
+    is clipped as a whole it turns one update into another, which changes the sum by up to 2 C. So noise that hides a
+    site with multiplier z hides each of its examples as with z / 2, at the same sampling rate of sites (Balle, Barthe
+    and Gaboardi, NeurIPS 2018, theorem 2). What hides single examples bounds nothing for the site, and nothing bounds
+    what the server learns from updates to which it adds the noise itself.
 
     Args:
         kept: unit, mechanism and release of each charge.
@@ -58,6 +63,8 @@ def of_study(
     if unit == "site" and examples:
         return math.inf, math.inf
     sites = [part for hidden, _, part in every if hidden == "site"]
+    if unit == "example":
+        sites = [(noise / 2, rate, fixed, steps) for noise, rate, fixed, steps in sites]
     consumers, server = account_parts(examples, sites, delta)
     return consumers, math.inf if any(name in CENTRAL for _, name, _ in every) else server
 
@@ -65,10 +72,11 @@ def of_study(
 def of_entries(entries: Sequence[Entry], unit: Unit, delta: float) -> tuple[float, float]:
     """As ``of_study``, for the first charges of a study as its ledger holds them; at least one.
 
-    The newest says it already where it is of this unit and delta; that takes no accountant.
+    The newest says it already where all are of this unit, and it is of this delta; that takes no accountant. (Of
+    entries of both units an older fedge kept a smaller epsilon for single examples.)
     """
     last = entries[-1]
-    if (last.charge.unit, last.epsilon_delta) == (unit, delta):
+    if last.epsilon_delta == delta and all(entry.charge.unit == unit for entry in entries):
         return last.epsilon_consumers, last.epsilon_server
     kept = ((e.charge.unit, e.charge.mechanism, part_of(e.charge.release)) for e in entries)
     return of_study(kept, unit, delta)
