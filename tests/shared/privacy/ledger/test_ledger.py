@@ -158,12 +158,10 @@ def test_studies_do_not_mix_and_units_do(path):
     assert book.charge(charge(2, study="lung"), PLENTY) == one
     assert book.spent("heart", "site", DELTA) == one
     # What hides a whole site hides its examples, with half the noise: one of them moves an update by twice the bound.
-    assert book.spent("heart", "example", DELTA).consumers == accounting.epsilon(
-        [Release(2.0)], DELTA
-    )
+    spent = book.spent("heart", "example", DELTA)
+    assert spent.consumers == accounting.epsilon([Release(2.0)], DELTA)
     two = book.charge(charge(3, unit="example"), PLENTY)
     assert (two.consumers, two.charges) == (accounting.epsilon([Release(2.0), ALONE], DELTA), 2)
-    # What hides single examples bounds nothing for the site.
     assert book.spent("heart", "site", DELTA).consumers == math.inf
     with pytest.raises(SiteError, match="bound nothing for the site") as refused:
         book.charge(charge(4), PLENTY)
