@@ -52,7 +52,8 @@ class Learner:
             self.network = task.network()
         initial = {name: t.numpy() for name, t in self.network.state_dict().items()}
         self.specs = specs(initial)
-        self.trained = [name for name, _ in self.network.named_parameters()]
+        # Tied weights are parameters under each of their names.
+        self.trained = [n for n, _ in self.network.named_parameters(remove_duplicate=False)]
         self.network.to(device)
         self.statistics = (
             preprocessing.statistics(task.preprocessing, data.train_features)

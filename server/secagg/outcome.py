@@ -89,7 +89,7 @@ class Outcome:
         """The sites whose vectors are in an unmasked sum, sorted."""
         return sorted(site for unmasked_sums in self.unmasked_sums for site in unmasked_sums.sites)
 
-    def rejections(self, asked: Sequence[Member]) -> list[Rejection]:
-        """Why those who were asked are in none of the sums."""
+    def rejections(self, invited: Sequence[Member]) -> list[Rejection]:
+        """Why members that were invited are in none of the sums."""
         within = set(self.sites)
-        return [self.out[m.site] for m in asked if m.site not in within and m.site in self.out]
+        return [self.out[m.site] for m in invited if m.site not in within and m.site in self.out]

@@ -107,7 +107,7 @@ class SecureSums:
         network = task.network()
         state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
         self._shapes = {n: a.shape for n, a in state.items() if a.dtype.kind == "f"}
-        self._parameters = [name for name, _ in network.named_parameters()]
+        self._parameters = [n for n, _ in network.named_parameters(remove_duplicate=False)]
         self._bounds = Bounds(
             section.clipping_bound,
             section.value_bound,

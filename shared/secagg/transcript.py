@@ -124,8 +124,8 @@ def share_statement(t: bytes, site: str, commitment: bytes) -> bytes:
 def masked_statement(t: bytes, site: str, peers: bytes, length: int, checksum: int) -> bytes:
     """What a site signs with its masked vector: with whom it masked, and the vector's length and checksum.
 
-    The checksum finds damage. It need not resist an attacker: the one who could alter the vector is the server, which
-    may as well ignore it.
+    The checksum finds damage. It does not resist an attacker, who can find other vectors with the same one, so that the
+    signature proves nothing of the vector; and the server, which could alter it, may as well ignore the checksum.
     """
     size = length.to_bytes(8, "big") + checksum.to_bytes(8, "big")
     return framed(_DOMAIN, b"masked", t, site.encode(), peers, size)

@@ -42,7 +42,7 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
         _require_noise(section, task, network, min_sites)
     # Where it hides whole sites, an update is clipped as a whole, and examples may mix in it.
     if section.unit == "site":
-        trained = {name for name, _ in network.named_parameters()}
+        trained = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         state = network.state_dict().items()
         if others := [n for n, t in state if n not in trained and t.is_floating_point()]:
             raise ConfigError(

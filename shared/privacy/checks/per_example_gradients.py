@@ -34,10 +34,12 @@ def require_apart(task: Task, network: nn.Module) -> None:
         network: on the CPU; its mode is changed.
 
     Raises:
-        ValueError: the gradients of a parameter differ, or it has none; it is named.
+        ValueError: the gradients of a parameter differ, or it has none; a training pass changes a value that is no
+            parameter, or its outputs depend on more than weights, inputs and torch's generator. It is named.
     """
     x, y = _examples(task)
     network.train()
+    _require_no_state(network, x)
     for module in network.modules():
         # Dropout samples for each pass; what has no weights is not looked at by Opacus.
         if next(module.parameters(), None) is None:
@@ -63,6 +65,31 @@ def require_apart(task: Task, network: nn.Module) -> None:
                     f"{name}: must have the gradient of each example by itself, as the loss must be a mean over"
                     f" examples and a layer's first axis theirs, got one that is off by {off:.3g} of {own:.3g}"
                 )
+
+
+def _require_no_state(network: nn.Module, x: Tensor) -> None:
+    """Hold passes in training mode against each other, by what they do and not by the names of layers.
+
+    Raises:
+        ValueError: what a pass writes into the network leaves the site without noise, and what depends on the passes
+            before is no function of one example.
+    """
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    outputs = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for _ in range(2):
+            torch.manual_seed(1)
+            outputs.append(network(x))
+    for name, buffer in network.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            raise ValueError(
+                f"{name}: must be the same after a training pass, as no noise protects what is no parameter;"
+                " GroupNorm keeps nothing where BatchNorm keeps something"
+            )
+    if not torch.equal(*outputs):
+        raise ValueError(
+            "network: must give the same outputs for the same weights, examples and torch.manual_seed, got others"
+        )
 
 
 def _examples(task: Task) -> tuple[Tensor, Tensor]:

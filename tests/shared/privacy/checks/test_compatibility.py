@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from fedge.shared.config.privacy import PrivacySection
@@ -33,6 +34,25 @@ def test_state_that_no_noise_covers_is_refused(mechanism: str) -> None:
     with pytest.raises(ConfigError, match="no state besides its parameters") as caught:
         require_compatible(privacy_section(mechanism), normed(nn.BatchNorm1d(8)))
     assert caught.value.code == 211
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.last = nn.Linear(64, 10)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        actual: torch.Tensor = self.last(self.other(self.one(x.flatten(1)).tanh()))
+        return actual
+
+
+@pytest.mark.parametrize("mechanism", OF_SITES)
+def test_tied_weights_are_parameters(mechanism: str) -> None:
+    require_compatible(privacy_section(mechanism), replace(get_task("digits"), network=Tied))
 
 
 @pytest.mark.parametrize("mechanism", OF_SITES)

@@ -104,6 +104,46 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused(loss: Any) -> None:
     assert "the loss must be a mean" in refused(replace(BUILT, loss=loss))
 
 
+class Running(nn.Module):
+    """Keeps the mean of what it has seen, as a layer by itself; no name of a layer says so."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.uses = uses
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * x.detach().mean()
+        return x - self.seen if self.uses else x
+
+
+class Counting(nn.Module):
+    """What it gives depends on how often it was asked, and is in no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.passes = nn.Linear(64, 10), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        actual: Tensor = self.fc(x.flatten(1)) * self.passes
+        return actual
+
+
+@pytest.mark.parametrize("uses", [True, False])
+def test_what_a_pass_writes_into_the_network_is_refused(uses: bool) -> None:
+    """It would leave the site exactly; and as the passes differ, no gradient would be looked at."""
+    layers = nn.Sequential(nn.Flatten(), Running(uses), nn.Linear(64, 10))
+    assert refused(replace(BUILT, network=lambda: layers)).startswith(
+        "digits: 1.seen: must be the same after a training pass"
+    )
+    assert "network: must give the same outputs" in refused(replace(BUILT, network=Counting))
+    kept = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    kept.register_buffer("scale", torch.ones(1))
+    require_compatible(BY_EXAMPLE, replace(BUILT, network=lambda: kept))
+
+
 def test_a_weight_without_a_gradient_is_refused() -> None:
     said = refused(replace(BUILT, network=Idle))
     assert "idle.weight: must have a gradient for each of 3 examples, got none" in said
