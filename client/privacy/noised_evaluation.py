@@ -73,7 +73,7 @@ class NoisedEvaluations:
         if section.metrics == "noised" and section.mechanism == "distributed":
             if not is_secure(request):
                 raise requests.refuse(
-                    "privacy.mechanism", "distributed under masks only", "in clear"
+                    "privacy.mechanism", "distributed under secure aggregation only", "in clear"
                 )
             min_sites = min_sites_of(request)
             honest = min_sites - section.corrupt_sites

@@ -20,7 +20,7 @@ from fedge.shared.config.privacy import CENTRAL, PrivacySection
 from fedge.shared.errors import ConfigError, SiteError
 from fedge.shared.privacy.accounting.charges import Spent
 from fedge.shared.privacy.accounting.epsilon import Release
-from fedge.shared.privacy.accounting.run_releases import RunTerms, run_terms
+from fedge.shared.privacy.accounting.run_releases import RunReleases, run_releases
 from fedge.shared.privacy.checks import compatibility
 from fedge.shared.privacy.mechanisms import distributed, local
 from fedge.shared.protocol import MAX_SITES
@@ -186,9 +186,9 @@ class NoisedTraining:
         )
 
     @staticmethod
-    def _run_release(round_: Round) -> RunTerms:
+    def _run_release(round_: Round) -> RunReleases:
         _require_weights_only(round_.training)
-        return run_terms(round_.section, requests.rounds(round_.config))
+        return run_releases(round_.section, requests.rounds(round_.config))
 
     @staticmethod
     def _release(round_: Round) -> Release:

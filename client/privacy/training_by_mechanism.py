@@ -16,7 +16,7 @@ from fedge.shared.config.privacy import CENTRAL
 from fedge.shared.wire.tensors import NDArrays
 
 
-class PrivateRounds:
+class TrainingByMechanism:
     """Training under differential privacy of one worker.
 
     Args:
@@ -52,7 +52,9 @@ class PrivateRounds:
             return self._dp_sgd(round_, received)
         if is_secure(round_.request):
             raise requests.refuse(
-                "privacy.mechanism", "distributed under masks", round_.section.mechanism
+                "privacy.mechanism",
+                "distributed under secure aggregation",
+                round_.section.mechanism,
             )
         if round_.section.mechanism in CENTRAL:
             # Plain training: it is the server that clips, and adds the noise.
@@ -84,7 +86,9 @@ class PrivateRounds:
     def _distributed(self, round_: Round, received: NDArrays) -> RecordDict:
         """Plain training, whose update gets its part of the noise under the mask."""
         if not is_secure(round_.request):
-            raise requests.refuse("privacy.mechanism", "distributed under masks only", "in clear")
+            raise requests.refuse(
+                "privacy.mechanism", "distributed under secure aggregation only", "in clear"
+            )
         noise, charge = self._work.noise(round_, received)
         fitted = (
             partial(self._trained_weights, round_, received) if len(round_.examples.y) else None

@@ -77,7 +77,7 @@ class RosterFile:
 
         Raises:
             SiteError: 421, the file is gone, not usable, or older than one used before; nobody is
-                believed until it is mended.
+                believed until it is repaired.
         """
         with self._lock:
             mark = self._mark()

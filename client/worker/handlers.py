@@ -22,7 +22,7 @@ from fedge.client.data.dataset import SiteData
 from fedge.client.privacy.charging import ChargedReplies
 from fedge.client.privacy.noised_evaluation import Evaluation, NoisedEvaluations
 from fedge.client.privacy.noising import NoisedTraining, Round
-from fedge.client.privacy.training_by_mechanism import PrivateRounds
+from fedge.client.privacy.training_by_mechanism import TrainingByMechanism
 from fedge.client.requests import Address, Terms, section_of
 from fedge.client.secagg.participant import is_secure
 from fedge.client.secagg.secure_sums import SecureSums
@@ -82,7 +82,7 @@ class SiteWorker:
         self._secure = SecureSums(task, floats, self.learner.trained, anchors, home)
         ledger = ChargedReplies(home, privacy or simulated)
         work = NoisedTraining(task, ledger)
-        self._private = PrivateRounds(self.learner, work, self._secure, self._reply)
+        self._private = TrainingByMechanism(self.learner, work, self._secure, self._reply)
         self._counts = NoisedEvaluations(ledger)
         self._calibration = SiteCalibration(self.learner)
 

@@ -47,8 +47,8 @@ class SecureSum:
     """Runs sums over members.
 
     Args:
-        talk: to the members.
-        ledger: of the run.
+        member_exchange: to the members.
+        recovery: what a restart needs, of the run.
         min_sites: fewest sites of a sum.
         attempts: at a sum.
         deadline: seconds for each exchange after the first.
@@ -57,13 +57,13 @@ class SecureSum:
     def __init__(
         self,
         member_exchange: MemberExchange,
-        ledger: RecoveryStore,
+        recovery: RecoveryStore,
         *,
         min_sites: int,
         attempts: int,
         deadline: float,
     ) -> None:
-        self._member_exchange, self._ledger = member_exchange, ledger
+        self._member_exchange, self._recovery = member_exchange, recovery
         self._min_sites = max(min_sites, MIN_SITES)
         self._attempts, self._deadline = attempts, deadline
         # Sites that the sites' rosters do not trust: that does not change from one sum to the next.
@@ -73,11 +73,11 @@ class SecureSum:
         """Sum over each group of members.
 
         Raises:
-            RunError: 501, the SuperLink does not answer; 504, the ledger is damaged.
+            RunError: 501, the SuperLink does not answer; 504, what a restart needs is damaged.
         """
         outcome = Outcome()
         members = {m.site: m for some in groups for m in some}
-        kept = self._ledger.kept(self._member_exchange.run_id, begin.purpose, begin.server_round)
+        kept = self._recovery.kept(self._member_exchange.run_id, begin.purpose, begin.server_round)
         done = {site for group in kept for site in group.bundles}
         if kept:
             _log.info("round %d: %d kept sums are opened", begin.server_round, len(kept))
@@ -98,7 +98,7 @@ class SecureSum:
                 _log.warning(
                     "round %d: %s; tried again", begin.server_round, "; ".join(outcome.failed)
                 )
-            number = self._ledger.next_attempt(begin.purpose, begin.server_round)
+            number = self._recovery.next_attempt(begin.purpose, begin.server_round)
             outcome.attempts += 1
             outcome.failed = []
             known = len(self._untrusted)
@@ -106,7 +106,7 @@ class SecureSum:
             # Each site that is found out this way costs an attempt, so those are not counted; there are only so many.
             tried += len(self._untrusted) == known
             if committed:
-                self._ledger.keep(committed)
+                self._recovery.keep(committed)
                 kept += committed
                 reach("before-unmask", begin.server_round)
                 self._open(begin, committed, members, outcome)
@@ -114,7 +114,7 @@ class SecureSum:
 
     def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
         """How many were made at a round's sum, in all."""
-        return self._ledger.attempts(purpose, server_round)
+        return self._recovery.attempts(purpose, server_round)
 
     def _trusted_members(self, some: list[Member], outcome: Outcome) -> list[Member]:
         """The members without those that no roster trusts."""
@@ -126,7 +126,7 @@ class SecureSum:
 
     def settled(self) -> None:
         """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
-        self._ledger.drop()
+        self._recovery.drop()
 
     def _tell_lost(
         self, groups: Sequence[list[Member]], kept: Sequence[Group], outcome: Outcome
@@ -136,7 +136,7 @@ class SecureSum:
             group = next((g for g in kept if any(m.site in g.bundles for m in some)), None)
             for site in (m.site for m in some if group is not None):
                 if exchange := lost_at(group, site):
-                    why = "lost before the coordinator was started anew"
+                    why = "lost before the coordinator was restarted"
                     self._lose(outcome, site, exchange, why, 409, "absent")
 
     def _attempt(

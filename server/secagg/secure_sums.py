@@ -1,4 +1,4 @@
-"""What a run sums under masks: statistics before the first round, updates, and evaluations."""
+"""What a run sums under secure aggregation: statistics before the first round, updates, and evaluations."""
 
 from __future__ import annotations
 
@@ -85,21 +85,21 @@ class SecureSums:
     """The secure sums of one run.
 
     Args:
-        talk: to its members.
-        ledger: of its run directory.
+        member_exchange: to its members.
+        recovery: what a restart needs, of its run directory.
         config: with ``secure-aggregation.enabled``.
         task: of the run.
     """
 
     def __init__(
-        self, member_exchange: MemberExchange, ledger: RecoveryStore, config: Config, task: Task
+        self, member_exchange: MemberExchange, recovery: RecoveryStore, config: Config, task: Task
     ) -> None:
         section = config.secure_aggregation
         self._member_exchange, self._config, self._task = member_exchange, config, task
         self._private = config.privacy.mechanism
         self._sum = SecureSum(
             member_exchange,
-            ledger,
+            recovery,
             min_sites=section.min_sites,
             attempts=section.attempts,
             deadline=section.deadline,

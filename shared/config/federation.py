@@ -43,7 +43,7 @@ class Config(Sections):
             yield f"train.momentum: must be 0 with adam, got {self.train.momentum}"
 
     def _secure_aggregation_problems(self) -> Iterator[str]:
-        """What cannot be had under masks."""
+        """What secure aggregation excludes."""
         secure, chosen = self.secure_aggregation, self.strategy
         if not secure.enabled:
             return

@@ -79,13 +79,13 @@ def _secure_aggregation_problems(config: Sections) -> Iterator[str]:
             )
     elif secure.enabled and privacy.mechanism in CENTRAL:
         yield (
-            f"privacy.mechanism: must be distributed or example under masks, got {privacy.mechanism}, by which the"
-            " server scales down single updates, and under masks it sees none"
+            f"privacy.mechanism: must be distributed or example with secure-aggregation, got {privacy.mechanism},"
+            " by which the server scales down single updates, of which it then sees none"
         )
     elif secure.enabled and privacy.mechanism == "local":
         yield (
-            "privacy.mechanism: must be distributed or example under masks, got local: with all of each site's noise"
-            " in it the sum would have far more than it needs"
+            "privacy.mechanism: must be distributed or example with secure-aggregation, got local: with all of each"
+            " site's noise in it the sum would have far more than it needs"
         )
 
 

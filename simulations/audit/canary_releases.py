@@ -112,9 +112,9 @@ def _opened_sum(
         ConfigError: 201, the noise does not fit.
     """
     size, count = canaries.size, max(canaries.inside.size, noise.honest)
-    of = vector_layout.of_noised({NAME: (size,)}, [NAME], noise.clipping_bound)
+    layout = vector_layout.of_noised({NAME: (size,)}, [NAME], noise.clipping_bound)
     still = canaries.still()
-    total, waiting = masking.zeros(of.length), []
+    total, waiting = masking.zeros(layout.length), []
     try:
         deviation = distributed.stddev(noise.noise_multiplier, size, noise.honest, count)
     except ValueError as error:
@@ -124,7 +124,7 @@ def _opened_sum(
         trained = still
         if site < canaries.inside.size and canaries.inside[site]:
             trained = canaries.update(site, noise.clipping_bound)
-        part = input_vector.noised(of, noise, still, trained)
+        part = input_vector.noised(layout, noise, still, trained)
         if site >= noise.honest:
             part = replace(part, noise=_cut(noise, MIN_SIGMA))
         elif factor != 1:
@@ -137,7 +137,7 @@ def _opened_sum(
             masking.add_vectors(total, waiting)
             waiting = []
     sites = tuple(f"site-{i}" for i in range(count))
-    summed = decoding.noised_mean(of, UnmaskedSum(sites, count, count, total), still)
+    summed = decoding.noised_mean(layout, UnmaskedSum(sites, count, count, total), still)
     found: NDArray[np.float64] = summed.mean[NAME].astype(np.float64) * count
     return found
 

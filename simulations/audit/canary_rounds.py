@@ -90,11 +90,11 @@ def central(
 
 def _weights(rounds: int, apart: int, bands: int) -> NDArray[np.float64]:
     """What each round's release counts in C^T s / |s|^2, ``(rounds,)``; those of a canary's turns add up to 1."""
-    of = toeplitz.coefficients(rounds, bands)
+    coefficients = toeplitz.coefficients(rounds, bands)
     column = np.zeros(rounds)
     for start in range(0, rounds, apart):
-        column[start : start + bands] += of[: rounds - start]
-    found = np.array([of[: rounds - k] @ column[k : k + bands] for k in range(rounds)])
+        column[start : start + bands] += coefficients[: rounds - start]
+    found = np.array([coefficients[: rounds - k] @ column[k : k + bands] for k in range(rounds)])
     return found / float(column @ column)
 
 

@@ -215,13 +215,17 @@ class _Site:
         bounds = Bounds(
             secure.clipping_bound, secure.value_bound, secure.state_bound, secure.weight_cap
         )
-        of = vector_layout.of_training(_shapes(received), self._parameters, bounds, control=False)
-        part = input_vector.training(of, bounds, received, trained, 1, 0.0)
+        layout = vector_layout.of_training(
+            _shapes(received), self._parameters, bounds, control=False
+        )
+        part = input_vector.training(layout, bounds, received, trained, 1, 0.0)
         vector = part.encode(secure.min_sites, os.urandom(KEY_BYTES))
         # The site's own mask, and one shared with each of the others.
         keys = [os.urandom(KEY_BYTES) for _ in range(secure.min_sites)]
         masking.add_masks(vector, [(key, 1 if i % 2 else -1) for i, key in enumerate(keys)])
-        return of.unflatten(fixed_point.decode(vector[: of.values], of.segments, secure.min_sites))
+        return layout.unflatten(
+            fixed_point.decode(vector[: layout.values], layout.segments, secure.min_sites)
+        )
 
     def noised_sum(self, trained: NDArrays) -> NDArrays:
         """What the server opens: this site's update among sites that have none, and the noise of them all."""
@@ -230,17 +234,21 @@ class _Site:
         noise = SiteNoise(
             section.clipping_bound, section.noise_multiplier or 0, honest, self.entropy
         )
-        of = vector_layout.of_noised(_shapes(received), self._parameters, section.clipping_bound)
-        total = masking.zeros(of.length)
+        layout = vector_layout.of_noised(
+            _shapes(received), self._parameters, section.clipping_bound
+        )
+        total = masking.zeros(layout.length)
         for site in range(honest):
             own = trained if site == 0 else None
-            part = input_vector.noised(of, noise, received, own).encode(honest, b"")
+            part = input_vector.noised(layout, noise, received, own).encode(honest, b"")
             masking.add_vectors(total, [part])
         sites = tuple(f"site-{i}" for i in range(honest))
         # Before decoding reuses their memory.
         still = {name: a.copy() for name, a in received.items()}
-        opened = decoding.noised_mean(of, UnmaskedSum(sites, honest, honest, total), received).mean
-        return {name: opened[name] - still[name] for name in still}
+        unmasked = decoding.noised_mean(
+            layout, UnmaskedSum(sites, honest, honest, total), received
+        ).mean
+        return {name: unmasked[name] - still[name] for name in still}
 
     def noised_mean(self, trained: NDArrays) -> NDArrays:
         """What readers of the model compute from a first round with the server's noise, in which this site is alone."""
@@ -255,8 +263,8 @@ class _Site:
         Raises:
             ConfigError: 201, the noise does not fit its grid.
         """
-        of, received = self.config.privacy, self.received
-        noise = of.clipping_bound, of.noise_multiplier or 0
+        section, received = self.config.privacy, self.received
+        noise = section.clipping_bound, section.noise_multiplier or 0
         try:
             return local.noised_weights(received, trained, *noise, self.entropy)
         except ValueError as error:

@@ -147,22 +147,22 @@ def _scores(finding: Finding) -> str:
 
 
 def _facts(finding: Finding) -> str:
-    guesses, of = finding.sizes.guesses, wording.audited(finding)
+    guesses, audited = finding.sizes.guesses, wording.audited(finding)
     rows = [("mechanism", esc(finding.mechanism))]
     if finding.noise_multiplier is not None:
         rows.append(("noise multiplier", fmt.significant(finding.noise_multiplier, 6)))
     if finding.noise_factor != 1:
-        rows.append(("share of it that was added", fmt.significant(finding.noise_factor, 6)))
+        rows.append(("share audited it that was added", fmt.significant(finding.noise_factor, 6)))
     if finding.honest:
         rows.append(("sites that add noise", str(finding.honest)))
     rows += [
         (
             "guesses right",
-            f"{finding.correct} of {guesses}, {fmt.share(finding.correct / guesses)}; by chance about half",
+            f"{finding.correct} audited {guesses}, {fmt.share(finding.correct / guesses)}; by chance about half",
         ),
         ("largest bound that it can show", f"{finding.most:.4f}, with every guess right"),
         ("lower bound", f"{finding.bound:.4f}, at delta {finding.delta:g}"),
-        ("claim", "none" if finding.claim is None else f"{finding.claim:.4f}, by the accountant, for {of}"),
+        ("claim", "none" if finding.claim is None else f"{finding.claim:.4f}, by the accountant, for {audited}"),
     ]  # fmt: skip
     note = "One-run audit of Steinke, Nasr and Jagielski (2023), with abstentions."
     return fmt.card("In numbers", fmt.definitions(rows), note) + "</div>"

@@ -175,8 +175,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     plain: dict[str, list[Any]] = {"calibrate": [], "qualify": [], "evaluate": []}
     real = input_vector.evaluation
 
-    def evaluation(of: Any, counters: Any) -> Any:
-        made = real(of, counters)
+    def evaluation(layout: Any, counters: Any) -> Any:
+        made = real(layout, counters)
         scores = any("/" in name for name in counters)
         kind = "calibrate" if "bin-0" in counters else "qualify" if scores else "evaluate"
         plain[kind].append(made.encode(3, bytes(32)))

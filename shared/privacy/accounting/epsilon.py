@@ -91,7 +91,7 @@ def epsilon(releases: Sequence[Release], delta: float) -> float:
 
     Args:
         releases: in any order; none give 0.
-        delta: ``LEAST_DELTA`` to below 1.
+        delta: ``MIN_DELTA`` to below 1.
 
     Returns:
         An upper bound, see the module for how tight; infinite where a release has no noise.
@@ -124,7 +124,7 @@ def calibrate(
 
     Args:
         epsilon: of all steps together, above 0.
-        delta: ``LEAST_DELTA`` to below 1.
+        delta: ``MIN_DELTA`` to below 1.
         sampling_rate: of a Poisson sample.
         steps: how many releases.
         beside: further releases within the same epsilon, without sampling.

@@ -9,7 +9,7 @@ from fedge.shared.privacy.accounting.epsilon import Release
 
 
 @dataclass(frozen=True)
-class RunTerms:
+class RunReleases:
     """What a round of central noise gives out.
 
     Attributes:
@@ -23,7 +23,7 @@ class RunTerms:
     once: bool
 
 
-def run_terms(section: PrivacySection, rounds: int) -> RunTerms:
+def run_releases(section: PrivacySection, rounds: int) -> RunReleases:
     """The terms of a run with central noise.
 
     Args:
@@ -37,8 +37,8 @@ def run_terms(section: PrivacySection, rounds: int) -> RunTerms:
         raise ValueError("noise-multiplier: must be a number, got none")
     if section.mechanism == "central-mf":
         # The noise is scaled by what all of a site's rounds change together.
-        return RunTerms(Release(section.noise_multiplier), once=True)
+        return RunReleases(Release(section.noise_multiplier), once=True)
     if section.sampling_rate < 1:
         release = Release(section.noise_multiplier, section.sampling_rate, rounds)
-        return RunTerms(release, once=True)
-    return RunTerms(Release(section.noise_multiplier), once=False)
+        return RunReleases(release, once=True)
+    return RunReleases(Release(section.noise_multiplier), once=False)

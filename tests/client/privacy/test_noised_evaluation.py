@@ -88,7 +88,7 @@ def test_where_nobody_evaluates_a_request_to_is_refused(tell, worker, ask, weigh
 def test_noise_of_many_sites_together_needs_their_masks(tell, worker, ask, weights):
     found = tell(worker, ask(protocol.EVALUATE, weights, privacy=section("distributed")))
     assert isinstance(found, SiteError)
-    assert "distributed under masks only" in found.message
+    assert "distributed under secure aggregation only" in found.message
     assert not (worker.home / FILE).exists()
 
 

@@ -130,7 +130,10 @@ def test_under_masks_it_is_refused(tell, worker, ask, weights):
     request.content[messages.SECURE] = ConfigRecord({"x": 1})
     found = tell(worker, request)
     assert isinstance(found, SiteError)
-    assert "privacy.mechanism: must be distributed under masks, got local" in found.message
+    assert (
+        "privacy.mechanism: must be distributed under secure aggregation, got local"
+        in found.message
+    )
 
 
 def test_the_budget_stops_the_round_that_would_exceed_it(tell, task, data, ask, weights, tmp_path):

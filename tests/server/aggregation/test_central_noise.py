@@ -33,9 +33,9 @@ def section(mechanism: str = "central", **values: Any) -> PrivacySection:
 
 
 def noise(
-    of: PrivacySection, rounds: int = 10, model: Arrays = ZERO, key: bytes | None = KEY
+    privacy: PrivacySection, rounds: int = 10, model: Arrays = ZERO, key: bytes | None = KEY
 ) -> CentralNoise:
-    return CentralNoise(of, rounds, model, entropy=Entropy(key=key))
+    return CentralNoise(privacy, rounds, model, entropy=Entropy(key=key))
 
 
 class Seeded(random.SystemRandom):
@@ -55,8 +55,8 @@ def names(count: int) -> list[str]:
     return [f"site-{i:02d}" for i in range(count)]
 
 
-def mean(of: Noised) -> np.ndarray[Any, Any]:
-    return of.result.mean["w"]
+def mean(noised: Noised) -> np.ndarray[Any, Any]:
+    return noised.result.mean["w"]
 
 
 def test_other_mechanisms_have_none() -> None:
@@ -224,8 +224,10 @@ def test_whom_a_sum_is_divided_by_depends_on_who_is_registered_alone() -> None:
 # Correlated noise.
 
 
-def played(of: CentralNoise, model: Arrays, rounds: Sequence[int]) -> list[np.ndarray[Any, Any]]:
-    return [mean(of.release(r, [], model, 1)) for r in rounds]
+def played(
+    central: CentralNoise, model: Arrays, rounds: Sequence[int]
+) -> list[np.ndarray[Any, Any]]:
+    return [mean(central.release(r, [], model, 1)) for r in rounds]
 
 
 def test_correlated_noise_adds_up_to_less_than_independent_noise() -> None:
@@ -346,9 +348,9 @@ def test_noise_is_never_begun_anew_within_a_run(damage: dict[str, Any]) -> None:
 class Inverted(CentralNoise):
     """Flower 1.41's and 1.42's rule, of which the sign is wrong."""
 
-    def _follow(self, *of: Any) -> float:
+    def _follow(self, *arguments: Any) -> float:
         before = self.clipping_bound
-        fraction = super()._follow(*of)
+        fraction = super()._follow(*arguments)
         self.clipping_bound = before**2 / self.clipping_bound
         return fraction
 

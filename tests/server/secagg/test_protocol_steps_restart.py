@@ -110,7 +110,7 @@ def test_who_was_lost_before_is_told_by_the_next_coordinator_too(rig):
     lost = {(x["site"], x["exchange"], x["attempt"]) for x in found.facts["lost"]}
     assert lost == {("site-1", "begin", 1), ("site-2", "share", 1), ("site-3", "masked", 1)}
     (why,) = {r.reason.partition(": ")[2] for r in found.outcome.rejections(made.members)}
-    assert why == "lost before the coordinator was started anew"
+    assert why == "lost before the coordinator was restarted"
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ def test_every_mechanism_goes_with_a_weighted_mean(mechanism):
         *((m, {}, {"strategy": {"name": "Scaffold"}}, "control variates") for m in ALL),
         ("central", {}, {"strategy": {"name": "FedMedian"}}, "must add replies with central"),
         ("central-mf", {}, {"strategy": {"name": "FedMedian"}}, "must add replies with central-mf"),
-        ("central", {}, MASKED, "under masks it sees none"),
-        ("central-mf", {}, MASKED, "under masks it sees none"),
+        ("central", {}, MASKED, "of which it then sees none"),
+        ("central-mf", {}, MASKED, "of which it then sees none"),
         ("local", {}, MASKED, "far more than it needs"),
         ("central", {}, {"round": {"fraction-train": 0.5}}, "set privacy.sampling-rate"),
         (

@@ -23,9 +23,9 @@ def config(mechanism="off", noise=2.0, least=5, **privacy):
     return builders.config(sites=sites, privacy=own | privacy, secure_aggregation=masks)
 
 
-def audited(of, *, sizes=SMALL, factor=1.0, key=KEY, listener=lambda *_: None):
+def audited(config, *, sizes=SMALL, factor=1.0, key=KEY, listener=lambda *_: None):
     task = get_task("digits")
-    return audit(of, task, sizes, Entropy(key=key), listener, noise_factor=factor)
+    return audit(config, task, sizes, Entropy(key=key), listener, noise_factor=factor)
 
 
 @pytest.mark.parametrize("mechanism", NAMES)

@@ -23,8 +23,8 @@ def config(mechanism, noise=2.0, rounds=6, **privacy):
     return builders.config(run={"rounds": rounds}, privacy=own | privacy)
 
 
-def audited(of, *, sizes=SMALL, factor=1.0, key=bytes(range(32)), listener=lambda *_: None):
-    return audit(of, get_task("digits"), sizes, Entropy(key=key), listener, noise_factor=factor)
+def audited(config, *, sizes=SMALL, factor=1.0, key=bytes(range(32)), listener=lambda *_: None):
+    return audit(config, get_task("digits"), sizes, Entropy(key=key), listener, noise_factor=factor)
 
 
 def spread(found):
@@ -89,7 +89,9 @@ def test_noise_for_one_turn_of_several_is_caught(monkeypatch):
 
     right = toeplitz.sensitivity
     monkeypatch.setattr(
-        toeplitz, "sensitivity", lambda of, rounds, _, apart: right(of, rounds, 1, apart)
+        toeplitz,
+        "sensitivity",
+        lambda coefficients, rounds, _, apart: right(coefficients, rounds, 1, apart),
     )
     found = audited(config("central-mf", 3.0, 32, **{"min-separation": 1, "bands": 1}))
     assert found.verdict == "caught"
