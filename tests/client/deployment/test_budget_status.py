@@ -54,8 +54,8 @@ def test_each_unit_has_its_line(home):
     charge(ledger)
     charge(ledger, study="another")
     found = budget_status.spent(home)
-    # Noise that hides a site hides its examples too; what hides examples bounds nothing for the site.
-    both = epsilon([TWO, Release(1.0, 0.1, 100)], 1e-5)
+    # Noise that hides a site hides its examples as half of it does; what hides examples bounds nothing for the site.
+    both = epsilon([TWO, Release(0.5, 0.1, 100)], 1e-5)
     assert found["spent"]["example"]["consumers"] == pytest.approx(both)
     assert found["spent"]["site"]["consumers"] is None
     charge(ledger, "example", Release(9.0))
