@@ -7,7 +7,6 @@ over a Unix socket. Its supervisor restarts it when it dies; exit status 75 requ
 from __future__ import annotations
 
 import argparse
-import fcntl
 import grp
 import logging
 import os
@@ -15,10 +14,10 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from fedge.client.data import dataset as own_data
 from fedge.client.data import npy_files
@@ -36,6 +35,7 @@ from fedge.shared.cli.command import guarded
 from fedge.shared.daemon import sockets
 from fedge.shared.daemon.process import die_with_parent, forbid_core_dumps
 from fedge.shared.errors import ConfigError, DeployError, SiteError
+from fedge.shared.files import take_lock
 from fedge.shared.tasks.registry import get_task
 from fedge.shared.tasks.task import Task
 
@@ -69,7 +69,7 @@ def main(home: Path, *, with_parent: bool = False) -> int:
     forbid_core_dumps()
     if with_parent:
         die_with_parent()
-    with _locked(home):
+    with _lock(home):
         site = site_config.load(home)
         _log_to_stderr(site.site.name)
         policies = PolicyFile(home)
@@ -177,25 +177,18 @@ def _permissions(group: str | None) -> tuple[int, int | None]:
         ) from None
 
 
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def _lock(home: Path) -> BinaryIO:
     """Lock the home for this process.
 
     Raises:
         DeployError: 901, there is no such folder; 902, another worker holds it.
     """
     try:
-        descriptor = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return take_lock(home / LOCK)
+    except BlockingIOError:
+        raise DeployError(902, f"{home}: must be free, got a lock of another worker") from None
     except OSError as error:
         raise DeployError(901, f"{home}: must be a site's home, got {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DeployError(902, f"{home}: must be free, got a lock of another worker") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _log_to_stderr(site: str) -> None:
