@@ -35,7 +35,7 @@ from fedge.server.secagg.group import Group
 from fedge.server.secagg.outcome import UnmaskedSum
 from fedge.shared import protocol
 from fedge.shared.config.sections import AdmissionSection
-from fedge.shared.secagg import messages, neighbour_graph, request_digest, transcript
+from fedge.shared.secagg import masking, messages, neighbour_graph, request_digest, transcript
 
 # Beside this file; named here as a test loads this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -162,7 +162,7 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         group = clock.time("begin", lambda: _group(work, sites))
         shares = shares_of(group, sites, dropped_out)
         for name in sites:
-            reply = share_reply(group, sites[name])
+            reply = share_reply(group, sites[name], shares)
             clock.time("share", lambda r=reply, n=name: _hear_share(group, n, r))
         clock.time("masked", lambda: [messages.record(group.masked_values(s)) for s in sites])
         each = max(1, BATCH // plain.nbytes)
@@ -181,7 +181,11 @@ def server_once(n: int, degree: int | None, d: int, dropped: float = 0.0, seed: 
         }
         clock.time("shares", lambda: _hear_shares(group, replies))
         total, wrong = clock.time("unmask", group.unmask)
-        if wrong or not np.array_equal(total, plain * np.uint32(len(alive))):
+        wanted = masking.zeros(plain.size)
+        counters = work.layout.shape.counters
+        for _ in alive:
+            masking.add_vectors(wanted, [plain], counters=counters)
+        if wrong or not np.array_equal(total, wanted):
             raise RuntimeError("secure sum: must be the sum of what was sent, got another")
         decoded = clock.time("decode", lambda: _decode(work, total, n, alive))
     if not all(np.allclose(decoded[k].numpy(), a, atol=1e-6) for k, a in work.trained.items()):
@@ -193,7 +197,7 @@ def _group(work: Work, sites: Mapping[str, Site]) -> Group:
     advertisements = {}
     for name, site in sites.items():
         (advertisements[name],) = transcript.unpack_advertisements(site.bundle.encode())
-    group = Group(work.attempt, work.layout.length, advertisements)
+    group = Group(work.attempt, work.layout.shape, advertisements)
     for _ in sites:
         messages.record(group.share_values())
     return group

@@ -147,9 +147,12 @@ class Peers:
             if p.name in self._near:
                 # What a share says is for the others; the client only keeps it.
                 key = self._encryption_key(p, p.name, self._own.site)
+                plain = os.urandom(2 * messages.SHARE_BYTES)
                 encrypted = share_encryption.encrypt_share(
-                    key, os.urandom(66), self._t, p.name, self._own.site
+                    key, plain, self._t, p.name, self._own.site
                 )
+                halves = plain[: messages.SHARE_BYTES], plain[messages.SHARE_BYTES :]
+                encrypted += b"".join(hashlib.sha256(half).digest() for half in halves)
             hashed = hashlib.sha256(p.seed).digest()
             statement = transcript.share_statement(self._t, p.name, hashed)
             entries.append(Sharer(p.name, hashed, p.private.sign(statement), encrypted))
@@ -179,7 +182,8 @@ class Peers:
         by_name = {p.name: p for p in self._peers}
         for i, name in enumerate(sorted(self._near)):
             peer = by_name[name]
-            key, sealed = self._encryption_key(peer, own, name), raw[i * size : (i + 1) * size]
+            key = self._encryption_key(peer, own, name)
+            sealed = raw[i * size : i * size + messages.CIPHERTEXT_BYTES]
             decrypted = share_encryption.decrypt_share(key, sealed, self._t, own, name)
             shares[self._xs[name]] = decrypted[: messages.SHARE_BYTES]
             agreed = key_agreement.shared(peer.mask, self._own.mask_key)
@@ -189,7 +193,7 @@ class Peers:
         masks.append((key_agreement.self_mask_key(seed, self._t), -1))
         record = replies[messages.MASKED][protocol.ARRAYS][messages.VECTOR]
         vector = np.frombuffer(record.data, "<u4").copy()
-        masking.add_masks(vector, masks)
+        masking.add_masks(vector, masks, counters=sent.layout.shape.counters)
         key = input_vector.rounding_key(1, "train", 1, own)
         if not np.array_equal(vector, sent.encode(len(self._all), key)):
             raise RuntimeError("vector: must be unmasked by the peers' shares, got another")
@@ -216,14 +220,23 @@ def shares_of(
     return held
 
 
-def share_reply(group: Group, site: Site) -> ConfigRecord:
-    """A reply to exchange 1; the server reads neither the encrypted shares nor the signature."""
-    size = messages.ENCRYPTED_SHARE_BYTES * len(group.neighbours[site.name])
+def share_reply(
+    group: Group, site: Site, shares: Mapping[str, Mapping[str, bytes]]
+) -> ConfigRecord:
+    """A reply to exchange 1; the server reads neither the encrypted shares nor the signature.
+
+    Both hashes are of the one secret's share that will be requested.
+    """
+    dealt = [
+        os.urandom(messages.CIPHERTEXT_BYTES)
+        + 2 * hashlib.sha256(shares[holder][site.name]).digest()
+        for holder in group.neighbours[site.name]
+    ]
     return messages.record(
         {
             messages.COMMITMENT: hashlib.sha256(site.seed).digest(),
             messages.SIGNATURE: os.urandom(64),
-            messages.ENCRYPTED_SHARES: os.urandom(size),
+            messages.ENCRYPTED_SHARES: b"".join(dealt),
         }
     )
 
@@ -239,7 +252,7 @@ def upload_of(
             agreed = key_agreement.shared(site.mask, sites[peer].mask.public)
             key = key_agreement.mask_key(agreed, group.t, name, peer)
             masks.append((key, 1 if name < peer else -1))
-    masking.add_masks(vector, masks)
+    masking.add_masks(vector, masks, counters=group.shape.counters)
     checksum = masking.checksum(vector).to_bytes(8, "big")
     values = {messages.SIGNATURE: os.urandom(64), messages.CHECKSUM: checksum}
     return RecordDict(

@@ -150,7 +150,7 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "Wait for more sites, or have the sites lower min-sites in their policy.toml.",
     ),
     425: Entry(
-        "a peer's encrypted share cannot be decrypted",
+        "a peer's encrypted share cannot be decrypted, or is not the one that it gave the hash of",
         "Look at the site that the message names; the round is tried again with new keys.",
     ),
     426: Entry(

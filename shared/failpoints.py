@@ -26,8 +26,8 @@ COORDINATOR: Final = (
     "after-commit",
     "before-export",
 )
-#: One more under secure aggregation, between "all-received" and "mid-aggregate": the last exchange comes next.
-MASKED: Final = ("before-unmask",)
+#: Two more under secure aggregation, between "all-received" and "mid-aggregate", before each of the last two exchanges.
+MASKED: Final = ("before-commit", "before-unmask")
 #: One more where the model is calibrated: ranges are in the journal, and no site has been asked for scores.
 BETWEEN: Final = "before-qualify"
 

@@ -27,7 +27,6 @@ LONGER_FILES = {
     "tools/move_to_rooms.py": 816,  # goes with the next release
     "tests/client/deployment/test_daemon.py": 495,
     "tests/client/deployment/test_daemon_hostile_bundle.py": 628,
-    "tests/client/secagg/test_session.py": 479,
     "tests/client/training/test_calibration.py": 467,
     "tests/edge/test_cli.py": 461,
     "tests/server/admission/test_validation.py": 437,
@@ -40,14 +39,14 @@ LONGER_FILES = {
     "tests/shared/privacy/ledger/test_ledger.py": 766,
     "tests/simulations/test_engine_poison.py": 401,
 }
-MOST_LONGER, MOST_LINES_OF_LONGER = 15, 8031
+MOST_LONGER, MOST_LINES_OF_LONGER = 14, 7552
 #: Product files without a test at their path, and the test that would fail where they are wrong.
 ELSEWHERE = dict(
     line.split()
     for line in (ROOT / "tests" / "tested_elsewhere.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
-MOST_ELSEWHERE = 119
+MOST_ELSEWHERE = 118
 
 
 def files(*folders: str) -> list[Path]:

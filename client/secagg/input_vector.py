@@ -15,7 +15,7 @@ from fedge.shared.errors import SiteError
 from fedge.shared.preprocessing.steps import Statistics
 from fedge.shared.privacy.mechanisms import distributed
 from fedge.shared.privacy.mechanisms.csprng import Entropy
-from fedge.shared.secagg import exact_counters, fixed_point, vector_layout
+from fedge.shared.secagg import exact_counters, fixed_point, masking, vector_layout
 from fedge.shared.secagg.key_agreement import framed
 from fedge.shared.secagg.vector_layout import Bounds, Layout
 from fedge.shared.tasks.standardised_columns import Bound
@@ -74,10 +74,10 @@ class InputVector:
 
     def __post_init__(self) -> None:
         # At once: a counter that failed only when the vector is made would be a site lost after the shares.
-        self._limbs(saturated=0)
+        self._counters(saturated=0)
 
     def encode(self, sites: int, rounding_key: bytes) -> NDArray[np.uint32]:
-        """The vector in the ring of 2^32, not masked yet.
+        """The vector, not masked yet: values in the ring 2^32, counters in 2^64.
 
         Args:
             sites: that add up.
@@ -86,7 +86,7 @@ class InputVector:
         Raises:
             SiteError: 401, a value is not finite.
         """
-        vector = np.empty(self.layout.length, np.uint32)
+        vector = np.empty(self.layout.shape.length, np.uint32)
         saturated = 0
         if self.noise is not None:
             # New noise for each attempt: of two vectors with the same, the difference would be without.
@@ -101,10 +101,10 @@ class InputVector:
                 vector[: self.layout.values],
             )
             saturated = encoded.saturated
-        vector[self.layout.values :] = self._limbs(saturated)
+        masking.counters_in(vector, self.layout.shape.counters)[:] = self._counters(saturated)
         return vector
 
-    def _limbs(self, saturated: int) -> NDArray[np.uint32]:
+    def _counters(self, saturated: int) -> NDArray[np.uint64]:
         has_saturated = any(c.name == vector_layout.SATURATED for c in self.layout.counters)
         own = {vector_layout.SATURATED: saturated} if has_saturated else {}
         return exact_counters.encode_counters({**self.counters, **own}, self.layout.counters)

@@ -30,7 +30,12 @@ from fedge.shared.secagg import (
     share_encryption,
     transcript,
 )
-from fedge.shared.secagg.messages import SHARE_BYTES, Sharer, Signed
+from fedge.shared.secagg.messages import (
+    CIPHERTEXT_BYTES,
+    SHARE_BYTES,
+    Sharer,
+    Signed,
+)
 from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 
 PROTOCOL_VIOLATION: Final = 422
@@ -94,7 +99,7 @@ class Session:
         attempt: as the request says.
         contribution: the site's.
         rounding_key: of its stochastic rounding.
-        note: writes down that the round is answered, before the shares are given out.
+        note: writes down that the round is answered, before the list of survivors is signed.
         min_sites: fewest sites of this sum, besides what the policy asks for.
     """
 
@@ -181,6 +186,8 @@ class Session:
                 own,
                 names[i],
             )
+            + hashlib.sha256(of_seed[i + 1]).digest()
+            + hashlib.sha256(of_mask[i + 1]).digest()
             for i in holders
             if i != at
         ]
@@ -204,6 +211,7 @@ class Session:
         self._sharers = frozenset(names)
         if self._contribution is None:
             raise protocol_violation("exchange", "be taken once", "a second")
+        counters = self._contribution.layout.shape.counters
         vector = self._contribution.encode(len(names), self._rounding_key)
         self._contribution = None
         masks = [(key_agreement.self_mask_key(bytes(self._seed), self._t), 1)]
@@ -211,7 +219,7 @@ class Session:
             if peer in self._sharers:
                 key = key_agreement.mask_key(self._agreed[peer][1], self._t, self.site, peer)
                 masks.append((key, 1 if self.site < peer else -1))
-        masking.add_masks(vector, masks)
+        masking.add_masks(vector, masks, counters=counters)
         checksum = masking.checksum(vector)
         statement = transcript.masked_statement(
             self._t, self.site, transcript.digest_of(names), len(vector), checksum
@@ -219,7 +227,9 @@ class Session:
         return Masked(vector, self._sign(statement), checksum)
 
     def commit(self, survivors: Sequence[str]) -> bytes:
-        """Exchange 3: sign the one list of survivors.
+        """Exchange 3: sign the one list of survivors, and with it the round is answered.
+
+        From here on the sum can be unmasked without this site, so it adds to no other of the round.
 
         Raises:
             SiteError: 422, it is not a part of the sharers or lacks this site; 424, too few sites.
@@ -227,6 +237,7 @@ class Session:
         self._require_subset("survivors", survivors, self._sharers)
         self._require_enough(len(survivors))
         self._survivors = frozenset(survivors)
+        self._note()
         return self._sign(self._commitment())
 
     def unmask(self, signatures: Sequence[Signed]) -> bytes:
@@ -249,7 +260,6 @@ class Session:
             raise protocol_violation(
                 "signatures", f"be {self._threshold} or more on these survivors", len(agreed)
             )
-        self._note()
         given = []
         for peer in sorted(self._held):
             of_seed, of_mask = self._held[peer]
@@ -283,12 +293,18 @@ class Session:
         if sharer.site in self._neighbours:
             key = self._share_key(sharer.site, self.site)
             try:
+                ciphertext = sharer.encrypted_share[:CIPHERTEXT_BYTES]
                 plain = share_encryption.decrypt_share(
-                    key, sharer.encrypted_share, self._t, sharer.site, self.site
+                    key, ciphertext, self._t, sharer.site, self.site
                 )
             except SiteError as error:
                 raise PeerError(error.code, sharer.site, error.message) from None
-            self._held[sharer.site] = plain[:SHARE_BYTES], plain[SHARE_BYTES:]
+            held = plain[:SHARE_BYTES], plain[SHARE_BYTES:]
+            hashes = b"".join(hashlib.sha256(share).digest() for share in held)
+            if hashes != sharer.encrypted_share[CIPHERTEXT_BYTES:]:
+                # Later it would be this site's word against the dealer's.
+                raise PeerError(425, sharer.site, "its share must have the hash that it gave")
+            self._held[sharer.site] = held
 
     def _agree(self, bundle: KeyAdvertisement) -> None:
         try:

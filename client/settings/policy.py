@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from flwr.app import ConfigRecord, RecordDict
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedge.client import requests
 from fedge.client.settings import privacy_policy
@@ -42,6 +42,13 @@ class SecurePolicy(Section):
         description="whether weights, metrics and counts leave the site under secure aggregation only",
     )
     min_sites: int = Field(5, ge=3, le=2048, description="minimum number of sites of a sum")
+    corrupt_sites: int | None = Field(
+        None,
+        ge=0,
+        le=2048,
+        description="sites of a sum that may collude with the server; must be fewer than a third of min-sites, and are"
+        " as many as that allows unless given",
+    )
     max_clipping_bound: float = Field(
         100.0, gt=0, le=1e6, description="largest L2 norm to which an update is clipped"
     )
@@ -57,6 +64,17 @@ class SecurePolicy(Section):
     max_weight_cap: int = Field(
         2**23, ge=1, le=2**23, description="largest weight of the site, in examples"
     )
+
+    @model_validator(mode="after")
+    def _has_enough_honest_sites(self) -> SecurePolicy:
+        # A sum has min_sites or more, whoever chooses them. With a third of them on its side a server could have both
+        # of a site's secrets opened, one by each of two lists of survivors (fedge.shared.secagg.neighbour_graph).
+        if self.corrupt_sites is not None and 3 * self.corrupt_sites >= self.min_sites:
+            raise ValueError(
+                f"min-sites: must be above 3 times corrupt-sites, {3 * self.corrupt_sites},"
+                f" got {self.min_sites}"
+            )
+        return self
 
 
 class Policy(Section):

@@ -51,6 +51,9 @@ max-request-mib = 1024
 required = {required}
 # Minimum number of sites of a sum. The fewer there are, the more the sum reveals of each.
 min-sites = {min_sites}
+# Sites of a sum that may collude with the server without learning this site's update: fewer than a third of min-sites,
+# which this line makes sure of. As many as min-sites allows while it is a comment.
+{secure_corrupt_sites}
 # Largest L2 norm to which the server may have an update clipped.
 max-clipping-bound = {max_clipping_bound}
 # Largest bounds of the change of one parameter, and of a value that is none (BatchNorm), which no norm clips.
@@ -101,10 +104,11 @@ def text(
         max_rounds=max_rounds,
         min_cohort=min_cohort,
         share_statistics=str(share_statistics).lower(),
-        share_ranges=_optional("share-ranges", share_ranges),
+        share_ranges=_optional("share-ranges", share_ranges, False),
         device=device,
         required=str(secure.required).lower(),
         min_sites=secure.min_sites,
+        secure_corrupt_sites=_optional("corrupt-sites", secure.corrupt_sites, 0),
         max_clipping_bound=secure.max_clipping_bound,
         max_value_bound=secure.max_value_bound,
         max_state_bound=secure.max_state_bound,
@@ -121,8 +125,11 @@ def text(
     )
 
 
-def _optional(key: str, value: bool | None) -> str:
-    return f"# {key} = false" if value is None else f"{key} = {str(value).lower()}"
+def _optional(key: str, value: int | None, example: int) -> str:
+    """The key; a comment with an example where it is not set."""
+    return (
+        f"{'# ' if value is None else ''}{key} = {str(example if value is None else value).lower()}"
+    )
 
 
 def _list(values: Sequence[str]) -> str:

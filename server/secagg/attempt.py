@@ -41,7 +41,7 @@ class GroupAttempt:
             return set()
         if kind == messages.SHARE:
             return set(group.bundles)
-        return set(group.sharers if kind == messages.MASKED else group.survivors)
+        return set(group.sharers)
 
     def check(self, kind: str, min_sites: int) -> list[str]:
         """Give the group up where fewer are left than its sites will ask for.
@@ -55,9 +55,8 @@ class GroupAttempt:
         done = {
             messages.SHARE: group.sharers,
             messages.MASKED: group.survivors,
-            messages.COMMIT: group.signatures,
         }[kind]
-        least = group.threshold if kind == messages.COMMIT else max(group.threshold, min_sites)
+        least = max(group.threshold, min_sites)
         if len(done) >= least:
             return []
         self.failed = f"{NAMES[kind]}: must be answered by {least} sites, got {len(done)}"
@@ -79,7 +78,7 @@ def lost_at(group: Group | None, site: str) -> str:
     return NAMES[messages.SHARE] if site in group.bundles else "begin"
 
 
-#: Exchanges 1 to 3: what a site is told, and what becomes of its answer.
+#: Exchanges 1 and 2: what a site is told, and what becomes of its answer.
 STEPS: Final[
     Sequence[
         tuple[
@@ -95,9 +94,4 @@ STEPS: Final[
         lambda group, site, content: group.take_share(site, messages.values_of(content)),
     ),
     (messages.MASKED, Group.masked_values, Group.take_masked),
-    (
-        messages.COMMIT,
-        lambda group, _: group.commit_values(),
-        lambda group, site, content: group.take_commit(site, messages.values_of(content)),
-    ),
 )

@@ -13,7 +13,7 @@ from fedge.server.aggregation.updates import Summed
 from fedge.server.secagg.outcome import SAMPLE, UnmaskedSum
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.errors import RunError
-from fedge.shared.secagg import exact_counters, fixed_point, parallel, vector_layout
+from fedge.shared.secagg import exact_counters, fixed_point, masking, parallel, vector_layout
 from fedge.shared.secagg.vector_layout import Bounds, Layout, Placed
 from fedge.shared.wire.tensors import NDArrays
 
@@ -34,7 +34,7 @@ def counted(layout: Layout, unmasked: UnmaskedSum) -> dict[str, float]:
     sites = len(unmasked.sites)
     try:
         found = exact_counters.decode_counters(
-            unmasked.total[layout.values :], layout.counters, sites
+            masking.counters_in(unmasked.total, len(layout.counters)), layout.counters, sites
         )
     except ValueError:
         raise _out_of_range("counters") from None

@@ -7,7 +7,7 @@ sum: of each site either the seed of its own mask or the key of its pairwise mas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,28 @@ from fedge.shared.secagg import (
     shamir,
     transcript,
 )
-from fedge.shared.secagg.messages import ENCRYPTED_SHARE_BYTES, SHARE_BYTES, Sharer, Signed
-from fedge.shared.secagg.shamir import UnrecoverableError
-from fedge.shared.secagg.transcript import Attempt, KeyAdvertisement
+from fedge.shared.secagg.masking import Shape
+from fedge.shared.secagg.messages import (
+    CIPHERTEXT_BYTES,
+    ENCRYPTED_SHARE_BYTES,
+    SHARE_BYTES,
+    Sharer,
+    Signed,
+)
+from fedge.shared.secagg.transcript import HASH_BYTES, Attempt, KeyAdvertisement
 from fedge.shared.wire.npy import decode_raw
 
 
 class LostError(Exception):
-    """Too few sites are left, or a secret cannot be recovered: the attempt is over."""
+    """Too few sites are left, or a secret cannot be recovered: the attempt is over.
+
+    Attributes:
+        dealers: sites that shared something else than the secret that they committed to, which is then proved.
+    """
+
+    def __init__(self, message: str, dealers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.dealers = dealers
 
 
 @dataclass
@@ -40,18 +54,19 @@ class Group:
 
     Attributes:
         attempt: as in every request of it.
-        length: coordinates of the vector.
+        shape: of the vector.
         bundles: by site, sorted: who answered exchange 0.
         sharers: by site: who answered exchange 1, with commitment and signature.
         encrypted_shares: of each sharer, by the site that they are for.
-        total: sum of the masked vectors, modulo 2^32.
+        share_hashes: by sharer and holder, of the share of the seed and of that of the mask key, 32 bytes each.
+        total: sum of the masked vectors: values modulo 2^32, counters modulo 2^64.
         survivors: whose vector is in it.
         signatures: of the survivors on the list of survivors.
         shares: by the site that gave them, by the site that they are of.
     """
 
     attempt: Attempt
-    length: int
+    shape: Shape
     bundles: dict[str, KeyAdvertisement]
     sharers: dict[str, Sharer] = field(default_factory=dict)
     encrypted_shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -59,6 +74,7 @@ class Group:
     survivors: list[str] = field(default_factory=list)
     signatures: dict[str, bytes] = field(default_factory=dict)
     shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    share_hashes: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bundles = dict(sorted(self.bundles.items()))
@@ -76,7 +92,7 @@ class Group:
         # What every site is told alike is put together once.
         self._bundled = self._signed = b""
         if not self.total.size:
-            self.total = masking.zeros(self.length)
+            self.total = masking.zeros(self.shape.length)
 
     def require(self, left: Iterable[str], exchange: str) -> None:
         """Go on only with as many sites as the clients will ask for.
@@ -107,10 +123,9 @@ class Group:
         raw = messages.data(values, messages.ENCRYPTED_SHARES, size, size)
         commitment = messages.data(values, messages.COMMITMENT, 32, 32)
         signature = messages.data(values, messages.SIGNATURE, 64, 64)
-        self.encrypted_shares[site] = {
-            peer: raw[i * ENCRYPTED_SHARE_BYTES : (i + 1) * ENCRYPTED_SHARE_BYTES]
-            for i, peer in enumerate(near)
-        }
+        dealt = dict(zip(near, _cut(raw, ENCRYPTED_SHARE_BYTES), strict=True))
+        self.encrypted_shares[site] = {p: some[:CIPHERTEXT_BYTES] for p, some in dealt.items()}
+        self.share_hashes[site] = {p: some[CIPHERTEXT_BYTES:] for p, some in dealt.items()}
         self.sharers[site] = Sharer(site, commitment, signature, b"")
 
     # Exchange 2.
@@ -118,7 +133,9 @@ class Group:
     def masked_values(self, site: str) -> dict[str, bytes]:
         """What one site is told: who shared, with the shares encrypted for it."""
         told = [
-            self.sharers[peer].encode_with(self.encrypted_shares[peer].get(site, b""))
+            self.sharers[peer].encode_with(
+                self.encrypted_shares[peer].get(site, b"") + self.share_hashes[peer].get(site, b"")
+            )
             for peer in sorted(self.sharers)
         ]
         return {messages.SHARERS: b"".join(told)}
@@ -137,7 +154,7 @@ class Group:
         arrays = content.get(protocol.ARRAYS)
         if not isinstance(arrays, ArrayRecord) or list(arrays) != [messages.VECTOR]:
             raise ValueError(f"must hold one array, {messages.VECTOR}, got another")
-        vector = decode_raw(arrays[messages.VECTOR], self.length, np.dtype("<u4"))
+        vector = decode_raw(arrays[messages.VECTOR], self.shape.length, np.dtype("<u4"))
         told = int.from_bytes(messages.data(values, messages.CHECKSUM, 8, 8), "big")
         self._heard[site] = (vector, told)
         return vector
@@ -150,10 +167,12 @@ class Group:
         """
         heard, self._heard = self._heard, {}
         wrong: dict[str, str] = {}
-        found = masking.add_vectors(self.total, [vector for vector, _ in heard.values()])
+        counters = self.shape.counters
+        vectors = [vector for vector, _ in heard.values()]
+        found = masking.add_vectors(self.total, vectors, counters=counters)
         for (site, (vector, told)), value in zip(heard.items(), found, strict=True):
             if value != told:
-                np.subtract(self.total, vector, out=self.total)
+                masking.subtract_vector(self.total, vector, counters=counters)
                 wrong[site] = "masked vector: must have the checksum that was signed, got another"
         self.survivors = sorted({*self.survivors, *heard} - wrong.keys())
         return wrong
@@ -195,30 +214,37 @@ class Group:
         peers = self.holds(site)
         size = SHARE_BYTES * len(peers)
         raw = messages.data(values, messages.SHARES, size, size)
-        self.shares[site] = {
-            peer: raw[i * SHARE_BYTES : (i + 1) * SHARE_BYTES] for i, peer in enumerate(peers)
-        }
+        self.shares[site] = dict(zip(peers, _cut(raw, SHARE_BYTES), strict=True))
 
     def unmask(self) -> tuple[NDArray[np.uint32], set[str]]:
         """Take the masks off the sum, in place: it can be done once.
 
         Returns:
-            The sum of the survivors' vectors, and the sites whose shares were wrong.
+            The sum of the survivors' vectors, and the sites that gave another share than they had been dealt.
 
         Raises:
             LostError: a secret cannot be recovered.
         """
         alive, wrong = set(self.survivors), set[str]()
         masks: list[tuple[bytes, int]] = []
+        dealers: list[str] = []
+        lost: list[str] = []
         for site in sorted(self.sharers):
-            if site in alive:
-                seed = self._recover(site, wrong)
-                masks.append((key_agreement.self_mask_key(seed, self.t), -1))
+            try:
+                secret = self._recover(site, wrong)
+            except LostError as error:
+                dealers += error.dealers
+                lost.append(str(error))
                 continue
-            pair = key_agreement.Pair.from_private(self._recover(site, wrong))
+            if site in alive:
+                masks.append((key_agreement.self_mask_key(secret, self.t), -1))
+                continue
+            pair = key_agreement.Pair.from_private(secret)
             masks += [self._pair_mask(pair, site, p) for p in self.neighbours[site] if p in alive]
+        if lost:
+            raise LostError("; ".join(lost), tuple(dealers))
         total, self.total = self.total, np.zeros(0, np.uint32)
-        masking.add_masks(total, masks)
+        masking.add_masks(total, masks, counters=self.shape.counters)
         return total, wrong
 
     def _pair_mask(self, pair: key_agreement.Pair, lost: str, peer: str) -> tuple[bytes, int]:
@@ -230,28 +256,46 @@ class Group:
         return key_agreement.mask_key(agreed, self.t, peer, lost), -1 if peer < lost else 1
 
     def _recover(self, site: str, wrong: set[str]) -> bytes:
-        """A lost site's mask key, or a survivor's seed, whichever was asked for."""
-        holders = sorted({site, *self.neighbours[site]})
-        given = {
-            self._x[holder]: self.shares[holder][site]
-            for holder in holders
-            if site in self.shares.get(holder, {})
-        }
-        is_right = self._is_seed(site) if site in self.survivors else self._is_mask_key(site)
+        """A lost site's mask key, or a survivor's seed, whichever was asked for.
+
+        Raises:
+            LostError: too few of its shares are left, or those that it dealt do not give what it committed to.
+        """
+        survived = site in self.survivors
+        given: dict[int, bytes] = {}
+        for holder in self.neighbours[site]:
+            share = self.shares.get(holder, {}).get(site)
+            if share is None:
+                continue
+            of_seed, of_mask = _cut(self.share_hashes[site][holder], HASH_BYTES)
+            if hashlib.sha256(share).digest() == (of_seed if survived else of_mask):
+                given[self._x[holder]] = share
+            else:
+                # The holder has found it right when it got it.
+                wrong.add(holder)
+        threshold = neighbour_graph.threshold(len(self.neighbours[site]) + 1)
+        own = self.shares.get(site, {}).get(site)
+        # Its own share has no hash: nobody else can be to blame for it.
+        if len(given) < threshold and own is not None:
+            given[self._x[site]] = own
+        if len(given) < threshold:
+            raise LostError(f"shares of {site}: must be {threshold} right ones, got {len(given)}")
+        is_right = self._is_seed if survived else self._is_mask_key
         try:
-            found = shamir.recover(given, neighbour_graph.threshold(len(holders)), is_right)
-        except UnrecoverableError as error:
-            raise LostError(f"shares of {site}: {error}") from None
-        wrong |= {self.sites[x - 1] for x in found.wrong}
-        return found.secret
+            secret = shamir.combine(given, threshold)
+        except ValueError:
+            secret = b""
+        if not is_right(site, secret):
+            why = "must give the secret that it committed to, got another"
+            raise LostError(f"shares of {site}: {why}", (site,))
+        return secret
 
-    def _is_seed(self, site: str) -> Callable[[bytes], bool]:
-        commitment = self.sharers[site].commitment
-        return lambda secret: hashlib.sha256(secret).digest() == commitment
+    def _is_seed(self, site: str, secret: bytes) -> bool:
+        return hashlib.sha256(secret).digest() == self.sharers[site].commitment
 
-    def _is_mask_key(self, site: str) -> Callable[[bytes], bool]:
+    def _is_mask_key(self, site: str, secret: bytes) -> bool:
         public = self.bundles[site].mask_key
-        return lambda secret: key_agreement.Pair.from_private(secret).public == public
+        return bool(secret) and key_agreement.Pair.from_private(secret).public == public
 
 
 def to_json(group: Group) -> dict[str, object]:
@@ -259,11 +303,14 @@ def to_json(group: Group) -> dict[str, object]:
     a = group.attempt
     return {
         "attempt": [a.request_digest.hex(), a.run_id, a.purpose, a.server_round, a.number],
-        "length": group.length,
+        "shape": list(group.shape),
         "bundles": messages.joined(list(group.bundles.values())).hex(),
         "sharers": messages.joined([group.sharers[s] for s in sorted(group.sharers)]).hex(),
+        "share_hashes": {
+            site: b"".join(given[peer] for peer in group.neighbours[site]).hex()
+            for site, given in sorted(group.share_hashes.items())
+        },
         "survivors": group.survivors,
-        "signatures": {site: s.hex() for site, s in group.signatures.items()},
     }
 
 
@@ -278,15 +325,24 @@ def from_json(told: Mapping[str, Any], total: NDArray[np.uint32]) -> Group:
     sharers = messages.sharers_of(
         messages.record({messages.SHARERS: bytes.fromhex(told["sharers"])})
     )
-    if total.shape != (told["length"],) or total.dtype != np.uint32:
+    shape = Shape(*map(int, told["shape"]))
+    if total.shape != (shape.length,) or total.dtype != np.uint32:
         raise ValueError("sum: must have the length that was written down, got another")
-    return Group(
+    group = Group(
         Attempt(bytes.fromhex(job), run_id, purpose, server_round, number),
-        told["length"],
+        shape,
         {b.site: b for b in bundles},
         {s.site: s for s in sharers},
         {},
         total,
         list(told["survivors"]),
-        {site: bytes.fromhex(s) for site, s in told["signatures"].items()},
     )
+    hashes = {site: bytes.fromhex(one) for site, one in told["share_hashes"].items()}
+    for site in group.sharers:
+        held = _cut(hashes[site], 2 * HASH_BYTES)
+        group.share_hashes[site] = dict(zip(group.neighbours[site], held, strict=True))
+    return group
+
+
+def _cut(raw: bytes, size: int) -> list[bytes]:
+    return [raw[start : start + size] for start in range(0, len(raw), size)]

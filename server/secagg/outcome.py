@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedge.server.admission.validation_result import Rejection
 from fedge.server.participants.members import Member
 from fedge.shared.secagg import messages
+from fedge.shared.secagg.masking import Shape
 from fedge.shared.secagg.transcript import Purpose
 
 #: What each exchange is called where people read of it.
@@ -33,13 +34,13 @@ class SumRequest:
     Attributes:
         purpose: what is summed.
         server_round: of the run.
-        length: coordinates of its vector.
+        shape: of its vector.
         messages: exchange 0's requests to some members, in their order, for an attempt's number.
     """
 
     purpose: Purpose
     server_round: int
-    length: int
+    shape: Shape
     messages: Callable[[list[Member], int], list[Message]]
 
 
@@ -51,7 +52,7 @@ class UnmaskedSum:
         sites: whose vectors are in it, sorted.
         sharers: how many shared, by which the scale is chosen.
         threshold: how many had to stay.
-        total: modulo 2^32, without masks.
+        total: values modulo 2^32, then counters modulo 2^64, without masks.
     """
 
     sites: tuple[str, ...]

@@ -1,29 +1,26 @@
 """The five exchanges with all sites of a sum, tried again with new keys where too few are left.
 
-Whoever is lost at an exchange is out for the attempt and asked again at the next; after the last exchange has begun
-there is no next, as sites answer a round once.
+Whoever is lost at an exchange is out for the attempt and asked again at the next. Once the list of survivors has been
+sent out there is no next, as a site that signed it has answered the round: exchange 3 itself is asked again.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.server.admission.reply_fields import ledger_of
-from fedge.server.admission.validation_result import Rejection, printable, reported, reported_words
-from fedge.server.participants import request_content as requests
+from fedge.server.admission.validation_result import printable
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
 from fedge.server.secagg.attempt import STEPS, GroupAttempt, lost_at
 from fedge.server.secagg.group import Group, LostError
 from fedge.server.secagg.outcome import NAMES, SAMPLE, Outcome, SumRequest, UnmaskedSum
 from fedge.server.secagg.restart_state import RecoveryStore
-from fedge.server.transport.exchange import Exchange, no_reply_reason
-from fedge.shared import protocol
+from fedge.server.secagg.sum_exchange import BEGIN, FaultFoundError, SumExchange
 from fedge.shared.failpoints import reach
 from fedge.shared.secagg import messages, request_digest, transcript
 from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
@@ -31,16 +28,6 @@ from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 _log = logging.getLogger(__name__)
 
 _UNTRUSTED = 421
-#: With which a site may find fault with a peer: its entry in the roster, its signatures, its share.
-_FAULTS = (_UNTRUSTED, 422, 425)
-
-
-class _FaultFoundError(ValueError):
-    """A site finds fault with a peer, by the number that it gives; any other number stands for a malformed reply."""
-
-    def __init__(self, why: str, code: object) -> None:
-        super().__init__(why)
-        self.code = code if type(code) is int and code in _FAULTS else 411
 
 
 class SecureSum:
@@ -63,11 +50,11 @@ class SecureSum:
         attempts: int,
         deadline: float,
     ) -> None:
-        self._member_exchange, self._recovery = member_exchange, recovery
+        self._exchange, self._recovery = SumExchange(member_exchange, deadline), recovery
         self._min_sites = max(min_sites, MIN_SITES)
-        self._attempts, self._deadline = attempts, deadline
-        # Sites that the sites' rosters do not trust: that does not change from one sum to the next.
-        self._untrusted: set[str] = set()
+        self._attempts = attempts
+        # Of no further sum, by code and reason: whom the sites' rosters do not trust, and who dealt wrong shares.
+        self._left_out: dict[str, tuple[int, str]] = {}
 
     def run(self, begin: SumRequest, groups: Sequence[list[Member]]) -> Outcome:
         """Sum over each group of members.
@@ -77,7 +64,7 @@ class SecureSum:
         """
         outcome = Outcome()
         members = {m.site: m for some in groups for m in some}
-        kept = self._recovery.kept(self._member_exchange.run_id, begin.purpose, begin.server_round)
+        kept = self._recovery.kept(self._exchange.run_id, begin.purpose, begin.server_round)
         done = {site for group in kept for site in group.bundles}
         if kept:
             _log.info("round %d: %d kept sums are opened", begin.server_round, len(kept))
@@ -101,15 +88,15 @@ class SecureSum:
             number = self._recovery.next_attempt(begin.purpose, begin.server_round)
             outcome.attempts += 1
             outcome.failed = []
-            known = len(self._untrusted)
-            committed, left = self._attempt(begin, number, left, outcome)
+            known = len(self._left_out)
+            summed, left = self._attempt(begin, number, left, outcome)
             # Each site that is found out this way costs an attempt, so those are not counted; there are only so many.
-            tried += len(self._untrusted) == known
-            if committed:
-                self._recovery.keep(committed)
-                kept += committed
-                reach("before-unmask", begin.server_round)
-                self._open(begin, committed, members, outcome)
+            tried += len(self._left_out) == known
+            if summed:
+                self._recovery.keep(summed)
+                kept += summed
+                reach("before-commit", begin.server_round)
+                self._open(begin, summed, members, outcome)
         return outcome
 
     def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
@@ -117,12 +104,12 @@ class SecureSum:
         return self._recovery.attempts(purpose, server_round)
 
     def _trusted_members(self, some: list[Member], outcome: Outcome) -> list[Member]:
-        """The members without those that no roster trusts."""
+        """The members without those that have been found out."""
         for member in some:
-            if member.site in self._untrusted:
-                why = "left out, as no roster vouches for it"
-                self._lose(outcome, member.site, "begin", why, _UNTRUSTED)
-        return [m for m in some if m.site not in self._untrusted]
+            if member.site in self._left_out:
+                code, why = self._left_out[member.site]
+                self._exchange.lose(outcome, member.site, BEGIN, f"left out, as {why}", code)
+        return [m for m in some if m.site not in self._left_out]
 
     def settled(self) -> None:
         """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
@@ -137,22 +124,22 @@ class SecureSum:
             for site in (m.site for m in some if group is not None):
                 if exchange := lost_at(group, site):
                     why = "lost before the coordinator was restarted"
-                    self._lose(outcome, site, exchange, why, 409, "absent")
+                    self._exchange.lose(outcome, site, exchange, why, 409, "absent")
 
     def _attempt(
         self, begin: SumRequest, number: int, groups: list[list[Member]], outcome: Outcome
     ) -> tuple[list[Group], list[list[Member]]]:
-        """Exchanges 0 to 3.
+        """Exchanges 0 to 2.
 
         Returns:
-            Groups whose survivors have signed, and the members of those that are to be tried again.
+            Groups whose masked vectors are summed, and the members of those that are to be tried again.
         """
         everybody = [m for some in groups for m in some]
         asked = begin.messages(everybody, number)
         purpose, server_round = begin.purpose, begin.server_round
         attempt = Attempt(
             request_digest.digest(messages.BEGIN[purpose], asked[0].content),
-            self._member_exchange.run_id,
+            self._exchange.run_id,
             purpose,
             server_round,
             number,
@@ -160,9 +147,6 @@ class SecureSum:
         if purpose == "train":
             reach("before-dispatch", server_round)
         phase = purpose if purpose != "statistics" else "sum"
-        result = self._member_exchange.ask(server_round, phase, everybody, asked)
-        if purpose == "train":
-            reach("all-received", server_round)
         bundles: dict[str, KeyAdvertisement] = {}
 
         def take(site: str, content: RecordDict) -> None:
@@ -175,13 +159,15 @@ class SecureSum:
             if ledger := ledger_of(content):
                 outcome.ledgers[site] = ledger
 
-        self._hear(result, everybody, "begin", outcome, take)
+        self._exchange.ask(server_round, BEGIN, everybody, asked, outcome, take, phase=phase)
+        if purpose == "train":
+            reach("all-received", server_round)
         open_groups: list[GroupAttempt] = []
         for some in groups:
             there = {m.site: bundles[m.site] for m in some if m.site in bundles}
             trial = GroupAttempt(some, None)
             if len(there) >= self._min_sites:
-                trial.group = Group(attempt, begin.length, there)
+                trial.group = Group(attempt, begin.shape, there)
             else:
                 trial.failed = (
                     f"begin: must be answered by {self._min_sites} sites, got {len(there)}"
@@ -189,13 +175,13 @@ class SecureSum:
             open_groups.append(trial)
         for kind, told, hear in STEPS:
             self._step(begin, kind, told, hear, open_groups, outcome)
-        committed = [t.group for t in open_groups if t.group is not None]
+        summed = [t.group for t in open_groups if t.group is not None]
         again: list[list[Member]] = []
         for trial in open_groups:
             if trial.group is None:
                 outcome.failed.append(trial.failed)
                 again.append([m for m in trial.members if m.site not in trial.excluded])
-        return committed, again
+        return summed, again
 
     def _step(
         self,
@@ -218,13 +204,12 @@ class SecureSum:
                 members.append(member)
                 by_site[member.site] = trial
                 asked.append(
-                    self._message(kind, trial.group, told(trial.group, member.site), member)
+                    self._exchange.message(
+                        kind, trial.group, told(trial.group, member.site), member
+                    )
                 )
         if not asked:
             return
-        result = self._member_exchange.ask(
-            begin.server_round, NAMES[kind], members, asked, deadline=self._deadline
-        )
 
         def take(site: str, content: RecordDict) -> None:
             group = by_site[site].group
@@ -235,28 +220,28 @@ class SecureSum:
                 if values.get(messages.CODE) == _UNTRUSTED:
                     by_site[site].untrusted.add(peer)
                 why = f"finds fault with {printable(peer)}, {_code(values)}"
-                raise _FaultFoundError(why, values.get(messages.CODE))
+                raise FaultFoundError(why, values.get(messages.CODE))
             if group is not None:
                 heard = hear(group, site, content)
                 if isinstance(heard, np.ndarray) and not outcome.sample:
                     outcome.sample = heard[:SAMPLE].tolist()
 
-        self._hear(result, members, NAMES[kind], outcome, take)
+        self._exchange.ask(begin.server_round, NAMES[kind], members, asked, outcome, take)
         for trial in {id(t): t for t in by_site.values()}.values():
             if trial.group is not None and kind == messages.MASKED:
                 for site, why in trial.group.add_masked().items():
-                    self._lose(outcome, site, NAMES[kind], why, 411)
+                    self._exchange.lose(outcome, site, NAMES[kind], why, 411)
             for peer in trial.check(kind, self._min_sites):
                 count = len(trial.blames[peer])
                 if count > 1 and peer in trial.untrusted:
-                    self._untrusted.add(peer)
+                    self._left_out[peer] = (_UNTRUSTED, "no roster has a valid key of it")
                 who = "1 site finds" if count == 1 else f"{count} sites find"
                 codes = [
                     outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out
                 ]
                 code = max(sorted(set(codes), reverse=True), key=codes.count, default=411)
                 why = f"left out, as {who} fault with it"
-                self._lose(outcome, peer, NAMES[kind], why, code)
+                self._exchange.lose(outcome, peer, NAMES[kind], why, code)
 
     def _open(
         self,
@@ -265,107 +250,77 @@ class SecureSum:
         members: Mapping[str, Member],
         outcome: Outcome,
     ) -> None:
-        """Exchange 4, and the sums."""
-        asked: list[Message] = []
-        whom: list[Member] = []
-        by_site: dict[str, Group] = {}
+        """Exchanges 3 and 4, and the sums."""
+        for _ in range(self._attempts):
+            unsigned = [g for g in groups if len(g.signatures) < g.threshold]
+            if not unsigned:
+                break
+            self._ask_survivors(begin, messages.COMMIT, unsigned, members, outcome)
+        signed: list[Group] = []
         for group in groups:
-            for site in group.survivors:
-                if site in members:
-                    whom.append(members[site])
-                    by_site[site] = group
-                    asked.append(
-                        self._message(messages.UNMASK, group, group.unmask_values(), members[site])
-                    )
-        result = self._member_exchange.ask(
-            begin.server_round, NAMES[messages.UNMASK], whom, asked, deadline=self._deadline
-        )
-
-        def take(site: str, content: RecordDict) -> None:
-            by_site[site].take_unmask(site, messages.values_of(content))
-
-        self._hear(result, whom, NAMES[messages.UNMASK], outcome, take)
-        for group in groups:
+            try:
+                group.require(group.signatures, NAMES[messages.COMMIT])
+            except LostError as error:
+                outcome.failed.append(str(error))
+            else:
+                signed.append(group)
+        # Before anybody is asked for shares: who was takes no signature back, and gives none again.
+        self._recovery.keep_signatures(groups)
+        reach("before-unmask", begin.server_round)
+        self._ask_survivors(begin, messages.UNMASK, signed, members, outcome)
+        for group in signed:
             try:
                 group.require(group.shares, NAMES[messages.UNMASK])
                 total, wrong = group.unmask()
             except LostError as error:
                 outcome.failed.append(str(error))
+                for site in error.dealers:
+                    why = "the shares that it dealt do not give the secret that it committed to"
+                    self._left_out[site] = (411, why)
+                    self._exchange.lose(
+                        outcome, site, NAMES[messages.SHARE], f"left out from now on, as {why}"
+                    )
                 continue
             for site in sorted(wrong):
-                self._lose(outcome, site, "unmask", "its shares are not those it was given")
+                self._exchange.lose(
+                    outcome, site, "unmask", "its shares are not those it was given"
+                )
             outcome.unmasked_sums.append(
                 UnmaskedSum(tuple(group.survivors), len(group.sharers), group.threshold, total)
             )
 
-    def _message(
-        self, kind: str, group: Group, values: Mapping[str, bytes], member: Member
-    ) -> Message:
-        config, a = self._member_exchange.config, group.attempt
-        address = requests.address(a.run_id, a.server_round, config.task.name, len(group.bundles))
-        secure = messages.record(
-            {messages.PURPOSE: a.purpose, messages.ATTEMPT: a.number, **values}
-        )
-        content = RecordDict({protocol.CONFIG: ConfigRecord({**address}), messages.SECURE: secure})
-        return requests.message(content, member, kind, a.server_round, self._deadline)
-
-    def _hear(
+    def _ask_survivors(
         self,
-        result: Exchange,
-        asked: Sequence[Member],
-        exchange: str,
+        begin: SumRequest,
+        kind: str,
+        groups: list[Group],
+        members: Mapping[str, Member],
         outcome: Outcome,
-        take: Callable[[str, RecordDict], None],
     ) -> None:
-        """Take every reply; note who is lost, and why."""
-        outcome.sent += result.sent
-        outcome.received += result.received
-        deadline = (
-            self._member_exchange.config.round.deadline if exchange == "begin" else self._deadline
-        )
-        for member in asked:
-            reply = result.replies.get(member.node_id)
-            if reply is None:
-                why, code, how = no_reply_reason(result, member.node_id, deadline), 409, "absent"
-                if member.node_id in result.late:
-                    why, code, how = f"reply after the deadline of {deadline:g} s", 408, "late"
-                self._lose(outcome, member.site, exchange, why, code, how)
-            elif reply.has_error():
-                words = reported_words(reply.error)
-                self._lose(
-                    outcome, member.site, exchange, words, reported(reply.error) or 410, "error"
-                )
-            else:
-                try:
-                    _require_answer(reply.content, member.site, self._member_exchange.run_id)
-                    take(member.site, reply.content)
-                except ValueError as error:
-                    code = error.code if isinstance(error, _FaultFoundError) else 411
-                    self._lose(outcome, member.site, exchange, printable(str(error), 160), code)
+        """Exchange 3 or 4 with the survivors of which nothing has been heard."""
+        commits = kind == messages.COMMIT
+        by_site = {
+            site: group
+            for group in groups
+            for site in group.survivors
+            if site in members and not (commits and site in group.signatures)
+        }
+        if not by_site:
+            return
+        whom = [members[site] for site in by_site]
+        asked = [
+            self._exchange.message(
+                kind, group, group.commit_values() if commits else group.unmask_values(), member
+            )
+            for group, member in zip(by_site.values(), whom, strict=True)
+        ]
 
-    def _lose(
-        self,
-        outcome: Outcome,
-        site: str,
-        exchange: str,
-        why: str,
-        code: int = 411,
-        how: Any = "rejected",
-    ) -> None:
-        _log.warning("%s is lost at %s: %s", site, exchange, why)
-        outcome.lost.append(
-            {"site": site, "exchange": exchange, "attempt": outcome.attempts, "reason": why}
-        )
-        code = code if how != "error" else 410
-        outcome.out[site] = Rejection(site, code, how, f"{exchange}: {why}")
+        def take(site: str, content: RecordDict) -> None:
+            group = by_site[site]
+            hear = group.take_commit if commits else group.take_unmask
+            hear(site, messages.values_of(content))
 
-
-def _require_answer(content: RecordDict, site: str, run_id: str) -> None:
-    config = content.get(protocol.CONFIG)
-    if not isinstance(config, ConfigRecord):
-        raise ValueError(f"must hold a {protocol.CONFIG} record, got none")
-    if (config.get(protocol.SITE), config.get(protocol.RUN_ID)) != (site, run_id):
-        raise ValueError("must answer as this site in this run, got another")
+        self._exchange.ask(begin.server_round, NAMES[kind], whom, asked, outcome, take)
 
 
 def _code(values: ConfigRecord) -> str:

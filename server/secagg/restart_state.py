@@ -1,9 +1,9 @@
 """What a restarted coordinator knows of a secure sum: the last attempt's number, and sums about to be unmasked.
 
-A site answers the last exchange of a round once. So what the coordinator needs to open the sum is on disk before
-that exchange begins, and stays there until the round is committed; a coordinator that starts again asks for the very
-same, which sites answer as they did before. The files hold nothing that anybody can read: the sums are masked, and the
-shares that open them are not written down.
+A site signs the list of survivors of a round once, and gives its shares once. So what the coordinator needs for either
+is on disk before it asks, and stays there until the round is committed; a coordinator that starts again asks for the
+very same, which sites answer as they did before. The files hold nothing that anybody can read: the sums are masked, and
+the shares that open them are not written down.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 FOLDER: Final = "secagg"
 _SUMS: Final = ".safetensors"
+_SIGNATURES: Final = ".signatures"
 #: What reading a damaged file raises.
 _DAMAGED: Final = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, RunError)
 
@@ -85,6 +86,7 @@ class RecoveryStore:
         totals = {f"group-{i}": g.total for i, g in enumerate(groups)}
         # What is there under this name is of another round, and is not read for this one.
         self._folder.mkdir(exist_ok=True)
+        path.with_suffix(_SIGNATURES).unlink(missing_ok=True)
         data = tensors.encode(totals)
         write_atomically(path.with_suffix(_SUMS), data)
         record = {
@@ -92,6 +94,16 @@ class RecoveryStore:
             "groups": [group.to_json(g) for g in groups],
         }
         write_atomically(path, json.dumps(record).encode())
+
+    def keep_signatures(self, groups: Sequence[Group]) -> None:
+        """Write down who has signed the survivors of sums that are kept."""
+        by_path: dict[Path, dict[str, str]] = {}
+        for one in groups:
+            path = self._folder / f"{one.attempt.purpose}-{one.attempt.number}{_SIGNATURES}"
+            signed = {site: signature.hex() for site, signature in one.signatures.items()}
+            by_path.setdefault(path, {}).update(signed)
+        for path, signatures in by_path.items():
+            write_atomically(path, json.dumps(signatures).encode())
 
     def kept(self, run_id: str, purpose: Purpose, server_round: int) -> list[Group]:
         """The sums of this round that were about to be unmasked when the coordinator ended; none that is damaged."""
@@ -103,15 +115,21 @@ class RecoveryStore:
                 if any(a != [run_id, purpose, server_round] for a in attempts):
                     continue
                 totals = tensors.read(path.with_suffix(_SUMS), told["sha256"])
-                found += [
-                    group.from_json(one, np.array(totals[f"group-{i}"]))
-                    for i, one in enumerate(told["groups"])
-                ]
+                signed: dict[str, str] = {}
+                if (signatures := path.with_suffix(_SIGNATURES)).exists():
+                    signed = json.loads(signatures.read_bytes())
+                for i, one in enumerate(told["groups"]):
+                    made = group.from_json(one, np.array(totals[f"group-{i}"]))
+                    made.signatures = {
+                        s: bytes.fromhex(signed[s]) for s in made.survivors if s in signed
+                    }
+                    found.append(made)
             except _DAMAGED as error:
                 _log.warning("%s: a kept sum cannot be read (%s)", path.name, type(error).__name__)
         return found
 
     def drop(self) -> None:
         """Forget kept sums: what they gave is in the journal, or is lost."""
-        for path in (*self._folder.glob("*-*.json"), *self._folder.glob(f"*{_SUMS}")):
+        patterns = ("*-*.json", f"*{_SUMS}", f"*{_SIGNATURES}")
+        for path in (found for pattern in patterns for found in self._folder.glob(pattern)):
             path.unlink(missing_ok=True)

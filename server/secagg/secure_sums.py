@@ -298,7 +298,7 @@ class SecureSums:
         def begin(members: list[Member], number: int) -> list[Message]:
             return compose(members, self._record(number))
 
-        return self._sum.run(SumRequest(purpose, server_round, layout.length, begin), groups)
+        return self._sum.run(SumRequest(purpose, server_round, layout.shape, begin), groups)
 
     def _record(self, number: int) -> ConfigRecord:
         least = {messages.MIN_SITES: self._config.secure_aggregation.min_sites}

@@ -1,8 +1,9 @@
-"""Masks: AES-256-CTR keystreams, added to a vector over the ring 2^32.
+"""Masks: AES-256-CTR keystreams, added to a vector whose values are in the ring 2^32 and its counters in 2^64.
 
-A vector is masked in parts of ``PART`` values, which threads can take apart: part i by the keystream of part i
-(``fedge.shared.crypto.keystream``), read as little-endian uint32. Each key makes one keystream only, so parts can be
-numbered from 0. Masks authenticate nothing.
+Values are masked in parts of ``PART``, which threads can take apart: part i by the keystream of part i
+(``fedge.shared.crypto.keystream``), read as little-endian uint32. The counters after them are one part more, read as
+little-endian uint64: each is one element of its ring, so that a sum tells nothing of how it came about. Each key makes
+one keystream only, so parts can be numbered from 0. Masks authenticate nothing.
 
 A vector has at most ``MAX_VALUES``, 2^28 blocks: far from 2^64, where a keystream could be told from random.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +39,36 @@ _OPEN_KEY: Final = bytes(KEY_BYTES)
 _ADDED: Final = 2**17
 
 
+class Shape(NamedTuple):
+    """How many elements of each ring a vector has.
+
+    Attributes:
+        values: of 2^32.
+        counters: of 2^64, after the values, each in the place of two.
+    """
+
+    values: int
+    counters: int
+
+    @property
+    def length(self) -> int:
+        """Words of 4 bytes."""
+        return self.values + 2 * self.counters
+
+
+def counters_in(vector: NDArray[np.uint32], counters: int) -> NDArray[np.uint64]:
+    """A view of the counters at the end of a vector, ``(counters,)`` little-endian uint64, perhaps not aligned."""
+    return vector[vector.size - 2 * counters :].view("<u8")
+
+
 def add_masks(
-    vector: NDArray[np.uint32], masks: Sequence[tuple[bytes, int]], chunk: int | None = None
+    vector: NDArray[np.uint32],
+    masks: Sequence[tuple[bytes, int]],
+    chunk: int | None = None,
+    *,
+    counters: int = 0,
 ) -> None:
-    """Add or subtract keystreams in place, modulo 2^32.
+    """Add or subtract keystreams in place, modulo 2^32, and modulo 2^64 for the counters at the end.
 
     All masks of a chunk come before the next chunk, so that the vector moves through memory once.
 
@@ -49,15 +76,16 @@ def add_masks(
         vector: one-dimensional, contiguous, little-endian uint32, up to ``MAX_VALUES``.
         masks: a 32-byte key each, and +1 to add its keystream or -1 to subtract it.
         chunk: bytes at a time, a multiple of 16; as many as are fastest where not given.
+        counters: how many there are at the end.
 
     Raises:
         ValueError: an argument is not so; the vector is unchanged.
     """
-    _require_vector(vector)
+    values = _values(vector, counters)
     if not vector.flags.writeable:
         raise ValueError("vector: must be writeable, got a read-only one")
     if chunk is None:
-        alone = parallel.threads() == 1 or _parts(vector) == 1
+        alone = parallel.threads() == 1 or _parts(values) == 1
         chunk = CHUNK_BYTES if alone else SHARED_CHUNK_BYTES
     if chunk < _BLOCK_BYTES or chunk % _BLOCK_BYTES:
         raise ValueError(f"chunk: must be a multiple of {_BLOCK_BYTES}, got {chunk}")
@@ -77,16 +105,21 @@ def add_masks(
                 (keystream(key, part).update_into, np.add if sign == 1 else np.subtract)
                 for key, sign in masks
             ]
-            end = min((part + 1) * PART, vector.size)
+            end = min((part + 1) * PART, values.size)
             for start in range(part * PART, end, step):
-                piece = vector[start : min(start + step, end)]
-                source, values = nothing[: piece.nbytes], made[: piece.size]
+                piece = values[start : min(start + step, end)]
+                source, stream = nothing[: piece.nbytes], made[: piece.size]
                 for update_into, operation in streams:
                     update_into(source, room.data)
-                    operation(piece, values, out=piece)
+                    operation(piece, stream, out=piece)
         room.fill(0)
 
-    parallel.each(_parts(vector), add)
+    parallel.each(_parts(values), add)
+    if counters:
+        tail = counters_in(vector, counters)
+        for key, sign in masks:
+            made = np.frombuffer(keystream(key, _parts(values)).update(bytes(tail.nbytes)), "<u8")
+            (np.add if sign == 1 else np.subtract)(tail, made, out=tail)
 
 
 def zeros(size: int) -> NDArray[np.uint32]:
@@ -117,12 +150,17 @@ def checksum(vector: NDArray[np.uint32]) -> int:
     return _hashed([vector], None)[0]
 
 
-def add_vectors(total: NDArray[np.uint32], vectors: Sequence[NDArray[np.uint32]]) -> list[int]:
-    """Add vectors to a sum in place, modulo 2^32; each piece is hashed on the way, while it is in the cache.
+def add_vectors(
+    total: NDArray[np.uint32], vectors: Sequence[NDArray[np.uint32]], *, counters: int = 0
+) -> list[int]:
+    """Add vectors to a sum in place; each piece is hashed on the way, while it is in the cache.
+
+    Values are added modulo 2^32, counters modulo 2^64.
 
     Args:
         total: one-dimensional, contiguous, little-endian uint32, up to ``MAX_VALUES``.
         vectors: the same, as long.
+        counters: how many there are at the end.
 
     Returns:
         ``checksum`` of each vector.
@@ -130,18 +168,33 @@ def add_vectors(total: NDArray[np.uint32], vectors: Sequence[NDArray[np.uint32]]
     Raises:
         ValueError: an argument is not so; the sum is unchanged.
     """
-    _require_vector(total)
+    values = _values(total, counters)
     for vector in vectors:
         _require_vector(vector)
         if total.size != vector.size:
             raise ValueError(f"vector: must be {total.size} values as the sum, got {vector.size}")
     if not total.flags.writeable:
         raise ValueError("sum: must be writeable, got a read-only one")
-    return _hashed(vectors, total)
+    found = _hashed(vectors, values)
+    if counters:
+        tail = counters_in(total, counters)
+        for vector in vectors:
+            tail += counters_in(vector, counters)
+    return found
+
+
+def subtract_vector(
+    total: NDArray[np.uint32], vector: NDArray[np.uint32], *, counters: int = 0
+) -> None:
+    """Take a vector that ``add_vectors`` added off the sum again, in place."""
+    values = _values(total, counters)
+    np.subtract(values, vector[: values.size], out=values)
+    tail = counters_in(total, counters)
+    tail -= counters_in(vector, counters)
 
 
 def _hashed(vectors: Sequence[NDArray[np.uint32]], total: NDArray[np.uint32] | None) -> list[int]:
-    """The checksum of each vector; they are added to a sum on the way, all of a piece before the next piece."""
+    """The checksum of each vector; as much as the sum has is added to it, all of a piece before the next piece."""
     if not vectors:
         return []
     size = vectors[0].size
@@ -153,10 +206,11 @@ def _hashed(vectors: Sequence[NDArray[np.uint32]], total: NDArray[np.uint32] | N
             end = min((part + 1) * PART, size)
             for start in range(part * PART, end, _ADDED):
                 piece = slice(start, min(start + _ADDED, end))
+                summed = total[piece] if total is not None else None
                 for vector, hasher in zip(vectors, hashers, strict=True):
                     hasher.authenticate_additional_data(vector[piece].view(np.uint8).data)
-                    if total is not None:
-                        np.add(total[piece], vector[piece], out=total[piece])
+                    if summed is not None:
+                        np.add(summed, vector[start : start + summed.size], out=summed)
             for found, hasher in zip(tags, hashers, strict=True):
                 hasher.finalize()
                 found[part] = hasher.tag
@@ -170,6 +224,14 @@ def _of_parts(tags: Sequence[bytes]) -> int:
     hasher.authenticate_additional_data(b"".join(tags))
     hasher.finalize()
     return int.from_bytes(hasher.tag[:8], "big")
+
+
+def _values(vector: NDArray[np.uint32], counters: int) -> NDArray[np.uint32]:
+    """A view of what is before the counters."""
+    _require_vector(vector)
+    if not 0 <= 2 * counters <= vector.size:
+        raise ValueError(f"counters: must fit {vector.size} words, got {counters}")
+    return vector[: vector.size - 2 * counters]
 
 
 def _parts(vector: NDArray[np.uint32]) -> int:

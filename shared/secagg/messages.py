@@ -73,9 +73,13 @@ BLAMED: Final = "blamed"
 CODE: Final = "code"
 VECTOR: Final = "masked"
 
-#: Two shares and the tag of AES-GCM.
 SHARE_BYTES: Final = 33
-ENCRYPTED_SHARE_BYTES: Final = 2 * SHARE_BYTES + 16
+#: Two shares and the tag of AES-GCM.
+CIPHERTEXT_BYTES: Final = 2 * SHARE_BYTES + 16
+#: What a peer is given of a site's two secrets: its shares, encrypted, and the SHA-256 of each in clear. By those
+#: everybody can tell a share that its holder altered from one that was dealt so; of a random number of 256 bits a hash
+#: tells nothing.
+ENCRYPTED_SHARE_BYTES: Final = CIPHERTEXT_BYTES + 2 * HASH_BYTES
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Sharer:
         site: its name.
         commitment: SHA-256 of its self-mask seed.
         signature: of both and T, with its roster key.
-        encrypted_share: its shares, encrypted for the receiver; empty where the receiver holds none of it.
+        encrypted_share: its shares, encrypted for the receiver, and their hashes; empty for who holds none of them.
     """
 
     site: str
@@ -177,7 +181,7 @@ def sharers_of(values: ConfigRecord) -> list[Sharer]:
     Raises:
         ValueError: malformed.
     """
-    raw = data(values, SHARERS, protocol.MAX_SITES * 256)
+    raw = data(values, SHARERS, protocol.MAX_SITES * 320)
     found: list[Sharer] = []
     at = 0
     while at < len(raw):

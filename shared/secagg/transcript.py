@@ -24,7 +24,7 @@ from fedge.shared.secagg.key_agreement import framed
 Purpose: TypeAlias = Literal["statistics", "train", "evaluate", "calibrate", "qualify"]
 
 #: Of the protocol; a site serves only its own.
-VERSION: Final = 1
+VERSION: Final = 2
 #: Fewest sites of which a sum hides one; and the most that exact counters can add up.
 MIN_SITES: Final = 3
 KEY_BYTES, SIGNATURE_BYTES, HASH_BYTES = 32, 64, 32

@@ -114,7 +114,7 @@ def _opened_sum(
     size, count = canaries.size, max(canaries.inside.size, noise.honest)
     layout = vector_layout.of_noised({NAME: (size,)}, [NAME], noise.clipping_bound)
     still = canaries.still()
-    total, waiting = masking.zeros(layout.length), []
+    total, waiting = masking.zeros(layout.shape.length), []
     try:
         deviation = distributed.stddev(noise.noise_multiplier, size, noise.honest, count)
     except ValueError as error:
@@ -134,7 +134,7 @@ def _opened_sum(
         except SiteError as error:
             raise ConfigError(201, error.message) from None
         if len(waiting) == _GROUP or site == count - 1:
-            masking.add_vectors(total, waiting)
+            masking.add_vectors(total, waiting, counters=layout.shape.counters)
             waiting = []
     sites = tuple(f"site-{i}" for i in range(count))
     summed = decoding.noised_mean(layout, UnmaskedSum(sites, count, count, total), still)

@@ -222,7 +222,8 @@ class _Site:
         vector = part.encode(secure.min_sites, os.urandom(KEY_BYTES))
         # The site's own mask, and one shared with each of the others.
         keys = [os.urandom(KEY_BYTES) for _ in range(secure.min_sites)]
-        masking.add_masks(vector, [(key, 1 if i % 2 else -1) for i, key in enumerate(keys)])
+        masks = [(key, 1 if i % 2 else -1) for i, key in enumerate(keys)]
+        masking.add_masks(vector, masks, counters=layout.shape.counters)
         return layout.unflatten(
             fixed_point.decode(vector[: layout.values], layout.segments, secure.min_sites)
         )
@@ -237,11 +238,11 @@ class _Site:
         layout = vector_layout.of_noised(
             _shapes(received), self._parameters, section.clipping_bound
         )
-        total = masking.zeros(layout.length)
+        total = masking.zeros(layout.shape.length)
         for site in range(honest):
             own = trained if site == 0 else None
             part = input_vector.noised(layout, noise, received, own).encode(honest, b"")
-            masking.add_vectors(total, [part])
+            masking.add_vectors(total, [part], counters=layout.shape.counters)
         sites = tuple(f"site-{i}" for i in range(honest))
         # Before decoding reuses their memory.
         still = {name: a.copy() for name, a in received.items()}

@@ -21,6 +21,7 @@ from fedge.shared.errors import SiteError
 from fedge.shared.secagg import (
     exact_counters,
     fixed_point,
+    masking,
     messages,
     request_digest,
     transcript,
@@ -136,7 +137,7 @@ class Server:
                 self.server_round,
                 self.attempt,
             )
-            self.group = Group(attempt, self.layout.length, found)
+            self.group = Group(attempt, self.layout.shape, found)
         return self
 
     def share(self, change: Change | None = None) -> Server:
@@ -210,7 +211,7 @@ class Server:
         layout, group = self.layout, self.group
         values = fixed_point.decode(total[: layout.values], layout.segments, len(group.sharers))
         return values, exact_counters.decode_counters(
-            total[layout.values :], layout.counters, len(group.survivors)
+            masking.counters_in(total, len(layout.counters)), layout.counters, len(group.survivors)
         )
 
     def plain(self, site: str) -> np.ndarray:

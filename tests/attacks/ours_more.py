@@ -193,6 +193,21 @@ def garbage(home: Path) -> Attack:
     return judged("garbage", f"each step: {said(servers[0])}", tuple(servers), due)
 
 
+def second_sum_after_signing(home: Path) -> Attack:
+    """All sign the survivors, some are asked for shares, all for a second sum of the round without the victim."""
+    first = until_masked(home).commit()
+    first.group.survivors = [*NAMES[:2], VICTIM]
+    first.unmask()
+    rest = {n: s for n, s in first.sites.items() if n != VICTIM}
+    second = Server(rest, attempt=2).begin()
+    return judged(
+        "second-sum-after-signing",
+        f"asked for a second sum: {said(second)}",
+        (second,),
+        {protocol.TRAIN: len(rest)},
+    )
+
+
 def another_run(home: Path) -> Attack:
     """The same work under another run's name, over all but the victim, and the difference of the two sums."""
     first = honest_round(home)
@@ -227,6 +242,7 @@ MORE: Final[tuple[Callable[[Path], Attack], ...]] = (
     survivor_lists,
     steps_out_of_order,
     garbage,
+    second_sum_after_signing,
     another_run,
 )
 

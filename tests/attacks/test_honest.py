@@ -95,7 +95,7 @@ def test_a_retry_trains_nothing_anew_and_has_the_same_update(tmp_path):
 
 def test_the_sum_holds_no_more_than_the_layout_says(tmp_path):
     server = whole(make_sites(tmp_path))
-    assert server.group.length == server.layout.length == 22 + 3 * 6
+    assert server.group.shape == server.layout.shape == (22, 6)
     assert (
         set(server.opened()[1])
         == {c.name for c in server.layout.counters}

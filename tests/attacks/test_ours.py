@@ -48,6 +48,7 @@ CODES = {
     "survivor-lists": {422: 4, 424: 1},
     "steps-out-of-order": {422: 18},
     "garbage": {422: 24},
+    "second-sum-after-signing": {423: 5},
 }
 REFUSED = [a for a in (*ATTACKS, *FAULTS, *MORE) if a is not another_run]
 

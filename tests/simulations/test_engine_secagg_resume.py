@@ -83,7 +83,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
     killed = fedge(*words, fail_point=f"{point}:2")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     kept = list((tmp_path / "run" / "secagg").glob("train-*.json"))
-    assert len(kept) == (point in ("before-unmask", "mid-aggregate", "after-commit"))
+    assert len(kept) == (point in (*MASKED, "mid-aggregate", "after-commit"))
     done = fedge(*words, "--resume")
     assert done.returncode == 0, done.stderr
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()

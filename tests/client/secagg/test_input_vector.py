@@ -7,7 +7,7 @@ from builders import refused
 from fedge.client.secagg import input_vector
 from fedge.client.secagg.input_vector import InputVector, rounding_key
 from fedge.shared.preprocessing.steps import Statistics
-from fedge.shared.secagg import exact_counters, fixed_point, vector_layout
+from fedge.shared.secagg import exact_counters, fixed_point, masking, vector_layout
 from fedge.shared.secagg.vector_layout import Bounds
 from fedge.shared.tasks.standardised_columns import Bound
 
@@ -29,7 +29,9 @@ def trained(*args, received=None, examples=100, loss=0.5, layout=LAYOUT):
 def decoded(made: InputVector, sites=3):
     """The values and counters of one site's vector, as a server reads a sum of one."""
     layout, vector = made.layout, made.encode(sites, KEY)
-    counted = exact_counters.decode_counters(vector[layout.values :], layout.counters, 1)
+    counted = exact_counters.decode_counters(
+        masking.counters_in(vector, len(layout.counters)), layout.counters, 1
+    )
     if not layout.segments:
         return None, counted
     return layout.unflatten(
@@ -212,8 +214,9 @@ def test_statistics_are_in_units_of_their_columns():
     found = Statistics(4, (160.0, 0.5), (6500.0, 0.125))
     _, counted = decoded(input_vector.statistics(layout, found, bounds))
     assert counted["examples"] == 4
-    assert counted["feature-total-0"] * 100 == pytest.approx(160, abs=1e-8)
-    assert counted["feature-total-of-squares-0"] * 1e4 == pytest.approx(6500, abs=1e-5)
+    # To half a step of 2^-28 of the unit, and of its square.
+    assert counted["feature-total-0"] * 100 == pytest.approx(160, abs=2**-29 * 100)
+    assert counted["feature-total-of-squares-0"] * 1e4 == pytest.approx(6500, abs=2**-29 * 1e4)
     assert counted["feature-total-1"] == 0.5
     _, nothing = decoded(input_vector.statistics(layout, None, bounds))
     assert nothing == dict.fromkeys(nothing, 0) | {"sites": 1}

@@ -46,7 +46,7 @@ def made():
 
 
 def begins(number=1, **changes):
-    values = {messages.PROTOCOL: 1, messages.ATTEMPT: number, **changes}
+    values = {messages.PROTOCOL: transcript.VERSION, messages.ATTEMPT: number, **changes}
     return RecordDict({messages.SECURE: ConfigRecord(values)})
 
 
@@ -76,7 +76,7 @@ class Sites:
             number,
         )
         if len(found) == 3:
-            self.group = Group(attempt, OF.length, found)
+            self.group = Group(attempt, OF.shape, found)
         self.number, self.address, self.purpose = number, address, purpose
         return self
 
@@ -124,7 +124,7 @@ class Sites:
             self.all(kind)
         total, wrong = self.group.unmask()
         assert not wrong
-        return exact_counters.decode_counters(total, OF.counters, 3)
+        return exact_counters.decode_counters(total.view(np.uint64), OF.counters, 3)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_request_without_its_record_is_refused(sites):
     assert not is_secure(RecordDict())
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, transcript.VERSION - 1, transcript.VERSION + 1, "2", None])
 def test_another_version_of_the_protocol_is_refused(sites, version):
     changes = {} if version is None else {messages.PROTOCOL: version}
     content = begins()
@@ -289,10 +289,24 @@ def test_an_answered_round_is_refused_after_a_restart(sites):
 
 def test_a_round_that_was_not_answered_is_begun_anew_after_a_restart(sites):
     """The secrets are gone with the process, and so are the shares that they would have opened."""
-    sites.begin().until(messages.UNMASK)
+    sites.begin().until(messages.COMMIT)
     again = Sites(sites.home)
-    refused(426, again.answers["north"].step, messages.UNMASK, sites.request({}), ADDRESS)
+    refused(426, again.answers["north"].step, messages.COMMIT, sites.request({}), ADDRESS)
     assert again.begin(2).opened()["sites"] == 3
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_who_has_signed_the_survivors_adds_to_no_other_sum_of_the_round(sites, restarted):
+    """Were only some asked for their shares, the others would open a second sum, and the difference is one site's."""
+    sites.begin().until(messages.UNMASK)
+    again = Sites(sites.home) if restarted else sites
+    for n in NAMES:
+        content, changed = begins(2), Address("run-1", 2)
+        told = refused(423, again.answers[n].begin, protocol.EVALUATE, content, changed, 7, made)
+        assert told == "evaluate round 2: must be later than 2, which was answered"
+    # The sum that they have signed is opened all the same, unless its secrets went with the workers.
+    for n in NAMES if not restarted else ():
+        assert len(sites.step(messages.UNMASK, n)[messages.SECURE][messages.SHARES]) == 33 * 3
 
 
 def test_nothing_is_answered_where_the_ledger_is_damaged(sites):
@@ -300,18 +314,18 @@ def test_nothing_is_answered_where_the_ledger_is_damaged(sites):
     for n in NAMES:
         (sites.home / n / "run-1.json").write_text('{"evaluate": "2"}')
     assert "damaged" in refused(423, Sites(sites.home).begin, 1, Address("run-1", 9))
-    # One that is damaged while a round is open gives no share out.
-    sites.begin(1, Address("run-3", 1)).until(messages.UNMASK)
+    # One that is damaged while a round is open signs nothing.
+    sites.begin(1, Address("run-3", 1)).until(messages.COMMIT)
     (sites.home / "north" / "run-3.json").write_text("{")
-    refused(423, sites.step, messages.UNMASK, "north")
+    refused(423, sites.step, messages.COMMIT, "north")
     assert no_more(sites, "north")
 
 
-def test_the_round_is_noted_before_its_shares_are_out(sites):
-    sites.begin().until(messages.UNMASK)
+def test_the_round_is_noted_before_its_survivors_are_signed(sites):
+    sites.begin().until(messages.COMMIT)
     path = sites.home / "north" / "run-1.json"
     assert not path.exists()
-    sites.step(messages.UNMASK, "north")
+    sites.step(messages.COMMIT, "north")
     assert path.read_text() == '{"evaluate": 2}'
 
 

@@ -10,7 +10,7 @@ from fedge.client.settings.policy import PolicyFile, SecurePolicy
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol
 from fedge.shared.errors import ConfigError, DeployError
-from fedge.shared.secagg import messages
+from fedge.shared.secagg import messages, transcript
 
 BUNDLE, OTHER = "ab" * 32, "cd" * 32
 GOOD = {"tasks": ["digits"], "bundles": [BUNDLE], "versions": ["0.1.0"]}
@@ -187,13 +187,40 @@ def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, allowed):
 
 
 SECURE = {
-    "protocol": 1,
+    "protocol": transcript.VERSION,
     "attempt": 1,
     "clipping-bound": 10.0,
     "value-bound": 4.0,
     "state-bound": 100.0,
     "weight-cap": 10_000,
 }
+
+
+@pytest.mark.parametrize(
+    ("secure", "message"),
+    [
+        ({"min-sites": 4, "corrupt-sites": 1}, ""),
+        ({"min-sites": 3, "corrupt-sites": 0}, ""),
+        ({"min-sites": 3}, ""),
+        ({"min-sites": 3, "corrupt-sites": 1}, "above 3 times corrupt-sites, 3, got 3"),
+        ({"min-sites": 6, "corrupt-sites": 2}, "above 3 times corrupt-sites, 6, got 6"),
+        ({"corrupt-sites": -1}, "corrupt-sites"),
+    ],
+)
+def test_fewer_than_a_third_of_the_fewest_sites_may_be_corrupt(tmp_path, secure, message):
+    """The server chooses who takes part, so the assumption is over the smallest sum that the site agrees to."""
+    policy_writer.write(tmp_path, **GOOD)
+    path = tmp_path / "policy.toml"
+    lines = "".join(f"{key} = {value}\n" for key, value in secure.items())
+    head, _, tail = path.read_text().partition("[secure-aggregation]\n")
+    path.write_text(
+        f"{head}[secure-aggregation]\n{lines}[privacy]\n{tail.partition('[privacy]')[2]}"
+    )
+    if not message:
+        assert policy.read(tmp_path).secure_aggregation.min_sites == secure["min-sites"]
+    else:
+        with pytest.raises(ConfigError, match=message):
+            policy.read(tmp_path)
 
 
 def masked(**changes):

@@ -22,7 +22,7 @@ from fedge.client.worker.socket_server import Service
 from fedge.shared import protocol
 from fedge.shared.daemon import sockets
 from fedge.shared.errors import SiteError
-from fedge.shared.secagg import messages
+from fedge.shared.secagg import messages, transcript
 from fedge.shared.wire import frames
 from fedge.simulations import consortium
 
@@ -167,7 +167,9 @@ def test_a_masked_sum_is_begun_once_though_its_request_comes_twice(
     asked = request_of(kind, None if kind == messages.STATISTICS else weights)
     if kind == messages.STATISTICS:
         asked.content[protocol.CONFIG][protocol.SERVER_ROUND] = 0
-    asked.content[messages.SECURE] = messages.record({"version": 1, "attempt": 1, **bounds})
+    asked.content[messages.SECURE] = messages.record(
+        {messages.PROTOCOL: transcript.VERSION, "attempt": 1, **bounds}
+    )
     try:
         first = data_of(found.ask(asked))
         assert data_of(found.ask(asked)) == first

@@ -11,7 +11,7 @@ from fedge.server.secagg.outcome import UnmaskedSum
 from fedge.shared.config.sections import AdmissionSection
 from fedge.shared.errors import RunError
 from fedge.shared.privacy.mechanisms.csprng import Entropy
-from fedge.shared.secagg import fixed_point, vector_layout
+from fedge.shared.secagg import fixed_point, masking, vector_layout
 from fedge.shared.secagg.vector_layout import Bounds
 
 BOUNDS = Bounds(clipping_bound=2000.0, value_bound=4.0, state_bound=100.0, weight_cap=100)
@@ -51,7 +51,9 @@ def opened(some, sharers=None):
     count = sharers or len(some)
     vectors = [c.encode(count, bytes([i]) * 32) for i, c in enumerate(some)]
     sites = tuple(f"site-{i}" for i in range(1, len(some) + 1))
-    return UnmaskedSum(sites, count, 3, np.sum(vectors, axis=0, dtype=np.uint32))
+    total = np.zeros_like(vectors[0])
+    masking.add_vectors(total, vectors, counters=some[0].layout.shape.counters)
+    return UnmaskedSum(sites, count, 3, total)
 
 
 def test_a_sum_is_scaled_by_who_shared_and_counted_by_who_is_in_it():

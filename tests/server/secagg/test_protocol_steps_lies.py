@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from fedge.client.secagg import participant
 from fedge.client.secagg.session import Session
+from fedge.shared.secagg import shamir
 
 
 @pytest.fixture
@@ -16,6 +19,7 @@ def liar(monkeypatch):
     class Lie:
         def __init__(self, vector, values):
             self.vector, self.values = vector, values
+            self.layout = vector.layout
 
         def encode(self, sites, rounding_key):
             return self.values(self.vector.encode(sites, rounding_key))
@@ -71,6 +75,35 @@ def test_a_wrong_share_is_named_and_the_sum_opened_all_the_same(rig):
             "reason": "its shares are not those it was given",
         }
     ]
+
+
+@pytest.mark.slow
+def test_a_dealer_of_random_shares_is_named_and_left_out_of_the_next_sums(rig, monkeypatch):
+    """It loses one round. Its commitment and the hash of each share are right, so nobody notices before the end."""
+    made = rig()
+    honest = Session.share
+
+    def share(self, bundles):
+        with monkeypatch.context() as patched:
+            if self.site == "site-3":
+                patched.setattr(
+                    shamir, "split", lambda _, least, xs: {x: b"\0" + os.urandom(32) for x in xs}
+                )
+            return honest(self, bundles)
+
+    monkeypatch.setattr(Session, "share", share)
+    found = made.train()
+    assert found.result is None
+    assert "shares of site-3: must give the secret that it committed to" in found.reason
+    (rejected,) = found.outcome.rejections(made.members)
+    assert (rejected.site, rejected.code, rejected.outcome) == ("site-3", 411, "rejected")
+    assert rejected.reason.startswith("share: left out from now on, as the shares that it dealt")
+    again = made.train(2)
+    assert list(again.result.sites) == [site for site in made.workers if site != "site-3"]
+    assert again.facts["attempts"] == 1
+    assert len(made.asked("begin", "site-3")) == 1
+    (rejected,) = again.outcome.rejections(made.members)
+    assert (rejected.site, rejected.outcome) == ("site-3", "rejected")
 
 
 @pytest.mark.slow
@@ -140,7 +173,7 @@ def test_sites_without_a_voucher_cost_their_attempts_once_a_run(rig):
     found = made.train(2)
     assert found.facts["attempts"] == 1
     assert {lost["reason"] for lost in found.facts["lost"]} == {
-        "left out, as no roster vouches for it"
+        "left out, as no roster has a valid key of it"
     }
     told = {r.site: r.code for r in found.outcome.rejections(made.members)}
     assert told == dict.fromkeys(revoked, 421)

@@ -54,6 +54,9 @@ def test_kept_sums_come_back_as_they_were(ledger, groups):
     assert found.t == wanted.t
     assert found.attempt == wanted.attempt
     assert found.survivors == wanted.survivors == sorted(wanted.survivors)
+    assert found.signatures == {}
+    ledger.keep_signatures(groups)
+    (found,) = ledger.kept("r-1", "train", 1)
     assert found.signatures == wanted.signatures
     assert np.array_equal(found.total, wanted.total)
     assert found.unmask_values() == wanted.unmask_values()

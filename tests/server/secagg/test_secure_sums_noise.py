@@ -105,7 +105,7 @@ def test_the_noise_in_the_sum(rig, mechanism, corrupt, variance):
 def test_each_attempt_has_noise_of_its_own_and_is_charged(rig):
     made = rig(sections={"privacy": PRIVACY}, attempts=3)
     for i in range(1, 5):
-        made.fault(f"site-{i}", "commit", "silent", times=1)
+        made.fault(f"site-{i}", "masked", "silent", times=1)
     found, outcome = evaluated(made)
     assert outcome.attempts == 2
     assert found is not None

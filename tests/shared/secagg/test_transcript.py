@@ -33,7 +33,7 @@ def test_an_attempt_is_encoded_as_it_was_frozen():
     """Another encoding is another protocol: raise VERSION."""
     assert ATTEMPT.encode() == (
         b"\x00\x00\x00\x18fedge secure aggregation"
-        b"\x00\x00\x00\x0b1 train 3 1"
+        b"\x00\x00\x00\x0b2 train 3 1"
         b"\x00\x00\x00\x05run-1"
         b"\x00\x00\x00\x20" + bytes(range(32))
     )
