@@ -3,6 +3,8 @@
 One SQLite file in the site's home. A release of noised data is charged, on the disk, before it leaves; so a crash
 leaves a charge too many and never one too few. Each row holds SHA-256(the hash of the row before || canonical JSON of
 the row), and a row of its own holds their count and the last hash; every method verifies all of it before it answers.
+Each row has 128 random bits, so that a digest that leaves the site tells nothing of what it fixes (rows of an earlier
+fedge have none).
 
 The marker beside it holds how many charges there are and the last hash, so that an older copy of the ledger is noticed.
 

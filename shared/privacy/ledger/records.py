@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sqlite3
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
 from fedge.shared.crypto.dsse import canonical_json
 from fedge.shared.privacy.accounting.adversaries import part_of
@@ -17,6 +18,7 @@ from fedge.shared.privacy.accounting.epsilon import Release
 from fedge.shared.privacy.ledger.files import SCHEMA, Marker, link, refuse, start_of
 
 Record: TypeAlias = dict[str, Any]
+_SALT_BYTES: Final = 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def _record(number: int, charge: Charge, spent: Spent, delta: float) -> Record:
         "epsilon_consumers": _finite(spent.consumers),
         "epsilon_server": _finite(spent.server),
         "epsilon_delta": delta,
+        # The hash leaves the site, and all else in here can be guessed: the sampling rate tells the number of examples.
+        "salt": secrets.token_hex(_SALT_BYTES),
     }
 
 
