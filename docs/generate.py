@@ -9,15 +9,18 @@ import os
 from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from fedge.client.settings.disclosure import ABOUT_DATA, disclosed
 from fedge.client.settings.policy import Policy
 from fedge.client.settings.site_config import SiteFile
 from fedge.edge.cli import parser as edge_parser
 from fedge.server.deployment.server_config import ServerFile
 from fedge.shared import error_catalogue
 from fedge.shared.cli import command, main
+from fedge.shared.config.privacy import PrivacySection
 from fedge.shared.config.reader import MAX_FILE, schema
+from fedge.shared.secagg import messages
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 NOTE = "<!-- Written by docs/generate.py from the code. -->\n"
@@ -130,11 +133,62 @@ def site_files_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def disclosure_page() -> str:
+    """docs/reference/what-leaves-a-site.md."""
+    sections = {
+        name: PrivacySection.model_validate(
+            {"mechanism": name, "noise-multiplier": 1.0, **_NOISED} if name != "off" else {}
+        )
+        for name in get_args(PrivacySection.model_fields["mechanism"].annotation)
+    }
+    lines = [
+        NOTE,
+        "# What leaves a site\n",
+        "What each message makes a site give out of its data, by mechanism. `policy.toml` is held against this table,",
+        "not against what a message says of itself; a test asks real workers for all of it. Besides, every reply names",
+        "site, run and round, and under a mechanism the epsilon that was spent and a digest of the ledger.\n",
+        "- **update**: what training changed; without a mechanism the loss too.",
+        "- **sizes**: the number of training examples.",
+        "- **counts**: the task's counters over held-out examples, and how many there are.",
+        "- **sums**: of each standardised column and of its squares, and over how many rows.",
+        "- **ranges**: smallest and largest inputs and activations, and over how many rows.\n",
+        "*clear*: exact, this site's alone. *masked*: exact, in a sum over sites only. *noised*: with noise that hides",
+        "the mechanism's unit, charged. *trusted*: exact, to the server, which adds the noise; charged. *refused*: no",
+        "worker serves it.",
+    ]
+    for masked in (False, True):
+        lines.append(f"\n## {'Under secure aggregation' if masked else 'In clear'}\n")
+        lines.append(f"| message | {' | '.join(f'`{name}`' for name in sections)} |")
+        lines.append(f"|---|{'---|' * len(sections)}")
+        for kind in ABOUT_DATA:
+            cells = [_left(kind, section, masked=masked) for section in sections.values()]
+            lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+    lines += [
+        '\nThis is with `privacy.metrics = "noised"` and `privacy.statistics = "off"`. With `metrics = "off"` nobody',
+        'is asked for counts or ranges; with `"unprotected"` they leave exact, and registering tells how many examples',
+        'are held out. With `statistics = "unprotected"` a site whose task standardises gives its sums when it',
+        "registers in clear, where whole sites are hidden means in their place, or in a sum of their own. The later",
+        "steps of a secure sum give keys, shares and signatures.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_NOISED = {"metrics": "noised", "metrics-noise-multiplier": 1.0}
+
+
+def _left(kind: str, section: PrivacySection, *, masked: bool) -> str:
+    found = disclosed(kind, section, masked=masked, standardise=True)
+    if found is None or (kind == messages.STATISTICS and section.mechanism != "off"):
+        return "refused"
+    return ", ".join(f"{quantity} {form}" for quantity, form in found.items()) or "nothing"
+
+
 PAGES = {
     "errors.md": error_page,
     "configuration.md": configuration_page,
     "command-line.md": command_page,
     "site-files.md": site_files_page,
+    "what-leaves-a-site.md": disclosure_page,
 }
 
 

@@ -27,7 +27,7 @@ LONGER_FILES = {
     "tools/move_to_rooms.py": 816,  # goes with the next release
     "tests/client/deployment/test_daemon.py": 495,
     "tests/client/deployment/test_daemon_hostile_bundle.py": 628,
-    "tests/client/training/test_calibration.py": 467,
+    "tests/client/training/test_calibration.py": 421,
     "tests/edge/test_cli.py": 461,
     "tests/server/admission/test_validation.py": 437,
     "tests/server/aggregation/test_central_noise.py": 478,
@@ -39,7 +39,7 @@ LONGER_FILES = {
     "tests/shared/privacy/ledger/test_ledger.py": 766,
     "tests/simulations/test_engine_poison.py": 401,
 }
-MOST_LONGER, MOST_LINES_OF_LONGER = 14, 7552
+MOST_LONGER, MOST_LINES_OF_LONGER = 14, 7506
 #: Product files without a test at their path, and the test that would fail where they are wrong.
 ELSEWHERE = dict(
     line.split()

@@ -105,10 +105,9 @@ class NoisedEvaluations:
         """
 
         def make(spent: Spent) -> RecordDict:
-            # Where the unit is an example their number is told, as when the site registered.
-            whole = evaluation.counts.unit == "site"
             metrics: Reported = {
-                protocol.NUM_EXAMPLES: 1 if whole else evaluation.figures.num_examples,
+                # Of a site every one has the same weight; of examples their number is a counter, with noise.
+                protocol.NUM_EXAMPLES: 1,
                 protocol.EPSILON_CONSUMERS: spent.consumers,
                 protocol.EPSILON_SERVER: spent.server,
             }

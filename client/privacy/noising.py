@@ -86,13 +86,13 @@ class NoisedTraining:
             SiteError: 414, the request would reveal more than is charged; 427, 428, see ``ChargedReplies``.
         """
         once = False
-        num_examples = len(round_.examples.y)
+        num_examples = 1 if round_.section.hides_sites else len(round_.examples.y)
         if round_.section.mechanism in CENTRAL:
             terms = self._run_release(round_)
             release, once = terms.release, terms.once
         elif round_.section.mechanism == "local":
             _require_weights_only(round_.training)
-            release, num_examples = Release(_noise(round_.section).noise_multiplier), 1
+            release = Release(_noise(round_.section).noise_multiplier)
         else:
             release = self._release(round_)
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from fedge.client import requests
 from fedge.client.settings import privacy_policy
+from fedge.client.settings.disclosure import ABOUT_DATA, disclosed
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol
 from fedge.shared.config import home_files
@@ -165,35 +166,46 @@ def allow(policy: Policy, kind: str, content: RecordDict, bundle: str) -> None:
     if type(number) is not int or number > policy.max_rounds:
         raise _refusal(protocol.SERVER_ROUND, f"at most {policy.max_rounds}", number)
     secure = content.get(messages.SECURE)
+    masked = isinstance(secure, ConfigRecord)
     if isinstance(secure, ConfigRecord):
         _allow_secure(policy.secure_aggregation, secure)
     elif policy.secure_aggregation.required and kind in _IN_CLEAR:
         raise _refusal(kind, "under secure aggregation", "in clear")
-    elif kind == protocol.REGISTER and not policy.share_statistics:
-        standardise = config.get(protocol.STANDARDISE)
-        if standardise != "site":
-            expected = "site while share-statistics is false"
-            raise _refusal(protocol.STANDARDISE, expected, standardise)
-    privacy_policy.allow(policy.privacy, kind, config)
-    if kind == protocol.TRAIN:
-        _allow_clipping(policy.secure_aggregation, config)
-    if kind == protocol.CALIBRATE:
-        _allow_ranges(policy, config, masked=isinstance(secure, ConfigRecord))
+    if kind in ABOUT_DATA:
+        _allow_disclosure(policy, kind, config, masked=masked)
     if kind in _COHORTS:
         cohort = config.get(protocol.COHORT, 0)
         if type(cohort) is not int or cohort < policy.min_cohort:
             raise _refusal(protocol.COHORT, f"at least {policy.min_cohort}", cohort)
 
 
-def _allow_clipping(policy: SecurePolicy, config: ConfigRecord) -> None:
-    """Check the bound to which an update is clipped for distributed noise: that of its section, not of the sum."""
+def _allow_disclosure(policy: Policy, kind: str, config: ConfigRecord, *, masked: bool) -> None:
+    """Hold what the request makes the site give out against the policy, whatever it says of itself."""
     section = requests.section_of(config)
-    if section.mechanism == "distributed" and section.clipping_bound > policy.max_clipping_bound:
-        raise _refusal(
-            "privacy.clipping-bound",
-            f"at most {policy.max_clipping_bound:g}",
-            section.clipping_bound,
-        )
+    # None or an unknown word, which the worker refuses, is taken for the one that makes more leave.
+    standardise = config.get(protocol.STANDARDISE) != "site"
+    # None is served by no worker, and says why itself.
+    disclosure = disclosed(kind, section, masked=masked, standardise=standardise) or {}
+    if disclosure.get("sums") == "clear" and not policy.share_statistics:
+        expected = "site while share-statistics is false"
+        raise _refusal(protocol.STANDARDISE, expected, config.get(protocol.STANDARDISE))
+    privacy_policy.allow(policy.privacy, kind, section, disclosure)
+    if disclosure.get("ranges", "noised") != "noised" and not shares_ranges(policy):
+        # Where privacy is required, secure aggregation does not replace noise.
+        if policy.privacy.required:
+            expected = "with noise while privacy.required is true and share-ranges is not"
+            raise _refusal(kind, expected, "without")
+        if not masked:
+            expected = "under secure aggregation or with noise while share-ranges is false"
+            raise _refusal(kind, expected, "in clear")
+    if (
+        kind == protocol.TRAIN
+        and section.mechanism == "distributed"
+        and section.clipping_bound > policy.secure_aggregation.max_clipping_bound
+    ):
+        # The bound to which an update is clipped for distributed noise is that of its section, not of the sum.
+        expected = f"at most {policy.secure_aggregation.max_clipping_bound:g}"
+        raise _refusal("privacy.clipping-bound", expected, section.clipping_bound)
 
 
 def shares_ranges(policy: Policy) -> bool:
@@ -201,18 +213,6 @@ def shares_ranges(policy: Policy) -> bool:
     if policy.share_ranges is not None:
         return policy.share_ranges
     return policy.share_statistics and not policy.privacy.required
-
-
-def _allow_ranges(policy: Policy, config: ConfigRecord, *, masked: bool) -> None:
-    """Check a request for ranges: where privacy is required, secure aggregation does not replace noise."""
-    if shares_ranges(policy) or requests.section_of(config).metrics == "noised":
-        return
-    if policy.privacy.required:
-        expected = "with noise while privacy.required is true and share-ranges is not"
-        raise _refusal(protocol.CALIBRATE, expected, "without")
-    if not masked:
-        expected = "under secure aggregation or with noise while share-ranges is false"
-        raise _refusal(protocol.CALIBRATE, expected, "in clear")
 
 
 def _allow_secure(policy: SecurePolicy, secure: ConfigRecord) -> None:

@@ -65,6 +65,8 @@ max-weight-cap = {max_weight_cap}
 [privacy]
 # Whether the site takes part under differential privacy only.
 required = {private}
+# What must be hidden at least then: a single example, or the whole site with its numbers of examples.
+unit = "{unit}"
 # Name of this site's data in its ledger: all runs on them, of any server, share one budget. The site stops before the
 # round that would exceed it.
 study = "{study}"
@@ -114,6 +116,7 @@ def text(
         max_state_bound=secure.max_state_bound,
         max_weight_cap=secure.max_weight_cap,
         private=str(privacy.required).lower(),
+        unit=privacy.unit,
         study=privacy.study,
         epsilon=privacy.epsilon,
         delta=privacy.delta,

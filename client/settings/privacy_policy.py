@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from flwr.app import ConfigRecord
 from pydantic import Field
 
-from fedge.client.requests import section_of
-from fedge.shared import protocol
+from fedge.client.settings.disclosure import Disclosure
 from fedge.shared.config.base_section import Section
-from fedge.shared.config.privacy import CENTRAL
+from fedge.shared.config.privacy import PrivacySection, Unit
 from fedge.shared.errors import SiteError
-from fedge.shared.secagg import messages
 
 _REFUSED: Final = 418
-#: Requests that read the data; later steps of a secure sum follow one of these.
-_ABOUT_DATA: Final = (
-    protocol.REGISTER,
-    protocol.TRAIN,
-    protocol.EVALUATE,
-    protocol.CALIBRATE,
-    protocol.QUALIFY,
-    messages.STATISTICS,
-)
-#: Counts over held-out examples.
-_METRICS: Final = (protocol.EVALUATE, protocol.QUALIFY)
 
 
 class PrivacyPolicy(Section):
@@ -33,6 +19,11 @@ class PrivacyPolicy(Section):
 
     required: bool = Field(
         False, description="whether the site takes part under differential privacy only"
+    )
+    unit: Unit = Field(
+        "example",
+        description="what must be hidden at least where privacy is required: a single example, or the whole site with"
+        " its numbers of examples, which a run under the mechanism example does not do",
     )
     study: str = Field(
         "default",
@@ -77,20 +68,20 @@ def simulated() -> PrivacyPolicy:
     return PrivacyPolicy(epsilon=1e9, against="consumers")
 
 
-def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
-    """Check a request against the policy.
+def allow(
+    policy: PrivacyPolicy, kind: str, section: PrivacySection, disclosure: Disclosure
+) -> None:
+    """Hold what a request makes the site give out against the policy.
 
     Args:
         policy: of the site.
         kind: the message type.
-        config: configuration record of the request.
+        section: the privacy section that the request carries.
+        disclosure: what leaves the site, in which form.
 
     Raises:
-        SiteError: 418, the site's owner does not allow it; 414, its privacy section does not parse.
+        SiteError: 418, the site's owner does not allow it.
     """
-    if kind not in _ABOUT_DATA:
-        return
-    section = section_of(config)
     # How many sites may add no noise is the owner's to say wherever the noise is shared, required or not.
     if section.mechanism == "distributed" and section.corrupt_sites < policy.corrupt_sites:
         raise _refusal(
@@ -100,17 +91,18 @@ def allow(policy: PrivacyPolicy, kind: str, config: ConfigRecord) -> None:
         return
     if section.mechanism == "off":
         raise _refusal(kind, "under differential privacy", "without")
-    if section.mechanism in CENTRAL and not policy.trust_server:
+    if policy.unit == "site" and not section.hides_sites:
+        expected = "one that hides the whole site while privacy.unit is site"
+        raise _refusal("privacy.mechanism", expected, section.mechanism)
+    if disclosure.get("update") == "trusted" and not policy.trust_server:
         expected = "of the site's own while privacy.trust-server is false"
         raise _refusal("privacy.mechanism", expected, section.mechanism)
-    if section.statistics == "unprotected" and not policy.share_statistics:
-        expected = "off while privacy.share-statistics is false"
+    if disclosure.get("sums", "noised") != "noised" and not policy.share_statistics:
+        expected = "off while privacy.share-statistics is false, and no sums asked for"
         raise _refusal("privacy.statistics", expected, section.statistics)
-    noised = section.metrics == "noised"
-    if kind in _METRICS and not policy.share_metrics and not noised:
-        raise _refusal(
-            kind, "left out while privacy.share-metrics is false, or noised", section.metrics
-        )
+    if disclosure.get("counts", "noised") != "noised" and not policy.share_metrics:
+        expected = "left out while privacy.share-metrics is false, or noised"
+        raise _refusal(kind, expected, section.metrics)
 
 
 def _refusal(key: str, expected: str, got: object) -> SiteError:

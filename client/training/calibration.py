@@ -109,7 +109,7 @@ class SiteCalibration:
             every=section.metrics == "noised" and section.unit == "example",
         )
         names = ranges.names(len(tensors))
-        hidden = section.mechanism == "local"
+        hidden = section.hides_sites
         look = partial(self._observed, calibration, graph, tensors, train_examples, rows)
 
         def reported() -> Reported:

@@ -253,8 +253,10 @@ class SiteWorker:
         return reply
 
     def _sum_statistics(self, request: RecordDict) -> RecordDict:
-        address = requests.address(requests.config_of(request, self.task.name))
+        config = requests.config_of(request, self.task.name)
+        address = requests.address(config)
         self.learner.check_data_unchanged(address.run_id)
+        self._require_statistics(section_of(config))
         return self._reply(
             address, self._secure.statistics(request, address, self.learner.statistics)
         )
@@ -300,8 +302,10 @@ def registration_figures(
 ) -> Figures:
     """The site's numbers of examples, and the sums over its standardised columns where they are requested.
 
-    Under local noise nothing may leave that depends on the data, except values with noise or declared to have none: so
-    each site reports one example, which is also its weight, and means in place of sums.
+    Where whole sites are protected nothing may leave that depends on the data, except values with noise or declared to
+    have none: so each site reports one example, which is also its weight, and means in place of sums. Where single
+    examples are, the number of training examples is no secret, as it is the weight and tells the epsilon; that of
+    held-out ones is.
 
     Args:
         section: the run's privacy section.
@@ -309,10 +313,10 @@ def registration_figures(
         statistics: of the training split; None where they do not leave the site.
     """
     train, test, share = len(data.train_labels), len(data.test_labels), 1
-    if section.mechanism == "local":
+    if section.hides_sites:
         share, train = max(train, 1), 1
-        if section.metrics != "unprotected":
-            test = int(section.metrics == "noised")
+    if not section.tells_counts:
+        test = int(section.metrics == "noised")
     figures: Figures = {protocol.NUM_TRAIN_EXAMPLES: train, protocol.NUM_TEST_EXAMPLES: test}
     if statistics is not None:
         figures[protocol.FEATURE_TOTAL] = [v / share for v in statistics.total]

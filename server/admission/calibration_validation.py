@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +88,7 @@ def admit_ranges(
         if own != graph:
             raise RefusedError(429, f"{protocol.GRAPH}: must be {graph}, got {printable(own)}")
         if expected.noised is not None:
-            counts = Ranges(num_examples, _noised(metrics, num_examples, expected))
+            counts = Ranges(num_examples, _noised(metrics, expected))
             return counts, _ledger_verdict(reply, site, metrics)
         both = np.stack(
             [_numbers(metrics, k, tensors) for k in (protocol.RANGE_LOW, protocol.RANGE_HIGH)],
@@ -128,7 +127,7 @@ def admit_scores(
         site_digests = _digests(_config(reply), len(digests))
         verdict = Verdict()
         if expected.noised is not None:
-            values = _noised(metrics, num_examples, expected)
+            values = _noised(metrics, expected)
             verdict = _ledger_verdict(reply, site, metrics)
         else:
             values = _numbers(metrics, protocol.COUNTS, len(names))
@@ -181,8 +180,7 @@ def _metrics_of(
     reply: Message, site: str, max_examples: int, expected: Expected
 ) -> tuple[MetricRecord, int]:
     _, metrics = records_of(reply, site, expected, with_arrays=False)
-    whole = expected.noised is not None and expected.noised.unit == "site"
-    return metrics, examples_of(metrics, 1 if whole else max_examples)
+    return metrics, examples_of(metrics, max_examples if expected.noised is None else 1)
 
 
 def _config(reply: Message) -> ConfigRecord:
@@ -207,11 +205,9 @@ def _numbers(metrics: MetricRecord, key: str, count: int) -> NDArray[np.float64]
     return np.array(numbers, np.float64)
 
 
-def _noised(metrics: MetricRecord, num_examples: int, expected: Expected) -> NDArray[np.float64]:
-    noised = expected.noised
-    max_noise = math.inf if noised is None else noised.max_noise
+def _noised(metrics: MetricRecord, expected: Expected) -> NDArray[np.float64]:
     values = _numbers(metrics, protocol.COUNTS, len(expected.counters))
-    minimum, maximum = -max_noise, num_examples + max_noise
+    minimum, maximum = expected.noised_range
     if values.min(initial=0.0) < minimum or values.max(initial=0.0) > maximum:
         raise RefusedError(
             401, f"{protocol.COUNTS}: must be {minimum:g} to {maximum:g}, got others"

@@ -266,7 +266,7 @@ def counters_of(
         minimum = num_examples if key == "examples" else 0.0
         if expected.noised is not None and key in expected.noised.noised:
             # Noise may move a counter beyond its range; the metrics are clipped to theirs.
-            minimum, bound = -expected.noised.max_noise, num_examples + expected.noised.max_noise
+            minimum, bound = expected.noised_range
         if value is None or not minimum <= value <= bound:
             drops.append(Drop(site, key, f"must be {minimum:g} to {bound:g}, got {printable(raw)}"))
         else:

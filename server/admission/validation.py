@@ -81,9 +81,8 @@ def admit_evaluate(
     try:
         _, metrics = records_of(reply, site, expected, with_arrays=False)
         noised = expected.noised
-        # Where the unit of privacy is a site, each site counts as one example.
-        whole = noised is not None and noised.unit == "site"
-        num_examples = examples_of(metrics, 1 if whole else registered_examples)
+        # How many examples noised counts are over is not told.
+        num_examples = examples_of(metrics, 1 if noised is not None else registered_examples)
         counters, drops = counters_of(metrics, site, num_examples, expected)
         if noised is None:
             return Verdict(evaluation=Evaluation(site, counters), drops=drops)

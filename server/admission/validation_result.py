@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -98,6 +99,14 @@ class Expected:
     private: bool = False
     noise_norm: float = 0.0
     noised: NoisedCounts | None = None
+
+    @property
+    def noised_range(self) -> tuple[float, float]:
+        """Between which values noise may bring a counter: a share where a site is the unit, else a count."""
+        if self.noised is None:
+            return -math.inf, math.inf
+        most = 1 if self.noised.unit == "site" else self.policy.max_examples
+        return -self.noised.max_noise, most + self.noised.max_noise
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,10 @@ def write_run(
         model_sha256: of model.safetensors, once it is written.
     """
     row, last = begun(journal), journal.last()
-    # Under secure aggregation the sites do not report their sizes, and the journal has 0; under local noise it has 1.
-    sizes_known = not config.secure_aggregation.enabled and config.privacy.mechanism != "local"
+    # Where the sites do not report their sizes the journal has 0, under secure aggregation, or 1.
+    in_clear = not config.secure_aggregation.enabled
+    sizes_known = in_clear and not config.privacy.hides_sites
+    held_out_known = in_clear and config.privacy.tells_counts
     directory.write_json(
         directory.run,
         {
@@ -84,7 +86,7 @@ def write_run(
             "sites": {
                 s: {
                     "train_examples": a if sizes_known else None,
-                    "test_examples": b if sizes_known else None,
+                    "test_examples": b if held_out_known else None,
                     "rounds": counted.get(s, 0),
                 }
                 for s, (a, b) in journal.sites().items()

@@ -216,7 +216,7 @@ class Calibrator:
         if request.noised is not None:
             counts = np.sum([reported[s].values for s in sites], axis=0)
             return self._outermost(counts, model, request.noised, sites)
-        hidden = self._exchanges.config.privacy.mechanism == "local"
+        hidden = self._exchanges.config.privacy.hides_sites
         return _Merged(
             ranges.merged([reported[s].values for s in sites]),
             sites=sites,

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from fedge.shared.config.base_section import Section
 
+Unit: TypeAlias = Literal["example", "site"]
+
 #: Keys that one mechanism alone has a use for.
 _OF_MECHANISM: Final = {
     "epsilon": "example",
@@ -161,8 +163,15 @@ class PrivacySection(Section):
         """What the noise hides."""
         return "example" if self.mechanism == "example" else "site"
 
+    @property
+    def hides_sites(self) -> bool:
+        """Whether it is whole sites that are protected, whose numbers of examples are then hidden too."""
+        return self.mechanism not in ("off", "example")
 
-Unit: TypeAlias = Literal["example", "site"]
+    @property
+    def tells_counts(self) -> bool:
+        """Whether counts over held-out examples leave exact, and with them how many there are."""
+        return self.mechanism == "off" or self.metrics == "unprotected"
 
 
 #: Mechanisms whose noise is the server's: it gets the updates without, so that nothing bounds what it learns.

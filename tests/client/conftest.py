@@ -1,8 +1,10 @@
 """Requests as a server writes them, and a small real task to ask about."""
 
+import hashlib
 import itertools
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,5 +134,57 @@ def ask() -> Ask:
             message_type=kind,
         )
         return Message(content, metadata=metadata)
+
+    return build
+
+
+@pytest.fixture
+def graph(task: Task, weights: dict[str, Any]) -> bytes:
+    """The network with the weights, in fp32."""
+    # Only here, as onnx takes a while to import.
+    from fedge.shared.compile import candidates
+
+    return candidates.fp32(task, weights, (2,))
+
+
+@pytest.fixture
+def about(ask: Ask, weights: dict[str, Any], graph: bytes) -> Ask:
+    """A request about the final model; keywords as of ``ask``."""
+
+    def build(kind: str, **changes: Any) -> Message:
+        section = changes.pop("section", {})
+        return ask(
+            kind,
+            weights,
+            **{
+                "calibration": json.dumps({"enabled": True, **section}),
+                "graph_sha256": hashlib.sha256(graph).hexdigest(),
+                **changes,
+            },
+        )
+
+    return build
+
+
+@pytest.fixture
+def scores(about: Ask, graph: bytes) -> Ask:
+    """A request to qualify candidates by plain ranges."""
+    from fedge.shared.bundle.manifest_artefacts import ONNX_KINDS
+    from fedge.shared.compile import candidates
+
+    def build(kinds: Sequence[str] = ONNX_KINDS, **changes: Any) -> Message:
+        names = candidates.tensors(graph)
+        known = dict.fromkeys(names, (-8.0, 8.0))
+        made = [candidates.derived(kind, graph, known) for kind in kinds]
+        return about(
+            protocol.QUALIFY,
+            **{
+                "candidates": list(kinds),
+                "candidate_sha256": [hashlib.sha256(data).hexdigest() for data in made],
+                "range_low": [-8.0] * len(names),
+                "range_high": [8.0] * len(names),
+                **changes,
+            },
+        )
 
     return build

@@ -312,8 +312,8 @@ def test_a_sum_that_was_unmasked_is_not_begun_again(whole: Whole, kind: str) -> 
 def test_keys_of_an_abandoned_attempt_unmask_nothing(sites: Sites) -> None:
     """A server keeps the masked sum of all sites, and begins again with fewer."""
     with pytest.raises(Killed):
-        sites.coordinate(at(messages.UNMASK, "calibrate"))
-    opened = sites.of(messages.UNMASK, "calibrate")[0].request
+        sites.coordinate(at(messages.COMMIT, "calibrate"))
+    signed = sites.of(messages.COMMIT, "calibrate")[0].request
     again = deepcopy(sites.of(CALIBRATE)[0].request)
     again[messages.SECURE][messages.ATTEMPT] = 2
     for site in ("site-2", "site-3"):
@@ -323,9 +323,9 @@ def test_keys_of_an_abandoned_attempt_unmask_nothing(sites: Sites) -> None:
         names = (messages.SECURE, messages.BUNDLE)
         assert fresh[names[0]][names[1]] != before[names[0]][names[1]]
         with pytest.raises(SiteError) as caught:
-            worker.answer(messages.UNMASK, opened)
+            worker.answer(messages.COMMIT, signed)
         assert caught.value.code == 422
-    # The one that has given out its shares already takes part in no other.
+    # The one that has signed the survivors already takes part in no other.
     with pytest.raises(SiteError) as caught:
         sites.workers["site-1"].answer(CALIBRATE, again)
     assert caught.value.code == 423

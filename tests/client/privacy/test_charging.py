@@ -11,6 +11,7 @@ from fedge.client import requests
 from fedge.client.privacy.charging import FOLDER, ChargedReplies, ReleaseRequest
 from fedge.client.requests import Address
 from fedge.client.settings import privacy_policy
+from fedge.client.settings.disclosure import disclosed
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.shared import protocol
 from fedge.shared.errors import SiteError
@@ -149,15 +150,21 @@ EXAMPLE = '{"mechanism": "example", "noise-multiplier": 1.0}'
         (protocol.TRAIN, config(), "train: must be under differential privacy"),
         (
             protocol.EVALUATE,
-            config(EXAMPLE),
+            config(EXAMPLE[:-1] + ', "metrics": "unprotected"}'),
             "evaluate: must be left out while privacy.share-metrics",
         ),
         (protocol.REGISTER, config(standardise="site"), "query.register: must be under"),
         (messages.STATISTICS, config(), "query.secagg_statistics: must be under"),
         (
-            protocol.TRAIN,
-            config(EXAMPLE[:-1] + ', "statistics": "unprotected"}'),
+            protocol.REGISTER,
+            config(EXAMPLE[:-1] + ', "statistics": "unprotected"}', standardise="federated"),
             "privacy.statistics: must be off while privacy.share-statistics",
+        ),
+        # What it says of itself changes nothing.
+        (
+            messages.STATISTICS,
+            config(EXAMPLE),
+            "privacy.statistics: must be off while privacy.share-statistics is false, and no sums",
         ),
         (
             messages.STATISTICS,
@@ -172,28 +179,36 @@ EXAMPLE = '{"mechanism": "example", "noise-multiplier": 1.0}'
     ],
 )
 def test_a_site_that_requires_privacy_serves_nothing_without(kind, told, says):
-    text = refused(418, privacy_policy.allow, PrivacyPolicy(required=True), kind, told)
+    text = refused(418, allow, PrivacyPolicy(required=True), kind, told)
     assert text.startswith(says)
-    privacy_policy.allow(PrivacyPolicy(), kind, told)
+    allow(PrivacyPolicy(), kind, told)
+
+
+def allow(policy, kind, told):
+    section = requests.section_of(told)
+    masked = kind == messages.STATISTICS
+    standardise = told.get(protocol.STANDARDISE) == "federated"
+    given = disclosed(kind, section, masked=masked, standardise=standardise)
+    privacy_policy.allow(policy, kind, section, given or {})
 
 
 def test_what_is_under_privacy_is_served():
     policy = PrivacyPolicy(**{"required": True, "share-metrics": True})
-    privacy_policy.allow(policy, protocol.TRAIN, config(EXAMPLE))
-    privacy_policy.allow(policy, protocol.EVALUATE, config(EXAMPLE))
+    allow(policy, protocol.TRAIN, config(EXAMPLE))
+    allow(policy, protocol.EVALUATE, config(EXAMPLE))
     # Digits learn no mean: whether sums would leave is for the worker to see.
-    privacy_policy.allow(policy, protocol.REGISTER, config(EXAMPLE, standardise="federated"))
+    allow(policy, protocol.REGISTER, config(EXAMPLE, standardise="federated"))
     central = config(EXAMPLE.replace("example", "central"))
     trusting = PrivacyPolicy(**{"required": True, "trust-server": True})
-    privacy_policy.allow(trusting, protocol.TRAIN, central)
+    allow(trusting, protocol.TRAIN, central)
 
 
 def test_the_site_says_how_many_may_collude():
     section = EXAMPLE.replace("example", "distributed")[:-1] + ', "corrupt-sites": %d}'
     policy = PrivacyPolicy(**{"required": True, "corrupt-sites": 2})
-    text = refused(418, privacy_policy.allow, policy, protocol.TRAIN, config(section % 1))
+    text = refused(418, allow, policy, protocol.TRAIN, config(section % 1))
     assert text.startswith("privacy.corrupt-sites: must be at least 2")
-    privacy_policy.allow(policy, protocol.TRAIN, config(section % 2))
+    allow(policy, protocol.TRAIN, config(section % 2))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord
 
+from fedge.client.requests import section_of
 from fedge.client.settings import privacy_policy
+from fedge.client.settings.disclosure import disclosed
 from fedge.client.settings.privacy_policy import PrivacyPolicy
 from fedge.client.worker.handlers import SiteWorker
 from fedge.shared import protocol
@@ -35,7 +37,7 @@ def test_single_examples_are_hidden_and_the_release_is_charged(tell, worker, ask
     spent = epsilon([OF_METRICS], 1e-5)
     assert told.pop("epsilon-consumers") == told.pop("epsilon-server") == pytest.approx(spent)
     # As registered, so it tells nothing new.
-    assert told.pop("num-examples") == 13
+    assert told.pop("num-examples") == 1
     assert set(told) == {"correct", "examples"}
     assert all(told[name] != exact[name] for name in told)
     (charge,) = charges(worker)
@@ -141,10 +143,14 @@ def test_a_task_that_standardises_needs_a_word_on_it(tell, worker, ask, weights)
 
 def test_an_owner_who_requires_privacy_lets_noised_counters_leave():
     policy = PrivacyPolicy(required=True)
-    noised = section(statistics="off")
-    privacy_policy.allow(policy, protocol.EVALUATE, ConfigRecord({protocol.PRIVACY: noised}))
-    for metrics in ("off", "unprotected"):
-        other = section(metrics=metrics, statistics="off", **{"metrics-noise-multiplier": None})
-        with pytest.raises(SiteError, match="evaluate: must be left out .* or noised") as caught:
-            privacy_policy.allow(policy, protocol.EVALUATE, ConfigRecord({protocol.PRIVACY: other}))
-        assert caught.value.code == 418
+
+    def allow(text):
+        read = section_of(ConfigRecord({protocol.PRIVACY: text}))
+        given = disclosed(protocol.EVALUATE, read, masked=False) or {}
+        privacy_policy.allow(policy, protocol.EVALUATE, read, given)
+
+    allow(section(statistics="off"))
+    exact = section(metrics="unprotected", statistics="off", **{"metrics-noise-multiplier": None})
+    with pytest.raises(SiteError, match="evaluate: must be left out .* or noised") as caught:
+        allow(exact)
+    assert caught.value.code == 418

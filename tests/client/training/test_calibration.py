@@ -44,52 +44,6 @@ PRIVACY = json.dumps(
 
 
 @pytest.fixture
-def graph(task, weights):
-    return candidates.fp32(task, weights, (2,))
-
-
-@pytest.fixture
-def about(ask, weights, graph):
-    """A request about the final model; keywords as of ``ask``."""
-
-    def build(kind, **changes):
-        section = changes.pop("section", {})
-        return ask(
-            kind,
-            weights,
-            **{
-                "calibration": json.dumps({"enabled": True, **section}),
-                "graph_sha256": hashlib.sha256(graph).hexdigest(),
-                **changes,
-            },
-        )
-
-    return build
-
-
-@pytest.fixture
-def scores(about, graph):
-    """A request to qualify candidates by plain ranges."""
-
-    def build(kinds=ONNX_KINDS, **changes):
-        names = candidates.tensors(graph)
-        known = dict.fromkeys(names, (-8.0, 8.0))
-        made = [candidates.derived(kind, graph, known) for kind in kinds]
-        return about(
-            QUALIFY,
-            **{
-                "candidates": list(kinds),
-                "candidate_sha256": [hashlib.sha256(data).hexdigest() for data in made],
-                "range_low": [-8.0] * len(names),
-                "range_high": [8.0] * len(names),
-                **changes,
-            },
-        )
-
-    return build
-
-
-@pytest.fixture
 def many(data):
     """More training examples than a site may be asked to look at."""
     draw = np.random.default_rng(5)
@@ -326,7 +280,7 @@ def test_noised_histograms_are_charged_with_the_noise_of_2t_changes(tell, worker
     count = len(candidates.tensors(graph))
     values = np.array(told["counts"])
     assert values.size == count * 2 * ranges.BINS
-    assert told["num-examples"] == 37
+    assert told["num-examples"] == 1
     assert "range-low" not in told
     # Nearly all bins are empty: what is in them is the noise.
     deviation = 2.0 * np.sqrt(2 * count)

@@ -158,7 +158,13 @@ def test_the_budget_stops_the_round_that_would_exceed_it(tell, task, data, ask, 
         ({}, (1, 0)),
         ({"metrics": "noised", "metrics-noise-multiplier": 1.0}, (1, 1)),
         ({"metrics": "unprotected"}, (1, 13)),
-        ({"mechanism": "example"}, (37, 13)),
+        ({"mechanism": "central"}, (1, 0)),
+        ({"mechanism": "central-mf"}, (1, 0)),
+        ({"mechanism": "distributed"}, (1, 0)),
+        # An example's number is the update's weight, and tells its epsilon; how many are held out is nobody's to know.
+        ({"mechanism": "example"}, (37, 0)),
+        ({"mechanism": "example", "metrics": "noised", "metrics-noise-multiplier": 1.0}, (37, 1)),
+        ({"mechanism": "example", "metrics": "unprotected"}, (37, 13)),
     ],
 )
 def test_it_says_as_little_of_its_size_as_it_can(tell, worker, ask, values, sizes):

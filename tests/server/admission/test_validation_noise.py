@@ -61,7 +61,7 @@ def evaluated(mechanism: str, num_examples: int, **counters: float) -> Any:
 
 
 def test_counters_with_noise_and_what_was_spent_are_admitted() -> None:
-    verdict = evaluated("example", 100, correct=-3.25, examples=104.5)
+    verdict = evaluated("example", 1, correct=-3.25, examples=104.5)
     assert verdict.rejection is None
     assert verdict.drops == []
     assert verdict.evaluation.counters == {"correct": -3.25, "examples": 104.5}
@@ -79,19 +79,22 @@ def test_whole_sites_weigh_one_whatever_they_say() -> None:
     assert [d.metric for d in longer.drops] == ["examples"]
 
 
-@pytest.mark.parametrize(("mechanism", "n"), [("example", 100), ("local", 1)])
-def test_what_no_noise_makes_is_dropped(mechanism: str, n: int) -> None:
+@pytest.mark.parametrize(
+    ("mechanism", "most"), [("example", AdmissionSection().max_examples), ("local", 1)]
+)
+def test_what_no_noise_makes_is_dropped(mechanism: str, most: int) -> None:
+    """How many examples counters are over is not told, so that the bound is the largest number of any site."""
     max_noise = counts(mechanism).max_noise
-    for far in (n + 1.01 * max_noise, -1.01 * max_noise, math.nan, math.inf):
-        verdict = evaluated(mechanism, n, correct=far, examples=float(n))
+    for far in (most + 1.01 * max_noise, -1.01 * max_noise, math.nan, math.inf):
+        verdict = evaluated(mechanism, 1, correct=far, examples=1.0)
         assert [d.metric for d in verdict.drops] == ["correct"]
-        assert verdict.evaluation.counters == {"examples": n}
-    near = evaluated(mechanism, n, correct=n + 0.99 * max_noise, examples=float(n))
+        assert verdict.evaluation.counters == {"examples": 1.0}
+    near = evaluated(mechanism, 1, correct=most + 0.99 * max_noise, examples=1.0)
     assert near.drops == []
 
 
 def test_a_loss_beside_noised_counters_is_none_of_them() -> None:
-    verdict = evaluated("example", 100, correct=3.0, examples=100.0, **{"loss-sum": 1.0})
+    verdict = evaluated("example", 1, correct=3.0, examples=100.0, **{"loss-sum": 1.0})
     assert [d.metric for d in verdict.drops] == ["loss-sum"]
     assert "loss-sum" not in verdict.evaluation.counters
 
@@ -101,7 +104,7 @@ def test_honest_noise_is_never_dropped() -> None:
     for _ in range(500):
         made = noised.make({"correct": 0.0, "examples": 100.0, "loss-sum": 1.0}, source)
         message = reply(
-            {"num-examples": 100, "epsilon-consumers": 1.0, "epsilon-server": 1.0, **made}
+            {"num-examples": 1, "epsilon-consumers": 1.0, "epsilon-server": 1.0, **made}
         )
         assert admit_evaluate(message, SITE, REGISTERED, expected(noised)).drops == []
 
