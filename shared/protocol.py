@@ -80,6 +80,7 @@ EPSILON_CONSUMERS: Final = (
     "epsilon-consumers"  # float, spent by the site's privacy budget account; under privacy only
 )
 EPSILON_SERVER: Final = "epsilon-server"  # float
+EPSILON_DELTA: Final = "epsilon-delta"  # float, at which both are: the run's
 FEATURE_TOTAL: Final = "feature-total"  # list[float], when registering
 FEATURE_TOTAL_OF_SQUARES: Final = "feature-total-of-squares"  # list[float], when registering
 

@@ -39,20 +39,22 @@ class ReleaseRequest:
         kind: the message type.
         address: run and round.
         digest: SHA-256 of the request, the same for every site.
+        delta: at which the run's epsilon is meant.
     """
 
     kind: str
     address: Address
     digest: bytes
+    delta: float
 
     @classmethod
-    def of(cls, kind: str, request: RecordDict, address: Address) -> ReleaseRequest:
+    def of(cls, kind: str, request: RecordDict, address: Address, delta: float) -> ReleaseRequest:
         """The request's own.
 
         Raises:
             SiteError: 414, a value in it has no canonical text.
         """
-        return cls(kind, address, request_digest.digest(kind, request))
+        return cls(kind, address, request_digest.digest(kind, request), delta)
 
 
 _PURPOSES: Final[Mapping[str, Purpose]] = {
@@ -120,6 +122,9 @@ class ChargedReplies:
     ) -> Spent:
         """Write down what is about to be given out.
 
+        Returns:
+            What the study has then spent on the unit, at the run's delta; the budget counts at the policy's.
+
         Raises:
             SiteError: 427, the budget would be exceeded; 428, the ledger cannot be relied on.
         """
@@ -133,15 +138,19 @@ class ChargedReplies:
             0,
             mechanism,
             release,
-            policy.delta,
+            release_request.delta,
             release_request.digest.hex(),
         )
-        spent = self._ledger().charge(charge, Budget(policy.epsilon, policy.delta, policy.against))
+        ledger = self._ledger()
+        spent = ledger.charge(charge, Budget(policy.epsilon, policy.delta, policy.against))
         log.info(
-            "%s: charged to %s, epsilon is %.4f against the model's consumers, %.4f against the server",
-            release_request.kind, policy.study, spent.consumers, spent.server,
+            "%s: charged to %s, epsilon for one %s is %.4f against the model's consumers, %.4f against the server, "
+            "at delta %g",
+            release_request.kind, policy.study, unit, spent.consumers, spent.server, spent.delta,
         )  # fmt: skip
-        return spent
+        if spent.delta == release_request.delta:
+            return spent
+        return ledger.spent(policy.study, unit, release_request.delta)
 
     def _paid(self, release_request: ReleaseRequest, unit: Unit, release: Release) -> Spent | None:
         """What is spent, where this run was charged before; None where it was not."""
@@ -159,7 +168,16 @@ class ChargedReplies:
             raise requests.refuse(
                 protocol.PRIVACY, f"as this run was charged for, {before[0]}", release
             )
-        return ledger.spent(policy.study, unit, policy.delta)
+        return ledger.spent(policy.study, unit, release_request.delta)
+
+    @staticmethod
+    def told(spent: Spent) -> dict[str, int | float]:
+        """What a reply says of it."""
+        return {
+            protocol.EPSILON_CONSUMERS: spent.consumers,
+            protocol.EPSILON_SERVER: spent.server,
+            protocol.EPSILON_DELTA: spent.delta,
+        }
 
     def attach_ledger_digest(self, reply: RecordDict) -> RecordDict:
         """Put the ledger's digest into a reply: what has left the site shows if its ledger is rewritten."""

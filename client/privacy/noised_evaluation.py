@@ -34,6 +34,7 @@ class Evaluation:
         address: of it.
         figures: what it asks for.
         counts: the noise.
+        delta: at which the run's epsilon is meant.
         min_sites: fewest sites of a sum whose noise together hides each; 0 where each site's own does.
     """
 
@@ -41,6 +42,7 @@ class Evaluation:
     address: Address
     figures: RequestedCounts
     counts: NoisedCounts
+    delta: float
     min_sites: int = 0
 
 
@@ -89,7 +91,7 @@ class NoisedEvaluations:
             counts.require_grid()
         except ValueError as error:
             raise SiteError(414, f"privacy: {error}") from None
-        return Evaluation(request, address, figures, counts, min_sites)
+        return Evaluation(request, address, figures, counts, section.delta, min_sites)
 
     def answer(
         self, evaluation: Evaluation, reply: Callable[[MetricRecord], RecordDict]
@@ -108,8 +110,7 @@ class NoisedEvaluations:
             metrics: Reported = {
                 # Of a site every one has the same weight; of examples their number is a counter, with noise.
                 protocol.NUM_EXAMPLES: 1,
-                protocol.EPSILON_CONSUMERS: spent.consumers,
-                protocol.EPSILON_SERVER: spent.server,
+                **self._privacy.told(spent),
             }
             counters = self._noised(evaluation)
             if evaluation.figures.listed:
@@ -153,4 +154,6 @@ class NoisedEvaluations:
 
     @staticmethod
     def _release_request(evaluation: Evaluation) -> ReleaseRequest:
-        return ReleaseRequest.of(evaluation.figures.kind, evaluation.request, evaluation.address)
+        return ReleaseRequest.of(
+            evaluation.figures.kind, evaluation.request, evaluation.address, evaluation.delta
+        )

@@ -53,6 +53,15 @@ class Round:
         """Run and round."""
         return self.terms.address
 
+    @property
+    def release_request(self) -> ReleaseRequest:
+        """What the reply answers.
+
+        Raises:
+            SiteError: 414, a value in the request has no canonical text.
+        """
+        return ReleaseRequest.of(protocol.TRAIN, self.request, self.address, self.section.delta)
+
 
 class NoisedTraining:
     """Training under differential privacy in one worker."""
@@ -99,13 +108,12 @@ class NoisedTraining:
         def make(spent: Spent) -> RecordDict:
             metrics: dict[str, int | float] = {
                 protocol.NUM_EXAMPLES: num_examples,
-                protocol.EPSILON_CONSUMERS: spent.consumers,
-                protocol.EPSILON_SERVER: spent.server,
+                **self._privacy.told(spent),
             }
             return self.attach_ledger_digest(reply(MetricRecord({**metrics})))
 
-        release_request = ReleaseRequest.of(protocol.TRAIN, round_.request, round_.address)
         section = round_.section
+        release_request = round_.release_request
         return self._privacy.answer(
             release_request, section.unit, section.mechanism, release, make, once=once
         )
@@ -116,9 +124,8 @@ class NoisedTraining:
 
     def charged(self, round_: Round, train: Callable[[], NDArrays]) -> tuple[NDArrays, float]:
         """Trained weights for a secure sum, charged first; there is no loss to tell, so it is 0."""
-        release_request = ReleaseRequest.of(protocol.TRAIN, round_.request, round_.address)
         self._privacy.charge(
-            release_request, "example", round_.section.mechanism, self._release(round_)
+            round_.release_request, "example", round_.section.mechanism, self._release(round_)
         )
         return train(), 0.0
 
@@ -144,9 +151,8 @@ class NoisedTraining:
         noise = SiteNoise(terms.clipping_bound, terms.noise_multiplier, honest, entropy)
 
         def charge() -> None:
-            release_request = ReleaseRequest.of(protocol.TRAIN, round_.request, round_.address)
             release = Release(terms.noise_multiplier)
-            self._privacy.charge(release_request, "site", round_.section.mechanism, release)
+            self._privacy.charge(round_.release_request, "site", round_.section.mechanism, release)
 
         return noise, charge
 

@@ -30,7 +30,7 @@ from fedge.shared.wire.tensors import NDArrays
 #: More values than any task reports; and the maximum change of an integer tensor's value in a round.
 _MAX_METRICS, _COUNTER_STEP = 64, 1e9
 _MAX_EPSILON = 1e9
-_SPENT = (protocol.EPSILON_CONSUMERS, protocol.EPSILON_SERVER)
+_SPENT = (protocol.EPSILON_CONSUMERS, protocol.EPSILON_SERVER, protocol.EPSILON_DELTA)
 _PRIVATE = (protocol.NUM_EXAMPLES, *_SPENT)
 
 
@@ -188,7 +188,9 @@ def ledger_of(content: RecordDict) -> str | None:
     return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else None
 
 
-def epsilon_of(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | None, list[Drop]]:
+def epsilon_of(
+    metrics: MetricRecord, site: str
+) -> tuple[tuple[float, float, float] | None, list[Drop]]:
     """The epsilon that a site reports to have spent.
 
     Args:
@@ -197,17 +199,18 @@ def epsilon_of(metrics: MetricRecord, site: str) -> tuple[tuple[float, float] | 
 
     Returns:
         Epsilon against the model consumers and against the server (infinite where the server gets updates without
-        noise), None where a value is not possible; and the values that were left out. The update counts anyway.
+        noise), and at which delta; None where a value is not possible; and the values that were left out. The update
+        counts anyway.
     """
-    consumers, server = (number_of(metrics.get(key)) for key in _SPENT)
+    consumers, server, delta = (number_of(metrics.get(key)) for key in _SPENT)
     if metrics.get(protocol.EPSILON_SERVER) == math.inf:
         # The server gets updates without noise.
         server = math.inf
-    if consumers is not None and server is not None:
+    if consumers is not None and server is not None and delta is not None:
         bounded = 0 <= server <= _MAX_EPSILON or server == math.inf
-        if 0 <= consumers <= _MAX_EPSILON and bounded:
-            return (consumers, server), []
-    reason = f"must be 0 to {_MAX_EPSILON:g}"
+        if 0 <= consumers <= _MAX_EPSILON and bounded and 0 < delta < 1:
+            return (consumers, server, delta), []
+    reason = f"must be 0 to {_MAX_EPSILON:g}, at a delta below 1"
     return None, [Drop(site, key, reason) for key in _SPENT]
 
 

@@ -117,13 +117,13 @@ class Evaluation:
         site: name of the site.
         counters: name -> count.
         epsilon: what the site's privacy budget account has spent with them, against the model consumers and against
-            the server, as the site reports it; None where the counters are exact.
+            the server, and the delta of both, as the site reports it; None where the counters are exact.
         ledger: SHA-256 (hex) of the site's privacy ledger.
     """
 
     site: str
     counters: dict[str, float]
-    epsilon: tuple[float, float] | None = None
+    epsilon: tuple[float, float, float] | None = None
     ledger: str | None = None
 
 

@@ -11,9 +11,6 @@ from fedge.shared.privacy.accounting import epsilon
 from fedge.shared.privacy.accounting.adversaries import account
 from fedge.shared.privacy.accounting.epsilon import Release
 
-#: Delta at which the server computes epsilon; each site's ledger has its owner's.
-DELTA: Final = 1e-5
-
 
 def is_secret_sample(section: PrivacySection) -> bool:
     """Whether epsilon rests on nobody's knowing who was drawn."""
@@ -52,10 +49,13 @@ def central_spent(
     if section.metrics_noise_multiplier is not None and evaluations:
         releases.append(Release(section.metrics_noise_multiplier, steps=evaluations))
     found = {
-        "consumers": epsilon.epsilon(releases, DELTA),
-        "sample_known": epsilon.epsilon(epsilon.unamplified(releases), DELTA),
+        "consumers": epsilon.epsilon(releases, section.delta),
+        "sample_known": epsilon.epsilon(epsilon.unamplified(releases), section.delta),
     }
-    return {"delta": DELTA, **{k: e if math.isfinite(e) else None for k, e in found.items()}}
+    return {
+        "delta": section.delta,
+        **{k: e if math.isfinite(e) else None for k, e in found.items()},
+    }
 
 
 #: Of a round's line.
@@ -88,10 +88,10 @@ def masked_spent(
         if noise is not None and steps
     ]
     consumers, server = (
-        e if math.isfinite(e) else None for e in account(releases, DELTA, section.unit)
+        e if math.isfinite(e) else None for e in account(releases, section.delta, section.unit)
     )
     return {
-        "delta": DELTA,
+        "delta": section.delta,
         "consumers": consumers,
         "sample_known": server,
         "updates": updates,

@@ -36,7 +36,7 @@ class Update:
     arrays: NDArrays
     num_examples: int
     train_loss: float | None
-    epsilon: tuple[float, float] | None = None
+    epsilon: tuple[float, float, float] | None = None
     ledger: str | None = None
 
 
@@ -160,7 +160,7 @@ def examples(result: RoundResult) -> dict[str, int]:
     return {}
 
 
-def epsilon(result: RoundResult) -> dict[str, tuple[float, float]]:
+def epsilon(result: RoundResult) -> dict[str, tuple[float, float, float]]:
     """What each site has spent, where they say it."""
     if not isinstance(result, Singles):
         return {}

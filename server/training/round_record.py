@@ -29,7 +29,7 @@ class RoundRecord:
         ledgers: site -> SHA-256 (hex) of its privacy ledger.
         central: facts about the server's noise; None without it.
         masked_epsilon: epsilon of the run under distributed noise, by adversary; None without it.
-        spent: site -> the (model consumers', server's) epsilon that it reported with an evaluation.
+        spent: site -> the epsilon that it reported with an evaluation: model consumers', server's, at which delta.
     """
 
     invited: list[str]
@@ -42,7 +42,7 @@ class RoundRecord:
     ledgers: dict[str, str] = field(default_factory=dict)
     central: dict[str, Any] | None = None
     masked_epsilon: dict[str, float | None] | None = None
-    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    spent: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rejections = list(self.rejections)
@@ -185,9 +185,15 @@ class RoundRecord:
         return line if self.secure is None else line | {"secure": self.secure}
 
 
-def _epsilons(spent: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float | None]]:
+def _epsilons(
+    spent: Mapping[str, tuple[float, float, float]],
+) -> dict[str, dict[str, float | None]]:
     """Epsilon by site and adversary; None for infinity (a server that gets updates without noise), not in JSON."""
     return {
-        site: {"consumers": consumers, "server": server if math.isfinite(server) else None}
-        for site, (consumers, server) in spent.items()
+        site: {
+            "consumers": consumers,
+            "server": server if math.isfinite(server) else None,
+            "delta": delta,
+        }
+        for site, (consumers, server, delta) in spent.items()
     }

@@ -65,7 +65,8 @@ def show(directory: RunDirectory, *, as_json: bool) -> None:
         lines = [
             json.loads(line) for line in directory.rounds.read_text(encoding="utf-8").splitlines()
         ]
-        sys.stdout.write(summary_table(json.loads(metrics), lines) + "\n")
+        unit = directory.load_config().privacy.unit
+        sys.stdout.write(summary_table(json.loads(metrics), lines, unit) + "\n")
         sys.stdout.write(f"{directory.report}\n")
 
 

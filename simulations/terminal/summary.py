@@ -97,12 +97,13 @@ def absences(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*text[:MAX_ABSENCES], "… see the report for all rounds"]
 
 
-def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+def spent(rounds: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
     """A line with the largest epsilons that the sites reported last; none where no site reported any.
 
     null stands for an unbounded epsilon: the server gets updates without noise.
     """
     latest: dict[str, tuple[float, float]] = {}
+    deltas: set[float | None] = set()
     for line in rounds:
         charges = line.get("privacy")
         for site, values in charges.items() if isinstance(charges, Mapping) else ():
@@ -114,18 +115,20 @@ def spent(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
             bounded = 0 <= server <= MAX_EPSILON or server == math.inf
             if 0 <= consumers <= MAX_EPSILON and bounded:
                 latest[site] = consumers, server
+                deltas.add(finite(member(values, "delta")))
     if not latest:
-        return _run_epsilon(rounds)
+        return _run_epsilon(rounds, unit)
     largest = (max(values) for values in zip(*latest.values(), strict=True))
     # Decimals as `fedge privacy ledger` has them.
     to_consumers, to_server = (
         "unbounded" if v == math.inf else f"{v:.4f}" if v < 100_000 else f"{v:.4g}" for v in largest
     )
-    # Each site's is at its own delta, which it does not report.
-    reporting_sites = f"{len(latest)} site{'' if len(latest) == 1 else 's'}"
-    deltas = "own delta" if len(latest) == 1 else "own deltas"
+    # A run of an earlier fedge does not tell at which delta each site's is.
+    (delta,) = deltas if len(deltas) == 1 else (None,)
+    at = "own deltas" if delta is None else f"delta {delta:g}"
     return [
-        f"epsilon  readers {to_consumers}, server {to_server} (largest of {reporting_sites}, {deltas})"
+        f"epsilon  readers {to_consumers}, server {to_server}, {at}, unit {unit or 'unknown'} "
+        f"(largest of {len(latest)})"
     ]
 
 
@@ -143,14 +146,14 @@ def calibrated(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"calibrated over {sites:.0f} site{'' if sites == 1 else 's'}"]
 
 
-def _run_epsilon(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+def _run_epsilon(rounds: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
     """A line with the epsilon of this run alone, which the server computes for noise under secure aggregation."""
     for line in reversed(rounds):
         accounted = line.get("masked_epsilon")
         epsilon, delta = (finite(member(accounted, key)) for key in ("consumers", "delta"))
         if epsilon is not None and delta is not None and 0 <= epsilon <= MAX_EPSILON:
             return [
-                f"epsilon  {epsilon:.4f} at delta {delta:g}, of this run alone, for either reader"
+                f"epsilon  {epsilon:.4f}, delta {delta:g}, unit {unit or 'unknown'}: this run alone, either reader"
             ]
     return []
 
@@ -213,7 +216,9 @@ def _weakest_first(per_site: Mapping[str, Any], lead: str) -> list[str]:
     return sorted(per_site, key=value)
 
 
-def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
+def summary_table(
+    metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], unit: str = ""
+) -> str:
     """The result by site as text, at most 80 characters wide; with more than 12 sites the weakest and the strongest.
 
     Sites that are not in the last evaluation come after the others; then the epsilon that was spent, under
@@ -222,6 +227,7 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
     Args:
         metrics: as written to metrics.json.
         rounds: the lines of rounds.jsonl.
+        unit: of privacy; empty where there is none.
     """
     final = member(metrics, "final")
     per_site, mean, pooled = (
@@ -268,4 +274,4 @@ def summary_table(metrics: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]
             lines.append(columns.row("site mean", "", mean, means, "site_mean"))
             pooled_spark = ""
         lines.append(columns.row("pooled", total, pooled, pooled_spark, "pooled"))
-    return "\n".join([*lines, *spent(rounds), *calibrated(rounds), *absences(rounds)])
+    return "\n".join([*lines, *spent(rounds, unit), *calibrated(rounds), *absences(rounds)])

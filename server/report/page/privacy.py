@@ -154,11 +154,11 @@ def in_brief(run: Run) -> list[str]:
     """Lines for the security officer (text); none without differential privacy."""
     if not private(run):
         return []
-    largest, units = spent(run).largest, _units(run)[0]
-    if largest:
+    reported, units = spent(run), _units(run)[0]
+    if largest := reported.largest:
         sentence = (
             f"Noise bounds what is told of single {units}: the largest epsilon that a site tells is "
-            f"{_both(largest[-1])}, over all its runs, each at its own site's delta."
+            f"{_both(largest[-1])}, over all its runs, {reported.at}."
         )
     elif ours := _run_epsilon(run):
         sentence = (
@@ -194,7 +194,10 @@ def _facts(run: Run) -> str:
     }
     statistics = {**exact, "off": "the task learns no mean and no deviation of columns"}
     clipped = "one site's update" if _whole_sites(run) else "one example's gradient"
+    reported = spent(run)
     delta = "each site's own; it stands in the site's ledger, and not here. Unlike deltas do not compare"
+    if reported.delta is not None:
+        delta = f"{reported.delta:g}, the run's; a site's budget counts at its owner's"
     if _run_epsilon(run):
         delta = (
             f"{run_epsilons(run)[-1].delta:g} for this run alone, which is what stands here; "
@@ -259,8 +262,10 @@ def _meaning(run: Run, reported: Spent) -> str:
             rows.append((who, f"<b>{UNBOUNDED}</b><br>{words}"))
             continue
         sure = "" if value is None else f"<b>{certainty(value)}</b><br>"
-        rows.append((who if value is None else f"{who}, {epsilon_text(value)}", sure + words))
-    hidden = run.masked or _section(run.config).get("mechanism") == "local"
+        at = f" {reported.at}" if reported.largest and reported.delta is not None else ""
+        rows.append((who if value is None else f"{who}, {epsilon_text(value)}{at}", sure + words))
+    # Not told under masks, nor where whole sites are protected.
+    hidden = all(site.train_examples is None for site in run.sites.values())
     seen = "who took part and when" if hidden else "who took part, when, with how many examples"
     whose = "the sites' own, which the server cannot check"
     if not reported.largest and _run_epsilon(run):
@@ -307,9 +312,13 @@ def _table(run: Run, reported: Spent) -> str:
         values = (f"{t.consumers:.4f}", server, str(t.round)) if t else (MISSING,) * 3
         rows.append([fmt.site_name(site), *values])
     note = (
-        "What each site says to have spent, over all runs of its study; with the decimals of its ledger. Each figure "
-        "is at its site's own delta, which it does not tell; figures at unlike deltas do not compare, and the largest "
-        "is no epsilon of all sites."
+        "What each site says to have spent, over all runs of its study; with the decimals of its ledger. "
+        + (
+            "Each figure is at its site's own delta, which it does not tell; figures at unlike deltas do not compare. "
+            if reported.delta is None
+            else f"All are {reported.at}; each ledger's budget counts at its owner's. "
+        )
+        + "The largest is no epsilon of all sites."
     )
     if len(rows) < len(names):
         note += f" The {len(rows)} largest of {fmt.count(len(names))}."
@@ -341,7 +350,7 @@ def privacy(run: Run) -> str:
         last = reported.largest[-1]
         lead = (
             f"Noise bounds what comes out about single {units}. After round {last.round} the largest epsilon that a "
-            f"site tells is {_both(last)}, over all runs, each at its own site's delta."
+            f"site tells is {_both(last)}, over all runs, {reported.at}."
         )
     elif ours := _run_epsilon(run):
         lead = (

@@ -42,11 +42,20 @@ class Spent(NamedTuple):
         sites: figures by round of each site that reports any, sites in natural order.
         largest: over the sites, by round; a site's last figure counts until it reports the next.
         lowest: over the sites, by round, in the same way.
+        delta: at which all of them are; None where they differ, or where the run does not tell it, as an older one.
     """
 
     sites: Mapping[str, Sequence[RoundEpsilon]]
     largest: Sequence[RoundEpsilon]
     lowest: Sequence[RoundEpsilon]
+    delta: float | None = None
+
+    @property
+    def at(self) -> str:
+        """Words for their delta."""
+        if self.delta is not None:
+            return f"at delta {self.delta:g}"
+        return "at its own delta" if len(self.sites) == 1 else "each at its own site's delta"
 
     @property
     def same(self) -> bool:
@@ -73,7 +82,9 @@ def spent(run: Run) -> Spent:
             _, consumers, server = zip(*latest.values(), strict=True)
             largest.append(RoundEpsilon(r.number, max(consumers), max(server)))
             lowest.append(RoundEpsilon(r.number, min(consumers), min(server)))
-    return Spent({s: sites[s] for s in sorted(sites, key=fmt.natural)}, largest, lowest)
+    deltas = {v.get("delta") for r in run.rounds for v in r.privacy.values()}
+    (delta,) = deltas if len(deltas) == 1 else (None,)
+    return Spent({s: sites[s] for s in sorted(sites, key=fmt.natural)}, largest, lowest, delta)
 
 
 def epsilon_text(value: float) -> str:
@@ -128,9 +139,9 @@ def charts(run: Run, reported: Spent) -> Iterator[str]:
         return
     title, consumers = "Epsilon by round", (1, "mean", "model's readers")
     note = (
-        "In colour: the largest figure that a site tells; each is at its own site's delta."
+        f"In colour: the largest figure that a site tells; {reported.at}."
         if len(reported.sites) > 1
-        else "One site tells it, at its own delta."
+        else f"One site tells it, {reported.at}."
     )
     # With a long table beside it, as high as that.
     alone = 260 if len(reported.sites) <= SHORT_TABLE_ROWS else 430

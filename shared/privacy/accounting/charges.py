@@ -99,11 +99,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Spent:
-    """Epsilon against the model's consumers, and against the server, after this many charges."""
+    """Epsilon against the model's consumers, and against the server, after this many charges, at this delta."""
 
     consumers: float
     server: float
     charges: int
+    delta: float
 
 
 @dataclass(frozen=True)

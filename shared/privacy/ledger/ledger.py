@@ -259,7 +259,7 @@ def _spent(book: Book, study: str, unit: Unit, delta: float, more: Charge | None
     kept = [(r["unit"], r["mechanism"], _part_of(r)) for r in own]
     if more is not None:
         kept.append((more.unit, more.mechanism, part_of(more.release)))
-    return Spent(*of_study(kept, unit, delta), len(kept))
+    return Spent(*of_study(kept, unit, delta), len(kept), delta)
 
 
 def _hint(charge: Charge) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from builders import refused
@@ -31,7 +33,7 @@ def request(server_round=1, run_id="r-1", value=0.0):
 
 def asked(server_round=1, run_id="r-1", value=0.0):
     content = request(server_round, run_id, value)
-    return ReleaseRequest.of(protocol.TRAIN, content, Address(run_id, server_round))
+    return ReleaseRequest.of(protocol.TRAIN, content, Address(run_id, server_round), 1e-5)
 
 
 class Site:
@@ -68,6 +70,20 @@ def test_an_answer_is_charged_and_the_same_again_costs_nothing(tmp_path):
         "r-1",
     )
     assert charge.charge.digest == asked().digest.hex()
+
+
+def test_what_is_told_is_at_the_run_s_delta_and_the_budget_counts_at_the_policy_s(tmp_path):
+    """A run asked to cost at most so much at one delta is not shown at another."""
+    site = Site(tmp_path, delta=1e-4)
+    what = replace(asked(), delta=1e-6)
+    spent = site.privacy.charge(what, "example", "example", RELEASE)
+    at_run, at_policy = (epsilon([RELEASE], delta) for delta in (1e-6, 1e-4))
+    assert (spent.consumers, spent.delta) == (pytest.approx(at_run), 1e-6)
+    assert site.privacy.told(spent)[protocol.EPSILON_DELTA] == 1e-6
+    (entry,) = site.charges()
+    assert (entry.charge.delta, entry.epsilon_delta) == (1e-6, 1e-4)
+    assert entry.epsilon_consumers == pytest.approx(at_policy)
+    assert at_policy < at_run
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_single_examples_are_hidden_and_the_release_is_charged(tell, worker, ask
     told = dict(reply[protocol.METRICS])
     spent = epsilon([OF_METRICS], 1e-5)
     assert told.pop("epsilon-consumers") == told.pop("epsilon-server") == pytest.approx(spent)
+    assert told.pop("epsilon-delta") == 1e-5
     # As registered, so it tells nothing new.
     assert told.pop("num-examples") == 1
     assert set(told) == {"correct", "examples"}

@@ -39,6 +39,7 @@ def test_a_private_reply_tells_what_was_spent_and_no_loss(tell, worker, ask, wei
         "epsilon-consumers": pytest.approx(spent),
         # The server does not see which examples were drawn either.
         "epsilon-server": pytest.approx(spent),
+        "epsilon-delta": 1e-5,
     }
     trained = arrays(reply)
     assert list(trained) == list(weights)

@@ -42,6 +42,7 @@ def test_a_reply_weighs_one_and_tells_what_was_spent_and_no_loss(tell, worker, a
         "num-examples": 1,
         "epsilon-consumers": pytest.approx(spent),
         "epsilon-server": pytest.approx(spent),
+        "epsilon-delta": 1e-5,
     }
     (entry,) = Ledger(worker.home / FILE).entries()
     assert (entry.charge.unit, entry.charge.mechanism) == ("site", "local")

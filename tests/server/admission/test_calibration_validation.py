@@ -124,10 +124,10 @@ def test_noised_counts_may_lie_beyond_their_range_as_far_as_noise_goes():
     noised = noised_counts.plan(section, names, 1, 2.0)
     assert noised.stddev == 2.0
     expected = Expected("r-1", 3, {}, AdmissionSection(), counters=names, noised=noised)
-    spent = {"epsilon-consumers": 1.0, "epsilon-server": 1.0}
+    spent = {"epsilon-consumers": 1.0, "epsilon-server": 1.0, "epsilon-delta": 1e-5}
     found, verdict = ranged(count=1, expected=expected, counts=[-15.0] * 4 + [16.0] * 4, **spent)
     assert found.values.tolist() == [-15.0] * 4 + [16.0] * 4
-    assert verdict.evaluation.epsilon == (1.0, 1.0)
+    assert verdict.evaluation.epsilon == (1.0, 1.0, 1e-5)
     for bad in ([-17.0] + [0.0] * 7, [0.0] * 7, [float("nan")] * 8, [18.0] + [0.0] * 7):
         found, verdict = ranged(count=1, expected=expected, counts=bad, **spent)
         assert found is None

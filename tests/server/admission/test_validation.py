@@ -414,9 +414,9 @@ def test_a_sites_error_is_reported_with_its_title_and_without_its_text(
 @pytest.mark.parametrize(
     ("consumers", "server", "spent"),
     [
-        (1.5, 2.5, (1.5, 2.5)),
+        (1.5, 2.5, (1.5, 2.5, 1e-5)),
         # A server that gets updates before the noise.
-        (1.5, math.inf, (1.5, math.inf)),
+        (1.5, math.inf, (1.5, math.inf, 1e-5)),
         (math.inf, math.inf, None),
         (math.inf, 2.5, None),
         (1.5, -math.inf, None),
@@ -426,12 +426,14 @@ def test_a_sites_error_is_reported_with_its_title_and_without_its_text(
     ],
 )
 def test_only_against_the_server_epsilon_may_be_infinite(
-    consumers: float, server: float, spent: tuple[float, float] | None
+    consumers: float, server: float, spent: tuple[float, ...] | None
 ) -> None:
     expected = replace(EXPECTED, private=True)
-    reply = _honest(**{"epsilon-consumers": consumers, "epsilon-server": server})
+    reply = _honest(
+        **{"epsilon-consumers": consumers, "epsilon-server": server, "epsilon-delta": 1e-5}
+    )
     del reply.content.metric_records["metrics"]["train-loss"]
     verdict = admit_train(reply, SITE, REGISTERED, expected)
     assert verdict.update is not None
     assert verdict.update.epsilon == spent
-    assert len(verdict.drops) == (0 if spent else 2)
+    assert len(verdict.drops) == (0 if spent else 3)

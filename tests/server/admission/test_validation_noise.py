@@ -55,7 +55,7 @@ def expected(noised: noised_counts.NoisedCounts | None) -> Expected:
 
 
 def evaluated(mechanism: str, num_examples: int, **counters: float) -> Any:
-    spent = {"epsilon-consumers": 1.5, "epsilon-server": 2.5}
+    spent = {"epsilon-consumers": 1.5, "epsilon-server": 2.5, "epsilon-delta": 1e-5}
     metrics = {"num-examples": num_examples, **spent, **counters}
     return admit_evaluate(reply(metrics), SITE, REGISTERED, expected(counts(mechanism)))
 
@@ -65,7 +65,7 @@ def test_counters_with_noise_and_what_was_spent_are_admitted() -> None:
     assert verdict.rejection is None
     assert verdict.drops == []
     assert verdict.evaluation.counters == {"correct": -3.25, "examples": 104.5}
-    assert verdict.evaluation.epsilon == (1.5, 2.5)
+    assert verdict.evaluation.epsilon == (1.5, 2.5, 1e-5)
     assert verdict.evaluation.ledger == LEDGER
 
 
@@ -104,7 +104,13 @@ def test_honest_noise_is_never_dropped() -> None:
     for _ in range(500):
         made = noised.make({"correct": 0.0, "examples": 100.0, "loss-sum": 1.0}, source)
         message = reply(
-            {"num-examples": 1, "epsilon-consumers": 1.0, "epsilon-server": 1.0, **made}
+            {
+                "num-examples": 1,
+                "epsilon-consumers": 1.0,
+                "epsilon-server": 1.0,
+                "epsilon-delta": 1e-5,
+                **made,
+            }
         )
         assert admit_evaluate(message, SITE, REGISTERED, expected(noised)).drops == []
 
@@ -124,7 +130,12 @@ def trained(noise_norm: float, update: np.ndarray[Any, Any]) -> Any:
     expectation = Expected(
         RUN, 3, REFERENCE, AdmissionSection(), private=True, noise_norm=noise_norm
     )  # fmt: skip
-    metrics = {"num-examples": 1, "epsilon-consumers": 1.0, "epsilon-server": 1.0}
+    metrics = {
+        "num-examples": 1,
+        "epsilon-consumers": 1.0,
+        "epsilon-server": 1.0,
+        "epsilon-delta": 1e-5,
+    }
     message = reply(metrics, arrays=record({"w": update.astype(np.float32)}))
     return admit_train(message, SITE, 1, expectation)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedge.server.aggregation.central_noise import CentralNoise, Noised, for_run
-from fedge.server.aggregation.privacy_cost import DELTA, central_spent, is_secret_sample
+from fedge.server.aggregation.privacy_cost import central_spent, is_secret_sample
 from fedge.server.aggregation.updates import Update
 from fedge.server.runs.checkpoints import checkpoints_to_keep
 from fedge.shared.config.privacy import PrivacySection
@@ -446,15 +446,15 @@ def test_epsilon_by_round() -> None:
     after = central_spent(of, 100)
     # The accounting table's.
     assert after["consumers"] == pytest.approx(7.0466, abs=1e-3)
-    assert after["sample_known"] == pytest.approx(epsilon([Release(1.0, 1.0, 100)], DELTA))
+    assert after["sample_known"] == pytest.approx(epsilon([Release(1.0, 1.0, 100)], 1e-5))
     assert after["delta"] == 1e-5
     assert central_spent(of, 1)["consumers"] < after["consumers"]
     plain = central_spent(section(), 3)
-    assert plain["consumers"] == plain["sample_known"] == epsilon([Release(1.0, 1.0, 3)], DELTA)
+    assert plain["consumers"] == plain["sample_known"] == epsilon([Release(1.0, 1.0, 3)], 1e-5)
     # What evaluations with noise tell is told too.
     noised = section(**{"metrics": "noised", "metrics-noise-multiplier": 3.0})
     releases = [Release(1.0, 1.0, 3), Release(3.0, 1.0, 2)]
-    assert central_spent(noised, 3, 2)["consumers"] == epsilon(releases, DELTA) > plain["consumers"]
+    assert central_spent(noised, 3, 2)["consumers"] == epsilon(releases, 1e-5) > plain["consumers"]
     assert central_spent(noised, 3, 0) == central_spent(section(), 3, 2) == plain
     # Correlated noise is one release, whichever round it has come to.
     assert central_spent(section("central-mf"), 1) == central_spent(section("central-mf"), 9)

@@ -172,7 +172,9 @@ def test_the_server_reckons_distributed_noise(tmp_path: Path) -> None:
         if tag == "svg" and a.get("width") == "540" and "readers" in (a.get("aria-label") or "")
     ] == ["Epsilon by round: both readers, 4.50 at the end"]
     lines = epsilon_files()["rounds.jsonl"]
-    assert "epsilon  4.5000 at delta 1e-05, of this run alone" in summary_table({}, lines)
+    assert "epsilon  4.5000, delta 1e-05, unit site: this run alone" in summary_table(
+        {}, lines, "site"
+    )
 
 
 def test_single_examples_under_masks_stand_in_the_ledgers(tmp_path: Path) -> None:

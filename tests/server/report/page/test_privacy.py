@@ -314,6 +314,19 @@ def test_one_site_and_one_round(tmp_path: Path, rounds: int) -> None:
     assert len(labels(found)) == 1
 
 
+def test_where_the_sites_tell_their_delta_it_stands_beside_every_epsilon(tmp_path: Path) -> None:
+    files = private_files()
+    for line in files["rounds.jsonl"]:
+        for epsilon in line.get("privacy", {}).values():
+            epsilon["delta"] = 1e-6
+    text = section(page(tmp_path, files))
+    assert "over all runs, at delta 1e-06." in text
+    assert "delta1e-06, the run's; a site's budget counts at its owner's" in text
+    assert "All are at delta 1e-06; each ledger's budget counts at its owner's." in text
+    assert "own delta" not in text
+    assert "server, 24.0 at delta 1e-06" in text
+
+
 def test_missing_rounds_are_bridged(tmp_path: Path) -> None:
     files = private_files(rounds=9)
     for line in files["rounds.jsonl"][2:6]:
@@ -367,7 +380,14 @@ def test_the_table_in_the_terminal_has_a_line() -> None:
     lines[-1]["privacy"]["site-1"]["server"] = float("nan")
     lines[-1]["privacy"]["site-2"] = "x"
     told = summary_table({}, lines).splitlines()
-    assert told[-1] == "epsilon  readers 11.0000, server 22.0000 (largest of 8 sites, own deltas)"
+    of_an_earlier_run = "own deltas, unit unknown (largest of 8)"
+    assert told[-1] == f"epsilon  readers 11.0000, server 22.0000, {of_an_earlier_run}"
+    for line in lines:
+        for epsilon in line["privacy"].values():
+            if isinstance(epsilon, dict):
+                epsilon["delta"] = 1e-6
+    told = summary_table({}, lines, "example").splitlines()
+    assert told[-1].endswith("server 22.0000, delta 1e-06, unit example (largest of 8)")
     tell({"rounds.jsonl": lines}, 1e9, 1e9)
     assert len(summary_table({}, lines).splitlines()[-1]) <= 80
     tell({"rounds.jsonl": lines}, 1e400, -1)

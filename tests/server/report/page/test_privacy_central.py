@@ -114,4 +114,4 @@ def test_null_is_infinity_of_the_servers_alone(tmp_path: Path) -> None:
 
 def test_the_terminal_says_so_too() -> None:
     lines = files()["rounds.jsonl"]
-    assert "readers 6.0000, server unbounded (largest" in summary_table({}, lines)
+    assert "readers 6.0000, server unbounded, own deltas, unit" in summary_table({}, lines)

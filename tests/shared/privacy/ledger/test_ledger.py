@@ -109,7 +109,7 @@ def test_a_fresh_ledger_is_its_owners_alone_and_has_spent_nothing(path):
     book = Ledger.create(path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert sorted(file.name for file in path.parent.iterdir()) == [FILE, FILE + ".made"]
-    assert book.spent("heart", "site", DELTA) == ledger.Spent(0.0, 0.0, 0)
+    assert book.spent("heart", "site", DELTA) == ledger.Spent(0.0, 0.0, 0, DELTA)
     assert (book.entries(), book.studies()) == ([], [])
     assert book.digest("heart") == book.verify()
     with closing(sqlite3.connect(path)) as db:
