@@ -57,8 +57,7 @@ class Group:
         shape: of the vector.
         bundles: by site, sorted: who answered exchange 0.
         sharers: by site: who answered exchange 1, with commitment and signature.
-        encrypted_shares: of each sharer, by the site that they are for.
-        share_hashes: by sharer and holder, of the share of the seed and of that of the mask key, 32 bytes each.
+        encrypted_shares: of each sharer, by the site that they are for, with the hashes of both shares.
         total: sum of the masked vectors: values modulo 2^32, counters modulo 2^64.
         survivors: whose vector is in it.
         signatures: of the survivors on the list of survivors.
@@ -74,7 +73,6 @@ class Group:
     survivors: list[str] = field(default_factory=list)
     signatures: dict[str, bytes] = field(default_factory=dict)
     shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    share_hashes: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bundles = dict(sorted(self.bundles.items()))
@@ -123,9 +121,7 @@ class Group:
         raw = messages.data(values, messages.ENCRYPTED_SHARES, size, size)
         commitment = messages.data(values, messages.COMMITMENT, 32, 32)
         signature = messages.data(values, messages.SIGNATURE, 64, 64)
-        dealt = dict(zip(near, _cut(raw, ENCRYPTED_SHARE_BYTES), strict=True))
-        self.encrypted_shares[site] = {p: some[:CIPHERTEXT_BYTES] for p, some in dealt.items()}
-        self.share_hashes[site] = {p: some[CIPHERTEXT_BYTES:] for p, some in dealt.items()}
+        self.encrypted_shares[site] = dict(zip(near, _cut(raw, ENCRYPTED_SHARE_BYTES), strict=True))
         self.sharers[site] = Sharer(site, commitment, signature, b"")
 
     # Exchange 2.
@@ -133,9 +129,7 @@ class Group:
     def masked_values(self, site: str) -> dict[str, bytes]:
         """What one site is told: who shared, with the shares encrypted for it."""
         told = [
-            self.sharers[peer].encode_with(
-                self.encrypted_shares[peer].get(site, b"") + self.share_hashes[peer].get(site, b"")
-            )
+            self.sharers[peer].encode_with(self.encrypted_shares[peer].get(site, b""))
             for peer in sorted(self.sharers)
         ]
         return {messages.SHARERS: b"".join(told)}
@@ -262,13 +256,14 @@ class Group:
             LostError: too few of its shares are left, or those that it dealt do not give what it committed to.
         """
         survived = site in self.survivors
-        given: dict[int, bytes] = {}
+        # After the ciphertext: the hash of the share of the seed, then that of the share of the mask key.
+        start = CIPHERTEXT_BYTES if survived else CIPHERTEXT_BYTES + HASH_BYTES
+        dealt, given = self.encrypted_shares[site], dict[int, bytes]()
         for holder in self.neighbours[site]:
             share = self.shares.get(holder, {}).get(site)
             if share is None:
                 continue
-            of_seed, of_mask = _cut(self.share_hashes[site][holder], HASH_BYTES)
-            if hashlib.sha256(share).digest() == (of_seed if survived else of_mask):
+            if hashlib.sha256(share).digest() == dealt[holder][start : start + HASH_BYTES]:
                 given[self._x[holder]] = share
             else:
                 # The holder has found it right when it got it.
@@ -307,8 +302,8 @@ def to_json(group: Group) -> dict[str, object]:
         "bundles": messages.joined(list(group.bundles.values())).hex(),
         "sharers": messages.joined([group.sharers[s] for s in sorted(group.sharers)]).hex(),
         "share_hashes": {
-            site: b"".join(given[peer] for peer in group.neighbours[site]).hex()
-            for site, given in sorted(group.share_hashes.items())
+            site: b"".join(dealt[p][CIPHERTEXT_BYTES:] for p in group.neighbours[site]).hex()
+            for site, dealt in sorted(group.encrypted_shares.items())
         },
         "survivors": group.survivors,
     }
@@ -339,8 +334,9 @@ def from_json(told: Mapping[str, Any], total: NDArray[np.uint32]) -> Group:
     )
     hashes = {site: bytes.fromhex(one) for site, one in told["share_hashes"].items()}
     for site in group.sharers:
-        held = _cut(hashes[site], 2 * HASH_BYTES)
-        group.share_hashes[site] = dict(zip(group.neighbours[site], held, strict=True))
+        # The ciphertexts have been sent to whom they are for, and nobody is sent them again.
+        held = [bytes(CIPHERTEXT_BYTES) + h for h in _cut(hashes[site], 2 * HASH_BYTES)]
+        group.encrypted_shares[site] = dict(zip(group.neighbours[site], held, strict=True))
     return group
 
 

@@ -16,6 +16,7 @@ from .flower_parties import Outcome
 from .ours import ATTACKS, Attack
 from .ours_faults import FAULTS
 from .ours_more import MORE
+from .privacy import PRIVACY, flower_dealer, flower_local_dp
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reference" / "attacks.md"
 SEED: Final = 7
@@ -38,6 +39,15 @@ _MORE: Final = """
 
 What has no counterpart in Flower's protocol. The last row is not refused: it is what no protocol for one sum can
 refuse.
+"""
+
+
+_PRIVACY: Final = """
+## On noise, budget and policy
+
+By a server, or by a site where it says so; against the policy that an owner wrote, the ledger of a site, and what the
+noise has to hide. Flower has no policy of a site, no ledger and no unit. {flower}. Where a site of SecAgg+ deals shares
+of another secret, {dealer}.
 """
 
 
@@ -64,6 +74,12 @@ def page() -> str:
     lines += [_MORE, "| attack | what the server does | fedge |", "|---|---|---|"]
     for attack, (name, outcome) in zip(MORE, run_ours(MORE).items(), strict=True):
         lines.append(f"| {name} | {attack.__doc__} | {_cell(outcome)} |")
+    lines += [_PRIVACY.format(flower=flower_local_dp(), dealer=flower_dealer())]
+    lines += ["| attack | what is done | fedge |", "|---|---|---|"]
+    for promise in PRIVACY:
+        with TemporaryDirectory() as home:
+            outcome = promise(Path(home))
+        lines.append(f"| {outcome.name} | {promise.__doc__} | {_cell(outcome)} |")
     return "\n".join(lines) + "\n"
 
 
