@@ -24,6 +24,7 @@ from fedge.server.runs import results
 from fedge.server.runs.directory import RunDirectory, prepare
 from fedge.server.runs.listener import Listener, NullListener
 from fedge.server.secagg.restart_state import RecoveryStore
+from fedge.shared.compile.onnx_export import require_exportable
 from fedge.shared.config.federation import Config
 from fedge.shared.privacy.checks.compatibility import require_compatible
 from fedge.shared.tasks.dry_run import check
@@ -65,6 +66,7 @@ def simulate(
     if not RunDirectory(out).says_finished():
         # Task and data come first: if they fail, no directory is created that a second try would find in use.
         check(task)
+        require_exportable(task)
         require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
         shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)

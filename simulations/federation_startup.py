@@ -175,6 +175,7 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     from fedge.client.data import npy_files
     from fedge.client.data.dataset import site_shares
     from fedge.server.runs import results
+    from fedge.shared.compile.onnx_export import require_exportable
     from fedge.shared.privacy.checks.compatibility import require_compatible
     from fedge.shared.tasks.dry_run import check
     from fedge.shared.tasks.registry import get_task
@@ -182,6 +183,7 @@ def _divide(config: Config, out: Path, resume: bool) -> bool:
     task = get_task(config.task.name)
     if not RunDirectory(out).says_finished():
         check(task)
+        require_exportable(task)
         require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
     shares = site_shares(config, task)
     directory, finished = prepare(out, config, resume=resume)

@@ -143,7 +143,7 @@ def _terms(bundle: Bundle, arguments: Namespace) -> Terms:
     if arguments.statistics:
         steps = with_statistics(manifest, read_statistics(arguments.statistics))
     else:
-        steps = generated_examples.stand_in(manifest)
+        steps = generated_examples.stand_in(manifest.input, manifest.preprocessing)
     return Terms(
         parity.examples(manifest, steps, parity.BATCH_SIZES),
         shapes(manifest),

@@ -89,7 +89,7 @@ def compile_model(
 
     progress("model.onnx", "exporting", 0.0)
     fp32 = export_onnx(model.network, model.shape)
-    fp32_parity = parity(model.network, fp32, model.shape)
+    fp32_parity = parity(model.network, fp32, model.shape, examples=model.examples)
     calibrated = _calibration(model)
     ranges = calibrated.ranges if calibrated else None
     if ranges is None and any(ONNX_INT8 in t.kinds(calibrated=False) for t in targets):

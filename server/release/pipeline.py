@@ -178,7 +178,7 @@ def _prepare(
             output=task.output,
             preprocessing=model.steps,
             metrics=metrics,
-            parity=parity(model.network, onnx, model.shape),
+            parity=parity(model.network, onnx, model.shape, examples=model.examples),
             privacy=_privacy(directory, contributors),
         )
         return Manifest.from_bytes(manifest.to_bytes()), onnx

@@ -51,7 +51,8 @@ def statistics_options(manifest: Manifest, folder: Path) -> list[str]:
     """
     if not manifest.site_statistics:
         return []
-    (step,) = (s for s in generated_examples.stand_in(manifest) if isinstance(s, Standardise))
+    steps = generated_examples.stand_in(manifest.input, manifest.preprocessing)
+    (step,) = (s for s in steps if isinstance(s, Standardise))
     path = folder / "statistics.json"
     path.write_text(json.dumps({"mean": list(step.mean), "std": list(step.std)}))
     return ["--statistics", str(path)]

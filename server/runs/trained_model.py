@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge.server.runs.directory import RunDirectory
+from fedge.shared.bundle import generated_examples
 from fedge.shared.bundle.manifest_checks import network_shape
 from fedge.shared.errors import BundleError, ConfigError, RunError, UsageError
 from fedge.shared.files import read_bounded, reason
@@ -18,6 +19,7 @@ from fedge.shared.wire import tensors
 from fedge.shared.wire.tensors import NDArrays
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
     from fedge.shared.tasks.task import Task
@@ -55,6 +57,15 @@ class Trained:
     sha256: str
     run: dict[str, Any]
     folder: Path | None
+
+    def examples(self, batch: int, seed: int) -> NDArray[Any]:
+        """``(batch, *shape)`` float32 as the network takes them: drawn from the schema, and preprocessed.
+
+        A network may have a domain, as an embedding or a logarithm: it is compared on inputs that can come.
+        """
+        steps = generated_examples.stand_in(self.task.input, self.steps)
+        raw = generated_examples.example(self.task.input, batch, steps, seed=seed)
+        return preprocessing.apply(steps, raw)
 
 
 def from_run(run_dir: Path) -> Trained:

@@ -9,7 +9,6 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.shared.bundle.manifest import Manifest
 from fedge.shared.errors import InputError
 from fedge.shared.preprocessing.schema import InputSchema
 from fedge.shared.preprocessing.steps import Scale, Standardise, Step
@@ -56,15 +55,14 @@ def example(schema: InputSchema, batch: int, steps: Sequence[Step] = (), *, seed
     return x
 
 
-def stand_in(manifest: Manifest) -> tuple[Step, ...]:
-    """The manifest's steps, with statistics of generated examples in place of a site's own.
+def stand_in(schema: InputSchema, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """A model's steps, with statistics of generated examples in place of a site's own.
 
     Good enough for comparing and timing artefacts of one network, not for predictions.
     """
-    steps = manifest.preprocessing
-    if not manifest.site_statistics:
-        return steps
-    x = example(manifest.input, _ENOUGH, steps)
+    if not any(isinstance(step, Standardise) and not step.mean for step in steps):
+        return tuple(steps)
+    x = example(schema, _ENOUGH, steps)
     complete: list[Step] = []
     for step in steps:
         if isinstance(step, Standardise) and not step.mean:

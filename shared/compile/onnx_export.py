@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedge.shared.bundle import generated_examples
 from fedge.shared.bundle.manifest import GRAPH_BATCH, GRAPH_INPUT
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.compile.parity import TOLERANCE, first_line, outputs_of, parity
 from fedge.shared.compile.strip_metadata import strip
-from fedge.shared.errors import ReleaseError
+from fedge.shared.errors import DataError, ReleaseError
+from fedge.shared.tasks.dry_run import preprocessed
+from fedge.shared.tasks.registry import is_shipped
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
+
+    from fedge.shared.tasks.task import Task
 
 #: Protocol Buffers end at 2 GiB; devices read no larger artefact either.
 MAX_BYTES: Final = 1536 * 2**20
@@ -61,6 +71,33 @@ def export_onnx(network: nn.Module, shape: Sequence[int] | GraphInput) -> bytes:
     if len(data) > MAX_BYTES:
         raise ReleaseError(607, f"model.onnx: must be at most {MAX_BYTES} bytes, got {len(data)}")
     return data
+
+
+def require_exportable(task: Task) -> None:
+    """Export a task's network untrained, and compare it: what a release would refuse is said before training.
+
+    Nothing is done for the tasks of fedge itself, which its tests export, and where the converters are not installed.
+
+    Raises:
+        DataError: 305, it cannot be exported, with the line of its code where there is one, or the graph is not the
+            network.
+    """
+    if is_shipped(task.name) or find_spec("onnx") is None or find_spec("onnxscript") is None:
+        return
+
+    def examples(batch: int, seed: int) -> NDArray[Any]:
+        return preprocessed(
+            task, generated_examples.example(task.input, batch, task.preprocessing, seed=seed)
+        )
+
+    shape = examples(1, 0).shape[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = task.network()
+    try:
+        parity(network, export_onnx(network, shape), shape, batch_sizes=(1, 3), examples=examples)
+    except ReleaseError as error:
+        raise DataError(305, f"task {task.name}: {error.message}") from None
 
 
 def opset_of(onnx: bytes) -> int:
@@ -110,9 +147,30 @@ def _model(network: nn.Module, example: Tensor, graph_input: GraphInput) -> Mode
             failure = error
     if isinstance(failure, ReleaseError):
         raise failure
-    words = _ESCAPES.sub("", first_line(failure))
-    message = f"network: cannot be exported ({type(failure).__name__}: {words})"
+    where = _line_of(network, failure)
+    cause: BaseException | None = failure
+    while cause is not None and (cause.__cause__ or cause.__context__):
+        # The exporter's own words are about its steps.
+        cause = cause.__cause__ or cause.__context__
+    words = _ESCAPES.sub("", first_line(cause))
+    message = f"network: cannot be exported{where} ({type(cause).__name__}: {words})"
     raise ReleaseError(607, message) from failure
+
+
+def _line_of(network: nn.Module, failure: BaseException | None) -> str:
+    """The line of the network's own code in which it failed; empty where no traceback has one."""
+    own = {
+        inspect.getfile(type(module))
+        for module in network.modules()
+        if type(module).__module__.partition(".")[0] not in ("torch", "builtins")
+    }
+    found = ""
+    while failure is not None:
+        for frame in traceback.extract_tb(failure.__traceback__):
+            if frame.filename in own:
+                found = f" at {Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
+        failure = failure.__cause__ or failure.__context__
+    return found
 
 
 def _pass_interrupt(error: BaseException) -> None:

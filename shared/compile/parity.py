@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -45,6 +45,7 @@ def parity(
     sizes: Sequence[Mapping[str, int]] = (),
     tolerance: float = TOLERANCE,
     seed: int = 0,
+    examples: Callable[[int, int], NDArray[Any]] | None = None,
 ) -> Parity:
     """Compare ONNX Runtime with the eager network on generated inputs of several sizes.
 
@@ -57,6 +58,8 @@ def parity(
         tolerance: largest difference allowed, or ``RELATIVE`` of the output's largest number over all inputs
             where that is more; whole numbers, as of labels, must be equal.
         seed: of the generated inputs.
+        examples: draws a batch of so many from a seed, for a network that takes not every number; standard normal
+            numbers, or tokens, unless given.
 
     Returns:
         The largest difference, and the allowed one in the same unit.
@@ -73,9 +76,11 @@ def parity(
     for other in ({}, *sizes):
         for batch in batch_sizes:
             where = f"batch size {batch}" + "".join(f", {k} {v}" for k, v in other.items())
-            x = graph_input.sample(generator, batch, other)
-            with torch.no_grad():
-                eager = {k: v.numpy() for k, v in outputs_of(network(torch.from_numpy(x))).items()}
+            if examples is not None and not other:
+                x = examples(batch, int(generator.integers(2**31)))
+            else:
+                x = graph_input.sample(generator, batch, other)
+            eager = _eager(network, x, where)
             exported = _run(session, x, list(eager), where)
             for name, expected in eager.items():
                 difference = _difference(exported[name], expected, name, where)
@@ -101,6 +106,15 @@ def _session(onnx: bytes) -> Any:
         return onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ReleaseError(603, f"model.onnx: does not load ({first_line(error)})") from None
+
+
+def _eager(network: nn.Module, x: NDArray[Any], where: str) -> dict[str, NDArray[Any]]:
+    try:
+        with torch.no_grad():
+            return {k: v.numpy() for k, v in outputs_of(network(torch.from_numpy(x))).items()}
+    except Exception as error:  # the user's code, which raises whatever it does
+        words = f"{type(error).__name__}: {first_line(error)}"
+        raise ReleaseError(603, f"the trained network: fails at {where} ({words})") from None
 
 
 def _run(session: Any, x: NDArray[Any], names: list[str], where: str) -> dict[str, NDArray[Any]]:

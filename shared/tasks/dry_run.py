@@ -36,6 +36,7 @@ def check(task: Task) -> None:
         network = _tried(task, "network failed", task.network)
         if not isinstance(network, nn.Module):
             raise _misfit(task, f"network must build a Module, got {type(network).__name__}")
+        _check_state(task, network)
         failed = f"network failed on shape {tuple(x.shape)}"
         logits = _tried(task, failed, lambda: network(torch.from_numpy(x)))
         _check_logits(task, logits)
@@ -71,6 +72,32 @@ def preprocessed(task: Task, x: NDArray[Any]) -> NDArray[Any]:
 
         x = _tried(task, f"preprocessing step {name} failed on shape {shape}", applied)
     return x
+
+
+def _check_state(task: Task, network: nn.Module) -> None:
+    """Everything in the network can be sent as an array, and the network be copied."""
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise _misfit(
+                task,
+                f"{name} must have its shape when the network is built, as it is sent before any example is seen,"
+                " got a lazy one",
+            )
+        try:
+            tensor.detach().numpy()
+        except TypeError:
+            raise _misfit(
+                task, f"{name} must be of a type that arrays have, as float32, got {_kind(tensor)}"
+            ) from None
+    for path, module in network.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                name = f"{path}.{key}".lstrip(".")
+                raise _misfit(
+                    task,
+                    f"{name} must be a parameter or a buffer, got a tensor that is computed from others and cannot be"
+                    " copied; torch.nn.utils.parametrizations has weight_norm without one",
+                )
 
 
 def _check_logits(task: Task, logits: Any) -> None:

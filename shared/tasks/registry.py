@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fedge.shared.errors import DataError, brief
 
@@ -12,6 +14,11 @@ if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task
 
 GROUP = "fedge.tasks"
+#: Modules that tasks import, by the names that they had.
+_MOVED: Final = {
+    "fedge.shared.preprocess": "fedge.shared.preprocessing.steps",
+    "fedge.shared.schema": "fedge.shared.preprocessing.schema",
+}
 
 
 def task_names() -> list[str]:
@@ -28,6 +35,15 @@ def require_task(name: str) -> None:
     _entry(name)
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a task of this name is fedge's own.
+
+    Raises:
+        DataError: 304, no installed package has such a task.
+    """
+    return _entry(name).value.startswith("fedge.")
+
+
 def get_task(name: str) -> Task:
     """The task of this name.
 
@@ -36,6 +52,9 @@ def get_task(name: str) -> Task:
             not a Task.
     """
     entry = _entry(name)
+    # Tasks are their users' code, which names modules as they were called when it was written.
+    for before, now in _MOVED.items():
+        sys.modules.setdefault(before, import_module(now))
     # Imported here, as it needs torch. If torch is missing, the error is not reported as the task's.
     from fedge.shared.tasks.task import Task
 

@@ -63,7 +63,7 @@ def test_a_stand_in_shows_the_network_standardised_values() -> None:
         metrics={},
         parity=Parity(1e-7, 1e-4, (1, 2)),
     )
-    steps = generated_examples.stand_in(manifest)
+    steps = generated_examples.stand_in(manifest.input, manifest.preprocessing)
     ready = preprocessing.apply(steps, generated_examples.example(TABLE, 32, steps, seed=1))
     np.testing.assert_allclose(ready.mean(axis=0), 0, atol=0.5)
     np.testing.assert_allclose(ready.std(axis=0), 1, atol=0.5)

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -143,3 +144,42 @@ def test_the_part_that_does_not_fit_is_named(part):
     assert caught.value.code == 305
     assert caught.value.message.startswith(f"task wine: {said}")
     assert "\n" not in caught.value.message
+
+
+class Half(nn.Module):
+    """A layer in bfloat16, which NumPy does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 8).to(torch.bfloat16)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x.to(torch.bfloat16)).float())
+
+
+def weight_normed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(64, 8)), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyLinear(3)), "0.weight must have its shape"),
+        (Half, "first.weight must be of a type that arrays have, as float32, got bfloat16"),
+        (weight_normed, "0.weight must be a parameter or a buffer, got a tensor that is computed"),
+    ],
+    ids=["lazy", "bfloat16", "weight_norm"],
+)
+def test_what_cannot_be_sent_or_copied_is_named(network, message):
+    with pytest.raises(DataError, match=message) as caught:
+        check(replace(WINE, network=network))
+    assert caught.value.code == 305
+    assert "\n" not in caught.value.message
+
+
+def test_what_torch_keeps_as_parametrizations_can_be_sent_and_copied():
+    normed = nn.utils.parametrizations.weight_norm
+    check(replace(WINE, network=lambda: nn.Sequential(normed(nn.Linear(64, 8)), nn.Linear(8, 3))))

@@ -33,6 +33,18 @@ def test_another_package_can_add_a_task(monkeypatch):
     assert get_task("mine").input.shape == (8, 8)
 
 
+def test_a_task_that_names_modules_as_they_were_called_loads(monkeypatch):
+    for name in ("fedge.shared.preprocess", "fedge.shared.schema"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    get_task("digits")
+    from fedge.shared.preprocess import Standardise
+    from fedge.shared.preprocessing import schema, steps
+    from fedge.shared.schema import InputSchema
+
+    assert Standardise is steps.Standardise
+    assert InputSchema is schema.InputSchema
+
+
 def test_an_entry_point_must_hold_a_task(monkeypatch):
     entry = metadata.EntryPoint("mine", "fedge.shared.tasks.digits:SIDE", registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
