@@ -275,6 +275,14 @@ CATALOGUE: Final[dict[int, Entry]] = {
         "what was installed on this device is damaged",
         "Install the bundle again: `fedge-edge install`.",
     ),
+    712: Entry(
+        "the bundle is of another task",
+        "Give a bundle of the task that --task names, or leave that out.",
+    ),
+    713: Entry(
+        "the bundle is older than it may be",
+        "Give a newer one; `fedge-edge verify` prints a bundle's serial.",
+    ),
     801: Entry("the input cannot be read", "Give a .npy or .csv file."),
     802: Entry(
         "the input's shape or columns differ from the schema",

@@ -29,7 +29,7 @@ LONGER_FILES = {
     "tests/client/deployment/test_daemon_hostile_bundle.py": 628,
     "tests/client/training/test_calibration.py": 421,
     "tests/edge/test_cli.py": 461,
-    "tests/server/admission/test_validation.py": 437,
+    "tests/server/admission/test_validation.py": 436,
     "tests/server/aggregation/test_central_noise.py": 478,
     "tests/server/deployment/test_reverse_proxy.py": 563,
     "tests/server/deployment/test_run_scheduler.py": 516,

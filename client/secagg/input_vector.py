@@ -77,7 +77,7 @@ class InputVector:
         self._counters(saturated=0)
 
     def encode(self, sites: int, rounding_key: bytes) -> NDArray[np.uint32]:
-        """The vector, not masked yet: values in the ring 2^32, counters in 2^64.
+        """The vector, not masked yet: values in the ring 2^32, counters in 2^128.
 
         Args:
             sites: that add up.
@@ -194,15 +194,31 @@ def evaluation(layout: Layout, counters: Mapping[str, float]) -> InputVector:
     return _counted(layout, vector_layout.task_counters(counters))
 
 
-def statistics(layout: Layout, found: Statistics | None, bounds: tuple[Bound, ...]) -> InputVector:
-    """The contribution of the sums over standardised columns, in units of each column's bound; None counts nothing."""
+def statistics(
+    layout: Layout,
+    found: Statistics | None,
+    bounds: tuple[Bound, ...],
+    *,
+    hides_site: bool = False,
+) -> InputVector:
+    """The contribution of the sums over standardised columns, in units of each column's bound.
+
+    Args:
+        layout: of the vector.
+        found: of the site's training examples; None counts nothing.
+        bounds: of the columns.
+        hides_site: the number of examples stays here: the site counts as one example, of its means.
+    """
     counters: dict[str, float] = {c.name: 0 for c in layout.counters}
     if found is not None:
-        counters[vector_layout.EXAMPLES] = found.count
+        share = max(found.count, 1) if hides_site else 1
+        counters[vector_layout.EXAMPLES] = min(found.count, 1) if hides_site else found.count
         sums = zip(bounds, found.total, found.total_of_squares, strict=True)
         for column, (bound, total, squares) in enumerate(sums):
-            counters[f"{protocol.FEATURE_TOTAL}-{column}"] = total / bound.unit
-            counters[f"{protocol.FEATURE_TOTAL_OF_SQUARES}-{column}"] = squares / bound.unit**2
+            counters[f"{protocol.FEATURE_TOTAL}-{column}"] = total / share / bound.unit
+            counters[f"{protocol.FEATURE_TOTAL_OF_SQUARES}-{column}"] = (
+                squares / share / bound.unit**2
+            )
     return _counted(layout, counters)
 
 

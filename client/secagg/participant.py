@@ -190,6 +190,12 @@ class Participant:
             log.info("%s: asked again, answered as before", kind)
             return opened.reply
         try:
+            if kind == messages.UNMASK and at == opened.step + 2:
+                # As where the request to sign was lost: the server asks all, and cannot know.
+                message = (
+                    f"{purpose}: must have been asked to sign the survivors, got no such request"
+                )
+                raise SiteError(_NO_KEYS, message)
             if at != opened.step + 1:
                 raise protocol_violation(
                     "exchange", f"be number {opened.step + 1} of this attempt", at

@@ -1,4 +1,4 @@
-"""Which rounds a site has answered for good, on disk: none is ever unmasked twice, whatever is killed in between."""
+"""Which rounds a site has answered for good, on disk: it signs the survivors of none twice, whatever is killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ONCE: Final = ("calibrate", "qualify")
 
 
 class ReplayGuard:
-    """The highest round of each run and purpose of which this site has given out shares.
+    """The highest round of each run and purpose of which this site has signed the survivors.
 
     Args:
         folder: of this site alone; made when first written.

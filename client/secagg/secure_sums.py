@@ -178,9 +178,14 @@ class SecureSums:
         return self.require().begin(kind, request, terms.address, terms.seed, contribute, min_sites)
 
     def statistics(
-        self, request: RecordDict, address: Address, found: Statistics | None
+        self,
+        request: RecordDict,
+        address: Address,
+        found: Statistics | None,
+        *,
+        hides_site: bool,
     ) -> ConfigRecord:
-        """Begin the sum over standardised columns."""
+        """Begin the sum over standardised columns; see ``input_vector.statistics``."""
         bounds = column_bounds(self._task)
         layout = vector_layout.of_statistics(len(bounds))
         return self.require().begin(
@@ -188,7 +193,7 @@ class SecureSums:
             request,
             address,
             0,
-            lambda: input_vector.statistics(layout, found, bounds),
+            lambda: input_vector.statistics(layout, found, bounds, hides_site=hides_site),
         )
 
     def step(self, kind: str, request: RecordDict, address: Address) -> RecordDict:

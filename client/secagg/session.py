@@ -248,24 +248,29 @@ class Session:
 
         Raises:
             SiteError: 422, fewer than the threshold have signed this very list of survivors.
+            PeerError: 422, as a peer's signature is another, where with it there would be enough.
         """
         statement = self._commitment()
-        agreed = [
+        given = [s for s in signatures if s.site in self._survivors]
+        wrong = [
             s.site
-            for s in signatures
-            if s.site in self._survivors
-            and transcript.is_signed(self._keys[s.site], s.signature, statement)
+            for s in given
+            if not transcript.is_signed(self._keys[s.site], s.signature, statement)
         ]
-        if len(agreed) < self._threshold:
-            raise protocol_violation(
-                "signatures", f"be {self._threshold} or more on these survivors", len(agreed)
-            )
-        given = []
+        agreed = len(given) - len(wrong)
+        if agreed < self._threshold:
+            wanted = f"be {self._threshold} or more on these survivors"
+            if wrong and len(given) >= self._threshold:
+                # Enough for a server that cannot tell: it has no keys of the sites.
+                message = f"its signature must be on these survivors, got another; {agreed} are"
+                raise PeerError(PROTOCOL_VIOLATION, wrong[0], message)
+            raise protocol_violation("signatures", wanted, agreed)
+        shares = []
         for peer in sorted(self._held):
             of_seed, of_mask = self._held[peer]
-            given.append(of_seed if peer in self._survivors else of_mask)
+            shares.append(of_seed if peer in self._survivors else of_mask)
         self.wipe()
-        return b"".join(given)
+        return b"".join(shares)
 
     def wipe(self) -> None:
         """Forget every secret, as far as Python lets one; no further step is possible."""

@@ -256,10 +256,12 @@ class SiteWorker:
         config = requests.config_of(request, self.task.name)
         address = requests.address(config)
         self.learner.check_data_unchanged(address.run_id)
-        self._require_statistics(section_of(config))
-        return self._reply(
-            address, self._secure.statistics(request, address, self.learner.statistics)
+        section = section_of(config)
+        self._require_statistics(section)
+        values = self._secure.statistics(
+            request, address, self.learner.statistics, hides_site=section.hides_sites
         )
+        return self._reply(address, values)
 
     def _continue(self, kind: str, request: RecordDict) -> RecordDict:
         address = requests.address(requests.config_of(request, self.task.name))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from fedge.shared.errors import BundleError
+
 if TYPE_CHECKING:
     from fedge.edge.installation.record import DeviceRecord
     from fedge.shared.bundle.bundle import Bundle
@@ -31,18 +33,43 @@ def add_bundle(parser: ArgumentParser) -> None:
         metavar="KEY.pub",
         help="public key that must have signed it",
     )
+    parser.add_argument("--task", metavar="NAME", help="refuse a bundle of another task")
+    parser.add_argument(
+        "--not-older-than",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="refuse one with a lower serial",
+    )
+
+
+def require_expected(bundle: Bundle, arguments: Namespace) -> None:
+    """Hold a verified bundle against what the arguments say it must be: signed once, an old one stays signed.
+
+    Raises:
+        BundleError: 712, it is of another task; 713, its serial is lower.
+    """
+    manifest = bundle.manifest
+    if arguments.task not in (None, manifest.task):
+        raise BundleError(712, f"task: must be {arguments.task!r}, got {manifest.task!r}")
+    if manifest.serial < arguments.not_older_than:
+        raise BundleError(
+            713, f"serial: must be {arguments.not_older_than} or more, got {manifest.serial}"
+        )
 
 
 def open_trusted(arguments: Namespace) -> tuple[Bundle, DeviceRecord | None]:
     """Open the bundle that the arguments name, with the record of its installation where it has one.
 
     Raises:
-        BundleError: 701 to 707, 711.
+        BundleError: 701 to 707, 711 to 713.
     """
     from fedge.edge.installation.folder import open_installed
     from fedge.shared.crypto.dsse import load_public
 
-    return open_installed(arguments.bundle, load_public(arguments.trust))
+    bundle, record = open_installed(arguments.bundle, load_public(arguments.trust))
+    require_expected(bundle, arguments)
+    return bundle, record
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

@@ -40,7 +40,11 @@ def _arguments(parser: ArgumentParser) -> None:
         help="timed runs (default 200)",
     )
     parser.add_argument(
-        "--batch", type=whole(1, 65_536), default=1, metavar="N", help="examples a run (default 1)"
+        "--batch",
+        type=whole(1, 65_536),
+        action="append",
+        metavar="N",
+        help="examples a run (default 1); repeated, each is timed in turn",
     )
     parser.add_argument(
         "--seconds",
@@ -74,21 +78,29 @@ def _run(arguments: Namespace) -> int:
     from fedge.edge.backends.timing import peak_rss_mb, percentile, timed
     from fedge.shared.bundle import generated_examples
 
-    x = generated_examples.example(model.manifest.input, arguments.batch, model.steps)
-    ready = model.prepare(x)
-    inference = timed(lambda: model.logits(ready), arguments.runs, arguments.seconds)
-    whole = timed(lambda: model.predict(x), arguments.runs, arguments.seconds)
+    def measured(batch: int) -> dict[str, Any]:
+        x = generated_examples.example(model.manifest.input, batch, model.steps)
+        ready = model.prepare(x)
+        inference = timed(lambda: model.logits(ready), arguments.runs, arguments.seconds)
+        whole = timed(lambda: model.predict(x), arguments.runs, arguments.seconds)
+        return {
+            "p50_ms": percentile(inference, 50),
+            "p99_ms": percentile(inference, 99),
+            "items_per_second": round(batch * len(inference) / sum(inference) * 1e3, 1),
+            "predict_p50_ms": percentile(whole, 50),
+            "predict_p99_ms": percentile(whole, 99),
+            "runs": len(inference),
+            "batch": batch,
+        }
+
+    # The figures of the first batch size stand by themselves, those of the others in a list.
+    first, *others = [measured(batch) for batch in arguments.batch or [1]]
     result = {
-        "p50_ms": percentile(inference, 50),
-        "p99_ms": percentile(inference, 99),
-        "items_per_second": round(arguments.batch * len(inference) / sum(inference) * 1e3, 1),
-        "predict_p50_ms": percentile(whole, 50),
-        "predict_p99_ms": percentile(whole, 99),
+        **first,
+        "others": others,
         "verify_ms": round((verified - start) * 1e3, 3),
         "load_ms": round((loaded - verified) * 1e3, 3),
         "peak_rss_mb": round(peak_rss_mb(), 1),
-        "runs": len(inference),
-        "batch": arguments.batch,
         "threads": arguments.threads,
         "device": model.device,
         "artefact": model.artefact,
@@ -117,12 +129,16 @@ def _compared(bundle: Bundle, model: EdgeModel, threads: int) -> dict[str, float
 
 
 def _text(result: dict[str, Any]) -> str:
-    batch, threads = result["batch"], result["threads"]
-    return (
-        f"inference  p50 {result['p50_ms']:.3f} ms, p99 {result['p99_ms']:.3f} ms,"
-        f" {result['items_per_second']:,.0f} items/s (batch {batch}, threads {threads}, {result['runs']} runs)\n"
-        f"predict    p50 {result['predict_p50_ms']:.3f} ms, p99 {result['predict_p99_ms']:.3f} ms"
+    timings = "".join(
+        f"inference  p50 {one['p50_ms']:.3f} ms, p99 {one['p99_ms']:.3f} ms,"
+        f" {one['items_per_second']:,.0f} items/s (batch {one['batch']}, threads {result['threads']},"
+        f" {one['runs']} runs)\n"
+        f"predict    p50 {one['predict_p50_ms']:.3f} ms, p99 {one['predict_p99_ms']:.3f} ms"
         " (with preprocessing and probabilities)\n"
+        for one in (result, *result["others"])
+    )
+    return (
+        f"{timings}"
         f"start      {result['verify_ms']:.1f} ms to verify, {result['load_ms']:.1f} ms to load\n"
         f"memory     {result['peak_rss_mb']:.0f} MB at its peak\n"
         f"backend    {result['backend']}, {result['device']}\n"

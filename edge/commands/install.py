@@ -8,7 +8,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fedge.edge.commands.arguments import add_bundle, add_statistics, add_threads, whole
+from fedge.edge.commands.arguments import (
+    add_bundle,
+    add_statistics,
+    add_threads,
+    require_expected,
+    whole,
+)
 from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
@@ -132,6 +138,7 @@ def _subjects(bundle: Bundle, device: Device) -> list[Subject]:
 
 
 def _terms(bundle: Bundle, arguments: Namespace) -> Terms:
+    require_expected(bundle, arguments)
     from fedge.edge.backends.trial import Timing
     from fedge.edge.inputs.reader import read_statistics
     from fedge.edge.installation.qualification import Terms

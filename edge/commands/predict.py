@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     add_statistics(parser)
     add_threads(parser)
-    parser.add_argument("--json", action="store_true", help="accepted; the output always is JSON")
+    # Accepted as by the other commands; the output is JSON always.
+    parser.add_argument("--json", action="store_true", help=SUPPRESS)
 
 
 def _run(arguments: Namespace) -> int:

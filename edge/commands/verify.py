@@ -60,6 +60,7 @@ def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> st
         ("verified", f"{name}: signature and every hash"),
         ("key", bundle.key_id),
         ("task", m.task),
+        *([("serial", str(m.serial))] if m.serial else []),
         ("run", f"{m.run}, {m.strategy}, {m.rounds} rounds, finished {m.created}"),
         ("sites", f"{len(m.sites)}: {sites}"),
     ]

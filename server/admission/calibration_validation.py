@@ -89,7 +89,7 @@ def admit_ranges(
             raise RefusedError(429, f"{protocol.GRAPH}: must be {graph}, got {printable(own)}")
         if expected.noised is not None:
             counts = Ranges(num_examples, _noised(metrics, expected))
-            return counts, _ledger_verdict(reply, site, metrics)
+            return counts, _ledger_verdict(reply, site, metrics, expected.delta)
         both = np.stack(
             [_numbers(metrics, k, tensors) for k in (protocol.RANGE_LOW, protocol.RANGE_HIGH)],
             axis=1,
@@ -128,7 +128,7 @@ def admit_scores(
         verdict = Verdict()
         if expected.noised is not None:
             values = _noised(metrics, expected)
-            verdict = _ledger_verdict(reply, site, metrics)
+            verdict = _ledger_verdict(reply, site, metrics, expected.delta)
         else:
             values = _numbers(metrics, protocol.COUNTS, len(names))
         scores = Scores()
@@ -215,9 +215,9 @@ def _noised(metrics: MetricRecord, expected: Expected) -> NDArray[np.float64]:
     return values
 
 
-def _ledger_verdict(reply: Message, site: str, metrics: MetricRecord) -> Verdict:
+def _ledger_verdict(reply: Message, site: str, metrics: MetricRecord, delta: float) -> Verdict:
     """What the site reports about its privacy ledger."""
-    spent, drops = epsilon_of(metrics, site)
+    spent, drops = epsilon_of(metrics, site, delta)
     evaluation = Evaluation(site, {}, spent, ledger_of(reply.content))
     return Verdict(evaluation=evaluation, drops=drops)
 

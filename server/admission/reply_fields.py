@@ -189,13 +189,14 @@ def ledger_of(content: RecordDict) -> str | None:
 
 
 def epsilon_of(
-    metrics: MetricRecord, site: str
+    metrics: MetricRecord, site: str, at: float
 ) -> tuple[tuple[float, float, float] | None, list[Drop]]:
     """The epsilon that a site reports to have spent.
 
     Args:
         metrics: record of the reply.
         site: name of the site.
+        at: delta at which it must be.
 
     Returns:
         Epsilon against the model consumers and against the server (infinite where the server gets updates without
@@ -208,9 +209,9 @@ def epsilon_of(
         server = math.inf
     if consumers is not None and server is not None and delta is not None:
         bounded = 0 <= server <= _MAX_EPSILON or server == math.inf
-        if 0 <= consumers <= _MAX_EPSILON and bounded and 0 < delta < 1:
+        if 0 <= consumers <= _MAX_EPSILON and bounded and delta == at:
             return (consumers, server, delta), []
-    reason = f"must be 0 to {_MAX_EPSILON:g}, at a delta below 1"
+    reason = f"must be 0 to {_MAX_EPSILON:g}, at delta {at:g}"
     return None, [Drop(site, key, reason) for key in _SPENT]
 
 

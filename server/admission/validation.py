@@ -44,7 +44,7 @@ def admit_train(reply: Message, site: str, registered_examples: int, expected: E
         num_examples = examples_of(metrics, registered_examples)
         loss, drops = loss_of(metrics, site, expected)
         decoded = arrays_of(arrays, expected)
-        spent, more = epsilon_of(metrics, site) if expected.private else (None, [])
+        spent, more = epsilon_of(metrics, site, expected.delta) if expected.private else (None, [])
         ledger = ledger_of(reply.content) if expected.private else None
         update = Update(site, decoded, num_examples, loss, spent, ledger)
         return Verdict(update=update, drops=[*drops, *more])
@@ -86,7 +86,7 @@ def admit_evaluate(
         counters, drops = counters_of(metrics, site, num_examples, expected)
         if noised is None:
             return Verdict(evaluation=Evaluation(site, counters), drops=drops)
-        spent, more = epsilon_of(metrics, site)
+        spent, more = epsilon_of(metrics, site, expected.delta)
         evaluation = Evaluation(site, counters, spent, ledger_of(reply.content))
         return Verdict(evaluation=evaluation, drops=[*drops, *more])
     except RefusedError as refused:

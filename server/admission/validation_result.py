@@ -88,6 +88,7 @@ class Expected:
         private: the sites train under differential privacy: they report no loss, but the epsilon that they have spent.
         noise_norm: L2 norm by which a site's own noise may move its update beyond the bound; 0 without noise.
         noised: the noise on an evaluation's counters; None where they are exact.
+        delta: at which sites tell the epsilon that they have spent.
     """
 
     run_id: str
@@ -99,6 +100,7 @@ class Expected:
     private: bool = False
     noise_norm: float = 0.0
     noised: NoisedCounts | None = None
+    delta: float = 1e-5
 
     @property
     def noised_range(self) -> tuple[float, float]:

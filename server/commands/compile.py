@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from fedge.shared.bundle.manifest_artefacts import Qualification
 
 #: What happens to an artefact besides being built.
-STEPS = ("exporting", "converting", "qualifying")
+STEPS = ("exporting", "converting", "qualifying", "timing beside fp32")
 _WIDEST = 60
 _EVERY = 5.0  # seconds between two lines where stderr is no terminal
 
@@ -43,11 +44,29 @@ def _arguments(parser: ArgumentParser) -> None:
         "--task", metavar="NAME", help="of a CHECKPOINT outside its run's directory"
     )
     parser.add_argument(
+        "--budget",
+        type=_budget,
+        default=0.01,
+        metavar="SHARE",
+        help="most that an artefact may lose: of a share such as accuracy itself, of another metric that part"
+        " (default 0.01)",
+    )
+    parser.add_argument(
         "--keep-slower",
         action="store_true",
         help="keep INT8 for CPUs that is no faster here; the device times it again",
     )
     parser.add_argument("--json", action="store_true", help="print compile.json")
+
+
+def _budget(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
 
 
 def _run(arguments: Namespace) -> int:
@@ -63,6 +82,7 @@ def _run(arguments: Namespace) -> int:
             requested,
             arguments.out,
             task=arguments.task,
+            budget=arguments.budget,
             keep_slower=arguments.keep_slower,
             progress=progress,
         )

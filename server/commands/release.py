@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,14 +34,30 @@ def _arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="output of `fedge compile` for this run, to go into the bundle",
     )
+    parser.add_argument(
+        "--serial",
+        type=_serial,
+        metavar="N",
+        help="by which devices tell an older bundle (default: seconds from 1970 to the run's end)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _serial(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 2**63):
+        raise ArgumentTypeError(f"must be a whole number from 1 to 2^63 - 1, got {text!r}")
+    return int(text)
 
 
 def _run(arguments: Namespace) -> int:
     from fedge.server.release.pipeline import release
 
     summary = release(
-        arguments.run_dir, arguments.key, arguments.out, artifacts=arguments.artifacts
+        arguments.run_dir,
+        arguments.key,
+        arguments.out,
+        artifacts=arguments.artifacts,
+        serial=arguments.serial,
     )
     if arguments.json:
         sys.stdout.write(json.dumps(summary.to_json(), allow_nan=False) + "\n")
@@ -55,6 +71,7 @@ def _text(summary: ReleaseSummary, out: Path) -> str:
     lines = [
         f"released  {out} ({summary.bundle.bytes:,} bytes)",
         f"key       {summary.key_id}",
+        f"serial    {manifest.serial}",
         f"parity    within {manifest.parity.max_abs_difference:.2g} of the trained model",
     ]
     for artefact in manifest.artefacts[1:]:

@@ -44,6 +44,7 @@ def compile_model(
     out: Path,
     *,
     task: str | None = None,
+    budget: float = qualification.METRIC_BUDGET,
     keep_slower: bool = False,
     progress: Progress,
 ) -> Compiled:
@@ -57,6 +58,7 @@ def compile_model(
         targets: what to compile for.
         out: a folder that must not exist yet, in one that does.
         task: of a checkpoint that lies in no run's directory.
+        budget: most that an artefact may lose of the task's metric, see ``qualification.verdict``.
         keep_slower: keep an INT8 graph for CPUs that is no faster on this machine; the device times it again.
         progress: called during long steps.
 
@@ -98,7 +100,7 @@ def compile_model(
         )
     outcome = Builder(fp32, opset_of(fp32), ranges, progress).build(targets)
     artefacts = _qualify(model, fp32_parity, outcome.built, calibrated, progress)
-    kept, dropped = qualification.split(artefacts, keep_slower=keep_slower)
+    kept, dropped = qualification.split(artefacts, budget=budget, keep_slower=keep_slower)
     compiled = Compiled(
         task=model.task.name,
         model_sha256=model.sha256,
@@ -163,14 +165,27 @@ def _qualify(
             timed[one.artefact.name] = qualification.bench(
                 bundle, public_path(key), one.artefact.name, options
             )
-        # Those two are compared by their times, which another process may disturb in one pass.
-        for one in (b for b in built if b.artefact.kind in (ONNX_FP32, ONNX_INT8)):
-            name = one.artefact.name
-            again = qualification.bench(bundle, public_path(key), name, options)
-            timed[name] = qualification.faster(timed[name], again)
+        # Graphs for this very processor are held against the fp32 graph, in turns, as another process may disturb one.
+        relative = {}
+        source = built[0].artefact.name
+        for one in (b for b in built if b.artefact.kind == ONNX_INT8):
+            turns = []
+            for turn in range(qualification.TURNS):
+                progress(one.artefact.name, "timing beside fp32", turn / qualification.TURNS)
+                pair = [
+                    qualification.bench(
+                        bundle, public_path(key), name, options, qualification.TURN_SECONDS
+                    )
+                    for name in (source, one.artefact.name)
+                ]
+                turns.append((pair[0], pair[1]))
+            relative[one.artefact.name] = qualification.relative(turns)
     return [
         qualification.qualified(
-            one.artefact, timed[one.artefact.name], _score(model, one.artefact, calibrated)
+            one.artefact,
+            timed[one.artefact.name],
+            _score(model, one.artefact, calibrated),
+            relative.get(one.artefact.name),
         )
         for one in built
     ]
@@ -180,14 +195,22 @@ def _score(model: Trained, artefact: Artefact, calibrated: Calibration | None) -
     """The task's first metric as the sites measured it, without noise, on exactly these bytes; else None."""
     if calibrated is None:
         return None
-    own, metric = calibrated.candidates.get(artefact.kind), model.task.metrics[0].name
+    own, judged = calibrated.candidates.get(artefact.kind), model.task.metrics[0]
+    metric = judged.name
     if own is None or own.sha256 != artefact.sha256:
         return None
     reference = own.metrics if artefact.kind == ONNX_FP32 else own.reference
     if metric not in own.metrics or metric not in reference or metric in own.noise:
         # The difference of two noised figures cannot resolve one point.
         return None
-    return Score(metric, own.metrics[metric], reference[metric], own.num_examples)
+    return Score(
+        metric,
+        own.metrics[metric],
+        reference[metric],
+        own.num_examples,
+        judged.higher_is_better,
+        judged.share,
+    )
 
 
 def _device(fp32: Artefact) -> str:

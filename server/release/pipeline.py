@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +22,12 @@ from fedge.server.runs import trained_model
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.runs.trained_model import Trained
 from fedge.shared.bundle.bundle import Part, write_bundle
-from fedge.shared.bundle.manifest import Manifest
+from fedge.shared.bundle.manifest import Manifest, Parity
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP32, Artefact, Latency
 from fedge.shared.bundle.manifest_privacy import Privacy
 from fedge.shared.crypto.dsse import key_id, load_private, new_key, public_path
-from fedge.shared.errors import BundleError, ReleaseError, RunError
+from fedge.shared.errors import BundleError, ReleaseError, RunError, UsageError
+from fedge.shared.files import write_atomically
 
 MODEL: Final = "model.onnx"
 RELEASE: Final = "release.json"
@@ -64,6 +66,7 @@ def release(
     out: Path,
     *,
     artifacts: Path | None = None,
+    serial: int | None = None,
     replace_out: bool = False,
 ) -> ReleaseSummary:
     """Release the model of a finished run.
@@ -75,6 +78,7 @@ def release(
         key: private key in PEM.
         out: the bundle.
         artifacts: output of `fedge compile` for this run; its artefacts go into the bundle.
+        serial: of the bundle; seconds from 1970 to the end of the run unless given, which rise from run to run.
         replace_out: whether an existing ``out`` may be replaced.
 
     Raises:
@@ -93,6 +97,8 @@ def release(
     config = directory.load_config()
     contributors = _contributors(model.run, sample_is_secret=is_secret_sample(config.privacy))
     manifest, onnx = _prepare(directory, model, contributors)
+    ended = datetime.fromisoformat(manifest.created)
+    manifest = replace(manifest, serial=int(ended.timestamp()) if serial is None else serial)
     manifest = replace(manifest, latency=_timed(manifest, onnx))
     contents = {MODEL: onnx}
     if artifacts is not None:
@@ -106,6 +112,46 @@ def release(
     directory.write_json(run_dir / RELEASE, summary.to_json())
     write_report(run_dir)
     return summary
+
+
+def export(source: Path, out: Path, *, task: str | None = None) -> tuple[Parity, int]:
+    """Write the bare fp32 graph of a run's model, or of a checkpoint.
+
+    Args:
+        source: a run's directory, or a safetensors file.
+        out: the file, which must not exist yet.
+        task: of a checkpoint that lies in no run's directory.
+
+    Returns:
+        How far the graph is from the trained network, and its size in bytes.
+
+    Raises:
+        ConfigError, RunError: as ``trained_model``.
+        ReleaseError: 603, 607, the graph is not the network, or it cannot be exported; 605, 606, ``out`` exists or
+            cannot be written.
+    """
+    if out.exists():
+        raise ReleaseError(605, f"{out}: must not exist yet")
+    if not out.absolute().parent.is_dir():
+        raise ReleaseError(606, f"{out}: must lie in a folder that exists")
+    if task is not None and source.is_dir():
+        raise UsageError(102, "--task: must be left out with a run's directory")
+    model = (
+        trained_model.from_run(source)
+        if source.is_dir()
+        else trained_model.from_checkpoint(source, task)
+    )
+    # Imported late: a wrong path is refused without torch.
+    from fedge.shared.compile.onnx_export import export_onnx
+    from fedge.shared.compile.parity import parity
+
+    graph = export_onnx(model.network, model.shape)
+    found = parity(model.network, graph, model.shape, examples=model.examples)
+    try:
+        write_atomically(out, graph)
+    except OSError as error:
+        raise ReleaseError(606, f"{out}: cannot be written ({error.strerror})") from None
+    return found, len(graph)
 
 
 def _compiled(folder: Path, manifest: Manifest) -> tuple[Compiled, dict[str, bytes]]:

@@ -7,7 +7,9 @@ marked so: the device qualifies it at install.
 from __future__ import annotations
 
 import json
+import math
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,6 @@ from fedge.server.release.compile_record import Dropped
 from fedge.shared.bundle.manifest_artefacts import (
     ONNX_FP32,
     ONNX_INT8,
-    ONNX_INT8_SYMMETRIC,
     Artefact,
     Engine,
     Latency,
@@ -34,7 +35,12 @@ from fedge.shared.errors import ReleaseError
 BENCH_DEADLINE: Final = 180.0  # seconds
 BENCH_SECONDS: Final = 5  # after which no further run is timed
 BENCH_RUNS: Final = 500
-#: Most that INT8 may lose of the task's metric, a share: one point.
+#: Examples a run: one as it comes, and many at a time.
+BATCHES: Final = (1, 32)
+#: Times that a graph and the fp32 graph are timed in turns, and the seconds of one.
+TURNS: Final = 3
+TURN_SECONDS: Final = 2
+#: Most that a reduced precision may lose of the task's metric: one point of a share, a hundredth of another metric.
 METRIC_BUDGET: Final = 0.01
 _NOT_FINITE: Final = "FE-709"
 
@@ -47,7 +53,9 @@ class Timed:
     failure: str = ""
 
 
-def bench(bundle: Path, trust: Path, name: str, extra: list[str]) -> Timed:
+def bench(
+    bundle: Path, trust: Path, name: str, extra: list[str], seconds: int = BENCH_SECONDS
+) -> Timed:
     """Time an artefact of a bundle and compare it with the fp32 graph, in a process of its own.
 
     Args:
@@ -55,10 +63,12 @@ def bench(bundle: Path, trust: Path, name: str, extra: list[str]) -> Timed:
         trust: public key that verifies the bundle.
         name: of the artefact.
         extra: further options, such as a site's statistics.
+        seconds: after which no further run is timed, at each of ``BATCHES``.
     """
     command = [sys.executable, "-P", "-m", "fedge.edge", "bench", str(bundle), "--json"]
     command += ["--trust", str(trust), "--artefact", name, "--parity"]
-    command += ["--runs", str(BENCH_RUNS), "--seconds", str(BENCH_SECONDS), *extra]
+    command += ["--runs", str(BENCH_RUNS), "--seconds", str(seconds), *extra]
+    command += [word for batch in BATCHES for word in ("--batch", str(batch))]
     try:
         done = subprocess.run(
             command,
@@ -78,32 +88,50 @@ def bench(bundle: Path, trust: Path, name: str, extra: list[str]) -> Timed:
     return Timed(json.loads(done.stdout))
 
 
-def faster(one: Timed, other: Timed) -> Timed:
-    """The faster of two measurements, which other load on the machine disturbed less."""
-    if one.failure or other.failure:
-        return one if one.failure else other
-    return min(one, other, key=lambda timed: float(timed.result["p50_ms"]))
+def relative(turns: Sequence[tuple[Timed, Timed]]) -> tuple[float, ...] | None:
+    """Median time of an artefact by that of the fp32 graph, at each of ``BATCHES``; None where one of them failed.
+
+    Args:
+        turns: the fp32 graph and the artefact, one right after the other, so that other load disturbs both alike.
+    """
+    if not turns or any(timed.failure for turn in turns for timed in turn):
+        return None
+    return tuple(
+        statistics.median(_p50(artefact, at) / _p50(fp32, at) for fp32, artefact in turns)
+        for at in range(len(BATCHES))
+    )
 
 
-def latency_of(timed: Timed) -> Latency:
-    """The manifest's record of the measured times."""
-    result = timed.result
+def _p50(timed: Timed, at: int) -> float:
+    # A clock that has no such short times must not make a ratio infinite.
+    return max(float([timed.result, *timed.result["others"]][at]["p50_ms"]), 1e-6)
+
+
+def latency_of(timed: Timed, at: int = 0) -> Latency:
+    """The manifest's record of the times at one of ``BATCHES``."""
+    result = [timed.result, *timed.result["others"]][at]
     return Latency(
         float(result["p50_ms"]),
         float(result["p99_ms"]),
         int(result["batch"]),
-        int(result["threads"]),
-        str(result["device"]),
+        int(timed.result["threads"]),
+        str(timed.result["device"]),
     )
 
 
-def qualified(artefact: Artefact, timed: Timed, score: Score | None) -> Artefact:
+def qualified(
+    artefact: Artefact,
+    timed: Timed,
+    score: Score | None,
+    relative_times: tuple[float, ...] | None = None,
+) -> Artefact:
     """The artefact with its qualification.
 
     Args:
         artefact: not yet qualified.
         timed: its measurement.
         score: its metric at the sites; None where it was not measured there.
+        relative_times: of ``relative``; None where it was not held against the fp32 graph.
     """
     if timed.failure:
         failed = Qualification(False, timed.failure, score=score)
@@ -120,16 +148,19 @@ def qualified(artefact: Artefact, timed: Timed, score: Score | None) -> Artefact
             peak_rss_mb=float(result["peak_rss_mb"]),
             latency=latency_of(timed),
             score=score,
+            batched=latency_of(timed, 1),
+            relative_p50=relative_times[0] if relative_times else None,
+            batched_relative_p50=relative_times[1] if relative_times else None,
         ),
     )
 
 
-def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) -> str:
+def verdict(artefact: Artefact, *, budget: float = METRIC_BUDGET, keep_slower: bool = False) -> str:
     """Why an artefact is dropped, in one line; empty where it is kept.
 
     Args:
         artefact: with its qualification.
-        fp32: the reference graph that it must improve on.
+        budget: most that it may lose of the task's metric: of a share itself, of another metric a part.
         keep_slower: whether INT8 for CPUs may be slower here, as the device's CPU is another.
 
     Raises:
@@ -142,11 +173,8 @@ def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) ->
         if not q.executed:
             raise ReleaseError(604, f"{artefact.name}: fedge-edge bench failed ({q.reason})")
         return ""
-    if q.score is not None and q.score.value < q.score.reference - METRIC_BUDGET:
-        loss = 100 * (q.score.reference - q.score.value)
-        return f"loses {loss:.1f} points of {q.score.metric}, more than {100 * METRIC_BUDGET:g}"
-    if artefact.kind in (ONNX_INT8, ONNX_INT8_SYMMETRIC) and q.score is None:
-        return "no site counted its metric, or only with noise"
+    if q.score is not None and (over := _over(q.score, budget)):
+        return over
     if not q.executed:
         if q.reason.startswith(_NOT_FINITE):
             return "gives NaN or infinity"
@@ -158,9 +186,26 @@ def verdict(artefact: Artefact, fp32: Artefact, *, keep_slower: bool = False) ->
         return ""
     if q.max_abs_difference is not None and q.max_abs_difference > (q.tolerance or 0.0):
         return f"differs by {q.max_abs_difference:.3g} from fp32, more than {q.tolerance:.3g}"
+    if q.score is None and q.agreement is not None and q.agreement < 1 - budget:
+        # No site counted its metric, or only with noise, so that what it loses shows in nothing else.
+        return (
+            f"gives another label than fp32 for {100 * (1 - q.agreement):.1f} % of generated inputs, more than"
+            f" {100 * budget:g} %, and no site has counted its metric"
+        )
     if artefact.kind == ONNX_INT8 and not keep_slower:
-        return _worth(artefact, fp32)
+        return _worth(q)
     return ""
+
+
+def _over(score: Score, budget: float) -> str:
+    """Why a metric is too much worse than the fp32 graph's; empty where it is not."""
+    # A sum of rounding in the counters' ratio is no loss.
+    if score.lost <= score.allowed(budget) * (1 + 1e-9):
+        return ""
+    if score.share:
+        return f"loses {100 * score.lost:.1f} points of {score.metric}, more than {100 * budget:g}"
+    part = score.lost / abs(score.reference) if score.reference else math.inf
+    return f"its {score.metric} is {100 * part:.1f} % worse, more than {100 * budget:g} %"
 
 
 def _runs_here(engine: Engine) -> bool:
@@ -169,32 +214,32 @@ def _runs_here(engine: Engine) -> bool:
     return here in engine.capabilities and tensorrt.version(engine.runtime) == engine.version
 
 
-def _worth(artefact: Artefact, fp32: Artefact) -> str:
-    """Why INT8 for CPUs is not worth keeping: it must be faster than fp32 on this machine."""
-    own, other = artefact.qualification, fp32.qualification
-    if own is None or other is None or own.latency is None or other.latency is None:
-        return "was not timed"
-    if own.latency.p50_ms >= other.latency.p50_ms:
-        return (
-            f"is no faster than fp32 here ({own.latency.p50_ms:.3g} ms, fp32"
-            f" {other.latency.p50_ms:.3g} ms)"
-        )
-    return ""
+def _worth(q: Qualification) -> str:
+    """Why INT8 for CPUs is not worth keeping: it must be faster than fp32 here, for one example or for many."""
+    if q.relative_p50 is None or q.batched_relative_p50 is None:
+        return "was not timed beside fp32"
+    if min(q.relative_p50, q.batched_relative_p50) < 1:
+        return ""
+    return (
+        f"is no faster than fp32 here: {q.relative_p50:.2f} times its time at batch {BATCHES[0]},"
+        f" {q.batched_relative_p50:.2f} at batch {BATCHES[1]}"
+    )
 
 
 def split(
-    artefacts: Sequence[Artefact], *, keep_slower: bool = False
+    artefacts: Sequence[Artefact], *, budget: float = METRIC_BUDGET, keep_slower: bool = False
 ) -> tuple[tuple[Artefact, ...], tuple[Dropped, ...]]:
     """Split artefacts into those that are kept and those that are dropped, with the reason.
 
     Args:
         artefacts: with their qualification; the first is the fp32 graph, and an engine comes after its graph.
-        keep_slower: see ``verdict``.
+        budget: see ``verdict``.
+        keep_slower: the same.
     """
     kept: list[Artefact] = []
     dropped: list[Dropped] = []
     for artefact in artefacts:
-        reason = verdict(artefact, artefacts[0], keep_slower=keep_slower)
+        reason = verdict(artefact, budget=budget, keep_slower=keep_slower)
         source = SOURCES.get(artefact.kind)
         if not reason and artefact.engine and source not in {a.kind for a in kept}:
             # The sites' metric and the comparison are of the graph from which the engine was built.

@@ -58,7 +58,7 @@ class Group:
         bundles: by site, sorted: who answered exchange 0.
         sharers: by site: who answered exchange 1, with commitment and signature.
         encrypted_shares: of each sharer, by the site that they are for, with the hashes of both shares.
-        total: sum of the masked vectors: values modulo 2^32, counters modulo 2^64.
+        total: sum of the masked vectors: values modulo 2^32, counters modulo 2^128.
         survivors: whose vector is in it.
         signatures: of the survivors on the list of survivors.
         shares: by the site that gave them, by the site that they are of.
@@ -226,15 +226,15 @@ class Group:
         for site in sorted(self.sharers):
             try:
                 secret = self._recover(site, wrong)
+                if site in alive:
+                    masks.append((key_agreement.self_mask_key(secret, self.t), -1))
+                    continue
+                pair = key_agreement.Pair.from_private(secret)
+                near = [p for p in self.neighbours[site] if p in alive]
+                masks += [self._pair_mask(pair, site, p) for p in near]
             except LostError as error:
                 dealers += error.dealers
                 lost.append(str(error))
-                continue
-            if site in alive:
-                masks.append((key_agreement.self_mask_key(secret, self.t), -1))
-                continue
-            pair = key_agreement.Pair.from_private(secret)
-            masks += [self._pair_mask(pair, site, p) for p in self.neighbours[site] if p in alive]
         if lost:
             raise LostError("; ".join(lost), tuple(dealers))
         total, self.total = self.total, np.zeros(0, np.uint32)
@@ -279,8 +279,9 @@ class Group:
         try:
             secret = shamir.combine(given, threshold)
         except ValueError:
-            secret = b""
-        if not is_right(site, secret):
+            # Shares of a number that is no secret, as their dealer has dealt them: no commitment makes that right.
+            secret = None
+        if secret is None or not is_right(site, secret):
             why = "must give the secret that it committed to, got another"
             raise LostError(f"shares of {site}: {why}", (site,))
         return secret
@@ -290,11 +291,11 @@ class Group:
 
     def _is_mask_key(self, site: str, secret: bytes) -> bool:
         public = self.bundles[site].mask_key
-        return bool(secret) and key_agreement.Pair.from_private(secret).public == public
+        return key_agreement.Pair.from_private(secret).public == public
 
 
 def to_json(group: Group) -> dict[str, object]:
-    """What must outlive the coordinator between the last two exchanges, without the sum itself."""
+    """What must outlive the coordinator before the last two exchanges, without the sum itself."""
     a = group.attempt
     return {
         "attempt": [a.request_digest.hex(), a.run_id, a.purpose, a.server_round, a.number],

@@ -52,7 +52,7 @@ class UnmaskedSum:
         sites: whose vectors are in it, sorted.
         sharers: how many shared, by which the scale is chosen.
         threshold: how many had to stay.
-        total: values modulo 2^32, then counters modulo 2^64, without masks.
+        total: values modulo 2^32, then counters modulo 2^128, without masks.
     """
 
     sites: tuple[str, ...]

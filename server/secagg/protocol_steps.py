@@ -27,7 +27,7 @@ from fedge.shared.secagg.transcript import MIN_SITES, Attempt, KeyAdvertisement
 
 _log = logging.getLogger(__name__)
 
-_UNTRUSTED = 421
+_UNTRUSTED, _DEVIATES = 421, 422
 
 
 class SecureSum:
@@ -54,32 +54,42 @@ class SecureSum:
         self._min_sites = max(min_sites, MIN_SITES)
         self._attempts = attempts
         # Of no further sum, by code and reason: whom the sites' rosters do not trust, and who dealt wrong shares.
-        self._left_out: dict[str, tuple[int, str]] = {}
+        self._left_out = recovery.left_out()
 
-    def run(self, begin: SumRequest, groups: Sequence[list[Member]]) -> Outcome:
+    def run(
+        self,
+        begin: SumRequest,
+        asked: Sequence[Member],
+        divide: Callable[[list[Member]], list[list[Member]]],
+    ) -> Outcome:
         """Sum over each group of members.
+
+        Args:
+            begin: how the sum begins.
+            asked: members that are invited.
+            divide: into groups; of those that have been found out in a sum before, none is in any.
 
         Raises:
             RunError: 501, the SuperLink does not answer; 504, what a restart needs is damaged.
         """
         outcome = Outcome()
-        members = {m.site: m for some in groups for m in some}
-        kept = self._recovery.kept(self._exchange.run_id, begin.purpose, begin.server_round)
-        done = {site for group in kept for site in group.bundles}
-        if kept:
+        members = {m.site: m for m in asked}
+        left = divide(self._members_left(asked, outcome))
+        tried, begun, small = 0, 0, list[str]()
+        if kept := self._recovery.kept(self._exchange.run_id, begin.purpose, begin.server_round):
             _log.info("round %d: %d kept sums are opened", begin.server_round, len(kept))
             outcome.attempts = max(group.attempt.number for group in kept)
-            self._tell_lost(groups, kept, outcome)
-            self._open(begin, kept, members, outcome)
-        left = [list(some) for some in groups if not any(m.site in done for m in some)]
-        left = [self._trusted_members(some, outcome) for some in left]
-        tried = 0
-        while tried < self._attempts:
-            # A sum that was about to be unmasked and was not is lost for good: then no other is unmasked for nothing.
-            if not left or len(outcome.unmasked_sums) < len(kept):
-                break
-            if few := [len(some) for some in left if len(some) < self._min_sites]:
-                outcome.failed.append(f"sites: must be at least {self._min_sites}, got {few[0]}")
+            self._tell_lost(left, kept, outcome)
+            opened = self._open(begin, kept, members, outcome)
+            begun += len(opened)
+            done = {site for group in opened for site in group.bundles}
+            left = [some for some in left if not any(m.site in done for m in some)]
+        # A sum whose unmasking has begun and failed is lost for good: then no other is unmasked for nothing.
+        while tried < self._attempts and begun == len(outcome.unmasked_sums):
+            few = [some for some in left if len(some) < self._min_sites]
+            small += [f"sites: must be at least {self._min_sites}, got {len(some)}" for some in few]
+            left = [some for some in left if len(some) >= self._min_sites]
+            if not left:
                 break
             if outcome.failed:
                 _log.warning(
@@ -88,28 +98,37 @@ class SecureSum:
             number = self._recovery.next_attempt(begin.purpose, begin.server_round)
             outcome.attempts += 1
             outcome.failed = []
-            known = len(self._left_out)
-            summed, left = self._attempt(begin, number, left, outcome)
+            known, groups = len(self._left_out), left
+            summed, left = self._attempt(begin, number, groups, outcome)
             # Each site that is found out this way costs an attempt, so those are not counted; there are only so many.
             tried += len(self._left_out) == known
             if summed:
                 self._recovery.keep(summed)
-                kept += summed
                 reach("before-commit", begin.server_round)
-                self._open(begin, summed, members, outcome)
+                opened = self._open(begin, summed, members, outcome)
+                begun += len(opened)
+                # Who has signed refuses a further attempt; the others may be enough.
+                over = {site for group in opened for site in group.bundles}
+                unsigned = {s for group in summed for s in group.bundles} - over
+                left += [some for some in groups if any(m.site in unsigned for m in some)]
+        outcome.failed += small
         return outcome
 
     def attempts(self, purpose: transcript.Purpose, server_round: int) -> int:
         """How many were made at a round's sum, in all."""
         return self._recovery.attempts(purpose, server_round)
 
-    def _trusted_members(self, some: list[Member], outcome: Outcome) -> list[Member]:
+    def _members_left(self, asked: Sequence[Member], outcome: Outcome) -> list[Member]:
         """The members without those that have been found out."""
-        for member in some:
+        for member in asked:
             if member.site in self._left_out:
                 code, why = self._left_out[member.site]
                 self._exchange.lose(outcome, member.site, BEGIN, f"left out, as {why}", code)
-        return [m for m in some if m.site not in self._left_out]
+        return [m for m in asked if m.site not in self._left_out]
+
+    def _leave_out(self, site: str, code: int, why: str) -> None:
+        self._left_out[site] = (code, why)
+        self._recovery.leave_out(self._left_out)
 
     def settled(self) -> None:
         """What the sums gave is in the journal, or is lost: nothing of them is needed any more."""
@@ -219,8 +238,7 @@ class SecureSum:
                 by_site[site].blames.setdefault(peer, set()).add(site)
                 if values.get(messages.CODE) == _UNTRUSTED:
                     by_site[site].untrusted.add(peer)
-                why = f"finds fault with {printable(peer)}, {_code(values)}"
-                raise FaultFoundError(why, values.get(messages.CODE))
+                raise _fault(values)
             if group is not None:
                 heard = hear(group, site, content)
                 if isinstance(heard, np.ndarray) and not outcome.sample:
@@ -234,7 +252,7 @@ class SecureSum:
             for peer in trial.check(kind, self._min_sites):
                 count = len(trial.blames[peer])
                 if count > 1 and peer in trial.untrusted:
-                    self._left_out[peer] = (_UNTRUSTED, "no roster has a valid key of it")
+                    self._leave_out(peer, _UNTRUSTED, "no roster has a valid key of it")
                 who = "1 site finds" if count == 1 else f"{count} sites find"
                 codes = [
                     outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out
@@ -249,8 +267,12 @@ class SecureSum:
         groups: list[Group],
         members: Mapping[str, Member],
         outcome: Outcome,
-    ) -> None:
-        """Exchanges 3 and 4, and the sums."""
+    ) -> list[Group]:
+        """Exchanges 3 and 4, and the sums.
+
+        Returns:
+            The groups whose unmasking was begun; of the others too few have signed, so that nobody can unmask them.
+        """
         for _ in range(self._attempts):
             unsigned = [g for g in groups if len(g.signatures) < g.threshold]
             if not unsigned:
@@ -264,9 +286,16 @@ class SecureSum:
                 outcome.failed.append(str(error))
             else:
                 signed.append(group)
+        for number in {g.attempt.number for g in groups}:
+            left = [g for g in signed if g.attempt.number == number]
+            if not left:
+                self._recovery.forget(begin.purpose, number)
+            elif len(left) < sum(g.attempt.number == number for g in groups):
+                self._recovery.keep(left)
         # Before anybody is asked for shares: who was takes no signature back, and gives none again.
-        self._recovery.keep_signatures(groups)
-        reach("before-unmask", begin.server_round)
+        self._recovery.keep_signatures(signed)
+        if signed:
+            reach("before-unmask", begin.server_round)
         self._ask_survivors(begin, messages.UNMASK, signed, members, outcome)
         for group in signed:
             try:
@@ -276,7 +305,7 @@ class SecureSum:
                 outcome.failed.append(str(error))
                 for site in error.dealers:
                     why = "the shares that it dealt do not give the secret that it committed to"
-                    self._left_out[site] = (411, why)
+                    self._leave_out(site, 411, why)
                     self._exchange.lose(
                         outcome, site, NAMES[messages.SHARE], f"left out from now on, as {why}"
                     )
@@ -288,6 +317,7 @@ class SecureSum:
             outcome.unmasked_sums.append(
                 UnmaskedSum(tuple(group.survivors), len(group.sharers), group.threshold, total)
             )
+        return signed
 
     def _ask_survivors(
         self,
@@ -297,7 +327,7 @@ class SecureSum:
         members: Mapping[str, Member],
         outcome: Outcome,
     ) -> None:
-        """Exchange 3 or 4 with the survivors of which nothing has been heard."""
+        """Exchange 3 with survivors that have not signed, or exchange 4 with all, as a signature may have been lost."""
         commits = kind == messages.COMMIT
         by_site = {
             site: group
@@ -315,14 +345,28 @@ class SecureSum:
             for group, member in zip(by_site.values(), whom, strict=True)
         ]
 
+        blames: dict[str, set[str]] = {}
+
         def take(site: str, content: RecordDict) -> None:
-            group = by_site[site]
+            group, values = by_site[site], messages.values_of(content)
+            if messages.BLAMED in values:
+                blames.setdefault(str(values.get(messages.BLAMED)), set()).add(site)
+                raise _fault(values)
             hear = group.take_commit if commits else group.take_unmask
-            hear(site, messages.values_of(content))
+            hear(site, values)
 
         self._exchange.ask(begin.server_round, NAMES[kind], whom, asked, outcome, take)
+        for peer, by in sorted(blames.items()):
+            if len(by) > 1 and peer in members:
+                why = f"{len(by)} sites find its signature on the survivors wrong"
+                self._leave_out(peer, _DEVIATES, why)
+                words = f"left out from now on, as {why}"
+                self._exchange.lose(outcome, peer, NAMES[messages.COMMIT], words, _DEVIATES)
 
 
-def _code(values: ConfigRecord) -> str:
+def _fault(values: ConfigRecord) -> FaultFoundError:
+    """What a site says of a peer."""
     code = values.get(messages.CODE)
-    return f"FE-{code}" if type(code) is int and 400 <= code < 500 else "without a number"
+    told = f"FE-{code}" if type(code) is int and 400 <= code < 500 else "without a number"
+    peer = printable(str(values.get(messages.BLAMED)))
+    return FaultFoundError(f"finds fault with {peer}, {told}", code)

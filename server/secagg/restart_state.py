@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +29,11 @@ _log = logging.getLogger(__name__)
 FOLDER: Final = "secagg"
 _SUMS: Final = ".safetensors"
 _SIGNATURES: Final = ".signatures"
+_LEFT_OUT: Final = "left_out.json"
 #: What reading a damaged file raises.
-_DAMAGED: Final = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, RunError)
+_DAMAGED: Final = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, RunError,
+)  # fmt: skip
 
 
 class RecoveryStore:
@@ -94,6 +97,31 @@ class RecoveryStore:
             "groups": [group.to_json(g) for g in groups],
         }
         write_atomically(path, json.dumps(record).encode())
+
+    def forget(self, purpose: Purpose, number: int) -> None:
+        """Forget the sums of one attempt, whose survivors too few have signed: nobody can unmask them."""
+        for suffix in (".json", _SUMS, _SIGNATURES):
+            (self._folder / f"{purpose}-{number}{suffix}").unlink(missing_ok=True)
+
+    def left_out(self) -> dict[str, tuple[int, str]]:
+        """Sites of no further sum of the run, with the number and the reason.
+
+        Raises:
+            RunError: 504, the record is damaged.
+        """
+        path = self._folder / _LEFT_OUT
+        try:
+            found = json.loads(path.read_bytes())
+            return {str(site): (int(code), str(why)) for site, (code, why) in found.items()}
+        except FileNotFoundError:
+            return {}
+        except _DAMAGED:
+            raise RunError(504, f"{path.name}: must say who is left out, is damaged") from None
+
+    def leave_out(self, found: Mapping[str, tuple[int, str]]) -> None:
+        """Write down all who are in no further sum of the run."""
+        self._folder.mkdir(exist_ok=True)
+        write_atomically(self._folder / _LEFT_OUT, json.dumps(found, sort_keys=True).encode())
 
     def keep_signatures(self, groups: Sequence[Group]) -> None:
         """Write down who has signed the survivors of sums that are kept."""

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,8 +136,9 @@ class SecureSums:
 
         """
         layout = self._layout(control=control)
-        groups = self._groups(server_round, asked)
-        outcome = self._run(server_round, "train", layout, groups, compose)
+        divide = partial(self._groups, server_round)
+        outcome = self._run(server_round, "train", layout, asked, divide, compose)
+        groups = self._config.secure_aggregation.groups
         sums: list[Summed] = []
         facts = _facts(outcome)
         for unmasked in outcome.unmasked_sums:
@@ -149,17 +151,16 @@ class SecureSums:
             for name in (vector_layout.CLIPPED, vector_layout.CAPPED, vector_layout.SATURATED):
                 facts[name] = facts.get(name, 0) + int(counted.get(name, 0))
         facts["groups"] = [list(s.sites) for s in sums]
-        facts["groups_failed"] = len(groups) - len(sums)
+        facts["groups_failed"] = groups - len(sums)
         words = "; ".join(outcome.failed)[:400]
-        if len(sums) < self._least(len(groups)):
-            least = self._least(len(groups))
+        if len(sums) < (least := self._least(groups)):
             reason = f"FE-{_FAILED} secure sums: must be {least}, got {len(sums)} ({words})"
             return Trained(None, outcome, facts, reason)
-        if len(sums) < len(groups):
+        if len(sums) < groups:
             # What a robust statistic is for: a bad group is left out, and the others are compared.
             _log.warning("round %d: goes on without a group (%s)", server_round, words)
         self._warn(server_round, facts)
-        result = sums[0] if len(groups) == 1 else Groups(tuple(sums))
+        result = sums[0] if groups == 1 else Groups(tuple(sums))
         return Trained(result, outcome, facts, None, _seen(layout, outcome, sums[0], current))
 
     def _layout(self, *, control: bool) -> Layout:
@@ -216,7 +217,7 @@ class SecureSums:
         counters = counters or Counters("evaluate", self._task.counter_names, self.noised_counts())
         names, noised = counters.summed, counters.noised
         layout = vector_layout.of_evaluation(names, noised=noised is not None)
-        outcome = self._run(server_round, counters.purpose, layout, [asked], compose)
+        outcome = self._run(server_round, counters.purpose, layout, asked, _together, compose)
         for unmasked in outcome.unmasked_sums:
             try:
                 counted = decoding.counted(layout, unmasked)
@@ -265,8 +266,10 @@ class SecureSums:
             deadline = self._config.round.deadline
             return [requests.message(content, m, messages.STATISTICS, 0, deadline) for m in members]
 
-        outcome = self._run(0, "statistics", layout, [asked], compose)
+        outcome = self._run(0, "statistics", layout, asked, _together, compose)
         if not outcome.unmasked_sums:
+            # What is left of it opens nothing any more: a run that is resumed asks anew, and who has signed refuses.
+            self.settled()
             raise RunError(_FAILED, f"statistics: must be summed, got {'; '.join(outcome.failed)}")
         counted = decoding.counted(layout, outcome.unmasked_sums[0])
         if not counted[vector_layout.EXAMPLES]:
@@ -292,13 +295,15 @@ class SecureSums:
         server_round: int,
         purpose: transcript.Purpose,
         layout: Layout,
-        groups: Sequence[list[Member]],
+        asked: list[Member],
+        divide: Callable[[list[Member]], list[list[Member]]],
         compose: Compose,
     ) -> Outcome:
         def begin(members: list[Member], number: int) -> list[Message]:
             return compose(members, self._record(number))
 
-        return self._sum.run(SumRequest(purpose, server_round, layout.shape, begin), groups)
+        request = SumRequest(purpose, server_round, layout.shape, begin)
+        return self._sum.run(request, asked, divide)
 
     def _record(self, number: int) -> ConfigRecord:
         least = {messages.MIN_SITES: self._config.secure_aggregation.min_sites}
@@ -323,6 +328,11 @@ class SecureSums:
         drawn = sorted(asked, key=lambda m: m.site)
         random.Random(hashlib.sha256(words).digest()).shuffle(drawn)  # noqa: S311 - reproducible by intent
         return [sorted(drawn[i::count], key=lambda m: m.site) for i in range(count)]
+
+
+def _together(asked: list[Member]) -> list[list[Member]]:
+    """All in one group."""
+    return [asked]
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

@@ -139,6 +139,7 @@ class Exchanges:
             self.config.admission,
             counters=request.names if request.noised is None else request.order,
             noised=request.noised,
+            delta=self.config.privacy.delta,
         )
         for member in members:
             if member.node_id in result.replies:

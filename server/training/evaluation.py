@@ -95,6 +95,7 @@ class Evaluator:
             self.config.admission,
             counters=counters,
             noised=noised,
+            delta=self.config.privacy.delta,
         )
         result = self.member_exchange.ask(model.server_round, "evaluate", members, messages)
         record.count(result, members, self.config.round.deadline)

@@ -275,6 +275,7 @@ class Loop:
                 needs_loss,
                 private=self.config.privacy.mechanism != "off",
                 noise_norm=self._noise_norm(),
+                delta=self.config.privacy.delta,
             )
             reach("before-dispatch", server_round)
             result = self.member_exchange.ask(server_round, "train", members, messages)

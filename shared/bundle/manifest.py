@@ -85,6 +85,8 @@ class Manifest:
         metrics: of the last round: ``"pooled"`` and ``"site_mean"``, each metric by its name.
         parity, latency: as measured at the release; ``latency`` is None where it was not measured.
         privacy: None where the run had none; then its key is missing.
+        serial: rises from one model of a task to the next, so that a device can refuse an older one; 0, without a key,
+            in a bundle of an earlier fedge.
     """
 
     task: str
@@ -104,6 +106,7 @@ class Manifest:
     parity: Parity
     latency: Latency | None = None
     privacy: Privacy | None = None
+    serial: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -126,6 +129,7 @@ class Manifest:
             "parity": {**vars(self.parity), "batch_sizes": list(self.parity.batch_sizes)},
             "latency": dict(vars(self.latency)) if self.latency else None,
             **({"privacy": self.privacy.to_json()} if self.privacy else {}),
+            **({"serial": self.serial} if self.serial else {}),
         }
 
     def to_bytes(self) -> bytes:
@@ -174,6 +178,7 @@ class Manifest:
             "created",
             "must be a UTC time such as 2026-01-31T12:00:00Z",
         )
+        require(0 <= self.serial < 2**63, "serial", f"must be 0 to 2^63 - 1, got {self.serial}")
         require(0 <= self.rounds <= 10**9, "rounds", f"must be 0 to 10^9, got {self.rounds}")
         names = [artefact.name for artefact in self.artefacts]
         require(
@@ -317,4 +322,5 @@ def _from_json(value: dict[str, Any]) -> Manifest:
         ),
         latency=None if latency is None else latency_from_json(latency),
         privacy=manifest_privacy.from_json(value["privacy"]) if "privacy" in value else None,
+        serial=whole(value.get("serial", 0)),
     )

@@ -72,12 +72,33 @@ class Score:
         value: of this artefact.
         reference: of the fp32 graph on the same examples.
         num_examples: that were counted, as reported; may contain noise.
+        higher_is_better, share: see ``fedge.shared.tasks.task.Metric``.
     """
 
     metric: str
     value: float
     reference: float
     num_examples: int
+    higher_is_better: bool = True
+    share: bool = True
+
+    @property
+    def lost(self) -> float:
+        """By how much it is worse than the reference, in the metric's own unit; below 0 where it is better."""
+        difference = self.reference - self.value
+        return difference if self.higher_is_better else -difference
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values; what is true of most metrics has no key, and had none before."""
+        plain = dict(vars(self))
+        for key in ("higher_is_better", "share"):
+            if plain[key]:
+                del plain[key]
+        return plain
+
+    def allowed(self, budget: float) -> float:
+        """The most that it may lose: ``budget`` itself of a share, else that part of the reference."""
+        return budget if self.share else budget * abs(self.reference)
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,11 @@ class Qualification:
         tolerance: largest allowed difference, in the same unit.
         agreement: share of the generated inputs with the same label as the fp32 graph's; None where not executed.
         peak_rss_mb: memory of the process that timed it, in MB of 10^6 bytes.
-        latency, score: None where not measured.
+        latency: of one example; None where not measured.
+        batched: the same of a batch of 32.
+        relative_p50, batched_relative_p50: median time by that of the fp32 graph, of several runs in turns with it;
+            None where it was not held against it.
+        score: None where not measured.
     """
 
     executed: bool
@@ -102,13 +127,18 @@ class Qualification:
     peak_rss_mb: float | None = None
     latency: Latency | None = None
     score: Score | None = None
+    batched: Latency | None = None
+    relative_p50: float | None = None
+    batched_relative_p50: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values; what is None has no key."""
         plain = {key: value for key, value in vars(self).items() if value is not None}
-        for key in ("latency", "score"):
+        for key in ("latency", "batched"):
             if key in plain:
                 plain[key] = dict(vars(plain[key]))
+        if self.score is not None:
+            plain["score"] = self.score.to_json()
         return plain
 
     @classmethod
@@ -120,7 +150,7 @@ class Qualification:
         """
         if type(value["executed"]) is not bool:
             raise ValueError("executed: must be true or false")
-        latency, score = value.get("latency"), value.get("score")
+        latency, batched, score = (value.get(key) for key in ("latency", "batched", "score"))
         return cls(
             executed=value["executed"],
             reason=str(value["reason"]),
@@ -136,7 +166,12 @@ class Qualification:
                 float(score["value"]),
                 float(score["reference"]),
                 whole(score["num_examples"]),
+                score.get("higher_is_better", True) is True,
+                score.get("share", True) is True,
             ),
+            batched=None if batched is None else latency_from_json(batched),
+            relative_p50=_optional(value, "relative_p50"),
+            batched_relative_p50=_optional(value, "batched_relative_p50"),
         )
 
 

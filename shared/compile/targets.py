@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,11 @@ def parse(text: str) -> tuple[Target, ...]:
 def _one(text: str) -> Target:
     name, colon, listed = text.partition(":")
     if name not in NAMES:
-        raise ReleaseError(608, f"--targets: must be of {', '.join(NAMES)}, got {name[:40]!r}")
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ReleaseError(
+            608, f"--targets: must be of {', '.join(NAMES)}, got {name[:40]!r}{hint}"
+        )
     if name != TENSORRT_RTX:
         if colon:
             raise ReleaseError(608, f"--targets: must name no GPU with {name}, got {text[:60]!r}")

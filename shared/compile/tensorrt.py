@@ -29,8 +29,8 @@ from fedge.shared.errors import ReleaseError
 #: Python modules of the runtimes, and how each is installed.
 MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _INSTALL: Final = {
-    "tensorrt-rtx": "fedge's extra `tensorrt` brings it",
-    "tensorrt": "pip install tensorrt",
+    "tensorrt-rtx": "fedge's extra `tensorrt-rtx` brings it",
+    "tensorrt": "fedge's extra `tensorrt` brings it, from its vendor's package index",
 }
 _RTX: Final = "tensorrt-rtx"
 #: Errors of the builder that are kept, and characters of one that a message holds.

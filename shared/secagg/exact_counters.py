@@ -1,9 +1,9 @@
-"""Exact counters over the ring 2^64.
+"""Exact counters over the ring 2^128.
 
-A counter's value is a fixed-point integer less the counter's ``low``, so never negative and below 2^53: the sum over up
-to 2 048 sites stays below 2^64, and is exact whatever the sites hold within its range. Each counter is one element of
-the ring. In several parts, each with a sum of its own, the sums would tell more than the counter's: the carries between
-them depend on the single sites, and under noise they would be a release that no accountant has proved.
+A counter's value is a fixed-point integer less the counter's ``low``, so never negative and at most 2^60: the sum over
+up to 2 048 sites stays far below 2^128, and is exact whatever the sites hold within its range. Each counter is one
+element of the ring. In several parts, each with a sum of its own, the sums would tell more than the counter's: the
+carries between them depend on the single sites, and under noise they would be a release that no accountant has proved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from fedge.shared.errors import RunError, SiteError
 #: Most sites whose counters add up exactly.
 MAX_SITES: Final = 2048
 #: Largest distance between ``low`` and ``high``, in units of the last fraction bit.
-MAX_RANGE: Final = 2**53 - 1
+MAX_RANGE: Final = 2**60
+
+_HALF: Final = 64
 
 _OUT_OF_RANGE: Final = 401
 _IMPOSSIBLE: Final = 511
@@ -47,13 +49,13 @@ class Counter:
     fraction_bits: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction_bits <= 52:
+        if not 0 <= self.fraction_bits <= 60:
             raise ValueError(
-                f"{self.name}: must have 0 to 52 fraction bits, got {self.fraction_bits}"
+                f"{self.name}: must have 0 to 60 fraction bits, got {self.fraction_bits}"
             )
         if not 0 < (self.high - self.low) << self.fraction_bits <= MAX_RANGE:
             raise ValueError(
-                f"{self.name}: must have a range below 2^53 units above its low end, "
+                f"{self.name}: must have a range of up to 2^60 units above its low end, "
                 f"got {self.low} to {self.high} with {self.fraction_bits} fraction bits"
             )
 
@@ -73,7 +75,7 @@ def encode_counters(
         counters: in the order of the vector.
 
     Returns:
-        ``(len(counters),)`` uint64.
+        ``(len(counters), 2)`` uint64: the low half of each element, and the high one.
 
     Raises:
         SiteError: 401, a value is NaN, infinite, out of its range, or no whole number where one is due.
@@ -83,8 +85,11 @@ def encode_counters(
     if len(set(names)) != len(names) or set(names) != set(values):
         odd = sorted(set(names) ^ set(values)) or "one twice"
         raise ValueError(f"counters: must be named as the values are, got {odd}")
-    above = (_units(c, values[c.name]) - (c.low << c.fraction_bits) for c in counters)
-    return np.fromiter(above, np.uint64, len(counters))
+    found = np.zeros((len(counters), 2), np.uint64)
+    for i, c in enumerate(counters):
+        # Of one site never more than the low half: the high one is there for the sum, and for the masks.
+        found[i, 0] = _units(c, values[c.name]) - (c.low << c.fraction_bits)
+    return found
 
 
 def decode_counters(
@@ -93,7 +98,7 @@ def decode_counters(
     """The sum of each counter.
 
     Args:
-        total: ``(len(counters),)`` uint64, added modulo 2^64, without masks.
+        total: ``(len(counters), 2)`` uint64 as of ``encode_counters``, added modulo 2^128, without masks.
         counters: of ``encode_counters``.
         sites: how many added up, which is needed to take every ``low`` off again.
 
@@ -106,12 +111,13 @@ def decode_counters(
     """
     if type(sites) is not int or not 1 <= sites <= MAX_SITES:
         raise ValueError(f"sites: must be 1 to {MAX_SITES}, got {sites}")
-    if total.shape != (len(counters),) or total.dtype != np.uint64:
+    if total.shape != (len(counters), 2) or total.dtype != np.uint64:
         raise ValueError(
-            f"total: must be {len(counters)} values of uint64, got {total.shape} of {total.dtype}"
+            f"total: must be {len(counters)} pairs of uint64, got {total.shape} of {total.dtype}"
         )
     found: dict[str, float] = {}
-    for counter, units in zip(counters, total.tolist(), strict=True):
+    for counter, (low, high) in zip(counters, total.tolist(), strict=True):
+        units = low + (high << _HALF)
         if units > sites * counter.span:
             raise RunError(
                 _IMPOSSIBLE, f"{counter.name}: must be within {sites} times its range, got more"

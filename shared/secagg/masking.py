@@ -1,9 +1,9 @@
-"""Masks: AES-256-CTR keystreams, added to a vector whose values are in the ring 2^32 and its counters in 2^64.
+"""Masks: AES-256-CTR keystreams, added to a vector whose values are in the ring 2^32 and its counters in 2^128.
 
 Values are masked in parts of ``PART``, which threads can take apart: part i by the keystream of part i
 (``fedge.shared.crypto.keystream``), read as little-endian uint32. The counters after them are one part more, read as
-little-endian uint64: each is one element of its ring, so that a sum tells nothing of how it came about. Each key makes
-one keystream only, so parts can be numbered from 0. Masks authenticate nothing.
+little-endian numbers of 128 bits: each is one element of its ring, so that a sum tells nothing of how it came about.
+Each key makes one keystream only, so parts can be numbered from 0. Masks authenticate nothing.
 
 A vector has at most ``MAX_VALUES``, 2^28 blocks: far from 2^64, where a keystream could be told from random.
 """
@@ -30,6 +30,8 @@ CHUNK_BYTES: Final = 128 * 1024
 SHARED_CHUNK_BYTES: Final = 512 * 1024
 
 _VALUE_BYTES: Final = 4
+#: Words of 4 bytes of a counter, 128 bits.
+_COUNTER_WORDS: Final = 4
 #: Some ciphers want room for one block more than they write.
 _BLOCK_BYTES: Final = 16
 _NOTHING: Final = bytes(SHARED_CHUNK_BYTES)
@@ -44,7 +46,7 @@ class Shape(NamedTuple):
 
     Attributes:
         values: of 2^32.
-        counters: of 2^64, after the values, each in the place of two.
+        counters: of 2^128, after the values, each in the place of four.
     """
 
     values: int
@@ -53,12 +55,28 @@ class Shape(NamedTuple):
     @property
     def length(self) -> int:
         """Words of 4 bytes."""
-        return self.values + 2 * self.counters
+        return self.values + _COUNTER_WORDS * self.counters
 
 
 def counters_in(vector: NDArray[np.uint32], counters: int) -> NDArray[np.uint64]:
-    """A view of the counters at the end of a vector, ``(counters,)`` little-endian uint64, perhaps not aligned."""
-    return vector[vector.size - 2 * counters :].view("<u8")
+    """A view of the counters at the end of a vector, perhaps not aligned.
+
+    ``(counters, 2)`` little-endian uint64: the low half of each number, and the high one.
+    """
+    return vector[vector.size - _COUNTER_WORDS * counters :].view("<u8").reshape(-1, 2)
+
+
+def add_counters(total: NDArray[np.uint64], counters: NDArray[np.uint64]) -> None:
+    """Add numbers of 128 bits in place, modulo 2^128; both ``(n, 2)`` as of ``counters_in``."""
+    total[:, 0] += counters[:, 0]
+    total[:, 1] += counters[:, 1] + (total[:, 0] < counters[:, 0])
+
+
+def subtract_counters(total: NDArray[np.uint64], counters: NDArray[np.uint64]) -> None:
+    """The reverse of ``add_counters``."""
+    borrowed = total[:, 0] < counters[:, 0]
+    total[:, 0] -= counters[:, 0]
+    total[:, 1] -= counters[:, 1] + borrowed
 
 
 def add_masks(
@@ -68,7 +86,7 @@ def add_masks(
     *,
     counters: int = 0,
 ) -> None:
-    """Add or subtract keystreams in place, modulo 2^32, and modulo 2^64 for the counters at the end.
+    """Add or subtract keystreams in place, modulo 2^32, and modulo 2^128 for the counters at the end.
 
     All masks of a chunk come before the next chunk, so that the vector moves through memory once.
 
@@ -118,8 +136,9 @@ def add_masks(
     if counters:
         tail = counters_in(vector, counters)
         for key, sign in masks:
-            made = np.frombuffer(keystream(key, _parts(values)).update(bytes(tail.nbytes)), "<u8")
-            (np.add if sign == 1 else np.subtract)(tail, made, out=tail)
+            stream = keystream(key, _parts(values)).update(bytes(tail.nbytes))
+            mask = np.frombuffer(stream, "<u8").reshape(-1, 2)
+            (add_counters if sign == 1 else subtract_counters)(tail, mask)
 
 
 def zeros(size: int) -> NDArray[np.uint32]:
@@ -155,7 +174,7 @@ def add_vectors(
 ) -> list[int]:
     """Add vectors to a sum in place; each piece is hashed on the way, while it is in the cache.
 
-    Values are added modulo 2^32, counters modulo 2^64.
+    Values are added modulo 2^32, counters modulo 2^128.
 
     Args:
         total: one-dimensional, contiguous, little-endian uint32, up to ``MAX_VALUES``.
@@ -179,7 +198,7 @@ def add_vectors(
     if counters:
         tail = counters_in(total, counters)
         for vector in vectors:
-            tail += counters_in(vector, counters)
+            add_counters(tail, counters_in(vector, counters))
     return found
 
 
@@ -189,8 +208,7 @@ def subtract_vector(
     """Take a vector that ``add_vectors`` added off the sum again, in place."""
     values = _values(total, counters)
     np.subtract(values, vector[: values.size], out=values)
-    tail = counters_in(total, counters)
-    tail -= counters_in(vector, counters)
+    subtract_counters(counters_in(total, counters), counters_in(vector, counters))
 
 
 def _hashed(vectors: Sequence[NDArray[np.uint32]], total: NDArray[np.uint32] | None) -> list[int]:
@@ -229,9 +247,9 @@ def _of_parts(tags: Sequence[bytes]) -> int:
 def _values(vector: NDArray[np.uint32], counters: int) -> NDArray[np.uint32]:
     """A view of what is before the counters."""
     _require_vector(vector)
-    if not 0 <= 2 * counters <= vector.size:
+    if not 0 <= _COUNTER_WORDS * counters <= vector.size:
         raise ValueError(f"counters: must fit {vector.size} words, got {counters}")
-    return vector[: vector.size - 2 * counters]
+    return vector[: vector.size - _COUNTER_WORDS * counters]
 
 
 def _parts(vector: NDArray[np.uint32]) -> int:

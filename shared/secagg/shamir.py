@@ -137,5 +137,5 @@ def _inverses(values: Sequence[int]) -> list[int]:
 
 @lru_cache(maxsize=128)
 def _dual(xs: tuple[int, ...]) -> tuple[int, ...]:
-    """Multipliers v_i: the sum of v_i x_i^k y_i is 0 for all k below the spare shares, where no share is wrong."""
+    """Of Lagrange's weights: one by the product of all x_j - x_i."""
     return tuple(_inverses(_distances(xs)))

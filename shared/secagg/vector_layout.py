@@ -21,11 +21,9 @@ from fedge.shared.secagg.fixed_point import Segment
 from fedge.shared.secagg.masking import Shape
 from fedge.shared.wire.tensors import NDArrays
 
-#: Fraction bits, each with the largest range that leaves room for 2 048 sites: losses and exact task counters; noised
-#: ones, whose grid has up to as many (``noised_counts.MAX_BITS``); sums over standardised columns.
-_EXACT, _NOISED, _FINE = 16, 20, 28
-_MAX_COUNTER: Final = 2**37 - 1
-_MAX_NOISED: Final = 2**32 - 1
+#: Losses and task counters are added in steps of 2^-20; sums over standardised columns in steps of 2^-36.
+_FRACTION, _FINE = 20, 36
+_MAX_COUNTER: Final = 2**39
 
 # Counters of a training sum.
 SITES: Final = "sites"
@@ -129,7 +127,7 @@ def of_training(
     counters = (
         Counter(SITES, 0, 1),
         Counter(EXAMPLES, 0, bounds.weight_cap),
-        Counter(LOSS, 0, _MAX_COUNTER, _EXACT),
+        Counter(LOSS, 0, _MAX_COUNTER, _FRACTION),
         Counter(SATURATED, 0, _MAX_COUNTER),
         Counter(CLIPPED, 0, 1),
         Counter(CAPPED, 0, 1),
@@ -169,8 +167,8 @@ def of_evaluation(counters: Sequence[str], *, noised: bool = False) -> Layout:
         counters: their names.
         noised: they have noise, which may carry them below 0. Its grid is this one's, or a coarser one.
     """
-    low, high, bits = (-_MAX_NOISED, _MAX_NOISED, _NOISED) if noised else (0, _MAX_COUNTER, _EXACT)
-    own = (Counter(_own(name), low, high, bits) for name in counters)
+    low = -_MAX_COUNTER if noised else 0
+    own = (Counter(_own(name), low, _MAX_COUNTER, _FRACTION) for name in counters)
     return Layout((), (), (Counter(SITES, 0, 1), *own))
 
 

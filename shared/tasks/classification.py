@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedge.shared.tasks.task import Counters, Metric
 
 ACCURACY = Metric("accuracy", "correct", "examples")
-LOSS = Metric("loss", "loss-sum", "examples")
+LOSS = Metric("loss", "loss-sum", "examples", higher_is_better=False, share=False)
 SENSITIVITY = Metric("sensitivity", "true-positive", "positive")
 SPECIFICITY = Metric("specificity", "true-negative", "negative")
 

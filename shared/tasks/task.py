@@ -18,11 +18,20 @@ Counters: TypeAlias = dict[str, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A ratio of two counters, so that it can be pooled over sites exactly, also under secure aggregation."""
+    """A ratio of two counters, so that it can be pooled over sites exactly, also under secure aggregation.
+
+    Attributes:
+        name: of the metric.
+        numerator, denominator: names of the counters.
+        higher_is_better: whether a larger value is the better one.
+        share: whether it lies within 0 and 1, as accuracy does, so that a difference is in points.
+    """
 
     name: str
     numerator: str
     denominator: str
+    higher_is_better: bool = True
+    share: bool = True
 
     def value(self, counters: Mapping[str, float]) -> float | None:
         """The ratio, or None where the denominator is zero."""

@@ -195,7 +195,7 @@ def test_the_cost_has_a_row_for_each_size(cost):
     assert (small["degree"], small["lost"], small["server_lost_seconds"]) == (2, 0, None)
     assert (large["degree"], large["lost"]) == (9, 1)
     assert large["server_lost_seconds"] > 0
-    assert large["upload_bytes"] == small["upload_bytes"] == 4 * (1000 + 2 * 6)
+    assert large["upload_bytes"] == small["upload_bytes"] == 4 * (1000 + 4 * 6)
     assert len(said) == 2
     assert "with 1 lost" in said[1]
 

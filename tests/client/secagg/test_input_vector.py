@@ -214,10 +214,17 @@ def test_statistics_are_in_units_of_their_columns():
     found = Statistics(4, (160.0, 0.5), (6500.0, 0.125))
     _, counted = decoded(input_vector.statistics(layout, found, bounds))
     assert counted["examples"] == 4
-    # To half a step of 2^-28 of the unit, and of its square.
-    assert counted["feature-total-0"] * 100 == pytest.approx(160, abs=2**-29 * 100)
-    assert counted["feature-total-of-squares-0"] * 1e4 == pytest.approx(6500, abs=2**-29 * 1e4)
+    assert counted["feature-total-0"] * 100 == pytest.approx(160, abs=1e-8)
+    assert counted["feature-total-of-squares-0"] * 1e4 == pytest.approx(6500, abs=1e-5)
     assert counted["feature-total-1"] == 0.5
+    # Where whole sites are hidden it counts as one example, of its means.
+    _, hidden = decoded(input_vector.statistics(layout, found, bounds, hides_site=True))
+    assert hidden["examples"] == 1
+    assert hidden["feature-total-0"] * 100 == pytest.approx(40, abs=1e-8)
+    assert hidden["feature-total-of-squares-0"] * 1e4 == pytest.approx(1625, abs=1e-5)
+    empty = Statistics(0, (0.0, 0.0), (0.0, 0.0))
+    _, none = decoded(input_vector.statistics(layout, empty, bounds, hides_site=True))
+    assert none == dict.fromkeys(none, 0) | {"sites": 1}
     _, nothing = decoded(input_vector.statistics(layout, None, bounds))
     assert nothing == dict.fromkeys(nothing, 0) | {"sites": 1}
     beyond = Statistics(4, (1e12, 0.0), (0.0, 0.0))

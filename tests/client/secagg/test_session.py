@@ -144,11 +144,11 @@ class Round:
         """In whole numbers, from what the survivors would send without masks."""
         layout, sharers = self.layout, len(self.group.sharers)
         values = np.zeros(layout.values, np.int64)
-        counters = np.zeros(layout.shape.counters, np.uint64)
+        counters = np.zeros((layout.shape.counters, 2), np.uint64)
         for n in self.group.survivors:
             vector = self.contributions[n].encode(sharers, rounding_key(7, "train", 3, n))
             values += vector[: layout.values].view(np.int32)
-            counters += masking.counters_in(vector, counters.size)
+            masking.add_counters(counters, masking.counters_in(vector, len(counters)))
         return values.tolist(), counters.tolist()
 
     def is_true(self, total):

@@ -429,11 +429,8 @@ def test_only_against_the_server_epsilon_may_be_infinite(
     consumers: float, server: float, spent: tuple[float, ...] | None
 ) -> None:
     expected = replace(EXPECTED, private=True)
-    reply = _honest(
-        **{"epsilon-consumers": consumers, "epsilon-server": server, "epsilon-delta": 1e-5}
-    )
+    names = ("epsilon-consumers", "epsilon-server", "epsilon-delta")
+    reply = _honest(**dict(zip(names, (consumers, server, 1e-5), strict=True)))
     del reply.content.metric_records["metrics"]["train-loss"]
     verdict = admit_train(reply, SITE, REGISTERED, expected)
-    assert verdict.update is not None
-    assert verdict.update.epsilon == spent
-    assert len(verdict.drops) == (0 if spent else 3)
+    assert (verdict.update.epsilon, len(verdict.drops)) == (spent, 0 if spent else 3)

@@ -241,6 +241,10 @@ class Rig:
             self.workers[name] = new
             message_relay.connect(name, DirectLink(new))
 
+    def restart_server(self) -> None:
+        """A new coordinator over the same run directory."""
+        self.sums = SecureSums(self.talk, self.ledger, self.config, self.task)
+
     def invited(self) -> list[str]:
         """Sites that the newest attempt has asked."""
         (*_, newest), begun = self.asked("begin"), KINDS["begin"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from datetime import date
@@ -97,7 +98,7 @@ def take(group, shares):
 
 
 def counted(total):
-    return exact_counters.decode_counters(total.view(np.uint64), OF.counters, 7)
+    return exact_counters.decode_counters(total.view(np.uint64).reshape(-1, 2), OF.counters, 7)
 
 
 TRUE = {"sites": 7, "task/correct": 21.0, "task/examples": 70.0}
@@ -150,7 +151,9 @@ def test_masks_with_lost_sites_are_taken_off(lost):
     total, _ = sites.group.unmask()
     alive = [n for n in NAMES if n not in lost]
     assert sites.group.survivors == alive
-    found = exact_counters.decode_counters(total.view(np.uint64), OF.counters, len(alive))
+    found = exact_counters.decode_counters(
+        total.view(np.uint64).reshape(-1, 2), OF.counters, len(alive)
+    )
     assert found["task/correct"] == sum(NAMES.index(n) for n in alive)
 
 
@@ -164,7 +167,9 @@ def test_a_wrong_share_does_no_harm_and_is_named(liars, found):
     total, wrong = sites.group.unmask()
     assert wrong == found
     assert (
-        exact_counters.decode_counters(total.view(np.uint64), OF.counters, 6)["task/correct"]
+        exact_counters.decode_counters(total.view(np.uint64).reshape(-1, 2), OF.counters, 6)[
+            "task/correct"
+        ]
         == 21 - 4
     )
 
@@ -185,6 +190,36 @@ def test_a_site_that_shared_another_secret_than_it_committed_to_is_lost_and_name
     sites.group.sharers["site-5"] = messages.Sharer(**changed)
     take(sites.group, sites.shares())
     with pytest.raises(LostError, match="shares of site-5") as caught:
+        sites.group.unmask()
+    assert caught.value.dealers == ("site-5",)
+
+
+def test_shares_of_no_secret_are_their_dealer_s_doing_whatever_it_committed_to(monkeypatch):
+    """The largest numbers that 33 bytes hold are none of the field, and no secret is what nobody may be led to take."""
+    sites, honest = Sites(), None
+    honest = sites.share
+
+    def deal(site):
+        with monkeypatch.context() as patched:
+            if site == "site-5":
+                patched.setattr(
+                    shamir, "split", lambda _, least, xs: dict.fromkeys(xs, b"\xff" * 33)
+                )
+            values = honest(site)
+        if site == "site-5":
+            values["commitment"] = hashlib.sha256(b"").digest()
+        return values
+
+    monkeypatch.setattr(sites, "share", deal)
+    for n in NAMES:
+        sites.group.take_share(n, sites.share(n))
+    # Its peers would refuse the commitment that it did not sign: what counts here is what the server makes of it.
+    sites.group.survivors = list(NAMES)
+    dealt = {n: dict.fromkeys(sites.group.holds(n), bytes(33)) for n in NAMES}
+    for n in NAMES:
+        dealt[n]["site-5"] = b"\xff" * 33
+    sites.group.shares = dealt
+    with pytest.raises(LostError, match="shares of site-5: must give the secret") as caught:
         sites.group.unmask()
     assert caught.value.dealers == ("site-5",)
 

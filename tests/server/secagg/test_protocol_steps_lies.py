@@ -106,6 +106,66 @@ def test_a_dealer_of_random_shares_is_named_and_left_out_of_the_next_sums(rig, m
     assert (rejected.site, rejected.outcome) == ("site-3", "rejected")
 
 
+@pytest.fixture
+def dealer(monkeypatch):
+    """Let a site deal random shares, always."""
+
+    def deal(site):
+        honest = Session.share
+
+        def share(self, bundles):
+            with monkeypatch.context() as patched:
+                if self.site == site:
+                    patched.setattr(
+                        shamir,
+                        "split",
+                        lambda _, least, xs: {x: b"\0" + os.urandom(32) for x in xs},
+                    )
+                return honest(self, bundles)
+
+        monkeypatch.setattr(Session, "share", share)
+
+    return deal
+
+
+@pytest.mark.slow
+def test_a_dealer_that_was_found_out_costs_one_group_of_one_round(rig, dealer):
+    made = rig(count=12, groups=4, sections={"strategy": {"name": "FedMedian"}})
+    dealer("site-5")
+    assert made.train().facts["groups_failed"] == 1
+    for number in (2, 3):
+        found = made.train(number)
+        # Eleven sites in four groups: one has two, fewer than a sum may have.
+        assert found.facts["groups_failed"] == 1
+        assert len(found.result.groups) == 3
+        assert "site-5" not in {s for group in found.facts["groups"] for s in group}
+    # Also where the server was restarted in between.
+    made.restart_server()
+    found = made.train(4)
+    assert "site-5" not in {s for group in found.facts["groups"] for s in group}
+    assert len(made.asked("begin", "site-5")) == 1
+
+
+@pytest.mark.slow
+def test_a_site_that_signs_something_else_is_named_and_left_out(rig):
+    """The server cannot tell: it has no keys of the sites. The others can."""
+    made = rig()
+
+    def wrong(content):
+        signature = content["secagg"]["signature"]
+        content["secagg"]["signature"] = bytes([signature[0] ^ 1]) + signature[1:]
+
+    made.fault("site-2", "commit", wrong)
+    made.fault("site-4", "commit", "silent")
+    found = made.train()
+    assert found.result is None
+    rejected = {r.site: r for r in found.outcome.rejections(made.members)}
+    assert rejected["site-2"].code == 422
+    assert "find its signature on the survivors wrong" in rejected["site-2"].reason
+    again = made.train(2)
+    assert "site-2" not in again.result.sites
+
+
 @pytest.mark.slow
 def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
     made = rig()

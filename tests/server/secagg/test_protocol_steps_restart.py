@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedge.shared.errors import RunError
+
 GROUPS = {
     "count": 9,
     "groups": 3,
@@ -144,6 +146,55 @@ def test_what_was_kept_is_of_its_own_round_alone(rig):
     assert len(made.asked("begin")) == 6
     for name, expected in close_to.items():
         np.testing.assert_allclose(found.result.mean[name], expected, atol=2e-7)
+
+
+def died_before_the_survivors_signed(made):
+    def die(content):
+        raise KeyboardInterrupt
+
+    made.fault("site-1", "commit", die, times=1)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+
+
+@pytest.mark.slow
+def test_with_other_workers_a_sum_that_nobody_signed_is_made_anew(rig):
+    """As after a power cut: nobody can unmask what was kept, and nobody has answered the round for good."""
+    made = rig()
+    died_before_the_survivors_signed(made)
+    made.restart()
+    made.restart_server()
+    found = made.train()
+    # The one whose answer was not heard has signed all the same, and refuses.
+    signed = [s for s in made.workers if any((made.workers[s].home / "secagg").glob("*.json"))]
+    assert found.result is not None, found.reason
+    assert found.facts["attempts"] == 2
+    assert set(found.result.sites) >= set(made.workers) - set(signed)
+
+
+@pytest.mark.slow
+def test_statistics_that_nobody_signed_are_summed_when_the_run_is_resumed(rig):
+    made = rig(attempts=1, sections={"data": {"standardise": "federated"}})
+    for site in made.workers:
+        made.fault(site, "commit", "silent", times=1)
+    with pytest.raises(RunError, match="FE-510 statistics: must be summed"):
+        made.sums.statistics(made.members)
+    made.restart()
+    made.restart_server()
+    assert not list((made.folder / "run" / "secagg").glob("statistics-*"))
+    assert made.sums.statistics(made.members).count > 0
+
+
+@pytest.mark.slow
+def test_the_same_workers_sign_what_was_kept(rig):
+    made = rig()
+    died_before_the_survivors_signed(made)
+    made.restart_server()
+    made.grid.log.clear()
+    found = made.train()
+    made.check(found.result, list(made.workers))
+    assert found.facts["attempts"] == 1
+    assert not made.asked("begin")
 
 
 @pytest.mark.slow

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from fedge.shared.bundle import generated_examples
-from fedge.shared.bundle.manifest import Manifest, Parity
 from fedge.shared.errors import InputError
 from fedge.shared.preprocessing import steps as preprocessing
-from fedge.shared.preprocessing.schema import Feature, InputSchema, OutputSchema
+from fedge.shared.preprocessing.schema import Feature, InputSchema
 from fedge.shared.preprocessing.steps import OneHot, Reshape, Scale, Standardise
 
 TABLE = InputSchema(
@@ -46,30 +43,11 @@ def test_an_images_raw_values_fill_the_networks_range() -> None:
 
 def test_a_stand_in_shows_the_network_standardised_values() -> None:
     own = (OneHot(((1, (1.0, 2.0, 3.0)),)), Standardise())
-    manifest = Manifest(
-        task="site",
-        run="r-1",
-        strategy="FedAvg",
-        rounds=3,
-        sites=("a", "b"),
-        created="2026-01-31T12:00:00Z",
-        fedge="0.1.0",
-        config_sha256="a" * 64,
-        model_sha256="b" * 64,
-        artefacts=(),
-        input=TABLE,
-        output=OutputSchema(labels=("no", "yes"), activation="sigmoid"),
-        preprocessing=own,
-        metrics={},
-        parity=Parity(1e-7, 1e-4, (1, 2)),
-    )
-    steps = generated_examples.stand_in(manifest.input, manifest.preprocessing)
+    steps = generated_examples.stand_in(TABLE, own)
     ready = preprocessing.apply(steps, generated_examples.example(TABLE, 32, steps, seed=1))
     np.testing.assert_allclose(ready.mean(axis=0), 0, atol=0.5)
     np.testing.assert_allclose(ready.std(axis=0), 1, atol=0.5)
     assert steps[0] == own[0]
     assert isinstance(steps[1], Standardise) and len(steps[1].mean) == 4
     fitted = Standardise((0.0,) * 4, (2.0,) * 4)
-    assert (
-        generated_examples.stand_in(replace(manifest, preprocessing=(own[0], fitted)))[1] == fitted
-    )
+    assert generated_examples.stand_in(TABLE, (own[0], fitted))[1] == fitted

@@ -19,7 +19,7 @@ from fedge.shared.models.cnn1d import CNN1d
 from fedge.shared.models.fnn import FNN
 
 RTX = "tensorrt-rtx"
-pytestmark = pytest.mark.skipif(version(RTX) is None, reason="needs fedge[tensorrt]")
+pytestmark = pytest.mark.skipif(version(RTX) is None, reason="needs fedge[tensorrt-rtx]")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_parser_speaks_for_itself():
 def test_a_missing_wheel_is_named_with_how_to_install_it(graph, monkeypatch):
     monkeypatch.setitem(tensorrt.MODULES, RTX, "no_such_wheel")
     assert version(RTX) is None
-    with pytest.raises(ReleaseError, match=r"FE-608 .*installed \(fedge's extra `tensorrt`"):
+    with pytest.raises(ReleaseError, match=r"FE-608 .*installed \(fedge's extra `tensorrt-rtx`"):
         build(graph, runtime=RTX, capabilities=[86])
     with pytest.raises(
         ValueError, match="runtime: must be of tensorrt-rtx, tensorrt, got 'openvino'"

@@ -89,6 +89,46 @@ def test_masks_are_the_keystreams_added_modulo_2_32(size: int, chunk: int) -> No
     np.testing.assert_array_equal(vector, (expected % 2**32).astype(np.uint32))
 
 
+@pytest.mark.parametrize("values", [0, 1, 5, masking.PART - 1, masking.PART, masking.PART + 1])
+def test_counters_have_a_keystream_of_their_own_and_carry(values: int) -> None:
+    """That of the part after the values': used for both, the difference of two words would be without a mask."""
+    counters = 3
+    vector = np.full(values + 4 * counters, 2**32 - 1, np.uint32)
+    masking.add_masks(vector, [(KEY, 1)], counters=counters)
+    parts = -(-values // masking.PART)
+    stream = keystream(KEY, parts).update(bytes(16 * counters))
+    for i in range(counters):
+        found = int.from_bytes(vector[values + 4 * i : values + 4 * i + 4].tobytes(), "little")
+        mask = int.from_bytes(stream[16 * i : 16 * i + 16], "little")
+        assert found == (2**128 - 1 + mask) % 2**128
+    # No block of it masks a value too.
+    own = b"".join(keystream(KEY, part).update(bytes(64)) for part in range(parts))
+    assert stream[:16] not in own
+    masking.add_masks(vector, [(KEY, -1)], counters=counters)
+    assert (vector == 2**32 - 1).all()
+
+
+def test_sums_of_counters_carry_over_all_their_words() -> None:
+    counters = 2
+    rng = np.random.default_rng(0)
+    vectors = [rng.integers(0, 2**32, 3 + 4 * counters, dtype=np.uint32) for _ in range(9)]
+    total = np.zeros_like(vectors[0])
+    checksums = masking.add_vectors(total, vectors, counters=counters)
+    assert checksums == [masking.checksum(v) for v in vectors]
+
+    def number(vector: NDArray[np.uint32], i: int) -> int:
+        return int.from_bytes(vector[3 + 4 * i : 7 + 4 * i].tobytes(), "little")
+
+    for i in range(counters):
+        assert number(total, i) == sum(number(v, i) for v in vectors) % 2**128
+    before = total.copy()
+    masking.add_vectors(total, [vectors[0]], counters=counters)
+    masking.subtract_vector(total, vectors[0], counters=counters)
+    np.testing.assert_array_equal(total, before)
+    with pytest.raises(ValueError, match="counters: must fit"):
+        masking.add_masks(total, [], counters=3)
+
+
 def test_masks_cancel_in_pairs_and_come_off_again() -> None:
     sites = 5
     start = np.random.default_rng(0).integers(0, 2**32, (sites, 70_001), dtype=np.uint32)
