@@ -108,6 +108,8 @@ class Participant:
         seed: int,
         contribution: Callable[[], InputVector],
         min_sites: int = 0,
+        *,
+        exact: bool = False,
     ) -> ConfigRecord:
         """Exchange 0: take part in a sum.
 
@@ -118,6 +120,7 @@ class Participant:
             seed: of the run, for the rounding.
             contribution: computes what the site adds.
             min_sites: fewest sites of this sum, besides what the policy asks for.
+            exact: it counts held-out examples without noise.
 
         Returns:
             The signed bundle of two new keys.
@@ -150,9 +153,15 @@ class Participant:
 
         def note() -> None:
             self._answered.note(address.run_id, purpose, server_round)
+            if purpose == "evaluate" and exact:
+                self._answered.note_evaluated(address.run_id, session.survivors)
+
+        def allow(survivors: frozenset[str], least: int) -> None:
+            if purpose == "qualify" and exact:
+                self._answered.require_no_single_site(address.run_id, survivors, least)
 
         key = contributions.rounding_key(seed, purpose, server_round, self._anchors.site)
-        session = Session(self._anchors, attempt, given, key, note, min_sites)
+        session = Session(self._anchors, attempt, given, key, note, min_sites, allow)
         self._open[purpose] = _Open(session)
         log.info("%s, attempt %d: takes part", purpose, number)
         return messages.record({messages.BUNDLE: session.bundle.encode()})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 from fedge.shared.errors import SiteError
 from fedge.shared.files import write_atomically
 
-ANSWERED = 423
+ANSWERED, TOO_FEW = 423, 424
 #: Purposes of which a run has one sum: of two, over other sites each, the difference tells of one site.
 ONCE: Final = ("calibrate", "qualify")
 
@@ -44,6 +45,40 @@ class ReplayGuard:
         self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._read(run_id) | {purpose: server_round}, sort_keys=True)
         write_atomically(self._path(run_id), text.encode())
+
+    def note_evaluated(self, run_id: str, sites: Collection[str]) -> None:
+        """Write down over which sites the run's last evaluation is."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._evaluated(run_id), json.dumps(sorted(sites)).encode())
+
+    def require_no_single_site(self, run_id: str, sites: Collection[str], min_sites: int) -> None:
+        """Refuse exact scores over other sites than the last evaluation's, whose difference would tell of a few.
+
+        Both count the same held-out examples of the same model.
+
+        Raises:
+            SiteError: 424, the sites are neither those of the evaluation nor fewer of them by ``min_sites`` or more;
+                423, what is written down of them is damaged.
+        """
+        path = self._evaluated(run_id)
+        try:
+            before = set(map(str, json.loads(path.read_bytes())))
+        except FileNotFoundError:
+            # This site has added to no evaluation of the run.
+            return
+        except (OSError, ValueError, TypeError):
+            raise SiteError(ANSWERED, f"{path.name}: must name sites, is damaged") from None
+        now = set(sites)
+        if now == before or (now < before and len(before - now) >= min_sites):
+            return
+        raise SiteError(
+            TOO_FEW,
+            f"sites: must be those of the last evaluation, or fewer of them by {min_sites} or more,"
+            f" got {len(now - before)} others and {len(before - now)} fewer",
+        )
+
+    def _evaluated(self, run_id: str) -> Path:
+        return self._folder / f"{run_id}.evaluated"
 
     def forget(self) -> None:
         """Forget all runs; only for a simulation, whose sites die with their server, secrets and shares alike."""

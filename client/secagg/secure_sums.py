@@ -175,7 +175,9 @@ class SecureSums:
             found = count()
             return input_vector.evaluation(layout, {n: found[n] for n in names})
 
-        return self.require().begin(kind, request, terms.address, terms.seed, contribute, min_sites)
+        return self.require().begin(
+            kind, request, terms.address, terms.seed, contribute, min_sites, exact=not noised
+        )
 
     def statistics(
         self,

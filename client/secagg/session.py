@@ -101,6 +101,7 @@ class Session:
         rounding_key: of its stochastic rounding.
         note: writes down that the round is answered, before the list of survivors is signed.
         min_sites: fewest sites of this sum, besides what the policy asks for.
+        allow: raises where these survivors, of which there must be so many, may not be in one sum.
     """
 
     def __init__(
@@ -111,9 +112,10 @@ class Session:
         rounding_key: bytes,
         note: Callable[[], None],
         min_sites: int = 0,
+        allow: Callable[[frozenset[str], int], None] | None = None,
     ) -> None:
         self.attempt = attempt
-        self._anchors, self._note = anchors, note
+        self._anchors, self._note, self._allow = anchors, note, allow
         self._contribution: InputVector | None = contribution
         self._rounding_key, self._min_sites = rounding_key, min_sites
         self._box, self._mask = key_agreement.Pair.generate(), key_agreement.Pair.generate()
@@ -131,6 +133,15 @@ class Session:
         self._held: dict[str, tuple[bytes, bytes]] = {}
         self._sharers: frozenset[str] = frozenset()
         self._survivors: frozenset[str] = frozenset()
+
+    @property
+    def survivors(self) -> frozenset[str]:
+        """The sites whose list this one has signed; empty before."""
+        return self._survivors
+
+    @property
+    def _least(self) -> int:
+        return max(self._threshold, self._anchors.min_sites(), self._min_sites, MIN_SITES)
 
     @property
     def site(self) -> str:
@@ -232,10 +243,13 @@ class Session:
         From here on the sum can be unmasked without this site, so it adds to no other of the round.
 
         Raises:
-            SiteError: 422, it is not a part of the sharers or lacks this site; 424, too few sites.
+            SiteError: 422, it is not a part of the sharers or lacks this site; 424, too few sites, or others than
+                may be.
         """
         self._require_subset("survivors", survivors, self._sharers)
         self._require_enough(len(survivors))
+        if self._allow is not None:
+            self._allow(frozenset(survivors), self._least)
         self._survivors = frozenset(survivors)
         self._note()
         return self._sign(self._commitment())
@@ -325,9 +339,8 @@ class Session:
         return key_agreement.share_encryption_key(self._agreed[peer][0], self._t, src, dst)
 
     def _require_enough(self, count: int) -> None:
-        min_sites = max(self._threshold, self._anchors.min_sites(), self._min_sites, MIN_SITES)
-        if count < min_sites:
-            raise SiteError(TOO_FEW, f"sites: must be {min_sites} or more, got {count}")
+        if count < self._least:
+            raise SiteError(TOO_FEW, f"sites: must be {self._least} or more, got {count}")
 
     def _require_subset(
         self, field: str, names: Sequence[str], allowed: Mapping[str, object] | frozenset[str]

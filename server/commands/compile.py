@@ -48,13 +48,12 @@ def _arguments(parser: ArgumentParser) -> None:
         type=_budget,
         default=0.01,
         metavar="SHARE",
-        help="most that an artefact may lose: of a share such as accuracy itself, of another metric that part"
-        " (default 0.01)",
+        help="what may be lost of the metric (default 0.01)",
     )
     parser.add_argument(
         "--keep-slower",
         action="store_true",
-        help="keep INT8 for CPUs that is no faster here; the device times it again",
+        help="keep INT8 for CPUs that is no faster here",
     )
     parser.add_argument("--json", action="store_true", help="print compile.json")
 

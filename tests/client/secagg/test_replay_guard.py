@@ -77,3 +77,47 @@ def test_a_simulation_forgets(tmp_path):
     answered.note("run-1", "train", 3)
     answered.forget()
     answered.require_new("run-1", "train", 3)
+
+
+SITES = [f"site-{i}" for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("scored", "allowed"),
+    [
+        (SITES, True),
+        (SITES[:5], True),
+        # The difference of both sums is one site's, or two sites'.
+        (SITES[:7], False),
+        (SITES[:6], False),
+        # A site that was not in the evaluation shows in the difference as well.
+        ([*SITES, "site-9"], False),
+        ([*SITES[:4], "site-9"], False),
+    ],
+)
+def test_scores_are_summed_over_the_sites_of_the_evaluation_or_many_fewer(
+    tmp_path, scored, allowed
+):
+    answered = ReplayGuard(tmp_path)
+    answered.require_no_single_site("run-1", scored, 3)
+    answered.note_evaluated("run-1", SITES)
+    answered.require_no_single_site("run-2", scored, 3)
+    # After a restart too, and when a simulation forgets which rounds were answered.
+    again = ReplayGuard(tmp_path)
+    again.forget()
+    if allowed:
+        again.require_no_single_site("run-1", scored, 3)
+    else:
+        text = builders.refused(424, again.require_no_single_site, "run-1", scored, 3)
+        assert text.startswith("sites: must be those of the last evaluation, or fewer of them by 3")
+    # A later evaluation takes the place of the one before.
+    again.note_evaluated("run-1", scored)
+    again.require_no_single_site("run-1", scored, 3)
+
+
+@pytest.mark.parametrize("text", ["", "7", "[", "null"])
+def test_where_the_evaluation_s_sites_cannot_be_read_nothing_is_scored(tmp_path, text):
+    answered = ReplayGuard(tmp_path)
+    answered.note_evaluated("run-1", SITES)
+    (tmp_path / "run-1.evaluated").write_text(text)
+    assert "damaged" in builders.refused(423, answered.require_no_single_site, "run-1", SITES, 3)

@@ -119,6 +119,8 @@ def test_the_bundle_holds_the_runs_model(released: tuple[Run, Path], trust: Path
     assert (manifest.run, manifest.task, manifest.strategy) == ("r-1", "digits", "FedAvg")
     assert (manifest.rounds, manifest.sites) == (2, ("site-1", "site-2"))
     assert manifest.created == "2026-11-21T20:01:00Z"
+    # Seconds from 1970 to then: a later run has a higher one.
+    assert manifest.serial == 1795291260
     assert manifest.metrics["pooled"] == {"accuracy": 0.5, "loss": 2.25}
     for name, sha256 in (
         ("config.toml", manifest.config_sha256),

@@ -340,3 +340,19 @@ def test_any_value_anywhere_is_read_or_refused(path: tuple[Any, ...], new: Any) 
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(BundleError):
         Manifest.from_bytes(data)
+
+
+def test_a_qualification_comes_back_and_one_of_an_earlier_fedge_keeps_its_bytes():
+    latency = Latency(1.0, 2.0, 32, 1, "a CPU")
+    loss = Score("loss", 0.5, 0.4, 400, higher_is_better=False, share=False)
+    full = Qualification(
+        True, max_abs_difference=0.1, tolerance=1.0, batched=latency, relative_p50=0.5,
+        batched_relative_p50=0.75, score=loss,
+    )  # fmt: skip
+    assert Qualification.from_json(json.loads(json.dumps(full.to_json()))) == full
+    assert (loss.lost, loss.allowed(0.01)) == (pytest.approx(0.1), pytest.approx(0.004))
+    old = {"metric": "accuracy", "value": 0.89, "reference": 0.9, "num_examples": 400}
+    before = {"executed": True, "reason": "", "score": old}
+    again = Qualification.from_json(before)
+    assert again.to_json() == before
+    assert (again.score.lost, again.score.allowed(0.01)) == (pytest.approx(0.01), 0.01)

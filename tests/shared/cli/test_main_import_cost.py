@@ -44,6 +44,12 @@ fedge config check @unknown.toml
 fedge config check @unknown-task.toml
 fedge demo --edge nowhere
 fedge down --out nowhere
+fedge export nowhere --out out.onnx
+fedge export . --out out.onnx
+fedge export . --task digits --out out.onnx
+fedge export @text --out out.onnx
+fedge export . --out @text
+fedge export . --out nowhere/out.onnx
 fedge keys new @text
 fedge keys new nowhere/a.key
 fedge keys show missing.pub

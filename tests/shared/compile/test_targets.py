@@ -49,3 +49,18 @@ def test_int8_of_a_gpu_needs_ranges():
     assert target.kinds(calibrated=True) == (
         "onnx-fp16", "onnx-int8-symmetric", "tensorrt-rtx-fp16", "tensorrt-rtx-int8",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("cpu-int4", "cpu-int8"),
+        ("tensorrt_rtx:sm86", "tensorrt-rtx"),
+        ("tensort", "tensorrt"),
+        ("fp32", "cpu-fp32"),
+        ("onxx", "onnx"),
+    ],
+)
+def test_an_unknown_target_names_the_nearest(given, near):
+    with pytest.raises(ReleaseError, match=rf"did you mean {near}\?"):
+        parse(given)
