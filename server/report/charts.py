@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fedge.server.report.axes import Point, nice_ticks, round_ticks, spread, thin, tick_texts
@@ -274,6 +274,79 @@ def column_chart(
                 )
             base += part
         parts.append("</g>")
+    return _svg(width, height, label, "".join(parts))
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """One circle of a chart: its place, its area as a share of the largest one's, its label and its tooltip."""
+
+    x: float
+    y: float
+    share: float
+    label: str
+    title: str
+    css: str
+
+
+def bubble_chart(
+    label: str,
+    names: tuple[str, str],
+    bubbles: Sequence[Bubble],
+    *,
+    width: float,
+    height: float = 260,
+    phone: bool = False,
+) -> str:
+    """Circles on two axes that begin at 0 or below, each with its label beside it.
+
+    Args:
+        label: description of the picture for screen readers.
+        names: of the x axis and of the y axis with its unit.
+        bubbles: the largest ones lie below the others.
+        width: of the picture, in px.
+        height: of the picture, in px.
+        phone: fewer ticks, and smaller circles.
+    """
+    if not bubbles:
+        return ""
+    most, radius = max(b.x for b in bubbles), 14.0 if phone else 20.0
+    low, high = min(0.0, *(b.y for b in bubbles)), max(b.y for b in bubbles)
+    y_ticks = nice_ticks(low, high if high > low else low + 1, 4)
+    x_ticks = nice_ticks(0, most * 1.1 or 1, 4 if phone else 6)
+    frame = _frame((width, height), y_ticks, (0, x_ticks[-1]), radius)
+    # Room below the lowest line for the circles on it.
+    room = (y_ticks[-1] - y_ticks[0]) * radius / (frame.bottom - frame.top - radius)
+    frame = replace(frame, y_low=y_ticks[0] - room)
+    parts = [_axes(frame, y_ticks, list(zip(x_ticks, tick_texts(x_ticks), strict=True)), names)]
+    # Of the y axis's name, which stands in the corner.
+    taken = [(0.0, len(names[1]) * CHARACTER, 0.0, 15.0)]
+    for b in sorted(bubbles, key=lambda b: -b.share):
+        x, y, r = frame.x(b.x), frame.y(b.y), max(3.0, radius * math.sqrt(b.share))
+        taken.append((x - r, x + r, y - r, y + r))
+        parts.append(
+            f'<circle class="bubble {b.css}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}">'
+            f"<title>{esc(b.title)}</title></circle>"
+        )
+    for b in sorted(bubbles, key=lambda b: (b.y, b.x)):
+        half = len(b.label) * CHARACTER / 2
+        x = min(max(frame.x(b.x), half), width - half)
+        r = max(3.0, radius * math.sqrt(b.share))
+        above, below = int(frame.y(b.y) - r - 6), int(frame.y(b.y) + r + 14)
+        # Above its circle, and higher where another text or circle is; where no room is left there, below it.
+        free = (
+            y
+            for y in (*range(above, 11, -2), *range(below, int(height), 2))
+            if not any(
+                left < x + half and x - half < right and top < y + 3 and y - 11 < bottom
+                for left, right, top, bottom in taken
+            )
+        )
+        y = next(free, above)
+        taken.append((x - half, x + half, y - 11, y + 3))
+        parts.append(
+            f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{esc(b.label)}</text>'
+        )
     return _svg(width, height, label, "".join(parts))
 
 

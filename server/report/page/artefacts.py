@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from fedge.server.report import format as fmt
-from fedge.server.report.charts import bar
+from fedge.server.report.charts import Bubble, bar, bubble_chart, responsive
 from fedge.server.report.format import LONG_NAME, MISSING, THIN, esc, metric_name, metric_value
 from fedge.server.report.json_values import mapping, number, sequence, text
 from fedge.server.report.records import Run
@@ -53,7 +54,7 @@ def compiled(run: Run) -> str:
     notes = (
         "Agreement: the share of generated inputs to which the artefact gives the fp32 graph's label."
         + (
-            " The metric is what the sites counted on their own held-out examples."
+            " The metric is what the sites counted on their own held-out examples, which the choice has then seen."
             if metric
             else ""
         )
@@ -62,9 +63,51 @@ def compiled(run: Run) -> str:
         "One trained model, made for its targets. What could be executed where it was compiled was compared with the "
         "fp32 graph and timed; the rest is unproven, and the device proves it before use."
     )
-    return fmt.section(
-        "compiled", "Compiled for its targets", lead, fmt.card("Artefacts", grid + facts, notes)
+    body = fmt.card("Artefacts", grid + facts, notes) + _picture(kept, dropped)
+    return fmt.section("compiled", "Compiled for its targets", lead, body)
+
+
+def _picture(kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, Any]]) -> str:
+    """Speed against what is lost of the metric; empty where fewer than two artefacts have both."""
+    everything = [*((a, "kept") for a in kept), *((d, "left") for d in dropped)]
+    sizes = [number(a.get("bytes")) or 0.0 for a, _ in everything if _p50(a) is not None]
+    bubbles, largest = [], max(sizes, default=0.0)
+    for artefact, css in everything:
+        p50, lost = (
+            _p50(artefact),
+            _lost(mapping(mapping(artefact.get("qualification")).get("score"))),
+        )
+        size = number(artefact.get("bytes"))
+        if p50 is None or lost is None or not size:
+            continue
+        name = text(artefact.get("kind")).removeprefix("onnx-")
+        told = f"{text(artefact.get('name'))}: {p50:.3g} ms, {lost:+.2f} lost, {fmt.plain(fmt.size(size), 40)}"
+        state = "" if css == "kept" else ", left out"
+        bubbles.append(Bubble(p50, lost, size / largest, name + state, told + state, css))
+    if len(bubbles) < 2:
+        return ""
+    metric = next((m for m in (_metric(a) for a, _ in everything) if m), "metric")
+    unit = "points" if fmt.is_share(metric) else "% of the value"
+    names = ("one inference, median, ms", f"{metric_name(metric)} lost, {unit}")
+    label = "Speed against the metric lost: " + "; ".join(b.title for b in bubbles)
+    draw = partial(bubble_chart, label, names, bubbles)
+    drawing = responsive(lambda w, p: draw(width=w, phone=p))
+    note = (
+        "Left is faster, low is better; an area is a size. What was counted at the sites was counted on the rows by "
+        "which the choice was made: they have been seen."
     )
+    return fmt.card("Speed against what is lost", drawing, note)
+
+
+def _lost(score: Mapping[str, Any]) -> float | None:
+    """What is lost of the metric: in points of a share, else in % of the fp32 graph's value."""
+    value, reference = number(score.get("value")), number(score.get("reference"))
+    if value is None or reference is None:
+        return None
+    lost = reference - value if score.get("higher_is_better", True) else value - reference
+    if fmt.is_share(text(score.get("metric"))):
+        return 100 * lost
+    return 100 * lost / abs(reference) if reference else None
 
 
 def _cells(artefact: Mapping[str, Any], slowest: float) -> list[str]:

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge.server.report.axes import LABEL_PITCH, nice_ticks, round_ticks, spread, thin, tick_texts
-from fedge.server.report.charts import Band, Column, Line, bar, column_chart, line_chart, sparkline
+from fedge.server.report.charts import (
+    Band,
+    Bubble,
+    Column,
+    Line,
+    bar,
+    bubble_chart,
+    column_chart,
+    line_chart,
+    sparkline,
+)
 from fedge.server.report.page.sites import histogram
 
 finite = st.floats(-1e6, 1e6)
@@ -97,6 +107,7 @@ def test_nothing_to_draw() -> None:
     assert line_chart("said", ("x", "y"), [Line("a", [], "mean")], width=330) == ""
     assert column_chart("said", ("x", "y"), [], ("sent",), width=330) == ""
     assert sparkline("said", [], 0, 1) == ""
+    assert bubble_chart("said", ("x", "y"), [], width=330) == ""
 
 
 def test_columns_stack_from_the_axis() -> None:
@@ -122,3 +133,44 @@ def test_bar_is_clipped_to_its_cell() -> None:
 def test_histogram_counts_every_value(values: list[float]) -> None:
     bins = histogram(values)
     assert sum(n for _, _, n in bins) == len(values)
+
+
+def bubbles(svg: str) -> list[tuple[float, float, float]]:
+    found = re.findall(r'<circle class="bubble [^"]*" cx="([^"]+)" cy="([^"]+)" r="([^"]+)"', svg)
+    return [(float(x), float(y), float(r)) for x, y, r in found]
+
+
+def test_a_bubbles_area_is_its_share_and_its_place_is_its_value() -> None:
+    found = bubbles(
+        bubble_chart(
+            "said",
+            ("ms", "lost"),
+            [Bubble(1, 0, 1, "fp32", "t", "kept"), Bubble(2, 4, 0.25, "int8", "t", "left")],
+            width=540,
+        )
+    )
+    (x, y, r), (far, lost, small) = found
+    assert small == pytest.approx(r / 2, abs=0.1), "a quarter of the area is half of the radius"
+    assert far > x
+    assert lost < y, "more lost lies higher"
+
+
+places = st.builds(
+    lambda x, y, share, label: Bubble(x, y, share, label, "<t>", "kept"),
+    st.floats(0.001, 1e4), st.floats(-5, 60), st.floats(0, 1), st.sampled_from(["fp32", "int8, left out", "<b>"]),
+)  # fmt: skip
+
+
+@given(st.lists(places, min_size=1, max_size=8), st.sampled_from([(330.0, True), (900.0, False)]))
+def test_bubbles_and_their_labels_keep_to_their_picture(
+    drawn: list[Bubble], size: tuple[float, bool]
+) -> None:
+    width, phone = size
+    svg = bubble_chart("said", ("<x>", "<y>"), drawn, width=width, height=260, phone=phone)
+    assert not re.search(r"<[bxyt]>", svg)
+    assert all(r <= x + r and x <= width and y - r >= 0 and y <= 260 for x, y, r in bubbles(svg))
+    labels = re.findall(r'class="label" x="([^"]+)" y="([^"]+)" text-anchor="middle">([^<]*)<', svg)
+    assert len(labels) == len(drawn)
+    ends = [(float(x), float(y)) for x, y, _ in labels]
+    assert len(set(ends)) == len(ends), "no label lies on another"
+    assert all(0 <= y <= 260 for _, y in ends)

@@ -92,3 +92,41 @@ def test_damaged_values_are_left_out(page, kept):
 
 def test_a_damaged_file_is_named(page):
     assert "What could not be read" in page("{")
+
+
+def picture(found):
+    return found.partition("Speed against what is lost")[2].partition("</svg>")[0]
+
+
+def test_the_picture_has_what_was_timed_and_scored_and_says_what_was_left_out(page):
+    drawn = picture(page(COMPILED))
+    kept, left = re.findall(r'<circle class="bubble (\w+)"[^>]*><title>([^<]*)</title>', drawn)
+    assert kept == ("kept", "model.onnx: 0.5 ms, +0.50 lost, 1.00\u202fkB")
+    assert left[0] == "left"
+    assert left[1].endswith(", left out")
+    assert "accuracy lost, points" in drawn
+    assert "engine" not in drawn, "what never ran here has no speed"
+
+
+@pytest.mark.parametrize(
+    ("reference", "value", "higher", "said"),
+    [(2.0, 2.5, False, "+25.00 lost"), (2.0, 1.5, False, "-25.00 lost"), (0, 1, False, None)],
+)
+def test_what_is_no_share_is_lost_in_percent_of_its_value_in_its_worse_direction(
+    page, reference, value, higher, said
+):
+    score = {"metric": "mse", "value": value, "reference": reference, "higher_is_better": higher}
+    scored = {**EXECUTED, "score": {**score, "num_examples": 4}}
+    of = [artefact(f"{n}.onnx", "onnx-fp16", qualification=scored) for n in "ab"]
+    drawn = picture(page({**COMPILED, "kept": of, "dropped": []}))
+    if said is None:
+        assert not drawn
+    else:
+        assert drawn.count(said) >= 2
+        assert "% of the value" in drawn
+
+
+@pytest.mark.parametrize("kept", [[], [artefact("a.onnx", "onnx-fp32", qualification=EXECUTED)]])
+def test_one_alone_is_no_picture(page, kept):
+    compiled = {**COMPILED, "kept": kept, "dropped": []}
+    assert not picture(page(compiled))
