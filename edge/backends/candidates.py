@@ -21,7 +21,8 @@ from fedge.shared.bundle.manifest_artefacts import (
     Artefact,
 )
 
-#: Kinds and places, usually the fastest first. The order of an installation's record takes precedence.
+#: Kinds and places, usually the fastest first. What was timed takes precedence: here by an installation, or at the
+#: release, on its CPU.
 ORDER: Final = (
     (RTX_INT8, RTX),
     (TRT_INT8, TRT),
@@ -66,7 +67,8 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Every combination of artefact and place, in the order of ``ORDER``; refused ones carry their reason.
 
-    A place that this device lacks is left out if the artefact can also run elsewhere.
+    A place that this device lacks is left out if the artefact can also run elsewhere. A graph that the release timed as
+    slower than the fp32 graph, for one example on its CPU, stands behind that on the CPU.
 
     Args:
         artefacts: of the bundle.
@@ -85,7 +87,14 @@ def candidates(
             if not reason and not (allow_unqualified or _executed(artefact)):
                 reason = "was not executed at the release: `fedge-edge install` qualifies it here"
             listed.append(Candidate(artefact, place, reason))
-    return tuple(listed)
+    return tuple(sorted(listed, key=lambda c: slower(c.artefact) and c.place == CPU))
+
+
+def slower(artefact: Artefact) -> bool:
+    """Whether the release timed it as slower than the fp32 graph for one example; False where it did not."""
+    qualification = artefact.qualification
+    relative = qualification.relative_p50 if qualification else None
+    return relative is not None and relative > 1
 
 
 def obstacle(artefact: Artefact, place: str, device: Device) -> str:

@@ -108,11 +108,20 @@ def add_threads(parser: ArgumentParser) -> None:
     )
 
 
+def add_artifact(parser: ArgumentParser) -> None:
+    """Add the option --artifact."""
+    parser.add_argument(
+        "--artifact",
+        metavar="NAME",
+        help="run this artefact alone (default: the fastest here)",
+    )
+
+
 def add_statistics(parser: ArgumentParser) -> None:
     """Add the option --statistics."""
     parser.add_argument(
         "--statistics",
         type=Path,
-        metavar="FILE.json",
-        help="the site's own mean and std, where verify says so",
+        metavar="FILE",
+        help="JSON of the site's own mean and std, if verify says so",
     )

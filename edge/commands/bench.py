@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from fedge.edge.commands.arguments import (
+    add_artifact,
     add_bundle,
     add_statistics,
     add_threads,
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 def _arguments(parser: ArgumentParser) -> None:
     add_bundle(parser)
-    parser.add_argument(
-        "--artefact", metavar="NAME", help="this one of the bundle alone (default: the best here)"
-    )
+    add_artifact(parser)
     parser.add_argument(
         "--parity",
         action="store_true",
@@ -70,7 +69,7 @@ def _run(arguments: Namespace) -> int:
         bundle,
         threads=arguments.threads,
         statistics=statistics,
-        artefact=arguments.artefact,
+        artefact=arguments.artifact,
         record=record,
     )
     loaded = time.perf_counter()
@@ -105,6 +104,7 @@ def _run(arguments: Namespace) -> int:
         "device": model.device,
         "artefact": model.artefact,
         "backend": model.backend,
+        "why": model.why,
     }
     if arguments.parity:
         result |= _compared(bundle, model, arguments.threads)
@@ -141,7 +141,7 @@ def _text(result: dict[str, Any]) -> str:
         f"{timings}"
         f"start      {result['verify_ms']:.1f} ms to verify, {result['load_ms']:.1f} ms to load\n"
         f"memory     {result['peak_rss_mb']:.0f} MB at its peak\n"
-        f"backend    {result['backend']}, {result['device']}\n"
+        f"backend    {result['backend']}, {result['device']}: {result['why']}\n"
     ) + (
         f"parity     within {result['max_abs_difference']:.3g} of fp32, whose largest logit is"
         f" {result['largest_logit']:.3g}; {100 * result['agreement']:.4g} % the same labels\n"

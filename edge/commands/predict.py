@@ -8,7 +8,13 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedge.edge.commands.arguments import add_bundle, add_statistics, add_threads, open_trusted
+from fedge.edge.commands.arguments import (
+    add_artifact,
+    add_bundle,
+    add_statistics,
+    add_threads,
+    open_trusted,
+)
 from fedge.shared.cli.command import Command
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ def _arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="a .npy or .csv file, or - for CSV on standard input",
     )
+    add_artifact(parser)
     add_statistics(parser)
     add_threads(parser)
     # Accepted as by the other commands; the output is JSON always.
@@ -37,7 +44,11 @@ def _run(arguments: Namespace) -> int:
 
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None
     model = EdgeModel.from_bundle(
-        bundle, threads=arguments.threads, statistics=statistics, record=record
+        bundle,
+        threads=arguments.threads,
+        statistics=statistics,
+        artefact=arguments.artifact,
+        record=record,
     )
     rules = RowRules.from_schema(model.manifest.input, model.steps)
     row = 0
@@ -48,6 +59,8 @@ def _run(arguments: Namespace) -> int:
             sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
         sys.stdout.flush()
         row += len(examples)
+    # On stdout are the rows alone; at the end, as what was chosen may have failed on the way.
+    sys.stderr.write(f"{model.backend}: {model.why}\n")
     return 0
 
 

@@ -35,10 +35,12 @@ class Choice:
 
     Attributes:
         backends: the best one first, the one that always works last; they may be the same.
+        why: the first of them is, in a few words.
         fallbacks: why better artefacts do not serve, each with its number.
     """
 
     backends: tuple[Backend, ...]
+    why: str
     fallbacks: tuple[str, ...] = ()
 
 
@@ -128,18 +130,29 @@ def best(
     notes: list[str] = []
     if record is not None:
         try:
-            chosen = _recorded(bundle, record, shapes, threads, notes)
-            return Choice((last,) if chosen is None else (chosen, last), tuple(notes))
+            chosen, why = _recorded(bundle, record, shapes, threads, notes)
+            return Choice((last,) if chosen is None else (chosen, last), why, tuple(notes))
         except BundleError as error:
             _note(notes, error)
     chosen = _tried(bundle, shapes, steps, last, threads, allow_unqualified, notes)
-    return Choice((last,) if chosen is None else (chosen, last), tuple(notes))
+    backends = (last,) if chosen is None else (chosen, last)
+    return Choice(backends, _reason(bundle.manifest.artefacts, backends[0]), tuple(notes))
+
+
+def _reason(artefacts: Sequence[Artefact], chosen: Backend) -> str:
+    """Why a backend serves where no installation has timed anything on this device."""
+    if len(artefacts) == 1:
+        return "the bundle's only artefact"
+    timed = any(a.qualification and a.qualification.relative_p50 is not None for a in artefacts)
+    if chosen.name.endswith(f" on {CPU}") and timed:
+        return "the fastest that works here, as timed at the release"
+    return "the first of the usual order that works here"
 
 
 def _recorded(
     bundle: Bundle, record: DeviceRecord, shapes: Shapes, threads: int, notes: list[str]
-) -> Backend | None:
-    """The fastest artefact of the record that still opens; None if that is the fp32 graph on the CPU.
+) -> tuple[Backend | None, str]:
+    """The fastest artefact of the record that still opens, and why; None if that is the fp32 graph on the CPU.
 
     Raises:
         BundleError: 711, the record does not match, or an engine was changed.
@@ -155,8 +168,10 @@ def _recorded(
     for entry in record.entries:
         if not entry.qualified:
             continue
+        timed = "" if entry.p50_ms is None else f" (p50 {entry.p50_ms:.3g} ms)"
+        why = f"the fastest of what `fedge-edge install` timed on this device{timed}"
         if entry.candidate.last_resort:
-            return None
+            return None, why
         data = record.content(entry, bundle)
         try:
             backend = open_artefact(entry.artefact, entry.place, data, shapes, threads=threads)
@@ -167,8 +182,8 @@ def _recorded(
             name = backend.device
             backend.close()
             raise BundleError(711, f"{FILE}: must be of this device, got none for its {name}")
-        return backend
-    return None
+        return backend, why
+    return None, "nothing else that was installed here works"
 
 
 def _tried(

@@ -48,6 +48,7 @@ class EdgeModel:
         self.shapes = shapes(manifest)
         self._lock = threading.Lock()
         self._backends = choice.backends
+        self._why = choice.why
         self._fallbacks = choice.fallbacks
 
     @classmethod
@@ -86,7 +87,7 @@ class EdgeModel:
             rehearse(bundle, shapes(manifest), steps, threads)
         if artefact is not None:
             backend = named(bundle, artefact, shapes(manifest), threads, record)
-            return cls(manifest, steps, Choice((backend,)))
+            return cls(manifest, steps, Choice((backend,), "named by --artifact"))
         if allow_unqualified:
             _log.warning("artefacts that were executed neither at the release nor here may serve")
         choice = best(
@@ -103,6 +104,11 @@ class EdgeModel:
     def backend(self) -> str:
         """The backend in use: artefact and place, for example ``"model.int8.onnx on CPU"``."""
         return self._backends[0].name
+
+    @property
+    def why(self) -> str:
+        """Why that backend is in use, in a few words."""
+        return self._why
 
     @property
     def artefact(self) -> str:
@@ -201,6 +207,7 @@ class EdgeModel:
                 self._backends = self._backends[1:]
                 reason = f"{error.label} {error.message}"
                 self._fallbacks = (*self._fallbacks, reason)
+                self._why = "what was in use failed"
                 _log.warning("%s; %s goes on", reason, self._backends[0].name)
             left = self._backends
         if first:

@@ -103,11 +103,12 @@ def _announce(where: str, metrics: MetricsServer | None, served: Served) -> None
         sys.stdout.write(f"metrics on http://{metrics.address}/metrics\n")
     sys.stdout.flush()
     _log.info(
-        "serving %s, run %s, version %s, by %s",
+        "serving %s, run %s, version %s, by %s: %s",
         served.signature.name,
         served.model.manifest.run,
         served.signature.version,
         served.model.backend,
+        served.model.why,
     )
 
 

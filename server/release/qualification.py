@@ -66,7 +66,7 @@ def bench(
         seconds: after which no further run is timed, at each of ``BATCHES``.
     """
     command = [sys.executable, "-P", "-m", "fedge.edge", "bench", str(bundle), "--json"]
-    command += ["--trust", str(trust), "--artefact", name, "--parity"]
+    command += ["--trust", str(trust), "--artifact", name, "--parity"]
     command += ["--runs", str(BENCH_RUNS), "--seconds", str(seconds), *extra]
     command += [word for batch in BATCHES for word in ("--batch", str(batch))]
     try:

@@ -51,6 +51,14 @@ def test_the_fastest_comes_first_and_the_fp32_graph_on_the_cpu_last() -> None:
     assert [c.last_resort for c in found] == [False] * 9 + [True]
 
 
+@pytest.mark.parametrize(("relative", "first"), [(0.9, "int8"), (1.0, "int8"), (1.2, "fp32")])
+def test_on_the_cpu_the_release_s_times_decide(relative: float, first: str) -> None:
+    int8 = artefact("onnx-int8", replace(EXECUTED, relative_p50=relative))
+    found = candidates((artefact("onnx-fp32"), int8), FULL)
+    assert next(c.name for c in found if c.place == CPU) == f"m.onnx-{first} on CPU"
+    assert [c.place for c in found] == [CUDA, OPENVINO, OPENVINO, CPU, CPU]
+
+
 def test_what_was_not_executed_is_refused_unless_it_is_allowed() -> None:
     unproven = tuple(artefact(kind, Qualification(False, "needs a GPU")) for kind in KINDS)
     taken = [(c.artefact.kind, c.place) for c in candidates(unproven, FULL) if not c.refused]

@@ -37,7 +37,7 @@ def path(compiled: Any, extra: Any, graphs: dict[str, bytes]) -> Path:
 
 def child(path: Path, trust: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "fedge.edge", "bench", str(path), "--trust", str(trust)]
-    command += ["--artefact", name, "--parity", "--json", "--runs", "20", "--seconds", "1"]
+    command += ["--artifact", name, "--parity", "--json", "--runs", "20", "--seconds", "1"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -58,7 +58,7 @@ def test_one_artefact_is_timed_alone_and_then_compared(
     assert 0 < found["p50_ms"] <= found["p99_ms"]
 
     argv = ["bench", str(path), "--trust", str(trust), "--runs", "10"]
-    assert main([*argv, "--artefact", "model.onnx", "--parity"]) == 0
+    assert main([*argv, "--artifact", "model.onnx", "--parity"]) == 0
     text = capsys.readouterr().out
     assert "backend    model.onnx on CPU, " in text
     assert "parity     within 0 of fp32, whose largest logit is " in text
@@ -76,7 +76,7 @@ def test_one_artefact_is_timed_alone_and_then_compared(
 def test_what_does_not_run_is_one_line(
     path: Path, trust: Path, capsys: Capture, name: str, message: str
 ) -> None:
-    argv = ["bench", str(path), "--trust", str(trust), "--artefact", name, "--json"]
+    argv = ["bench", str(path), "--trust", str(trust), "--artifact", name, "--json"]
     assert main(argv) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

@@ -86,7 +86,15 @@ def test_install_qualifies_everything_and_each_command_takes_the_folder(
     np.save(tmp_path / "x.npy", np.zeros((2, 6)))
     assert main(["predict", *argv, "--input", str(tmp_path / "x.npy")]) == 0
     out, err = capsys.readouterr()
-    assert (len(out.splitlines()), err) == (2, "")
+    assert len(out.splitlines()) == 2
+    assert err.startswith(
+        f"{best}: the fastest of what `fedge-edge install` timed on this device (p50 "
+    )
+    assert (
+        main(["predict", *argv, "--artifact", "model.onnx", "--input", str(tmp_path / "x.npy")])
+        == 0
+    )
+    assert capsys.readouterr().err == "model.onnx on CPU: named by --artifact\n"
     assert main(["verify", *argv]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(maxsplit=1)[0] for line in lines].count("runs") == 6

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedge.shared.errors import BundleError, InputError
 Load = Callable[..., EdgeModel]
 Graphs = dict[str, bytes]
 X = np.random.default_rng(3).random((3, 2, 3)).astype(np.float32)
+EXECUTED = Qualification(True, max_abs_difference=0.0, tolerance=1.0, agreement=1.0)
 NOT_EXECUTED = Qualification(False, "needs a GPU")
 
 
@@ -39,11 +41,23 @@ def test_int8_that_was_executed_serves_before_fp32(
     model = load(compiled(extra("model.int8.onnx", "onnx-int8", graphs["int8"])))
     assert (model.backend, model.artefact) == ("model.int8.onnx on CPU", "model.int8.onnx")
     assert (model.fallbacks, model.device) == ((), cpu_name())
+    assert model.why == "the first of the usual order that works here"
     fp32 = load(compiled())
     assert fp32.backend == "model.onnx on CPU"
     ready = model.prepare(X)
     gap = np.abs(model.logits(ready) - fp32.logits(ready)).max()
     assert 0 < gap < 0.1
+
+
+@pytest.mark.parametrize(("relative", "serves"), [(0.5, "model.int8.onnx"), (1.5, "model.onnx")])
+@pytest.mark.usefixtures("patient")
+def test_without_an_installation_the_release_s_times_decide(
+    load: Load, compiled: Any, extra: Any, graphs: Graphs, relative: float, serves: str
+) -> None:
+    timed = replace(EXECUTED, relative_p50=relative)
+    model = load(compiled(extra("model.int8.onnx", "onnx-int8", graphs["int8"], timed)))
+    assert (model.artefact, model.fallbacks) == (serves, ())
+    assert model.why == "the fastest that works here, as timed at the release"
 
 
 @pytest.mark.parametrize("qualification", [None, NOT_EXECUTED])
@@ -147,6 +161,7 @@ def test_a_named_artefact_runs_alone_or_not_at_all(
     for name in ("model.onnx", "model.int8.onnx", "model.fp16.onnx"):
         model = load(path, artefact=name)
         assert (model.backend, model.fallbacks) == (f"{name} on CPU", ())
+        assert model.why == "named by --artifact"
         assert model.predict(X).indices.shape == (3,)
     for name, code in (("model.s8.onnx", 708), ("other.onnx", 706)):
         with pytest.raises(BundleError) as error:
@@ -168,6 +183,7 @@ def test_a_backend_that_fails_to_run_is_dropped_and_the_request_answered(
     np.testing.assert_array_equal(model.logits(many), expected.logits(many))
     assert time.perf_counter() - start < 30
     assert model.backend == "model.onnx on CPU"
+    assert model.why == "what was in use failed"
     (reason,) = model.fallbacks
     assert reason.startswith("FE-708 model.int8.onnx: fails to run")
     assert f"{reason}; model.onnx on CPU goes on" in caplog.text
