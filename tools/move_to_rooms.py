@@ -174,7 +174,7 @@ shared
     compile/observe          compile/activation_observer
     compile/precision        compile/quantisation
     compile/strip            compile/strip_metadata
-    tolerance                compile/tolerance
+    tolerance                bundle/tolerance
     config                   config/federation
     strategy_sections        config/strategies
     section                  config/base_section

@@ -15,9 +15,8 @@ import sys
 from typing import Any, BinaryIO, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedge.shared.bundle.onnx_session import load_onnxruntime
+from fedge.shared.bundle.onnx_session import run
 from fedge.shared.daemon.process import die_with_parent, forbid_core_dumps
 from fedge.shared.failpoints import reach
 
@@ -26,39 +25,6 @@ HEADER: Final = struct.Struct(">I")
 #: Where a test may kill: over the graph of that number.
 FAIL_POINT: Final = "graph-run"
 _MAX_TEXT: Final = 300
-
-
-def run(
-    onnx: bytes, x: NDArray[Any], *, batch: int, optimised: bool, threads: int
-) -> NDArray[np.float32]:
-    """The graph's only output, joined along its first axis.
-
-    Args:
-        onnx: the graph, with one input.
-        x: ``(n, ...)``, ``n`` 1 or more.
-        batch: examples at a time.
-        optimised: whether the runtime may optimise the graph.
-        threads: number of threads of the runtime.
-    """
-    onnxruntime = load_onnxruntime()
-    onnxruntime.set_default_logger_severity(4)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    levels = onnxruntime.GraphOptimizationLevel
-    # Beyond these lie changes of layout, which have crashed on half-precision graphs (1.31.1).
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_EXTENDED if optimised else levels.ORT_DISABLE_ALL
-    )
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    (graph_input,), (output,) = session.get_inputs(), session.get_outputs()
-    parts = [
-        np.asarray(
-            session.run([output.name], {graph_input.name: x[at : at + batch]})[0], np.float32
-        )
-        for at in range(0, len(x), batch)
-    ]
-    return np.concatenate(parts)
 
 
 def main(source: BinaryIO, out: BinaryIO) -> None:

@@ -61,8 +61,14 @@ def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> st
         ("key", bundle.key_id),
         ("task", m.task),
         *([("serial", str(m.serial))] if m.serial else []),
-        ("run", f"{m.run}, {m.strategy}, {m.rounds} rounds, finished {m.created}"),
-        ("sites", f"{len(m.sites)}: {sites}"),
+        *(
+            [
+                ("run", f"{m.run}, {m.strategy}, {m.rounds} rounds, finished {m.created}"),
+                ("sites", f"{len(m.sites)}: {sites}"),
+            ]
+            if m.sites
+            else [("run", f"none: a network that was bundled by itself, {m.created}")]
+        ),
     ]
     for metric in sorted({metric for values in m.metrics.values() for metric in values}):
         figures = [

@@ -11,7 +11,7 @@ from fedge.edge.backends.candidates import Candidate
 from fedge.edge.backends.trial import Timing, Trial, try_out
 from fedge.edge.installation.record import Entry
 from fedge.edge.outputs import parity
-from fedge.shared.compile.tolerance import tolerance
+from fedge.shared.bundle.tolerance import tolerance
 from fedge.shared.errors import BundleError
 from fedge.shared.preprocessing.schema import OutputSchema
 

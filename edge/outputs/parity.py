@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedge.edge.outputs.labelling import decide
 from fedge.shared.bundle.generated_examples import MAX_BATCH_VALUES, example
 from fedge.shared.bundle.manifest import Manifest
-from fedge.shared.compile.tolerance import tolerance
+from fedge.shared.bundle.tolerance import tolerance
 from fedge.shared.errors import BundleError
 from fedge.shared.preprocessing import steps as preprocessing
 from fedge.shared.preprocessing.schema import OutputSchema

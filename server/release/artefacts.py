@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from fedge.server.release.compile_record import Dropped
 from fedge.shared.bundle.manifest_artefacts import (
     ENGINE_KINDS,
-    ONNX_FP16,
     ONNX_FP32,
-    ONNX_INT8,
-    ONNX_INT8_SYMMETRIC,
     Artefact,
     Engine,
 )
 from fedge.shared.compile import targets as known
-from fedge.shared.compile.candidates import derived
+from fedge.shared.compile.candidates import FILE_NAMES, derived
 from fedge.shared.compile.targets import SOURCES, Target
 from fedge.shared.compile.tensorrt import build_in_child
 from fedge.shared.errors import ReleaseError
@@ -26,13 +22,6 @@ from fedge.shared.errors import ReleaseError
 #: Called during a long build with the artefact's name, the builder's phase and the share done, from 0 to 1.
 Progress = Callable[[str, str, float], None]
 Ranges = Mapping[str, tuple[float, float]]
-
-_NAMES: Final = {
-    ONNX_FP32: "model.onnx",
-    ONNX_FP16: "model.fp16.onnx",
-    ONNX_INT8: "model.int8.onnx",
-    ONNX_INT8_SYMMETRIC: "model.int8-symmetric.onnx",
-}
 
 
 @dataclass(frozen=True)
@@ -65,8 +54,8 @@ def file_name(kind: str, capabilities: Sequence[int] = ()) -> str:
         kind: of the artefact, as in the manifest.
         capabilities: compute capabilities of an engine's GPUs, for example 89.
     """
-    if kind in _NAMES:
-        return _NAMES[kind]
+    if kind in FILE_NAMES:
+        return FILE_NAMES[kind]
     runtime, _, precision = kind.rpartition("-")
     gpus = "-".join(f"sm{c}" for c in capabilities) or "native"
     return f"model.{precision}.{runtime}.{gpus}.engine"

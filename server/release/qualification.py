@@ -27,9 +27,9 @@ from fedge.shared.bundle.manifest_artefacts import (
     Qualification,
     Score,
 )
+from fedge.shared.bundle.tolerance import tolerance
 from fedge.shared.compile import gpu_capability, tensorrt
 from fedge.shared.compile.targets import SOURCES
-from fedge.shared.compile.tolerance import tolerance
 from fedge.shared.errors import ReleaseError
 
 BENCH_DEADLINE: Final = 180.0  # seconds

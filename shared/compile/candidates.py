@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from fedge.shared.tasks.task import Task
 
 #: In the order in which they are requested.
-CANDIDATES: Final = (ONNX_FP32, ONNX_FP16, ONNX_INT8, ONNX_INT8_SYMMETRIC)
+FILE_NAMES: Final = {
+    ONNX_FP32: "model.onnx",
+    ONNX_FP16: "model.fp16.onnx",
+    ONNX_INT8: "model.int8.onnx",
+    ONNX_INT8_SYMMETRIC: "model.int8-symmetric.onnx",
+}
+CANDIDATES: Final = tuple(FILE_NAMES)
 #: Those that need activation ranges.
 QUANTISED: Final = (ONNX_INT8, ONNX_INT8_SYMMETRIC)
 #: Remedy where the converters are not installed.

@@ -1,7 +1,7 @@
 import pytest
 
 from fedge.shared.bundle.manifest_artefacts import KINDS, ONNX_FP16, ONNX_FP32, RTX_INT8
-from fedge.shared.compile.tolerance import tolerance
+from fedge.shared.bundle.tolerance import tolerance
 
 
 def test_a_kinds_tolerance_grows_with_the_logits() -> None:
