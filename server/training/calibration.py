@@ -188,7 +188,7 @@ class Calibrator:
             merged = _Merged(None, reason)
             if counted is not None:
                 counts = np.array([counted[name] for name in names])
-                merged = self._outermost(counts, model, request.noised, sites)
+                merged = self._from_histograms(counts, model, request.noised, sites)
                 examples = counted.get(EXAMPLES)
                 merged = replace(merged, examples=None if examples is None else int(examples))
         return merged, self._exchanges.absent(request, calibration.RANGES)
@@ -215,7 +215,7 @@ class Calibrator:
         sites = tuple(sorted(reported))
         if request.noised is not None:
             counts = np.sum([reported[s].values for s in sites], axis=0)
-            return self._outermost(counts, model, request.noised, sites)
+            return self._from_histograms(counts, model, request.noised, sites)
         hidden = self._exchanges.config.privacy.hides_sites
         return _Merged(
             ranges.merged([reported[s].values for s in sites]),
@@ -224,7 +224,7 @@ class Calibrator:
             clipped=tuple(s for s in sites if (np.abs(reported[s].values) >= bound).any()),
         )
 
-    def _outermost(
+    def _from_histograms(
         self,
         counts: NDArray[np.float64],
         model: Model,
@@ -238,7 +238,9 @@ class Calibrator:
             threshold = ranges.above_noise(stddev, count)
         shaped = counts.reshape(count, ranges.SIDES, ranges.BINS)
         try:
-            bounds = ranges.outermost(shaped, self._section.bound, threshold)
+            bounds = ranges.from_histograms(
+                shaped, self._section.bound, quantile=self._section.quantile, threshold=threshold
+            )
             return _Merged(bounds, sites=sites)
         except ranges.HiddenError as error:
             if noised is None:

@@ -2,8 +2,9 @@
 
 Minima and maxima merge exactly, but they cannot be summed under secure aggregation, nor hidden by noise. There each
 site counts, for each tensor, in how many examples the largest value lies in each bin of a fixed grid, and the same for
-the smallest. Such histograms add up. A range then ends at the outer edge of the outermost bin that is not empty: never
-within the true one, and at most one bin beyond it.
+the smallest. Such histograms add up. A range then ends at the outer edge of a quantile's bin. The quantile of 1 is the
+outermost bin that is not empty: never within the true range, and at most one bin beyond it. A lower one leaves out the
+rarest extremes, which cost all other values their resolution.
 
 The bins are half octaves from 2^-14 to 2^14 on either side of zero. Values beyond zero on the wrong side (a largest
 value below it) are in the innermost bin: quantisation takes zero into every range.
@@ -85,14 +86,15 @@ def histogram(extremes: NDArray[np.float64]) -> NDArray[np.int64]:
     return counts.reshape(*magnitudes.shape[1:], BINS).astype(np.int64)
 
 
-def outermost(
-    counts: NDArray[np.float64], bound: float, threshold: float = 0.0
+def from_histograms(
+    counts: NDArray[np.float64], bound: float, *, quantile: float = 1.0, threshold: float = 0.0
 ) -> NDArray[np.float64]:
     """The range of each tensor from its histograms.
 
     Args:
         counts: ``(tensors, 2, BINS)``, summed over sites.
         bound: to which the activations were clipped, where a bin's edge lies beyond it.
+        quantile: share of the examples whose extremes lie within each end, above 0 and at most 1.
         threshold: that a bin's count must exceed to count as not empty.
 
     Returns:
@@ -101,10 +103,12 @@ def outermost(
     Raises:
         HiddenError: all bins of a histogram count as empty.
     """
-    present = counts > threshold
-    if not present.any(axis=2).all():
-        raise HiddenError(int(np.argwhere(~present.any(axis=2))[0][0]))
-    last = BINS - 1 - present[:, :, ::-1].argmax(axis=2)
+    within = np.where(counts > threshold, counts, 0.0).cumsum(axis=2)
+    total = within[:, :, -1:]
+    if not (total > 0).all():
+        raise HiddenError(int(np.argwhere(total <= 0)[0][0]))
+    # With a quantile of 1 the first bin that reaches the total: the empty ones beyond it add 0 to the sum, exactly.
+    last = (within >= quantile * total).argmax(axis=2)
     ends = np.minimum(np.asarray(EDGES)[last], bound)
     # Not -0.0, which is another text for the same number.
     return np.stack([0.0 - ends[:, 0], ends[:, 1]], axis=1)

@@ -30,6 +30,7 @@ class Config(Sections):
     def _check_combinations(self) -> Config:
         found = [
             *self._momentum_problems(),
+            *self._calibration_problems(),
             *self._site_count_problems(),
             *self._secure_aggregation_problems(),
             *privacy_rules.incompatible(self),
@@ -41,6 +42,14 @@ class Config(Sections):
     def _momentum_problems(self) -> Iterator[str]:
         if self.train.optimizer == "adam" and self.train.momentum:
             yield f"train.momentum: must be 0 with adam, got {self.train.momentum}"
+
+    def _calibration_problems(self) -> Iterator[str]:
+        histograms = self.secure_aggregation.enabled or self.privacy.metrics == "noised"
+        if self.calibration.quantile < 1 and not histograms:
+            yield (
+                "calibration.quantile: must be 1 without secure-aggregation or noise, as sites then report extremes, of"
+                f" which there is no quantile, got {self.calibration.quantile}"
+            )
 
     def _secure_aggregation_problems(self) -> Iterator[str]:
         """What secure aggregation excludes."""

@@ -200,6 +200,13 @@ class CalibrationSection(Section):
         le=2**14,
         description="to which a site clips its activations: no range tells of more",
     )
+    quantile: float = Field(
+        1.0,
+        ge=0.9,
+        le=1,
+        description="share of the examples whose extremes a range holds, where sites count bins: under secure"
+        " aggregation, or noise",
+    )
     deadline: float = Field(
         120.0,
         gt=0,

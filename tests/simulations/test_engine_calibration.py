@@ -19,8 +19,10 @@ from fedge.client.data.dataset import site_shares
 from fedge.server.runs.directory import RunDirectory
 from fedge.server.runs.listener import NullListener
 from fedge.shared import protocol
+from fedge.shared.bundle import onnx_session
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32, ONNX_INT8, ONNX_KINDS
-from fedge.shared.compile import calibration, candidates
+from fedge.shared.compile import calibration, candidates, ranges
+from fedge.shared.compile.activation_observer import observed
 from fedge.shared.compile.calibration import Calibration
 from fedge.shared.config.federation import Config
 from fedge.shared.preprocessing import steps
@@ -46,6 +48,20 @@ def load(run: Path) -> Calibration:
 def last_line(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])
     return found
+
+
+def central_bins(run: Path, run_config: Config) -> dict[str, tuple[float, float]]:
+    """The quantile of the same bins, over the training examples of all sites together."""
+    task = get_task(run_config.task.name)
+    shares = site_shares(run_config, task).values()
+    x = np.concatenate([steps.apply(task.preprocessing, s.train_features) for s in shares])
+    onnx = candidates.fp32(task, tensors.read(run / "model.safetensors"), x.shape[1:])
+    names = candidates.tensors(onnx)
+    both = onnx_session.run(observed(onnx, names), x, batch=1, optimised=False, threads=1)
+    counts = ranges.histogram(both.reshape(len(x), 2, -1).transpose(0, 2, 1).astype(np.float64))
+    section = run_config.calibration
+    ends = ranges.from_histograms(counts.astype(float), section.bound, quantile=section.quantile)
+    return {name: (float(low), float(high)) for name, (low, high) in zip(names, ends, strict=True)}
 
 
 def central(run: Path, run_config: Config, folder: Path) -> dict[str, tuple[float, float]]:
@@ -217,6 +233,23 @@ MASKS = {"enabled": True, "min-sites": 3}
 
 
 @pytest.mark.slow
+def test_a_quantile_under_secure_aggregation_is_that_of_a_central_calibration_over_the_same_bins(
+    tmp_path: Path,
+) -> None:
+    own = {"enabled": True, "examples": 65_536, "quantile": 0.97}
+    run_config = config(3, calibration=own, **{"secure-aggregation": MASKS})
+    run = simulate(run_config, tmp_path / "run").path
+    found = load(run)
+    assert found.ranges == central_bins(run, run_config)
+    widest = central_bins(run, config(3))
+    tighter = [name for name, ends in found.ranges.items() if ends != widest[name]]
+    assert tighter
+    assert all(
+        widest[n][0] <= found.ranges[n][0] <= found.ranges[n][1] <= widest[n][1] for n in tighter
+    )
+
+
+@pytest.mark.slow
 def test_under_secure_aggregation_no_range_is_tighter_and_none_more_than_a_bin_wider(
     tmp_path: Path,
 ) -> None:
@@ -227,6 +260,7 @@ def test_under_secure_aggregation_no_range_is_tighter_and_none_more_than_a_bin_w
     assert (found.mode, found.examples) == ("histogram", 1347)
     assert found.ranges is not None
     assert found.ranges.keys() == true.keys()
+    assert found.ranges == central_bins(run, run_config)
     for name, (low, high) in found.ranges.items():
         for reported, true_end in ((-low, -true[name][0]), (high, true[name][1])):
             assert reported >= max(true_end, 0.0)

@@ -29,7 +29,7 @@ def test_the_grid_is_half_octaves_from_2_to_the_minus_14_to_2_to_the_14():
 @given(st.lists(st.tuples(VALUE, VALUE), min_size=1, max_size=20))
 def test_a_histogram_s_range_is_never_tighter_and_at_most_a_bin_wider(pairs):
     found = extremes(*(sorted(pair) for pair in pairs))
-    ((low, high),) = ranges.outermost(ranges.histogram(found).astype(float), 2.0**14)
+    ((low, high),) = ranges.from_histograms(ranges.histogram(found).astype(float), 2.0**14)
     for true_end, end in ((-found[..., 0].min(), -low), (found[..., 1].max(), high)):
         assert end >= true_end
         within = max(true_end, 0.0)
@@ -70,9 +70,20 @@ def test_clipping_is_reported_and_values_that_are_not_finite_are_refused():
 
 def test_a_range_does_not_go_beyond_the_bound():
     counts = ranges.histogram(extremes((-100.0, 100.0))).astype(float)
-    assert ranges.outermost(counts, 100.0).tolist() == [[-100.0, 100.0]]
+    assert ranges.from_histograms(counts, 100.0).tolist() == [[-100.0, 100.0]]
     # A bin's edge lies where it is without a bound.
-    assert ranges.outermost(counts, 2.0**14).tolist() == [[-128.0, 128.0]]
+    assert ranges.from_histograms(counts, 2.0**14).tolist() == [[-128.0, 128.0]]
+
+
+@given(st.lists(VALUE, min_size=1, max_size=60), st.sampled_from([0.9, 0.95, 0.99, 1.0]))
+def test_a_quantile_holds_its_share_of_the_examples_and_no_bin_more(values, quantile):
+    counts = ranges.histogram(extremes(*((-abs(v), abs(v)) for v in values))).astype(float)
+    ((low, high),) = ranges.from_histograms(counts, 2.0**14, quantile=quantile)
+    assert low == -high or low == high == 0
+    needed = math.ceil(round(quantile * len(values), 9))
+    assert sum(abs(v) <= high for v in values) >= needed
+    below = max((edge for edge in EDGES if edge < high), default=-1.0)
+    assert sum(abs(v) <= below for v in values) < needed
 
 
 def test_noise_alone_moves_hardly_any_range():
@@ -90,6 +101,8 @@ def test_a_tensor_of_which_noise_leaves_nothing_is_named():
     counts[1, 0, 5] = 50.0
     counts[1, 1, 5] = 9.0
     with pytest.raises(HiddenError) as caught:
-        ranges.outermost(counts, 1.0, threshold=10.0)
+        ranges.from_histograms(counts, 1.0, threshold=10.0)
     assert caught.value.tensor == 1
-    assert ranges.outermost(counts, 1.0, threshold=8.0).tolist() == [[-EDGES[5], EDGES[5]]] * 2
+    assert (
+        ranges.from_histograms(counts, 1.0, threshold=8.0).tolist() == [[-EDGES[5], EDGES[5]]] * 2
+    )

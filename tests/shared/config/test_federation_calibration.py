@@ -20,7 +20,15 @@ def test_it_is_off_unless_it_is_asked_for():
 
 @pytest.mark.parametrize(
     "keys",
-    [{"examples": 63}, {"examples": 10**6}, {"bound": 0.0}, {"bound": 20_000.0}, {"deadline": 0}],
+    [
+        {"examples": 63},
+        {"examples": 10**6},
+        {"bound": 0.0},
+        {"bound": 20_000.0},
+        {"deadline": 0},
+        {"quantile": 0.8},
+        {"quantile": 1.1},
+    ],
 )
 def test_values_beyond_their_range_are_refused(keys):
     with pytest.raises(ConfigError, match="calibration") as caught:
@@ -39,3 +47,13 @@ def test_where_metrics_are_off_there_is_no_calibration():
     assert tree(noised).calibration.enabled
     # Where there is no mechanism, metrics leave as they are, and so do ranges.
     assert tree({"mechanism": "off"}).calibration.enabled
+
+
+def test_extremes_in_the_clear_have_no_quantile():
+    with pytest.raises(ConfigError, match=r"calibration.quantile: must be 1 without"):
+        tree(quantile=0.99)
+    noised = {"mechanism": "local", "noise-multiplier": 1.0, "metrics": "noised"}
+    assert (
+        tree({**noised, "metrics-noise-multiplier": 1.0}, quantile=0.99).calibration.quantile
+        == 0.99
+    )
