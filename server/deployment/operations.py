@@ -72,6 +72,7 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
     Raises:
         DeployError: 901, not a server's home; 914, the name cannot be one.
         ConfigError: 201 to 211.
+        DataError: 304, 305, the task is not there, or its network cannot be trained or released.
     """
     server_config.load(home)
     config = reader.load(path, overrides)
@@ -81,11 +82,14 @@ def submit(home: Path, path: Path, overrides: Sequence[str] = (), name: str | No
     if not re.fullmatch(SITE_NAME, name):
         raise DeployError(914, f"--name: must match {SITE_NAME}, got {name[:80]!r}")
     # Imported late, as it imports torch: other actions, and refusals above, need not wait for that.
+    from fedge.shared.compile.onnx_export import require_exportable
     from fedge.shared.privacy.checks.compatibility import require_compatible
+    from fedge.shared.tasks.dry_run import check
 
-    require_compatible(
-        config.privacy, get_task(config.task.name), config.secure_aggregation.min_sites
-    )
+    task = get_task(config.task.name)
+    check(task)
+    require_exportable(task)
+    require_compatible(config.privacy, task, config.secure_aggregation.min_sites)
     prepare(home / "runs" / name, config, resume=False)
     return name
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from fedge.server.deployment import certificates, operations, server_config
 from fedge.server.runs import results
@@ -23,6 +25,7 @@ from fedge.shared.daemon import home as homes
 from fedge.shared.daemon.process import Program
 from fedge.shared.daemon.supervisor import Service, Supervisor
 from fedge.shared.errors import FedgeError, RunError
+from fedge.shared.tasks.registry import get_task
 
 CONFIG = '[task]\nname = "digits"\n[run]\nrounds = 3\n[sites]\ncount = 2\n'
 
@@ -97,6 +100,20 @@ def test_submit_refuses_what_no_site_could_learn(home: Path, config: Path) -> No
         else:
             assert code_of(operations.submit, home, config, made, "unfit") == 211
     assert [path.name for path in (home / "runs").iterdir()] == ["fits"]
+
+
+def test_submit_refuses_what_no_release_could_export(
+    home: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10).bfloat16())
+
+    own = replace(get_task("digits"), network=network)
+    monkeypatch.setattr(operations, "get_task", lambda _: own)
+    with pytest.raises(FedgeError, match="1.weight must be of a type that arrays have") as caught:
+        operations.submit(home, config, (), "own")
+    assert caught.value.code == 305
+    assert not list((home / "runs").glob("*"))
 
 
 def test_submit_queues_a_run(home: Path, config: Path) -> None:
