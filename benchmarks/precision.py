@@ -6,7 +6,7 @@ trains each task over its sites as `fedge simulate` does, with federated calibra
 `fedge compile` does, and builds TensorRT engines for three generations of GPUs, none of which is at hand. Each graph
 is timed by `fedge-edge bench` in a process of its own. Prints a table, writes benchmarks/results/precision.json, where
 the rows of tasks that are not named stay, and exits with 1 where an fp32 graph is more than 1e-4 from its network,
-INT8 loses more than a point of the metric, or an engine is not built.
+INT8 loses more than a point of the metric, or an engine is not built. The networks of shared/models: engines.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.client.data.dataset import site_shares
+from fedge.edge.backends.device import cpu_name
 from fedge.edge.runtime.model import EdgeModel
 from fedge.server.release import qualification
 from fedge.server.release.artefacts import Builder, Built, artefact
@@ -53,7 +54,11 @@ DATA = HERE.parent.parent / "shared" / "data"
 RESULTS = HERE / "results" / "precision.json"
 TASKS = {"digits": "digits", "gtsrb": "gtsrb", "hmp-adl": "hmp_adl"}
 GPUS = (86, 89, 120)
-BATCH = 32
+BATCH = qualification.BATCHES[-1]
+#: What multiplies many numbers at a time, of eight bits above all, by the names of the kernel.
+INSTRUCTIONS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm",
+)  # fmt: skip
 #: A share of the metric; and two logits of the fp32 graph and the network.
 BUDGET, PARITY = 0.01, 1e-4
 
@@ -69,6 +74,7 @@ class Row:
     agreement: float | None
     p50_ms: float | None
     items_per_second: float | None
+    batched_items_per_second: float | None
     peak_rss_mb: float | None
     note: str = ""
 
@@ -92,6 +98,7 @@ def main() -> int:
         rows += measured
         parities[name] = difference
         missed += problems
+    print(f"{cpu_name()}: {' '.join(instructions())}")
     print(table(rows))
     for name, difference in parities.items():
         print(f"{name}: fp32 graph within {difference:.2g} of the network (goal {PARITY:g})")
@@ -99,6 +106,8 @@ def main() -> int:
         print(f"MISSED {line}")
     result = {
         "cores": os.cpu_count(),
+        "processor": cpu_name(),
+        "instructions": instructions(),
         "date": time.strftime("%Y-%m-%d"),
         "parity": parities,
         "rows": [asdict(row) for row in rows],
@@ -106,6 +115,13 @@ def main() -> int:
     }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if missed else 0
+
+
+def instructions() -> list[str]:
+    """Those of ``INSTRUCTIONS`` that the processor has."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    return [name for name in INSTRUCTIONS if name in flags]
 
 
 def kept(again: set[str]) -> tuple[list[Row], dict[str, float], list[str]]:
@@ -130,7 +146,7 @@ def measure(
     model = trained_model.from_run(run)
     calibrated = calibration.load(run / "calibration.json")
     fp32 = export_onnx(model.network, model.shape)
-    close = parity(model.network, fp32, model.shape)
+    close = parity(model.network, fp32, model.shape, examples=model.examples)
     builder = Builder(fp32, opset_of(fp32), calibrated.ranges, lambda *_: None)
     graphs = [
         Built(artefact(kind, data, opset_of(fp32)), data)
@@ -145,7 +161,6 @@ def measure(
                 name,
                 built,
                 calibrated,
-                None,
                 None,
                 f"built for {', '.join(f'sm{c}' for c in GPUS)}",
             )
@@ -189,9 +204,6 @@ def graph_rows(
     rows, problems = [], []
     for built in graphs:
         one = qualification.bench(bundle, public_path(key), built.artefact.name, options)
-        many = qualification.bench(
-            bundle, public_path(key), built.artefact.name, [*options, "--batch", str(BATCH)]
-        )
         agreement = None
         if not one.failure:
             try:
@@ -199,7 +211,7 @@ def graph_rows(
                 agreement = float(np.mean(labels(own, held_out) == expected))
             except FedgeError as error:
                 one = qualification.Timed({}, str(error))
-        measured = row(name, built, calibrated, one, many, one.failure, agreement)
+        measured = row(name, built, calibrated, one, one.failure, agreement)
         rows.append(measured)
         problems += loss_problems(measured, rows[0])
     return rows, problems
@@ -216,7 +228,6 @@ def row(
     built: Built,
     calibrated: Calibration,
     one: qualification.Timed | None,
-    many: qualification.Timed | None,
     note: str,
     agreement: float | None = None,
 ) -> Row:
@@ -233,7 +244,8 @@ def row(
         metric,
         agreement,
         timed.get("p50_ms"),
-        many.result.get("items_per_second") if many else None,
+        timed.get("items_per_second"),
+        timed["others"][0]["items_per_second"] if timed else None,
         timed.get("peak_rss_mb"),
         note,
     )
@@ -260,7 +272,8 @@ def table(rows: Sequence[Row]) -> str:
         "metric",
         "agreement",
         "p50 ms",
-        f"items/s at {BATCH}",
+        "items/s at 1",
+        f"at {BATCH}",
         "MB",
         "",
     )
@@ -288,7 +301,10 @@ def cells(r: Row) -> tuple[str, ...]:
         "-" if r.metric is None else f"{100 * r.metric:.2f} %",
         "-" if r.agreement is None else f"{100 * r.agreement:.2f} %",
         "-" if r.p50_ms is None else f"{r.p50_ms:.3f}",
-        "-" if r.items_per_second is None else f"{r.items_per_second:,.0f}",
+        *(
+            "-" if n is None else f"{n:,.0f}"
+            for n in (r.items_per_second, r.batched_items_per_second)
+        ),
         "-" if r.peak_rss_mb is None else f"{r.peak_rss_mb:.0f}",
         r.note,
     )

@@ -22,7 +22,7 @@ CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 MAX_FILES, MAX_LINES, MAX_DEPTH = 15, 400, 3
 #: Folders and files that are larger, and how large they may be.
-LARGER_FOLDERS = {"benchmarks": 33, "tests/simulations": 23}
+LARGER_FOLDERS = {"benchmarks": 34, "tests/simulations": 23}
 LONGER_FILES = {
     "tools/move_to_rooms.py": 816,  # goes with the next release
     "tests/client/deployment/test_daemon.py": 495,

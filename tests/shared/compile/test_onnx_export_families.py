@@ -21,8 +21,6 @@ TOLERANCE = 1e-4
 HALF = 5e-3
 LAYERS = 2
 GPUS = (86, 89, 120)
-#: Builds in eight bits take as long as all others together; these hold every operator that is quantised.
-IN_EIGHT_BITS = ("cnn", "transformer", "u-net", "lstm-language")
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +82,10 @@ def sizes_of(family):
 
 
 @pytest.mark.slow
-def test_one_engine_for_three_generations(family, exported, request):
+def test_one_engine_for_three_generations_in_each_precision(family, exported):
     _, data = exported
-    graphs = [to_fp16(data)]
-    if request.node.callspec.params["family"] in IN_EIGHT_BITS:
-        graphs.append(quantise(data, dict.fromkeys(activations(data), (-2.0, 2.0)), symmetric=True))
-    for graph in graphs:
+    int8 = quantise(data, dict.fromkeys(activations(data), (-2.0, 2.0)), symmetric=True)
+    for graph in (data, to_fp16(data), int8):
         built = build_in_child(
             graph, runtime="tensorrt-rtx", capabilities=GPUS, sizes=sizes_of(family), deadline=600
         )
