@@ -97,7 +97,10 @@ def allow(
     if disclosure.get("update") == "trusted" and not policy.trust_server:
         expected = "of the site's own while privacy.trust-server is false"
         raise _refusal("privacy.mechanism", expected, section.mechanism)
-    if disclosure.get("sums", "noised") != "noised" and not policy.share_statistics:
+    # Also where no sum leaves: a mean and a deviation of the site's own, without noise, are in every row that trains,
+    # so that one row moves the gradients of all others, beyond what clipping bounds.
+    exact_sums = disclosure.get("sums", "noised") != "noised" or section.statistics == "unprotected"
+    if exact_sums and not policy.share_statistics:
         expected = "off while privacy.share-statistics is false, and no sums asked for"
         raise _refusal("privacy.statistics", expected, section.statistics)
     if disclosure.get("counts", "noised") != "noised" and not policy.share_metrics:

@@ -263,7 +263,9 @@ def missing(
         "mechanism": section.mechanism == "off",
         "trust-server": "trusted" in table.values() and not privacy.trust_server,
         "share-metrics": "counts" in exact and not privacy.share_metrics,
-        "share-statistics": "sums" in exact and not privacy.share_statistics,
+        # Exact sums in every row that trains are no more covered by its noise than those that leave.
+        "share-statistics": ("sums" in exact or section.statistics == "unprotected")
+        and not privacy.share_statistics,
         "share-ranges": "ranges" in exact and not ranges,
         "update": "update" in exact,
     }
@@ -293,6 +295,19 @@ def test_where_secure_aggregation_is_required_nothing_leaves_in_clear(kind, ask)
         if served(policy, ask, kind, section, masked=masked, standardise=standardise):
             table = disclosed(kind, section, masked=masked, standardise=standardise)
             assert "clear" not in (table or {}).values()
+
+
+def test_exact_statistics_of_the_site_s_own_are_used_only_where_the_owner_shares_them(ask):
+    """`standardise = "site"` sends no sums, and yet one row scales all others."""
+    section = PrivacySection.model_validate(
+        {"mechanism": "example", "noise-multiplier": 1.0, "statistics": "unprotected"}
+    )
+    for shared in (False, True):
+        policy = policy_of(
+            PrivacyPolicy.model_validate({"required": True, "share-statistics": shared})
+        )
+        for kind in (protocol.REGISTER, protocol.TRAIN):
+            assert served(policy, ask, kind, section, masked=False, standardise=False) == shared
 
 
 def test_a_policy_that_permits_sums_of_no_feature_serves_none(ask):
