@@ -5,8 +5,12 @@ accountant assumes), scales each example's gradient down to the clipping bound C
 of standard deviation noise_multiplier * C, and divides by the batch size that is expected, not by the one that was
 sampled: that one would reveal something of the data. A step in which no example is sampled still adds its noise.
 
-Opacus computes gradients by example, clips and adds; the sampling and the noise are ours, as Opacus takes them from a
-generator that can be predicted.
+Opacus computes gradients by example and adds them; the sampling and the noise are ours, as Opacus takes them from a
+generator that can be predicted, and so are the norms. The weights are of the server's choice, so that an example's part
+of the sum must be its own alone also where numbers overflow: else one more example, by changing the others' rounding,
+would take all their gradients out of the sum. So the loss of each example has a gradient of its own instead of one n-th
+of a mean's, norms are taken in float64, and an example whose gradients are huge or not finite is computed by itself.
+What remains is the order in which a kernel adds within one example, which may differ with the size of a batch.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from fedge.shared.privacy.mechanisms.gaussian import normal
 from fedge.shared.tasks.task import Task
 
 _BITS: Final = 53
+#: From here on, a gradient's numbers are near enough to float32's end to be computed by themselves.
+_HUGE: Final = 2.0**60
 _TASK_FAILED: Final = 413
 
 
@@ -62,7 +68,8 @@ def train_privately(
     release = release_of(noise, settings, len(examples.y))
     network.train()
     received = [p.detach().clone() for p in network.parameters() if p.requires_grad]
-    module = GradSampleModule(network)
+    # The sum's gradient in each example's loss is 1, whatever the number of examples.
+    module = GradSampleModule(network, loss_reduction="sum")
     try:
         steps = _OwnNoise(
             optimizer(settings, network),
@@ -77,13 +84,10 @@ def train_privately(
             steps.zero_grad()
             if len(rows):
                 index = torch.from_numpy(rows).to(examples.x.device)
-                loss = task.loss(module(examples.x[index]), examples.y[index])
-                with warnings.catch_warnings():
-                    # Torch says of every network's first layer that its input has no gradient.
-                    warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                x, y = examples.x[index], examples.y[index]
+                _backward(task, module, x, y)
                 _require_apart(network, len(rows))
-                _zero_non_finite(steps.params)
+                _compute_alone(task, module, x, y, steps)
             else:
                 for p in steps.params:
                     p.grad_sample = torch.zeros((0, *p.shape), device=p.device, dtype=p.dtype)
@@ -108,17 +112,51 @@ def _require_apart(network: nn.Module, rows: int) -> None:
             )
 
 
-def _zero_non_finite(params: list[Any]) -> None:
-    """Let an example whose gradient is not finite, in any parameter, count as a gradient of zeros.
+def _backward(task: Task, module: GradSampleModule, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Set the parameters' gradients of each example's own loss."""
+    logits = module(x)
+    try:
+        losses = torch.func.vmap(lambda row, label: task.loss(row[None], label[None]))(logits, y)
+    except RuntimeError:  # a loss whose operations cannot be batched
+        losses = torch.stack([task.loss(logits[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+    with warnings.catch_warnings():
+        # Torch says of every network's first layer that its input has no gradient.
+        warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
 
-    A clipped gradient changes the sum by C at most; NaN and infinity have no norm that could be clipped. With weights
-    of the server's choice one example alone would make the update NaN, and the error that follows would say whether it
-    was sampled: a release without noise.
+
+def _compute_alone(
+    task: Task, module: GradSampleModule, x: torch.Tensor, y: torch.Tensor, steps: _OwnNoise
+) -> None:
+    """Compute the gradients of an example that has a huge number in them by itself, and clip them in float64.
+
+    One that is not finite even so counts as a gradient of zeros. A clipped gradient changes the sum by C at most; NaN
+    and infinity have no norm that could be clipped. One such example would make the update NaN, and the error that
+    follows would say whether it was sampled: a release without noise.
     """
-    finite = torch.stack([p.grad_sample.flatten(1).isfinite().all(1) for p in params]).all(0)
-    if not finite.all():
-        for p in params:
-            p.grad_sample[~finite] = 0
+    largest = torch.stack([_rows(p.grad_sample).abs().amax(1) for p in steps.params]).amax(0)
+    # Also true of NaN.
+    huge = torch.nonzero(~(largest <= _HUGE)).flatten().tolist()
+    if not huge:
+        return
+    together = [p.grad_sample for p in steps.params]
+    for i in huge:
+        for p in steps.params:
+            p.grad_sample = None
+        _backward(task, module, x[i : i + 1], y[i : i + 1])
+        own = [p.grad_sample[0].double() for p in steps.params]
+        norm = torch.stack([torch.linalg.vector_norm(g) for g in own]).norm()
+        factor = min(1.0, steps.max_grad_norm / float(norm)) if norm.isfinite() and norm else 0.0
+        for all_rows, g in zip(together, own, strict=True):
+            # Not a product with 0, which NaN survives.
+            all_rows[i] = (g * factor).to(all_rows.dtype) if factor else 0
+    for p, all_rows in zip(steps.params, together, strict=True):
+        p.grad_sample, p.grad = all_rows, None
+
+
+def _rows(gradients: torch.Tensor) -> torch.Tensor:
+    """``(n, *shape)`` as ``(n, numbers)``, also where n is 0."""
+    return gradients.reshape(len(gradients), gradients.shape[1:].numel())
 
 
 def _poisson(release: Release, rows: int, entropy: Entropy) -> Iterator[NDArray[np.int64]]:
@@ -144,6 +182,17 @@ class _OwnNoise(DPOptimizer):  # type: ignore[misc]
     ) -> None:
         super().__init__(steps, **options)
         self._entropy, self._received, self._mu = entropy, received, proximal_mu
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradients; their norms are taken in float64, in which no square overflows."""
+        samples = self.grad_samples
+        norms = torch.stack(
+            [torch.linalg.vector_norm(_rows(g), dim=1, dtype=torch.float64) for g in samples]
+        ).norm(dim=0)
+        # Below C by more than float32 rounds.
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).to(samples[0].dtype)
+        for p, g in zip(self.params, samples, strict=True):
+            p.summed_grad = torch.einsum("i,i...", factors, g)
 
     def add_noise(self) -> None:
         """Add noise in float64 to the sum of clipped gradients, rounded once after."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import builders
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from fedge.client.privacy.dp_sgd import train_privately
 from fedge.client.privacy.noise_calibration import Noise, release_of
@@ -19,6 +21,7 @@ from fedge.shared.errors import SiteError
 from fedge.shared.privacy.accounting.epsilon import Release
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.privacy.mechanisms.gaussian import normal
+from fedge.shared.tasks.registry import get_task
 
 KEY = bytes(range(32))
 
@@ -126,6 +129,42 @@ def test_one_example_that_breaks_its_gradient_tells_nobody_that_it_was_there(tas
     torch.testing.assert_close(
         (after - before) * 10, (trained(hostile, others) - before) * 9, rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("power", [20, 62, 63, 64, 100, 126, 127])
+def test_one_example_more_takes_no_other_out_of_the_sum(power):
+    """Weights of the server's choice bring every gradient to an end of float32, so that rounding by n could decide."""
+    task = replace(
+        get_task("digits"),
+        network=lambda: nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)),
+    )
+    moved = {}
+    for count in (*range(94, 100), 197):
+        net = task.network()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.zero_()
+            net[0].bias.fill_(1e-10)
+            net[2].weight.copy_(torch.tensor([[2.0**power], [-(2.0**power)]]))
+        part = Examples(torch.zeros(count, 2), torch.ones(count, dtype=torch.int64))
+        settings = section(**{"batch-size": count, "local-steps": 1, "learning-rate": 1.0})
+        train_privately(task, net, part, settings, Noise(1e-9, 1.0), Entropy(key=KEY))
+        # Every gradient is longer than C, and along the bias alone, or counts as nothing.
+        moved[count] = round(count * float(1e-10 - net[0].bias.detach()), 3)
+    assert set(moved.values()) == {0.0} or moved == {count: float(count) for count in moved}
+
+
+def test_a_loss_that_cannot_be_batched_is_computed_row_by_row(task, examples):
+    def loss(logits, labels):
+        # A number of the batch, which vmap has none of.
+        return sum(-logits[i].log_softmax(0)[int(y)] for i, y in enumerate(labels)) / len(labels)
+
+    made = []
+    for own in (task, replace(task, loss=loss)):
+        net = network(own)
+        train_privately(own, net, examples, section(), Noise(0.5, 1.0), Entropy(key=KEY))
+        made.append(flat(net))
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-6)
 
 
 def test_no_two_rounds_have_the_same_noise(task, examples):
