@@ -67,6 +67,8 @@ def train_privately(
     """
     release = release_of(noise, settings, len(examples.y))
     network.train()
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    state = {n: t.clone() for n, t in network.state_dict().items() if n not in trained}
     received = [p.detach().clone() for p in network.parameters() if p.requires_grad]
     # The sum's gradient in each example's loss is 1, whatever the number of examples.
     module = GradSampleModule(network, loss_reduction="sum")
@@ -81,6 +83,7 @@ def train_privately(
             proximal_mu=proximal_mu,
         )
         for rows in _poisson(release, len(examples.y), entropy):
+            _restore(network, state)
             steps.zero_grad()
             if len(rows):
                 index = torch.from_numpy(rows).to(examples.x.device)
@@ -94,6 +97,16 @@ def train_privately(
             steps.step()
     finally:
         module.to_standard_module()
+        _restore(network, state)
+
+
+def _restore(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Set what no gradient changes to what it was: a forward pass may write examples into it, and no noise is on it.
+
+    A trial before the run refuses a network that does so, but what a pass writes may depend on the examples.
+    """
+    if state:
+        network.load_state_dict(state, strict=False)
 
 
 def _require_apart(network: nn.Module, rows: int) -> None:

@@ -122,12 +122,18 @@ class NoisedTraining:
         """Put the ledger's digest into a reply."""
         return self._privacy.attach_ledger_digest(reply)
 
-    def charged(self, round_: Round, train: Callable[[], NDArrays]) -> tuple[NDArrays, float]:
-        """Trained weights for a secure sum, charged first; there is no loss to tell, so it is 0."""
+    def charged(
+        self, round_: Round, train: Callable[[], NDArrays] | None
+    ) -> tuple[NDArrays | None, float]:
+        """Trained weights for a secure sum, charged first; there is no loss to tell, so it is 0.
+
+        A site without examples is charged as with one, and has no weights: else its ledger's digest, by staying the
+        same, would tell the server that it is one.
+        """
         self._privacy.charge(
             round_.release_request, "example", round_.section.mechanism, self._release(round_)
         )
-        return train(), 0.0
+        return train() if train else None, 0.0
 
     def noise(self, round_: Round, received: NDArrays) -> tuple[SiteNoise, Callable[[], None]]:
         """The site's part of distributed noise, and what pays for an attempt with it.
@@ -205,7 +211,9 @@ class NoisedTraining:
                 "off under differential privacy",
                 round_.training.settings.mixed_precision,
             )
-        return release_of(_noise_of(round_), round_.training.settings, len(round_.examples.y))
+        return release_of(
+            _noise_of(round_), round_.training.settings, max(1, len(round_.examples.y))
+        )
 
 
 def _size(received: NDArrays) -> int:
@@ -227,7 +235,7 @@ def _noise_of(round_: Round) -> Noise:
     section = round_.section
     if section.epsilon is None:
         return _noise(section)
-    rows, rounds = len(round_.examples.y), requests.rounds(round_.config)
+    rows, rounds = max(1, len(round_.examples.y)), requests.rounds(round_.config)
     evaluations = None
     if section.metrics_noise_multiplier is not None:
         count = requests.evaluations(round_.config)

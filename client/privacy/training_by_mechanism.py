@@ -76,7 +76,7 @@ class TrainingByMechanism:
         if not is_secure(round_.request):
             return self._charged_reply(round_, trained)
         rows = len(round_.examples.y)
-        fitted = partial(self._work.charged, round_, trained) if rows else None
+        fitted = partial(self._work.charged, round_, trained if rows else None)
         # Neither the loss nor how many examples there are is told.
         bundle = self._secure.train(
             round_.request, round_.terms, round_.training, received, fitted, rows, private=True

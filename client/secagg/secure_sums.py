@@ -67,7 +67,7 @@ class SecureSums:
         terms: Terms,
         training: Training,
         received: NDArrays,
-        fit: Callable[[], tuple[NDArrays, float]] | None,
+        fit: Callable[[], tuple[NDArrays | None, float]] | None,
         num_examples: int,
         *,
         private: bool = False,
@@ -79,7 +79,7 @@ class SecureSums:
             terms: of it.
             training: the training that the request asks for.
             received: its weights.
-            fit: trains, and gives weights and loss; None where the site has no examples.
+            fit: trains, and gives weights and loss; it or the weights are None where the site has no examples.
             num_examples: that it trains on.
             private: the weights are noised, and neither loss nor number of examples may be reported.
         """

@@ -74,22 +74,27 @@ def _require_no_state(network: nn.Module, x: Tensor) -> None:
         ValueError: what a pass writes into the network leaves the site without noise, and what depends on the passes
             before is no function of one example.
     """
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    # Parameters too, as one that takes no gradient can be written like a buffer; and buffers that no file keeps.
+    before = {name: t.detach().clone() for name, t in _state(network)}
     outputs = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for _ in range(2):
             torch.manual_seed(1)
             outputs.append(network(x))
-    for name, buffer in network.named_buffers():
-        if not torch.equal(buffer, before[name]):
+    for name, tensor in _state(network):
+        if not torch.equal(tensor, before[name]):
             raise ValueError(
-                f"{name}: must be the same after a training pass, as no noise protects what is no parameter;"
+                f"{name}: must be the same after a training pass, as no noise protects what no gradient changes;"
                 " GroupNorm keeps nothing where BatchNorm keeps something"
             )
     if not torch.equal(*outputs):
         raise ValueError(
             "network: must give the same outputs for the same weights, examples and torch.manual_seed, got others"
         )
+
+
+def _state(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
 
 
 def _examples(task: Task) -> tuple[Tensor, Tensor]:

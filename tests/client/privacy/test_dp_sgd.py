@@ -154,6 +154,31 @@ def test_one_example_more_takes_no_other_out_of_the_sum(power):
     assert set(moved.values()) == {0.0} or moved == {count: float(count) for count in moved}
 
 
+class Peak(nn.Module):
+    """Keeps what is larger than anything that a trial before the run would show it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("peak", torch.ones(1))
+
+    def forward(self, x):
+        if self.training:
+            self.peak.copy_(torch.maximum(self.peak, x.detach().amax()))
+        return x.flatten(1) + 0 * self.peak
+
+
+def test_what_a_forward_pass_writes_stays_at_the_site(task, examples):
+    def built():
+        return nn.Sequential(Peak(), task.network())
+
+    net = network(replace(task, network=built))
+    before = flat(net)
+    assert float(examples.x.max()) > 1
+    train_privately(task, net, examples, section(), Noise(1.0, 1.0), Entropy(key=KEY))
+    assert float(net[0].peak) == 1.0
+    assert not torch.equal(flat(net), before)
+
+
 def test_a_loss_that_cannot_be_batched_is_computed_row_by_row(task, examples):
     def loss(logits, labels):
         # A number of the batch, which vmap has none of.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,28 @@ def test_the_unit_is_a_key_of_the_file(tmp_path: Path):
     with pytest.raises(ValueError, match="unit"):
         PrivacyPolicy.model_validate({"unit": "patient"})
     assert json.loads(read.model_dump_json(by_alias=True))["unit"] == "site"
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_under_masks_the_ledger_s_digest_tells_no_site_without_examples(
+    task, data, weights, ask, tmp_path: Path, rows: int
+):
+    section = PrivacySection.model_validate(
+        {"mechanism": "example", "noise-multiplier": 1.0, "statistics": "unprotected"}
+    )
+    few = replace(
+        data, train_features=data.train_features[:rows], train_labels=data.train_labels[:rows]
+    )
+    anchors = consortium.anchors(["site-1"], 3)["site-1"]
+    worker = SiteWorker("site-1", task, few, tmp_path / "home", anchors=anchors)
+    digests = []
+    for server_round in (1, 2):
+        told = {"privacy": section.model_dump_json(by_alias=True, exclude_none=True)}
+        asked = ask(
+            protocol.TRAIN, weights, train=TRAIN, rounds=3, server_round=server_round, **told
+        )
+        asked.content[messages.SECURE] = messages.record(SECURE)
+        reply = worker.answer(protocol.TRAIN, asked.content)
+        digests.append(reply[protocol.CONFIG][protocol.PRIVACY_LEDGER])
+    assert len(set(digests)) == 2
+    assert len(Ledger(worker.home / FILE).entries()) == 2

@@ -131,6 +131,26 @@ class Counting(nn.Module):
         return actual
 
 
+class Written(nn.Module):
+    """Keeps the sum of what it has seen in a parameter, which takes no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.data.add_(x.detach().mean())
+        return x
+
+
+def test_a_parameter_that_a_pass_writes_is_refused_like_a_buffer() -> None:
+    layers = nn.Sequential(nn.Flatten(), Written(), nn.Linear(64, 10))
+    assert refused(replace(BUILT, network=lambda: layers)).startswith(
+        "digits: 1.seen: must be the same after a training pass"
+    )
+
+
 @pytest.mark.parametrize("uses", [True, False])
 def test_what_a_pass_writes_into_the_network_is_refused(uses: bool) -> None:
     """It would leave the site exactly; and as the passes differ, no gradient would be looked at."""
