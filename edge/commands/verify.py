@@ -88,6 +88,11 @@ def summary(bundle: Bundle, name: str, record: DeviceRecord | None = None) -> st
             f" (allowed {m.parity.tolerance:.2g}; batches of {batches})",
         ),
         ("privacy", m.privacy.words() if m.privacy else "none"),
+        *(
+            [("made with", ", ".join(f"{name} {of}" for name, of in m.builders.items()))]
+            if m.builders
+            else []
+        ),
     ]
     if m.latency:
         where = f"batch {m.latency.batch}, threads {m.latency.threads}, {m.latency.device}"

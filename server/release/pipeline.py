@@ -200,7 +200,7 @@ def _prepare(
 ) -> tuple[Manifest, bytes]:
     """The manifest without latency, and the exported model."""
     # Imported late: a wrong path or key is refused without torch.
-    from fedge.shared.compile.onnx_export import export_onnx, opset_of
+    from fedge.shared.compile.onnx_export import builder_versions, export_onnx, opset_of
     from fedge.shared.compile.parity import parity
 
     task, run = model.task, model.run
@@ -226,6 +226,7 @@ def _prepare(
             metrics=metrics,
             parity=parity(model.network, onnx, model.shape, examples=model.examples),
             privacy=_privacy(directory, contributors),
+            builders=builder_versions(),
         )
         return Manifest.from_bytes(manifest.to_bytes()), onnx
     except BundleError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedge.shared.bundle import manifest_privacy
@@ -87,6 +87,8 @@ class Manifest:
         privacy: None where the run had none; then its key is missing.
         serial: rises from one model of a task to the next, so that a device can refuse an older one; 0, without a key,
             in a bundle of an earlier fedge.
+        builders: package -> version of what made and measured the graphs; an engine names its own. Empty, without a
+            key, in a bundle of an earlier fedge.
     """
 
     task: str
@@ -107,6 +109,7 @@ class Manifest:
     latency: Latency | None = None
     privacy: Privacy | None = None
     serial: int = 0
+    builders: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -130,6 +133,7 @@ class Manifest:
             "latency": dict(vars(self.latency)) if self.latency else None,
             **({"privacy": self.privacy.to_json()} if self.privacy else {}),
             **({"serial": self.serial} if self.serial else {}),
+            **({"builders": dict(self.builders)} if self.builders else {}),
         }
 
     def to_bytes(self) -> bytes:
@@ -323,4 +327,5 @@ def _from_json(value: dict[str, Any]) -> Manifest:
         latency=None if latency is None else latency_from_json(latency),
         privacy=manifest_privacy.from_json(value["privacy"]) if "privacy" in value else None,
         serial=whole(value.get("serial", 0)),
+        builders={str(name): str(of) for name, of in value.get("builders", {}).items()},
     )

@@ -11,6 +11,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fedge.shared.bundle import generated_examples
 from fedge.shared.bundle.manifest import GRAPH_BATCH, GRAPH_INPUT
+from fedge.shared.bundle.onnx_session import load_onnxruntime
 from fedge.shared.compile.graph_input import GraphInput
 from fedge.shared.compile.parity import TOLERANCE, first_line, outputs_of, parity
 from fedge.shared.compile.strip_metadata import strip
@@ -39,6 +41,19 @@ MAX_BYTES: Final = 1536 * 2**20
 _EXAMPLE_BATCH: Final = 2
 #: Colour codes in the exporter's messages.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def builder_versions() -> dict[str, str]:
+    """Versions of the packages that make and run the graphs, by package."""
+    import onnx
+
+    return {
+        "torch": str(torch.__version__),
+        "onnx": str(onnx.__version__),
+        "onnxscript": version("onnxscript"),
+        # Not by its package, of which there are several.
+        "onnxruntime": str(load_onnxruntime().__version__),
+    }
 
 
 def export_onnx(network: nn.Module, shape: Sequence[int] | GraphInput) -> bytes:

@@ -28,7 +28,7 @@ from fedge.shared.bundle.manifest_checks import check_output, network_shape
 from fedge.shared.bundle.onnx_session import run
 from fedge.shared.compile import candidates, ranges, targets
 from fedge.shared.compile.activation_observer import observed
-from fedge.shared.compile.onnx_export import export_onnx, opset_of
+from fedge.shared.compile.onnx_export import builder_versions, export_onnx, opset_of
 from fedge.shared.compile.parity import parity
 from fedge.shared.crypto.dsse import load_private
 from fedge.shared.errors import DataError, ReleaseError
@@ -148,6 +148,7 @@ def bundle_module(
         preprocessing=tuple(preprocessing),
         metrics={"pooled": dict(metrics)} if metrics else {},
         parity=close,
+        builders=builder_versions(),
         serial=int(now.timestamp()) if serial is None else serial,
     )
     contents: dict[str, bytes | Path] = {

@@ -121,6 +121,7 @@ def test_the_bundle_holds_the_runs_model(released: tuple[Run, Path], trust: Path
     assert manifest.created == "2026-11-21T20:01:00Z"
     # Seconds from 1970 to then: a later run has a higher one.
     assert manifest.serial == 1795291260
+    assert manifest.builders.keys() == {"torch", "onnx", "onnxscript", "onnxruntime"}
     assert manifest.metrics["pooled"] == {"accuracy": 0.5, "loss": 2.25}
     for name, sha256 in (
         ("config.toml", manifest.config_sha256),

@@ -72,6 +72,8 @@ MANIFEST = Manifest(
     metrics={"pooled": {"accuracy": 0.9}, "site_mean": {"accuracy": 0.8}},
     parity=Parity(1e-7, 1e-4, (1, 2)),
     latency=Latency(0.1, 0.2, 1, 1, "cpu"),
+    serial=7,
+    builders={"torch": "2.13.0+cpu"},
 )
 VALUE: dict[str, Any] = json.loads(MANIFEST.to_bytes())
 
@@ -84,6 +86,9 @@ def test_what_is_written_is_read() -> None:
     assert Manifest.from_bytes(MANIFEST.to_bytes()) == MANIFEST
     assert Manifest.from_bytes(MANIFEST.to_bytes()).to_bytes() != b""
     assert _read({**VALUE, "latency": None}).latency is None
+    earlier = _read({key: v for key, v in VALUE.items() if key not in ("serial", "builders")})
+    assert (earlier.serial, earlier.builders) == (0, {})
+    assert not {"serial", "builders"} & earlier.to_json().keys()
     assert network_shape(MANIFEST.input, MANIFEST.preprocessing) == (4,)
 
 

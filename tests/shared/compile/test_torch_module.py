@@ -50,6 +50,7 @@ def test_the_lines_of_the_page_make_a_bundle_that_a_device_runs(key, tmp_path, m
     assert edge(["verify", *argv]) == 0
     told = capsys.readouterr().out
     assert "none: a network that was bundled by itself" in told
+    assert f"torch {torch.__version__}" in told
     assert "model.int8.onnx: onnx-int8" in told
     bundle = opened(tmp_path / "mine.fedge", key)
     assert [a.kind for a in bundle.manifest.artefacts] == [
