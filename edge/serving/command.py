@@ -64,7 +64,9 @@ def _run(arguments: Namespace) -> int:
     if tls is None and not where.loopback:
         _log.warning("--insecure: anybody on the network can read and forge requests and answers")
 
-    reloader = Reloader(path, seen, load, service, counts)
+    if arguments.allow_older:
+        _log.warning("--allow-older: whoever can write the bundle can put back an older model")
+    reloader = Reloader(path, seen, load, service, counts, allow_older=arguments.allow_older)
     loading = Background(reloader)
     _until_stopped(signals, loading, service, watch=arguments.watch)
 

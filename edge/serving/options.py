@@ -104,6 +104,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--watch", action="store_true", default=True, help="look every second (default)"
     )
+    parser.add_argument(
+        "--allow-older",
+        action="store_true",
+        help="also take a changed bundle with a lower serial (unsafe: an old one stays signed)",
+    )
 
 
 def limits_of(arguments: Namespace) -> Limits:

@@ -27,6 +27,8 @@ class Reloader:
         load: verifies and loads the current bundle; raises ``FedgeError``.
         service: gets the new model.
         counts: records the outcome.
+        allow_older: take a bundle with a lower serial than the one that serves. Unsafe: an old one stays signed, so
+            that whoever can write the file can put back a model that was replaced for its faults.
     """
 
     def __init__(
@@ -36,7 +38,10 @@ class Reloader:
         load: Callable[[], Served],
         service: Service,
         counts: Counts,
+        *,
+        allow_older: bool = False,
     ) -> None:
+        self._allow_older = allow_older
         self._path = path
         self._load = load
         self._service = service
@@ -74,6 +79,14 @@ class Reloader:
                     706,
                     f"manifest.json: task must be {old.signature.name!r}, got {task!r}",
                     remedy="Give each task a server of its own; clients of this one know its inputs.",
+                )
+            serial, least = new.model.manifest.serial, old.model.manifest.serial
+            if serial < least and not self._allow_older:
+                new.retire()
+                raise BundleError(
+                    713,
+                    f"serial: must be {least} or more, got {serial}",
+                    remedy="Give a newer bundle, or start the server with --allow-older.",
                 )
         except FedgeError as error:
             self._refused(error)

@@ -90,6 +90,26 @@ def test_a_new_bundle_takes_over_under_load_and_no_request_fails(
             served.model.logits(np.zeros((1, 1, 2, 3), np.float32))
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_an_older_bundle_takes_over_only_where_that_is_allowed(
+    running: Callable[..., Any],
+    bundle_of: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    allowed: bool,
+) -> None:
+    server = running(bundle_of(serial=8, run="newer"))
+    parts = (server.bundle, look(server.bundle), server.load, server.service, server.counts)
+    reloader = Reloader(*parts, allow_older=allowed)
+    bundle_of(serial=7, run="older")
+    assert [reloader.poll() for _ in range(2)] == [False, allowed]
+    assert server.service.served.model.manifest.run == ("older" if allowed else "newer")
+    refused = "FE-713 serial: must be 8 or more, got 7. Remedy: Give a newer bundle, or start"
+    assert (refused in caplog.text) != allowed
+    # The same serial is none that was replaced.
+    bundle_of(serial=8, run="again")
+    assert [reloader.poll() for _ in range(2)] == [False, True]
+
+
 def test_a_model_in_use_is_freed_by_its_last_user(
     running: Callable[..., Any], image_bundle: Path
 ) -> None:
