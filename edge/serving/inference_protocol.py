@@ -36,6 +36,7 @@ inputs=5:*InferInputTensor outputs=6:*InferRequestedOutputTensor raw_input_conte
 InferOutputTensor name=1:string datatype=2:string shape=3:*int64
 ModelInferResponse model_name=1:string model_version=2:string id=3:string outputs=5:*InferOutputTensor \
 raw_output_contents=6:*bytes
+ModelStreamInferResponse error_message=1:string infer_response=2:ModelInferResponse
 ModelInput name=1:string data_type=2:int32 dims=4:*int64
 ModelTensorReshape shape=1:*int64
 ModelOutput name=1:string data_type=2:int32 dims=3:*int64 reshape=5:ModelTensorReshape

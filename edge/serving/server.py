@@ -115,6 +115,7 @@ class InferenceServer:
             Whether all have ended; where not, threads of this process still run.
         """
         self._service.ready = False
+        self._service.end_streams()
         done: threading.Event = self._server.stop(grace)
         done.wait(grace + 1.0)
         # Not waited for: a run that hangs would never end it.

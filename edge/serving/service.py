@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedge.edge.serving import codec
-from fedge.edge.serving.inference_protocol import HEALTH_SERVICE, SERVICE, message
+from fedge.edge.serving.inference_protocol import HEALTH_SERVICE, SERVICE, message, varint
 from fedge.edge.serving.loaded_model import Served
 from fedge.edge.serving.usage_counters import Counts
 from fedge.shared.errors import FedgeError, InputError, UsageError, one_line
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 _NAME: Final = "fedge-edge"
 _EXTENSIONS: Final = ("model_configuration", "statistics")
+_RESPONSE: Final = b"\x12"  # field 2 of ModelStreamInferResponse, length-delimited
 _SERVING: Final = 1
 _NOT_SERVING: Final = 2
 #: Errors that are the server's own, and so worth a line in its log.
@@ -76,7 +77,8 @@ class Service:
         self._deadline = deadline
         self._counts = counts
         self._lock = threading.Lock()
-        self._arriving: dict[int, tuple[Any, float]] = {}
+        #: Calls that wait for a message: since when, and whether an earlier one of the call may have been answered.
+        self._arriving: dict[int, tuple[Any, float, bool]] = {}
 
     def handlers(self) -> tuple[Any, ...]:
         """Handlers for ``grpc.Server.add_generic_rpc_handlers``."""
@@ -97,6 +99,7 @@ class Service:
         }
         inference = {name: self._handler(method, _SMALL) for name, method in methods.items()}
         inference["ModelInfer"] = grpc.stream_unary_rpc_method_handler(self._infer)
+        inference["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
         health = {"Check": self._handler(self._check_health, _SMALL)}
         return (
             grpc.method_handlers_generic_handler(SERVICE, inference),
@@ -108,15 +111,54 @@ class Service:
         allowed = _ARRIVAL + _ARRIVAL_PER_BYTE * self.served.max_bytes
         before = time.monotonic() - min(self._deadline, allowed)
         with self._lock:
-            stalled = [call for call, since in self._arriving.values() if since < before]
+            stalled = [
+                call
+                for call, since, stream in self._arriving.values()
+                if since < before and not stream
+            ]
         for call in stalled:
             call.cancel()
         return len(stalled)
 
+    def end_streams(self) -> None:
+        """Cancel the streams that wait for a request, which a client may keep open for ever."""
+        with self._lock:
+            waiting = [call for call, _, stream in self._arriving.values() if stream]
+        for call in waiting:
+            call.cancel()
+
     def _infer(self, messages: Iterator[bytes], call: Any) -> bytes:
+        try:
+            return self._answer(messages, call)
+        except grpc.RpcError:
+            raise
+        except Exception as error:
+            refusal = _refusal(error)
+            call.abort(status(refusal), one_line(refusal))
+            raise
+
+    def _stream(self, messages: Iterator[bytes], call: Any) -> Iterator[bytes]:
+        """Answer one request after the other, in their order; a refused one does not end the stream."""
+        while self.ready:
+            try:
+                answer = self._answer(messages, call, stream=True)
+            except _StreamEnd:
+                return
+            except grpc.RpcError:
+                raise
+            except Exception as error:
+                yield _bytes("ModelStreamInferResponse", error_message=one_line(_refusal(error)))
+            else:
+                # The response as it is: a length-delimited field of the message around it.
+                yield _RESPONSE + varint(len(answer)) + answer
+
+    def _answer(self, messages: Iterator[bytes], call: Any, *, stream: bool = False) -> bytes:
         start = time.perf_counter()
         try:
-            data = self._receive(messages, call)
+            data = self._receive(messages, call, stream=stream)
+            if stream:
+                # A client thinks between two requests of a stream; a single one arrives within its time.
+                start = time.perf_counter()
             seconds = self._deadline - (time.perf_counter() - start)
             if (left := call.time_remaining()) is not None:  # the client's own deadline
                 seconds = min(seconds, left)
@@ -125,15 +167,17 @@ class Service:
                 answer = served.infer(data, seconds, call.is_active)
             finally:
                 served.leave()
+        except _StreamEnd:
+            raise
         except grpc.RpcError:  # the client disconnected before its message had arrived
-            self._counts.answered("CANCELLED", time.perf_counter() - start)
+            if not stream:
+                self._counts.answered("CANCELLED", time.perf_counter() - start)
             raise
         except Exception as error:
             refusal = _refusal(error)
             self._counts.answered(refusal.label, time.perf_counter() - start)
             if refusal.code in _OWN_FAULT:
                 _log.warning("%s", one_line(refusal))
-            call.abort(status(refusal), one_line(refusal))
             raise
         self._counts.answered("OK", time.perf_counter() - start)
         return answer
@@ -147,17 +191,22 @@ class Service:
             if served is self.served:
                 raise InputError(808, "server: must be running, it is stopping")
 
-    def _receive(self, messages: Iterator[bytes], call: Any) -> bytes:
+    def _receive(self, messages: Iterator[bytes], call: Any, *, stream: bool = False) -> bytes:
         key, oldest = id(call), None
         with self._lock:
             if len(self._arriving) >= self.max_arriving:
-                oldest, _ = self._arriving.pop(next(iter(self._arriving)))
-            self._arriving[key] = call, time.monotonic()
+                oldest, *_ = self._arriving.pop(next(iter(self._arriving)))
+            self._arriving[key] = call, time.monotonic(), stream
         if oldest is not None:
             oldest.cancel()
+        if stream and not self.ready:
+            # It began to wait after ``end_streams`` had looked.
+            call.cancel()
         try:
             return next(messages)
         except StopIteration:
+            if stream:
+                raise _StreamEnd from None
             raise InputError(810, "request: must be one message, got none") from None
         finally:
             with self._lock:
@@ -207,6 +256,10 @@ class Service:
         if service not in ("", SERVICE):
             raise codec.UnknownNameError(810, f"service: must be empty or {SERVICE}, got another")
         return _bytes("HealthCheckResponse", status=_SERVING if self.ready else _NOT_SERVING)
+
+
+class _StreamEnd(Exception):  # noqa: N818 - no error
+    """The client has sent the last request of a stream."""
 
 
 def _refusal(error: Exception) -> FedgeError:
