@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from flwr.app import RecordDict
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 from fedge.client import requests
 from fedge.client.requests import Terms
@@ -90,7 +92,7 @@ class SiteCalibration:
         train_examples, held_out = examples
         if kind == protocol.CALIBRATE:
             return self._ranges(calibration, train_examples, section)
-        return self._scores(calibration, held_out)
+        return self._scores(calibration, held_out, noised=section.metrics == "noised")
 
     def _ranges(
         self, calibration: CalibrationRequest, train_examples: Examples, section: PrivacySection
@@ -139,18 +141,21 @@ class SiteCalibration:
             config=lambda: {protocol.GRAPH: digest},
         )
 
-    def _scores(self, calibration: CalibrationRequest, held_out: Examples) -> RequestedCounts:
+    def _scores(
+        self, calibration: CalibrationRequest, held_out: Examples, *, noised: bool
+    ) -> RequestedCounts:
         graph, tensors = self._graph(calibration, held_out)
         expected = calibration.candidates()
         merged_ranges = calibration.ranges(tensors)
         if merged_ranges is None and (needy := sorted(set(expected) & set(candidates.QUANTISED))):
             raise requests.refuse(protocol.RANGE_LOW, f"given for {needy[0]}", None)
         own = tuple(sorted({*self._task.counter_names, EXAMPLES}))
+        run = partial(self._run_candidates, calibration, held_out=held_out, own=own, noised=noised)
         score = partial(
-            self._score_candidates, calibration, graph, expected, merged_ranges, held_out, own
+            self._score_candidates, calibration, graph, expected, merged_ranges, own, run
         )
         names = tuple(f"{kind}/{name}" for kind in expected for name in (RAN, *own))
-        noised = tuple(f"{kind}/{name}" for kind in expected for name in own if name != LOSS)
+        without_loss = tuple(f"{kind}/{name}" for kind in expected for name in own if name != LOSS)
 
         def count() -> Mapping[str, float]:
             scored = score().counters
@@ -170,7 +175,7 @@ class SiteCalibration:
             reported=reported,
             count=count,
             num_examples=len(held_out.y),
-            noised=noised,
+            noised=without_loss,
             listed=True,
             config=lambda: {protocol.CANDIDATE_DIGESTS: score().digests},
         )
@@ -219,8 +224,8 @@ class SiteCalibration:
         graph: bytes,
         expected: Mapping[str, str],
         merged_ranges: candidates.Ranges | None,
-        held_out: Examples,
         own: tuple[str, ...],
+        run: Callable[[Mapping[str, bytes]], dict[str, dict[str, float]]],
     ) -> Scored:
         def score() -> Scored:
             graphs: dict[str, bytes] = {}
@@ -232,7 +237,7 @@ class SiteCalibration:
                     graphs[kind] = candidate
                 else:
                     log.warning("%s: must be %s, got %s here", kind, digest, digests[-1] or "none")
-            counters = self._run_candidates(calibration, graphs, held_out, own)
+            counters = run(graphs)
             nothing = dict.fromkeys((RAN, *own), 0.0)
             return Scored({kind: counters.get(kind, nothing) for kind in expected}, digests)
 
@@ -251,19 +256,26 @@ class SiteCalibration:
         self,
         calibration: CalibrationRequest,
         graphs: Mapping[str, bytes],
+        *,
         held_out: Examples,
         own: tuple[str, ...],
+        noised: bool,
     ) -> dict[str, dict[str, float]]:
-        """Run the candidates, and give the counters of those that do not fail."""
+        """Run the candidates, and give the counters of those that do not fail.
+
+        In clear a candidate fails by one logit that is not finite. Under noise that example alone counts as wrong:
+        one example would otherwise take all others' counts away, which the noise does not hide. It does not hide
+        either that a graph crashes, raises an error or takes too long: that ends the run over all examples, and where
+        one example's values are the cause, the counts of 0 still tell of it.
+        """
         if not len(held_out.y):
             return {kind: {RAN: 1.0, **dict.fromkeys(own, 0.0)} for kind in graphs}
         output = self._task.output
         width = len(output.labels) if output.activation == "softmax" else 1
         x, terms = held_out.x.cpu().numpy(), calibration.running
         counters = {}
-        for kind, logits in zip(
-            graphs, onnx_runs.logits(list(graphs.values()), x, width, terms), strict=True
-        ):
+        results = onnx_runs.logits(list(graphs.values()), x, width, terms, finite=not noised)
+        for kind, logits in zip(graphs, results, strict=True):
             if isinstance(logits, GraphFailedError):
                 log.warning("%s: %s", kind, logits)
                 continue
@@ -272,8 +284,12 @@ class SiteCalibration:
         return counters
 
     def _counted(self, logits: NDArray[np.float32], held_out: Examples) -> dict[str, float]:
-        """The task's counters of logits ``(n, k)``, summed as in an evaluation."""
+        """The task's counters of logits ``(n, k)``, summed as in an evaluation; what is not finite counts as wrong."""
         outputs, labels = torch.from_numpy(logits.copy()), held_out.y.cpu()
+        broken = ~outputs.isfinite().all(dim=1)
+        if broken.any():
+            log.warning("%d examples count as wrong, as their logits are not finite", broken.sum())
+            outputs[broken] = _wrong(labels[broken], outputs.shape[1])
         total = {EXAMPLES: 0.0}
         for at in range(0, len(labels), CHUNK):
             rows = slice(at, at + CHUNK)
@@ -294,3 +310,10 @@ class SiteCalibration:
         """Release everything that the next request can compute again."""
         self._last = None
         candidates.forget()
+
+
+def _wrong(labels: Tensor, width: int) -> Tensor:
+    """Logits ``(n, width)`` of another label than each of ``labels``."""
+    if width == 1:
+        return torch.where(labels == 1, -1.0, 1.0)[:, None]
+    return functional.one_hot((labels + 1) % width, width).float()

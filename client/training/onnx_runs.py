@@ -47,7 +47,9 @@ class Terms:
     threads: int
 
 
-def logits(graphs: Sequence[bytes], x: NDArray[Any], width: int, terms: Terms) -> list[Result]:
+def logits(
+    graphs: Sequence[bytes], x: NDArray[Any], width: int, terms: Terms, *, finite: bool = True
+) -> list[Result]:
     """Run graphs over examples as a device would.
 
     They share a child; where one crashes it, the others get another.
@@ -57,17 +59,20 @@ def logits(graphs: Sequence[bytes], x: NDArray[Any], width: int, terms: Terms) -
         x: ``(n, ...)``, as the network takes them, ``n`` 1 or more.
         width: of the logits.
         terms: of each graph.
+        finite: whether a graph fails whose logits are not finite.
 
     Returns:
-        For each graph its logits ``(n, width)``, finite, or why there are none.
+        For each graph its logits ``(n, width)``, or why there are none.
     """
     results: list[Result] = []
     while len(results) < len(graphs):
         results += _run(graphs[len(results) :], x, BATCH, terms, optimised=True)
-    return [_checked(one, (len(x), width)) for one in results]
+    return [_checked(one, (len(x), width), finite) for one in results]
 
 
-def extremes(onnx: bytes, x: NDArray[Any], tensors: int, terms: Terms) -> NDArray[np.float32]:
+def extremes(
+    onnx: bytes, x: NDArray[Any], tensors: int, terms: Terms, *, finite: bool = True
+) -> NDArray[np.float32]:
     """The smallest and largest value of each observed tensor in each example.
 
     The graph is run unoptimised, as fused operators would hide their activations, and one example at a time.
@@ -77,6 +82,7 @@ def extremes(onnx: bytes, x: NDArray[Any], tensors: int, terms: Terms) -> NDArra
         x: ``(n, ...)``, as the network takes them, ``n`` 1 or more.
         tensors: number of observed tensors.
         terms: deadline and threads.
+        finite: whether the graph fails where an extreme is not finite.
 
     Returns:
         ``(n, tensors, 2)``.
@@ -85,18 +91,18 @@ def extremes(onnx: bytes, x: NDArray[Any], tensors: int, terms: Terms) -> NDArra
         GraphFailedError: the graph did not run, or not in time, or its output is not as expected.
     """
     (output,) = _run([onnx], x, 1, terms, optimised=False)
-    output = _checked(output, (len(x), 2 * tensors))
+    output = _checked(output, (len(x), 2 * tensors), finite)
     if isinstance(output, GraphFailedError):
         raise output
     return np.stack([output[:, :tensors], output[:, tensors:]], axis=2)
 
 
-def _checked(result: Result, shape: tuple[int, ...]) -> Result:
+def _checked(result: Result, shape: tuple[int, ...], finite: bool) -> Result:
     if isinstance(result, GraphFailedError):
         return result
     if result.shape != shape:
         return GraphFailedError(f"output: must be of shape {shape}, got {result.shape}")
-    if not np.isfinite(result).all():
+    if finite and not np.isfinite(result).all():
         return GraphFailedError("output: must be finite, got NaN or infinity")
     return result
 

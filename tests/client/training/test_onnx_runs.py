@@ -67,6 +67,14 @@ def test_each_graph_gives_its_logits_or_why_there_are_none():
 
 
 @pytest.mark.slow
+def test_logits_that_are_not_finite_are_given_where_that_is_asked_for():
+    (rooted,) = onnx_runs.logits([ROOT], X, 2, TERMS, finite=False)
+    assert np.array_equal(np.isfinite(rooted), X >= 0)
+    (narrow,) = onnx_runs.logits([DOUBLE], X, 3, TERMS, finite=False)
+    assert "must be of shape (3, 3), got (3, 2)" in str(narrow)
+
+
+@pytest.mark.slow
 def test_a_crash_is_a_result_and_the_others_get_another_child(monkeypatch):
     monkeypatch.setenv(failpoints.VARIABLE, "graph-run:2")
     first, crashed, third = onnx_runs.logits([DOUBLE, DOUBLE, DOUBLE], X, 2, TERMS)
