@@ -98,6 +98,7 @@ class SiteCalibration:
         self, calibration: CalibrationRequest, train_examples: Examples, section: PrivacySection
     ) -> RequestedCounts:
         graph, tensors = self._graph(calibration, train_examples)
+        noised = section.metrics == "noised"
         calibration_replay_guard.require_same(
             self._learner.home,
             calibration.terms.address.run_id,
@@ -108,11 +109,11 @@ class SiteCalibration:
             calibration.section.examples,
             calibration.terms.seed,
             self._learner.site,
-            every=section.metrics == "noised" and section.unit == "example",
+            every=noised and section.unit == "example",
         )
         names = ranges.names(len(tensors))
         hidden = section.hides_sites
-        look = partial(self._observed, calibration, graph, tensors, train_examples, rows)
+        look = partial(self._observed, calibration, graph, tensors, train_examples, rows, noised)
 
         def reported() -> Reported:
             both = look().both
@@ -207,13 +208,14 @@ class SiteCalibration:
         tensors: tuple[str, ...],
         train_examples: Examples,
         rows: Any,
+        noised: bool,
     ) -> ObservedRanges:
         """The ranges of the activations in those examples."""
 
         def look() -> ObservedRanges:
             x, bound = train_examples.x.cpu().numpy(), calibration.section.bound
             return calibration_ranges.observe_ranges(
-                graph, tensors, x, rows, bound, calibration.running
+                graph, tensors, x, rows, bound, calibration.running, noised=noised
             )
 
         return self._once(protocol.CALIBRATE, calibration, look)

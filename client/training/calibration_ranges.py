@@ -67,6 +67,8 @@ def observe_ranges(
     indices: NDArray[Any],
     bound: float,
     terms: Terms,
+    *,
+    noised: bool = False,
 ) -> ObservedRanges:
     """Compute the ranges of the activations over examples, in parts of bounded size.
 
@@ -77,16 +79,21 @@ def observe_ranges(
         indices: indices of the examples that are used, 1 or more.
         bound: to whose magnitude activations are clipped.
         terms: its deadline is that of all examples together.
+        noised: whether the counts leave with noise. An example that is not finite, or whose activations are not, then
+            counts as beyond the bound: an error would tell of it, and no noise hides an error. Nor does it hide that
+            the graph crashes or takes too long, where one example's values are the cause.
 
     Raises:
-        SiteError: 401, an example or an activation is not finite; 413, the graph does not run, or not in time.
+        SiteError: 401, an example is not finite; 413, an activation is not, the graph does not run, or not in time.
     """
     counts = np.zeros((len(tensors), ranges.SIDES, ranges.BINS), np.int64)
     both: list[NDArray[np.float64]] = []
     beyond = False
     try:
-        for extremes in _extremes(observed(graph, tensors), len(tensors), x, indices, terms):
-            clipped, out_of_bound = ranges.clipped(extremes, bound)
+        for extremes in _extremes(
+            observed(graph, tensors), len(tensors), x, indices, terms, noised
+        ):
+            clipped, out_of_bound = ranges.clipped(extremes, bound, finite=not noised)
             counts += ranges.histogram(clipped)
             both.append(ranges.merged(list(clipped)))
             beyond |= out_of_bound
@@ -100,7 +107,12 @@ def observe_ranges(
 
 
 def _extremes(
-    graph: bytes, tensors: int, x: NDArray[Any], indices: NDArray[Any], terms: Terms
+    graph: bytes,
+    tensors: int,
+    x: NDArray[Any],
+    indices: NDArray[Any],
+    terms: Terms,
+    noised: bool,
 ) -> Iterator[NDArray[np.float32]]:
     """Minima and maxima ``(m, tensors, 2)`` of one part after the other."""
     until = time.monotonic() + terms.deadline
@@ -109,9 +121,14 @@ def _extremes(
     for at in range(0, len(indices), step):
         part = x[indices[at : at + step]]
         # A runtime may treat NaN as a number, for example in max(NaN, 0).
-        if not np.isfinite(part).all():
+        finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
+        if not noised and not finite.all():
             raise SiteError(_OUT_OF_RANGE, "examples: must be finite, got NaN or infinity")
+        part[~finite] = 0
         left = until - time.monotonic()
         if left <= 0:
             raise GraphFailedError(f"must be run within {terms.deadline:g} s")
-        yield onnx_runs.extremes(graph, part, tensors, Terms(left, terms.threads))
+        run = Terms(left, terms.threads)
+        extremes = onnx_runs.extremes(graph, part, tensors, run, finite=not noised)
+        extremes[~finite] = np.nan
+        yield extremes

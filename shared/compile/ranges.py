@@ -42,21 +42,26 @@ class HiddenError(ValueError):
         self.tensor = tensor
 
 
-def clipped(extremes: NDArray[Any], bound: float) -> tuple[NDArray[np.float64], bool]:
+def clipped(
+    extremes: NDArray[Any], bound: float, *, finite: bool = True
+) -> tuple[NDArray[np.float64], bool]:
     """Clip extremes to ``[-bound, bound]``.
 
     Args:
         extremes: ``(n, tensors, 2)``, the smallest and the largest value of each example.
         bound: above 0.
+        finite: whether all values must be finite; else one that is not counts as beyond the bound, outwards.
 
     Returns:
         The clipped extremes in float64, and whether any was beyond the bound.
 
     Raises:
-        ValueError: a value is NaN or infinite.
+        ValueError: a value is NaN or infinite, and must be finite.
     """
     values = extremes.astype(np.float64)
-    if not np.isfinite(values).all():
+    if not finite:
+        values = np.where(np.isfinite(values), values, (-np.inf, np.inf))
+    elif not np.isfinite(values).all():
         raise ValueError("activations: must be finite, got NaN or infinity")
     return np.clip(values, -bound, bound), bool((np.abs(values) > bound).any())
 

@@ -19,7 +19,8 @@ from fedge.client.training.learner import Learner
 from fedge.client.worker.handlers import SiteWorker
 from fedge.shared import protocol
 from fedge.shared.bundle.manifest_artefacts import ONNX_FP16, ONNX_FP32
-from fedge.shared.compile import candidates
+from fedge.shared.compile import candidates, ranges
+from fedge.shared.errors import SiteError
 from fedge.shared.models.fnn import FNN
 from fedge.shared.preprocessing.schema import OutputSchema
 from fedge.shared.tasks.classification import (
@@ -158,3 +159,39 @@ def test_a_graph_that_crashes_fails_under_noise_too(held, monkeypatch):
     monkeypatch.setenv("FEDGE_FAIL_POINT", "graph-run:2")
     counted, _ = held(QUALIFY, noised(), None, kinds=(ONNX_FP32, ONNX_FP16))
     assert (counted["onnx-fp32/examples"], counted["onnx-fp16/examples"]) == (40, 0)
+
+
+# Calibrating
+
+
+@pytest.mark.parametrize("mechanism", ["example", "local"])
+@pytest.mark.parametrize("record", [RECORD, (np.nan, 0.0), (np.inf, 0.0)])
+def test_an_example_that_overflows_is_in_the_outermost_bins_of_the_ranges(held, mechanism, record):
+    with_it, found = held(CALIBRATE, noised(mechanism), record)
+    without, _ = held(CALIBRATE, noised(mechanism), None)
+    shape = (-1, ranges.SIDES, ranges.BINS)
+    before, after = (values(counted, found).reshape(shape) for counted in (without, with_it))
+    assert (after.sum(axis=2) == 40).all()
+    # One example in place of another: of each histogram one bin less, one more.
+    assert abs(after - before).sum(axis=2).max() == 2
+    outermost = np.searchsorted(ranges.EDGES, 10_000.0)
+    assert after[..., outermost + 1 :].sum() == 0
+    if not np.isfinite(record).all():
+        assert (after[..., outermost] >= 1).all()
+
+
+@pytest.mark.parametrize("mechanism", ["example", "local"])
+def test_a_worker_answers_as_if_that_example_were_any_other(tell, task, asked, tmp_path, mechanism):
+    worker = SiteWorker("site-1", task, examples(RECORD), tmp_path / "noised")
+    reply = tell(worker, asked(CALIBRATE, noised(mechanism)))
+    assert not isinstance(reply, SiteError), reply
+    assert reply[protocol.METRICS][protocol.NUM_EXAMPLES] == 1
+
+
+@pytest.mark.parametrize("privacy", [None, OPEN])
+@pytest.mark.parametrize(("record", "code"), [(RECORD, 413), ((np.nan, 0.0), 401)])
+def test_in_clear_it_is_an_error(tell, task, asked, tmp_path, privacy, record, code):
+    worker = SiteWorker("site-1", task, examples(record), tmp_path / "clear")
+    found = tell(worker, asked(CALIBRATE, privacy))
+    assert isinstance(found, SiteError)
+    assert found.code == code

@@ -64,6 +64,9 @@ def test_clipping_is_reported_and_values_that_are_not_finite_are_refused():
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="must be finite"):
             ranges.clipped(np.array([[[bad, 0.0]]]), 100.0)
+        both, beyond = ranges.clipped(np.array([[[bad, bad]]]), 100.0, finite=False)
+        assert both.tolist() == [[[-100.0, 100.0]]]
+        assert beyond
     with pytest.raises(ValueError, match="at most 16384"):
         ranges.histogram(extremes((0, 2.0**14 + 1)))
 
