@@ -68,6 +68,7 @@ class Training:
         accepted_round: the last round whose update of this site was counted, 0 for none.
         loss_at: where the reported loss is measured: "running" (mean over the local steps) or "received" (the weights
             as received).
+        noised: whether what the update tells is bounded by noise, the site's or the server's.
     """
 
     settings: TrainSection
@@ -75,6 +76,7 @@ class Training:
     control: bool
     accepted_round: int
     loss_at: str
+    noised: bool
 
 
 def refuse(where: str, expected: str, got: object) -> SiteError:
@@ -207,7 +209,8 @@ def training(config: ConfigRecord) -> Training:
     accepted = 0
     if protocol.ACCEPTED_ROUND in config or control:
         accepted = _integer(config, protocol.ACCEPTED_ROUND, 0, server_round - 1)
-    return Training(settings, mu, control, accepted, str(loss_at))
+    noised = section_of(config).mechanism != "off"
+    return Training(settings, mu, control, accepted, str(loss_at), noised)
 
 
 def arrays(request: RecordDict, expected: Mapping[str, Spec]) -> NDArrays:

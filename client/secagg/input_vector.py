@@ -15,6 +15,7 @@ from fedge.shared.errors import SiteError
 from fedge.shared.preprocessing.steps import Statistics
 from fedge.shared.privacy.mechanisms import distributed
 from fedge.shared.privacy.mechanisms.csprng import Entropy
+from fedge.shared.privacy.mechanisms.update_norm import finite_norm
 from fedge.shared.secagg import exact_counters, fixed_point, masking, vector_layout
 from fedge.shared.secagg.key_agreement import framed
 from fedge.shared.secagg.vector_layout import Bounds, Layout
@@ -129,7 +130,8 @@ def training(
         trained: the site's, with SCAFFOLD's changes under ``control/``; None where it has no examples.
         num_examples: it trained on.
         loss: mean over them.
-        private: every site that has examples weighs the same, and says neither their number nor the loss.
+        private: every site that has examples weighs the same, and says neither their number nor the loss; an update
+            that is not finite counts as zero.
 
     Raises:
         SiteError: 401, the update or the loss is not finite; 404, a tensor is missing, or of another shape or type.
@@ -155,6 +157,8 @@ def training(
     norm = float(np.sqrt(np.vdot(update, update).astype(np.float64)))
     if not np.isfinite(norm):
         norm = float(np.linalg.norm(update.astype(np.float64)))
+    if private and not np.isfinite(norm):
+        norm = finite_norm(update)
     # A finite norm is of finite values.
     if not np.isfinite(norm) or not np.isfinite(flat[update.size :]).all():
         raise SiteError(401, "update: must be finite, got NaN or infinity")
@@ -173,19 +177,17 @@ def noised(
         layout: of the vector.
         noise: the site's.
         received: the round's weights.
-        trained: the site's; None where it has no examples: then it adds its noise alone, and nobody can tell.
+        trained: the site's; None where it has no examples: then it adds its noise alone, and nobody can tell. So it
+            does with weights that are not finite.
 
     Raises:
-        SiteError: 401, the update is not finite; 404, a tensor is missing, or of another shape or type.
+        SiteError: 404, a tensor is missing, or of another shape or type.
     """
     update = np.zeros(layout.values)
     if trained is not None:
         _require_tensors(layout, trained)
         update = layout.flatten(trained).astype(np.float64) - layout.flatten(received)
-        norm = float(np.linalg.norm(update))
-        if not np.isfinite(norm):
-            raise SiteError(401, "update: must be finite, got NaN or infinity")
-        update *= min(1.0, noise.clipping_bound / max(norm, 1e-300))
+        update *= min(1.0, noise.clipping_bound / max(finite_norm(update), 1e-300))
     return InputVector(layout, update, 1.0, {vector_layout.SITES: 1}, noise)
 
 

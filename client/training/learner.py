@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from fedge.shared.preprocessing import steps as preprocessing
 from fedge.shared.preprocessing.steps import Standardise
 from fedge.shared.tasks.task import Counters, Task
 from fedge.shared.wire.tensors import NDArrays, Spec, specs
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -142,6 +145,7 @@ class Learner:
 
         Returns:
             The trained weights (with SCAFFOLD also the change of c_i), and the mean loss as ``training.loss_at`` asks.
+            Where they are not finite and ``training.noised``, the weights as received.
 
         Raises:
             SiteError: see ``_local_steps``.
@@ -161,7 +165,7 @@ class Learner:
             Its weights, with SCAFFOLD's change of c_i if asked for, and the mean loss of the steps.
 
         Raises:
-            SiteError: 401, the weights are no longer finite; 413, c_i is missing.
+            SiteError: 401, the weights are no longer finite, and no noise is added; 413, c_i is missing.
         """
         settings, server_round = training.settings, terms.address.server_round
         epoch = steps_of_epoch(len(examples.y), settings.batch_size)
@@ -194,7 +198,7 @@ class Learner:
                 proximal_mu=training.proximal_mu,
                 correction={name: server[name] - own[name] for name in own},
             )
-        trained = self.weights(server_round)
+        trained = self.weights(server_round, received if training.noised else None)
         change: NDArrays = {}
         if training.control:
             # Tensors that no step changes (buffers) keep their variate.
@@ -205,20 +209,29 @@ class Learner:
             change = {protocol.CONTROL_PREFIX + n: (new[n] - own[n]).cpu().numpy() for n in new}
         return trained | change, outcome.loss
 
-    def weights(self, server_round: int) -> NDArrays:
+    def weights(self, server_round: int, otherwise: NDArrays | None = None) -> NDArrays:
         """The network's current weights by name.
 
+        Args:
+            server_round: for the message.
+            otherwise: weights that stand for those that are not finite. Under noise these are the ones received, an
+                update of zeros: an error would tell whether the site holds a record over which the server's weights
+                overflow, and no noise hides an error.
+
         Raises:
-            SiteError: 401, a weight is not finite.
+            SiteError: 401, a weight is not finite, and none stands for it.
         """
         trained = {
             n: t.detach().cpu().clone().numpy() for n, t in self.network.state_dict().items()
         }
-        if not all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
+        if all(np.isfinite(a).all() for a in trained.values() if a.dtype.kind == "f"):
+            return trained
+        if otherwise is None:
             raise SiteError(
                 401, f"round {server_round}: the trained weights must be finite, got others"
             )
-        return trained
+        log.warning("round %d: the trained weights are not finite: no update", server_round)
+        return {name: otherwise[name] for name in self.specs}
 
     def count(self, received: NDArrays, held_out: Examples) -> dict[str, float]:
         """The task's counters of these weights over held-out examples, possibly none."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedge.shared.privacy.mechanisms import distributed
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.privacy.mechanisms.discrete_gaussian import MAX_SIGMA, table
+from fedge.shared.privacy.mechanisms.update_norm import finite_norm
 
 #: By how much rounding may lengthen an update, and so enlarge its noise, where the noise's table allows it.
 _LENGTHENED: Final = 1.001
@@ -74,7 +75,7 @@ def noised(
     """An update, scaled down to the bound where it is longer, with noise.
 
     Args:
-        update: ``(d,)``.
+        update: ``(d,)``; one that is not finite counts as zero.
         clipping_bound: C.
         noise_multiplier: standard deviation of the noise, by 2C.
         entropy: of rounding and noise.
@@ -83,12 +84,10 @@ def noised(
         ``(d,)``, each a multiple of C / ``steps``.
 
     Raises:
-        ValueError: the update is not finite, or the noise does not fit the grid.
+        ValueError: the noise does not fit the grid.
     """
     exact = update.astype(np.float64)
-    norm = float(np.linalg.norm(exact))
-    if not math.isfinite(norm):
-        raise ValueError("update: must be finite, got NaN or infinity")
+    norm = finite_norm(exact)
     wide = stddev(noise_multiplier, exact.size)
     grid = steps(noise_multiplier, exact.size)
     exact *= min(1.0, clipping_bound / max(norm, 1e-300)) * (grid / clipping_bound)
@@ -118,7 +117,7 @@ def noised_weights(
         As ``received``; tensors of whole numbers, which get no noise, are as they came.
 
     Raises:
-        ValueError: the update is not finite, or the noise does not fit the grid.
+        ValueError: the noise does not fit the grid.
     """
     names = [name for name, a in received.items() if a.dtype.kind == "f"]
     size = sum(received[name].size for name in names)

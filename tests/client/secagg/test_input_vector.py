@@ -5,8 +5,9 @@ import pytest
 from builders import refused
 
 from fedge.client.secagg import input_vector
-from fedge.client.secagg.input_vector import InputVector, rounding_key
+from fedge.client.secagg.input_vector import InputVector, SiteNoise, rounding_key
 from fedge.shared.preprocessing.steps import Statistics
+from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.secagg import exact_counters, fixed_point, masking, vector_layout
 from fedge.shared.secagg.vector_layout import Bounds
 from fedge.shared.tasks.standardised_columns import Bound
@@ -108,6 +109,33 @@ def test_an_update_that_is_not_finite_is_refused(name, value):
 def test_a_difference_that_overflows_is_refused():
     with np.errstate(over="ignore"):
         refused(401, trained, tensors(3e38), received=tensors(-3e38))
+
+
+def test_where_the_weights_are_noised_already_such_a_difference_is_none():
+    state = {"mean": tensors(-3e38)["mean"]}
+    with np.errstate(over="ignore"):
+        made = input_vector.training(
+            LAYOUT, BOUNDS, tensors(-3e38), tensors(3e38) | state, 100, 0.5, private=True
+        )
+    values, counted = decoded(made)
+    assert all((a == 0).all() for a in values.values())
+    assert (counted["examples"], counted["clipped"]) == (200, 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
+def test_an_update_that_is_not_finite_gets_its_noise_as_one_of_zeros(value):
+    layout = vector_layout.of_noised({"w": (300,)}, ["w"], 1.0)
+
+    def encoded(update):
+        noise = SiteNoise(1.0, 1.0, 3, Entropy(key=bytes(32)))
+        return input_vector.noised(layout, noise, received, {"w": update}).encode(3, KEY)
+
+    received = {"w": np.ones(300)}
+    zero, bad = encoded(np.ones(300)), np.ones(300)
+    # 1e200 is finite, and the norm is not.
+    bad[7] = value
+    assert (encoded(bad) == zero).all()
+    assert (encoded(np.full(300, 1.01)) != zero).any()
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -1.0, 1e12])
