@@ -14,7 +14,7 @@ from typing import Final
 from . import flower_secagg as flower
 from .flower_parties import Outcome
 from .ours import ATTACKS, Attack
-from .ours_faults import FAULTS
+from .ours_faults import FAULTS, OVERFLOWS
 from .ours_more import MORE
 from .privacy import PRIVACY, flower_dealer, flower_local_dp
 
@@ -76,7 +76,7 @@ def page() -> str:
         lines.append(f"| {name} | {attack.__doc__} | {_cell(outcome)} |")
     lines += [_PRIVACY.format(flower=flower_local_dp(), dealer=flower_dealer())]
     lines += ["| attack | what is done | fedge |", "|---|---|---|"]
-    for promise in PRIVACY:
+    for promise in (*PRIVACY, *OVERFLOWS):
         with TemporaryDirectory() as home:
             outcome = promise(Path(home))
         lines.append(f"| {outcome.name} | {promise.__doc__} | {_cell(outcome)} |")

@@ -7,6 +7,7 @@ import pytest
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 
+from .ours_faults import OVERFLOWS
 from .privacy import (
     CHARGED,
     DELTA,
@@ -24,7 +25,9 @@ from .privacy import (
 CHANCE = 4 * 0.5 / TRIALS**0.5
 
 
-@pytest.mark.parametrize("attack", PRIVACY, ids=lambda a: a.__name__.replace("_", "-"))
+@pytest.mark.parametrize(
+    "attack", (*PRIVACY, *OVERFLOWS), ids=lambda a: a.__name__.replace("_", "-")
+)
 def test_refused(attack, tmp_path):
     outcome = attack(tmp_path)
     assert outcome.name == attack.__name__.replace("_", "-")
