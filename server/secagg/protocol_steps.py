@@ -16,7 +16,7 @@ from fedge.server.admission.reply_fields import ledger_of
 from fedge.server.admission.validation_result import printable
 from fedge.server.participants.member_exchange import MemberExchange
 from fedge.server.participants.members import Member
-from fedge.server.secagg.attempt import STEPS, GroupAttempt, lost_at
+from fedge.server.secagg.attempt import STEPS, GroupAttempt, is_agreed, lost_at
 from fedge.server.secagg.group import Group, LostError
 from fedge.server.secagg.outcome import NAMES, SAMPLE, Outcome, SumRequest, UnmaskedSum
 from fedge.server.secagg.restart_state import RecoveryStore
@@ -53,7 +53,8 @@ class SecureSum:
         self._exchange, self._recovery = SumExchange(member_exchange, deadline), recovery
         self._min_sites = max(min_sites, MIN_SITES)
         self._attempts = attempts
-        # Of no further sum, by code and reason: whom the sites' rosters do not trust, and who dealt wrong shares.
+        # Of no further sum, by code and reason: who is proved to have dealt wrong shares, and whom so many sites find
+        # fault with that an honest one does.
         self._left_out = recovery.left_out()
 
     def run(
@@ -234,11 +235,9 @@ class SecureSum:
             group = by_site[site].group
             values = content.get(messages.SECURE)
             if isinstance(values, ConfigRecord) and messages.BLAMED in values:
-                peer = str(values.get(messages.BLAMED))
-                by_site[site].blames.setdefault(peer, set()).add(site)
-                if values.get(messages.CODE) == _UNTRUSTED:
-                    by_site[site].untrusted.add(peer)
-                raise _fault(values)
+                fault = _fault(values)
+                by_site[site].blames.setdefault(str(values[messages.BLAMED]), {})[site] = fault.code
+                raise fault
             if group is not None:
                 heard = hear(group, site, content)
                 if isinstance(heard, np.ndarray) and not outcome.sample:
@@ -250,16 +249,19 @@ class SecureSum:
                 for site, why in trial.group.add_masked().items():
                     self._exchange.lose(outcome, site, NAMES[kind], why, 411)
             for peer in trial.check(kind, self._min_sites):
-                count = len(trial.blames[peer])
-                if count > 1 and peer in trial.untrusted:
-                    self._leave_out(peer, _UNTRUSTED, "no roster has a valid key of it")
-                who = "1 site finds" if count == 1 else f"{count} sites find"
-                codes = [
-                    outcome.out[by].code for by in sorted(trial.blames[peer]) if by in outcome.out
-                ]
-                code = max(sorted(set(codes), reverse=True), key=codes.count, default=411)
-                why = f"left out, as {who} fault with it"
-                self._exchange.lose(outcome, peer, NAMES[kind], why, code)
+                by = trial.blames[peer]
+                codes = list(by.values())
+                code = max(sorted(set(codes), reverse=True), key=codes.count)
+                who = "1 site finds" if len(by) == 1 else f"{len(by)} sites find"
+                why, words = f"{who} fault with it", f"left out, as {who} fault with it"
+                if peer in trial.found_out:
+                    # Its accusers are right, and are lost by its fault alone.
+                    for site in by.keys() - trial.found_out:
+                        outcome.out.pop(site, None)
+                    known = "no roster has a valid key of it" if code == _UNTRUSTED else why
+                    self._leave_out(peer, code, known)
+                    words = f"left out from now on, as {why}"
+                self._exchange.lose(outcome, peer, NAMES[kind], words, code)
 
     def _open(
         self,
@@ -350,14 +352,17 @@ class SecureSum:
         def take(site: str, content: RecordDict) -> None:
             group, values = by_site[site], messages.values_of(content)
             if messages.BLAMED in values:
-                blames.setdefault(str(values.get(messages.BLAMED)), set()).add(site)
+                peer = str(values.get(messages.BLAMED))
+                if peer != site and by_site.get(peer) is group:
+                    blames.setdefault(peer, set()).add(site)
                 raise _fault(values)
             hear = group.take_commit if commits else group.take_unmask
             hear(site, values)
 
         self._exchange.ask(begin.server_round, NAMES[kind], whom, asked, outcome, take)
         for peer, by in sorted(blames.items()):
-            if len(by) > 1 and peer in members:
+            # Fewer may all be lying, and a signature that they find wrong may be right.
+            if is_agreed(len(by), len(by_site[peer].sites)):
                 why = f"{len(by)} sites find its signature on the survivors wrong"
                 self._leave_out(peer, _DEVIATES, why)
                 words = f"left out from now on, as {why}"

@@ -181,11 +181,94 @@ def test_whom_all_others_blame_is_left_out_of_the_next_attempt(rig):
     assert found.facts["attempts"] == 2
     told = [(lost["site"], lost["reason"]) for lost in found.facts["lost"]]
     assert all((site, "finds fault with site-2, FE-422") in told for site in left)
-    assert told[-1] == ("site-2", "left out, as 5 sites find fault with it")
+    assert told[-1] == ("site-2", "left out from now on, as 5 sites find fault with it")
     (rejected,) = found.outcome.rejections(made.members)
     assert (rejected.site, rejected.code, rejected.outcome) == ("site-2", 422, "rejected")
-    assert rejected.reason == "share: left out, as 5 sites find fault with it"
+    assert rejected.reason == "share: left out from now on, as 5 sites find fault with it"
     assert len(made.asked("begin", "site-2")) == 1
+
+
+def zeroed(content):
+    content["secagg"]["boxes"] = bytes(len(content["secagg"]["boxes"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "dealers"), [(6, 1), (16, 5)])
+def test_dealers_whose_shares_nobody_can_decrypt_are_left_out_for_the_run(rig, count, dealers):
+    made = rig(count=count, min_sites=5)
+    liars = [f"site-{i}" for i in range(1, dealers + 1)]
+    for site in liars:
+        made.fault(site, "share", zeroed)
+    found = made.train()
+    honest = [site for site in made.workers if site not in liars]
+    made.check(found.result, honest)
+    # Found out one by one, as a site names the first whose share it cannot decrypt; such attempts are not counted.
+    assert found.facts["attempts"] == dealers + 1
+    assert {r.site: r.code for r in found.outcome.rejections(made.members)} == dict.fromkeys(
+        liars, 425
+    )
+    made.restart_server()
+    again = made.train(2)
+    assert list(again.result.sites) == sorted(honest)
+    assert again.facts["attempts"] == 1
+    assert {r.site for r in again.outcome.rejections(made.members)} == set(liars)
+    assert {site for site in made.workers if len(made.asked("begin", site)) > dealers + 1} == set(
+        honest
+    )
+
+
+def accuse(peer, code):
+    def said(content):
+        there = content["secagg"]
+        for key in list(there):
+            del there[key]
+        there.update({"blamed": peer, "code": code})
+
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    ("exchange", "code"), [("share", 421), ("share", 422), ("masked", 425), ("masked", 422)]
+)
+def test_a_third_of_lying_holders_have_no_honest_dealer_left_out(rig, exchange, code, lost):
+    """The failing twin: five of sixteen, at most a third, with or without an honest site that is lost beside them."""
+    made = rig(count=16)
+    for i in range(12, 17):
+        made.fault(f"site-{i}", exchange, accuse("site-1", code), times=3)
+    if lost:
+        made.fault("site-2", exchange, "silent", times=1)
+    found = made.train()
+    honest = [f"site-{i}" for i in range(1 + lost, 12)]
+    # Without a loss beside them the liars are too few to lose an attempt, and the accused is in the sum. With one, it
+    # is out of this round; who then accuses it again, where it is not, is known to lie.
+    made.check(found.result, honest)
+    assert found.facts["attempts"] == (3 if lost else 1)
+    assert made.ledger.left_out() == {}
+    made.grid.faults.clear()
+    assert list(made.train(2).result.sites) == sorted(made.workers)
+
+
+@pytest.mark.slow
+def test_no_honest_site_is_out_as_liars_that_are_not_found_out_yet_accuse_it(rig):
+    made = rig(count=16, min_sites=5)
+    for i in range(1, 5):
+        made.fault(f"site-{i}", "share", zeroed)
+    # The fifth deals well and accuses an honest site; that waits until the dealers are found out.
+    made.fault("site-5", "masked", accuse("site-6", 425))
+    found = made.train()
+    made.check(found.result, [f"site-{i}" for i in range(6, 17)])
+    assert set(made.ledger.left_out()) == {f"site-{i}" for i in range(1, 5)}
+
+
+@pytest.mark.slow
+def test_two_that_find_a_right_signature_wrong_have_nobody_left_out(rig):
+    made = rig()
+    for site in ("site-5", "site-6"):
+        made.fault(site, "unmask", accuse("site-1", 422))
+    made.train()
+    assert made.ledger.left_out() == {}
 
 
 @pytest.mark.slow
