@@ -75,6 +75,13 @@ def test_blocks_say_what_they_are(page):
     }
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_collusion_is_bounded_by_min_sites_and_not_by_a_round(page):
+    """As the policy's own check is: which sites are in a round, the server chooses."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    assert not re.search(r"thirds? of (the sites of )?(a|the) round", text)
+
+
 def test_error_numbers_in_the_pages_exist():
     from fedge.shared.error_catalogue import CATALOGUE
 
