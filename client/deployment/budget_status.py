@@ -65,7 +65,10 @@ def lines(status: Mapping[str, Any]) -> list[str]:
         return [f"problem    {status['problem']}"]
     against, budget = status["against"], f"{status['budget']:g}"
     if not status["spent"]:
-        return [f"privacy    study {status['study']}: nothing of epsilon {budget} is spent"]
+        return [
+            f"privacy    study {status['study']}: nothing of epsilon {budget} is spent for one example or one site,"
+            f" against the {against}, at delta {status['delta']:g}"
+        ]
     return [
         f"privacy    study {status['study']}: epsilon {_number(status['spent'][unit][against])} of {budget} is spent"
         f" for one {unit}, against the {against}, at delta {status['spent'][unit]['delta']:g}"

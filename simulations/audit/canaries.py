@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.shared.config.federation import Config
+from fedge.shared.config.privacy import Unit
 from fedge.shared.privacy.accounting import epsilon
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 from fedge.shared.tasks.task import Task
@@ -87,6 +88,11 @@ class Finding:
     bound: float
     most: float
     rounds: int = 1
+
+    @property
+    def unit(self) -> Unit:
+        """What a canary is, and what epsilon is of."""
+        return "example" if self.mechanism in ("off", "example") else "site"
 
     @property
     def verdict(self) -> Verdict:

@@ -36,6 +36,7 @@ def to_json(finding: Finding, inverted: Inversion, seconds: float) -> dict[str, 
         "noise_factor": finding.noise_factor,
         "honest_sites": finding.honest or None,
         "rounds": finding.rounds,
+        "unit": finding.unit,
         "delta": finding.delta,
         "claim": finding.claim,
         "lower_bound": finding.bound,
@@ -104,9 +105,10 @@ def _tiles(finding: Finding) -> str:
     sizes = finding.sizes
     claim = "none" if finding.claim is None else f"{finding.claim:.2f}"
     bad = finding.verdict != "not contradicted"
+    meant, audited = wording.meant(finding), wording.audited(finding)
     tiles = [
-        fmt.tile("Claim", claim, f"epsilon of {wording.audited(finding)}, delta {finding.delta:g}", "main"),
-        fmt.tile("Lower bound", f"{finding.bound:.2f}", f"proved with {1 - P:.0%} confidence", "main"),
+        fmt.tile("Claim", claim, f"epsilon of {audited} {meant}", "main"),
+        fmt.tile("Lower bound", f"{finding.bound:.2f}", f"epsilon {meant}, proved with {1 - P:.0%} confidence", "main"),
         fmt.tile("Guesses right", f"{finding.correct} of {sizes.guesses}", f"of {sizes.canaries} canaries"),
         fmt.tile("Verdict", finding.verdict, "", "bad" if bad else "good"),
     ]  # fmt: skip
@@ -148,21 +150,22 @@ def _scores(finding: Finding) -> str:
 
 def _facts(finding: Finding) -> str:
     guesses, audited = finding.sizes.guesses, wording.audited(finding)
+    meant = wording.meant(finding)
     rows = [("mechanism", esc(finding.mechanism))]
     if finding.noise_multiplier is not None:
         rows.append(("noise multiplier", fmt.significant(finding.noise_multiplier, 6)))
     if finding.noise_factor != 1:
-        rows.append(("share audited it that was added", fmt.significant(finding.noise_factor, 6)))
+        rows.append(("share of it that was added", fmt.significant(finding.noise_factor, 6)))
     if finding.honest:
         rows.append(("sites that add noise", str(finding.honest)))
     rows += [
         (
             "guesses right",
-            f"{finding.correct} audited {guesses}, {fmt.share(finding.correct / guesses)}; by chance about half",
+            f"{finding.correct} of {guesses}, {fmt.share(finding.correct / guesses)}; by chance about half",
         ),
-        ("largest bound that it can show", f"{finding.most:.4f}, with every guess right"),
-        ("lower bound", f"{finding.bound:.4f}, at delta {finding.delta:g}"),
-        ("claim", "none" if finding.claim is None else f"{finding.claim:.4f}, by the accountant, for {audited}"),
+        ("largest bound that it can show", f"{finding.most:.4f} {meant}, with every guess right"),
+        ("lower bound", f"{finding.bound:.4f} {meant}"),
+        ("claim", "none" if finding.claim is None else f"{finding.claim:.4f} {meant}, by the accountant, of {audited}"),
     ]  # fmt: skip
     note = "One-run audit of Steinke, Nasr and Jagielski (2023), with abstentions."
     return fmt.card("In numbers", fmt.definitions(rows), note) + "</div>"

@@ -41,16 +41,22 @@ def words(finding: Finding) -> str:
     bound = f"{finding.bound:.2f}"
     if finding.claim is None:
         most = ", as much as this audit can show" if finding.bound == finding.most else ""
-        return f"Nothing protects: epsilon of plain training is at least {bound}{most}"
+        return f"Nothing protects: epsilon of plain training {meant(finding)} is at least {bound}{most}"
     claim = f"{finding.claim:.2f}"
     if finding.verdict == "caught":
-        return f"CAUGHT: epsilon is at least {bound}, above the claim of {claim}"
+        return f"CAUGHT: epsilon {meant(finding)} is at least {bound}, above the claim of {claim}"
     more = (
         ""
         if finding.could_contradict
         else f"; no outcome could, as this audit shows {finding.most:.2f} at most"
     )
-    return f"Not contradicted: the guesses prove an epsilon of {bound}, below the claim of {claim}{more}"
+    proved = f"the guesses prove an epsilon of {bound} {meant(finding)}"
+    return f"Not contradicted: {proved}, below the claim of {claim}{more}"
+
+
+def meant(finding: Finding) -> str:
+    """Whose epsilon claim and bound are, and at which delta."""
+    return f"for one {finding.unit} at delta {finding.delta:g}"
 
 
 def audited(finding: Finding) -> str:
@@ -111,7 +117,7 @@ def cannot(finding: Finding) -> list[str]:
     said = [
         "It cannot confirm: a bound below the claim is what this one attack found. A better one may find more. "
         "Even sound noise and the best guesses leave a wide gap between the two.",
-        f"It cannot show more than {finding.most:.2f}, however little is protected;"
+        f"It cannot show more than {finding.most:.2f} {meant(finding)}, however little is protected;"
         " a larger claim is out of its reach.",
         scope,
         "It does not look at sampling, at the generator of the random bits, at time, or at what leaves beside the "

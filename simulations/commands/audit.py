@@ -180,17 +180,20 @@ def _unwritable(path: Path, error: OSError) -> Exception:
 
 
 def _table(finding: Finding, inversion: Inversion, result: dict[str, Any]) -> str:
-    from fedge.simulations.audit.wording import audited, words
+    from fedge.simulations.audit.wording import audited, meant, words
 
     claim = (
         "none"
         if finding.claim is None
-        else f"{finding.claim:.4f}  (delta {finding.delta:g}, {audited(finding)})"
+        else f"{finding.claim:.4f}  ({audited(finding)}, {meant(finding)})"
     )
     rows = [
         ("mechanism", finding.mechanism),
         ("claim", claim),
-        ("lower bound", f"{finding.bound:.4f}  (95 % confidence; {finding.most:.4f} is the most it can show)"),
+        (
+            "lower bound",
+            f"{finding.bound:.4f}  ({meant(finding)}, 95 % confidence; {finding.most:.4f} is the most it can show)",
+        ),
         ("guesses right", f"{finding.correct} of {finding.sizes.guesses}, of {finding.sizes.canaries} canaries"),
         ("verdict", "CAUGHT" if finding.verdict == "caught" else finding.verdict),
     ]  # fmt: skip

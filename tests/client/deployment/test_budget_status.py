@@ -32,7 +32,8 @@ def test_nothing_is_told_where_nothing_was_charged(home):
     must = PrivacyPolicy(study="heart", epsilon=8, required=True)
     policy_writer.write(home, tasks=["digits"], bundles=[], versions=[], privacy=must)
     assert budget_status.lines(budget_status.spent(home)) == [
-        "privacy    study heart: nothing of epsilon 8 is spent"
+        "privacy    study heart: nothing of epsilon 8 is spent for one example or one site, against the server,"
+        " at delta 1e-05"
     ]
 
 

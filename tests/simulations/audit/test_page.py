@@ -56,12 +56,13 @@ def test_what_comes_from_outside_is_escaped():
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (finding(), "Not contradicted: the guesses prove an epsilon of 1.20, below the claim of 4.40"),
-        (finding(bound=4.8), "CAUGHT: epsilon is at least 4.80, above the claim of 4.40"),
-        (finding("off", 4.8, None), "Nothing protects: epsilon of plain training is at least 4.80,"
-         " as much as this audit can show"),
-        (finding(claim=9.0), "Not contradicted: the guesses prove an epsilon of 1.20, below the claim of 9.00; "
-         "no outcome could, as this audit shows 4.80 at most"),
+        (finding(), "Not contradicted: the guesses prove an epsilon of 1.20 for one site at delta 1e-05, below the "
+         "claim of 4.40"),
+        (finding(bound=4.8), "CAUGHT: epsilon for one site at delta 1e-05 is at least 4.80, above the claim of 4.40"),
+        (finding("off", 4.8, None), "Nothing protects: epsilon of plain training for one example at delta 1e-05 is at "
+         "least 4.80, as much as this audit can show"),
+        (finding(claim=9.0), "Not contradicted: the guesses prove an epsilon of 1.20 for one site at delta 1e-05, "
+         "below the claim of 9.00; no outcome could, as this audit shows 4.80 at most"),
     ],
 )  # fmt: skip
 def test_the_verdict_in_words(found, expected):
@@ -78,19 +79,23 @@ def test_limits_are_told_and_a_check_of_the_check_is_named():
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "audited", "view", "told"),
+    ("mechanism", "unit", "audited", "view", "told"),
     [
-        ("example", "one release", "One update with DP-SGD", "It looks at one release"),
-        ("distributed", "one release", "The opened sum", "The 5 sites that the configuration"),
-        ("central", "one release", "The noised mean", "every site is drawn"),
-        ("central-mf", "the whole run, 12 rounds", "The noised mean", "It looks at one run, not at several"),
-        ("local", "one update", "One update with local noise", "or its negation (out)"),
+        ("example", "example", "one release", "One update with DP-SGD", "It looks at one release"),
+        ("distributed", "site", "one release", "The opened sum", "The 5 sites that the configuration"),
+        ("central", "site", "one release", "The noised mean", "every site is drawn"),
+        ("central-mf", "site", "the whole run, 12 rounds", "The noised mean", "It looks at one run, not at several"),
+        ("local", "site", "one update", "One update with local noise", "or its negation (out)"),
     ],
 )  # fmt: skip
-def test_the_page_says_what_was_audited(mechanism, audited, view, told):
+def test_the_page_says_what_was_audited(mechanism, unit, audited, view, told):
     html = rendered(finding(mechanism), inversion(mechanism))
-    assert f"epsilon of {audited}, delta 1e-05" in html
-    assert f"by the accountant, for {audited}" in html
+    meant = f"for one {unit} at delta 1e-05"
+    assert f"epsilon of {audited} {meant}" in html
+    assert f"4.4000 {meant}, by the accountant, of {audited}" in html
+    # Headline, both tiles, three rows, and the limit.
+    assert html.count(meant) == 7
+    assert page.to_json(finding(mechanism), inversion(mechanism), 1.0)["unit"] == unit
     assert view in html
     assert told in html
     central = mechanism.startswith("central")
