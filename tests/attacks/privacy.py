@@ -122,17 +122,17 @@ def counters_read_word_by_word(_: Path) -> Outcome:
         f"each counter is one element of the ring 2^128, and the best event found is within what epsilon {CHARGED:.2f} "
         f"allows; with a sum for each 20 bits the same vectors exceed it by {before:.2f}"
     )
-    return Outcome("counters-read-word-by-word", _verdict(now < 0.12 < before), words)
+    return Outcome("counters-read-word-by-word", verdict(now < 0.12 < before), words)
 
 
 def statistics_said_to_be_off(home: Path) -> Outcome:
     """A server asks for masked sums of features with privacy.statistics left at "off"."""
     told = section(mechanism="example", noise_multiplier=1.0)
-    content = _content(messages.STATISTICS, told, masked=True)
+    content = content_of(messages.STATISTICS, told, masked=True)
     worker = make_sites(home)[VICTIM]
-    codes = [_code(worker.answer, messages.STATISTICS, content)]
+    codes = [code_of(worker.answer, messages.STATISTICS, content)]
     codes.append(
-        _code(policies.allow, _policy(required=True), messages.STATISTICS, content, _BUNDLE)
+        code_of(policies.allow, policy_of(required=True), messages.STATISTICS, content, BUNDLE)
     )
     return _outcome("statistics-said-to-be-off", codes, {"worker": 414, "policy": 418})
 
@@ -142,18 +142,18 @@ def sizes_at_registration(home: Path) -> Outcome:
     worker = make_sites(home)[VICTIM]
     told = {}
     for mechanism in ("distributed", "central", "central-mf", "local"):
-        content = _content(protocol.REGISTER, section(mechanism=mechanism, noise_multiplier=1.0))
+        content = content_of(protocol.REGISTER, section(mechanism=mechanism, noise_multiplier=1.0))
         reply = worker.answer(protocol.REGISTER, content)
         told[mechanism] = dict(reply[protocol.METRICS])[protocol.NUM_TRAIN_EXAMPLES]
     words = f"each of {', '.join(told)}: {_listed(told.values())} example, where it has {EXAMPLES[VICTIM]}"
-    return Outcome("sizes-at-registration", _verdict(set(told.values()) == {1}), words)
+    return Outcome("sizes-at-registration", verdict(set(told.values()) == {1}), words)
 
 
 def an_example_s_noise_for_a_site(home: Path) -> Outcome:
     """A server runs DP-SGD at a site whose owner wants the whole site to be hidden."""
-    content = _content(protocol.TRAIN, section(mechanism="example", noise_multiplier=1.0))
-    policy = _policy(required=True, unit="site")
-    code = _code(policies.allow, policy, protocol.TRAIN, content, _BUNDLE)
+    content = content_of(protocol.TRAIN, section(mechanism="example", noise_multiplier=1.0))
+    policy = policy_of(required=True, unit="site")
+    code = code_of(policies.allow, policy, protocol.TRAIN, content, BUNDLE)
     return _outcome("an-example-s-noise-for-a-site", [code], {"policy": 418})
 
 
@@ -171,7 +171,7 @@ def a_site_s_noise_counted_for_an_example(home: Path) -> Outcome:
         "which moves a clipped update by twice the bound"
     )
     right = abs(site - CHARGED) < 1e-3 and abs(example - 9.99726) < 1e-2
-    return Outcome("a-site-s-noise-counted-for-an-example", _verdict(right), words)
+    return Outcome("a-site-s-noise-counted-for-an-example", verdict(right), words)
 
 
 def examples_from_the_ledger_s_digest(home: Path) -> Outcome:
@@ -204,7 +204,7 @@ def examples_from_the_ledger_s_digest(home: Path) -> Outcome:
         f"{_listed(tried({'salt': salt}))}"
     )
     refused = not tried({}) and tried({"salt": salt}) == [EXAMPLES[VICTIM]]
-    return Outcome("examples-from-the-ledger-s-digest", _verdict(refused), words)
+    return Outcome("examples-from-the-ledger-s-digest", verdict(refused), words)
 
 
 class _Kept(nn.Module):
@@ -255,14 +255,14 @@ def a_record_that_makes_nan(_: Path) -> Outcome:
     finite = bool(torch.isfinite(network.weight).all())
     broken = not bool(torch.isfinite(plain).all())
     words = "a gradient that is not finite counts as zero: the update is finite, with that record or without"
-    return Outcome("a-record-that-makes-nan", _verdict(finite and broken), words)
+    return Outcome("a-record-that-makes-nan", verdict(finite and broken), words)
 
 
 def a_longer_update_than_the_owner_allows(home: Path) -> Outcome:
     """A server asks for distributed noise on updates longer than max-clipping-bound."""
     told = section(**NOISED, clipping_bound=101.0)
-    content = _content(protocol.TRAIN, told, masked=True)
-    code = _code(policies.allow, _policy(), protocol.TRAIN, content, _BUNDLE)
+    content = content_of(protocol.TRAIN, told, masked=True)
+    code = code_of(policies.allow, policy_of(), protocol.TRAIN, content, BUNDLE)
     return _outcome("a-longer-update-than-the-owner-allows", [code], {"policy": 418})
 
 
@@ -294,7 +294,7 @@ def dealer_of_random_shares(home: Path) -> Outcome:
         f"{'right' if following.is_right() else 'wrong'}"
     )
     return Outcome(
-        "dealer-of-random-shares", _verdict(dealers == (VICTIM,) and following.is_right()), words
+        "dealer-of-random-shares", verdict(dealers == (VICTIM,) and following.is_right()), words
     )
 
 
@@ -330,7 +330,7 @@ def flower_dealer(seed: int = 7) -> str:
     return silent if off > 1e6 else f"the sum is wrong by {off:.0f} quantisation steps"
 
 
-_BUNDLE: Final = "ab" * 32
+BUNDLE: Final = "ab" * 32
 
 PRIVACY: Final[tuple[Callable[[Path], Outcome], ...]] = (
     counters_read_word_by_word,
@@ -346,7 +346,7 @@ PRIVACY: Final[tuple[Callable[[Path], Outcome], ...]] = (
 )
 
 
-def _content(kind: str, told: PrivacySection, *, masked: bool = False) -> RecordDict:
+def content_of(kind: str, told: PrivacySection, *, masked: bool = False) -> RecordDict:
     config = {
         protocol.RUN_ID: "run-1",
         protocol.SERVER_ROUND: int(kind == protocol.TRAIN),
@@ -362,12 +362,12 @@ def _content(kind: str, told: PrivacySection, *, masked: bool = False) -> Record
     return content
 
 
-def _policy(**privacy: Any) -> Policy:
-    values = {"tasks": ["blobs"], "bundles": [_BUNDLE], "versions": ["0.1.0"], "privacy": privacy}
+def policy_of(**privacy: Any) -> Policy:
+    values = {"tasks": ["blobs"], "bundles": [BUNDLE], "versions": ["0.1.0"], "privacy": privacy}
     return Policy.model_validate(values)
 
 
-def _code(call: Callable[..., object], *arguments: Any) -> int:
+def code_of(call: Callable[..., object], *arguments: Any) -> int:
     try:
         call(*arguments)
     except SiteError as error:
@@ -380,10 +380,10 @@ def _outcome(name: str, codes: list[int], wanted: Mapping[str, int]) -> Outcome:
         f"the {who} raised FE-{code}" if code else f"the {who} raised nothing"
         for who, code in zip(wanted, codes, strict=True)
     )
-    return Outcome(name, _verdict(codes == list(wanted.values())), said)
+    return Outcome(name, verdict(codes == list(wanted.values())), said)
 
 
-def _verdict(refused: bool) -> Any:
+def verdict(refused: bool) -> Any:
     return "refused" if refused else "succeeds"
 
 

@@ -17,6 +17,7 @@ from .ours import ATTACKS, Attack
 from .ours_faults import FAULTS, OVERFLOWS
 from .ours_more import MORE
 from .privacy import PRIVACY, flower_dealer, flower_local_dp
+from .promises import PROMISES
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reference" / "attacks.md"
 SEED: Final = 7
@@ -49,6 +50,13 @@ By a server, or by a site where it says so; against the policy that an owner wro
 noise has to hide. Flower has no policy of a site, no ledger and no unit. {flower}. Where a site of SecAgg+ deals shares
 of another secret, {dealer}.
 """
+_PROMISES: Final = """
+## On other promises of the documents
+
+By a server, a site or a relay that was taken over, as each row says. "Succeeds" stands where the documents promise
+nothing. A share that a client of Flower's cannot decrypt is its flipped-box-bit above: the error names no sender.
+SecAgg+ has no checksum, and a node no ledger, policy or worker; what Flower does about folders stands in the row.
+"""
 
 
 def run_ours(attacks: Iterable[Callable[[Path], Attack]]) -> dict[str, Outcome]:
@@ -75,12 +83,18 @@ def page() -> str:
     for attack, (name, outcome) in zip(MORE, run_ours(MORE).items(), strict=True):
         lines.append(f"| {name} | {attack.__doc__} | {_cell(outcome)} |")
     lines += [_PRIVACY.format(flower=flower_local_dp(), dealer=flower_dealer())]
-    lines += ["| attack | what is done | fedge |", "|---|---|---|"]
-    for promise in (*PRIVACY, *OVERFLOWS):
-        with TemporaryDirectory() as home:
-            outcome = promise(Path(home))
-        lines.append(f"| {outcome.name} | {promise.__doc__} | {_cell(outcome)} |")
+    lines += _rows((*PRIVACY, *OVERFLOWS))
+    lines += [_PROMISES, *_rows(PROMISES)]
     return "\n".join(lines) + "\n"
+
+
+def _rows(attacks: Iterable[Callable[[Path], Outcome]]) -> list[str]:
+    lines = ["| attack | what is done | fedge |", "|---|---|---|"]
+    for attack in attacks:
+        with TemporaryDirectory() as home:
+            outcome = attack(Path(home))
+        lines.append(f"| {outcome.name} | {attack.__doc__} | {_cell(outcome)} |")
+    return lines
 
 
 def _cell(outcome: Outcome) -> str:
