@@ -13,11 +13,10 @@ from typing import Final
 
 from . import flower_secagg as flower
 from .flower_parties import Outcome
-from .ours import ATTACKS, Attack
-from .ours_faults import FAULTS, OVERFLOWS
+from .ours import ATTACKS, FAULTS, Attack
 from .ours_more import MORE
 from .privacy import PRIVACY, flower_dealer, flower_local_dp
-from .promises import PROMISES
+from .promises import OVERFLOWS, PROMISES
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "reference" / "attacks.md"
 SEED: Final = 7

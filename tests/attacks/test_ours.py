@@ -15,8 +15,7 @@ from fedge.shared.secagg import messages, transcript
 
 from . import flower_secagg as flower
 from .deviant import Server
-from .ours import ATTACKS, Attack, honest_round, two_survivor_lists
-from .ours_faults import FAULTS
+from .ours import ATTACKS, FAULTS, Attack, honest_round, two_survivor_lists
 from .ours_more import MORE, another_run
 from .parties import NAMES, VICTIM
 from .table import PAGE, page

@@ -1,4 +1,4 @@
-"""Each attack on what noise, budget and policy promise is refused; the one on counters at 10, 100 and 1 000 sites."""
+"""Each attack on what noise, budget, policy and documents promise; the one on counters at 10, 100 and 1 000 sites."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 from fedge.shared.privacy.accounting.epsilon import Release, epsilon
 from fedge.shared.privacy.mechanisms.csprng import Entropy
 
-from .ours_faults import OVERFLOWS
 from .privacy import (
     CHARGED,
     DELTA,
@@ -20,6 +19,7 @@ from .privacy import (
     in_one_element,
     sent_by_sites,
 )
+from .promises import OVERFLOWS, PROMISES, another_vector_of_the_same_checksum
 
 #: By chance alone, the frequency of an event in as many trials is further from its probability once in 10 000 tests.
 CHANCE = 4 * 0.5 / TRIALS**0.5
@@ -32,6 +32,16 @@ def test_refused(attack, tmp_path):
     outcome = attack(tmp_path)
     assert outcome.name == attack.__name__.replace("_", "-")
     assert outcome.verdict == "refused", outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", PROMISES, ids=lambda a: a.__name__.replace("_", "-"))
+def test_other_promises(attack, tmp_path):
+    outcome = attack(tmp_path)
+    assert outcome.name == attack.__name__.replace("_", "-")
+    # The checksum is against damage alone, as its page and its code say.
+    expected = "succeeds" if attack is another_vector_of_the_same_checksum else "refused"
+    assert outcome.verdict == expected, outcome
 
 
 def test_what_is_charged_for_one_release():
