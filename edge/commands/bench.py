@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -21,6 +22,10 @@ from fedge.shared.cli.command import Command
 if TYPE_CHECKING:
     from fedge.edge.runtime.model import EdgeModel
     from fedge.shared.bundle.bundle import Bundle
+
+
+#: Inputs over which labels are compared, in batches of so many, and the seconds that end it before.
+_LABELS, _BATCH, _LABEL_SECONDS = 1000, 32, 10.0
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -118,14 +123,19 @@ def _compared(bundle: Bundle, model: EdgeModel, threads: int) -> dict[str, float
     from fedge.edge.runtime.choice import reference
 
     graph = reference(bundle, model.shapes, threads)
-    batches = parity.examples(model.manifest, model.steps, parity.BATCH_SIZES)
-    diff = parity.difference(
-        [model.logits(batch) for batch in batches],
-        [graph.run(batch) for batch in batches],
-        model.manifest.output,
-        model.artefact,
-    )
-    return dict(vars(diff))
+    ours, theirs = [], []
+    end, count = time.monotonic() + _LABEL_SECONDS, 0
+    # A share of labels is told to a point by a thousand inputs; by the few of the batch sizes not to two.
+    for number, size in enumerate(itertools.chain(parity.BATCH_SIZES, itertools.repeat(_BATCH))):
+        if number >= len(parity.BATCH_SIZES) and (count >= _LABELS or time.monotonic() > end):
+            break
+        # As a seed, the size of each of the first batches; others have one of their own.
+        seed = size if number < len(parity.BATCH_SIZES) else 1000 + number
+        for batch in parity.examples(model.manifest, model.steps, [size], seed=seed):
+            ours.append(model.logits(batch))
+            theirs.append(graph.run(batch))
+        count += size
+    return dict(vars(parity.difference(ours, theirs, model.manifest.output, model.artefact)))
 
 
 def _text(result: dict[str, Any]) -> str:

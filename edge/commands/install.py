@@ -48,6 +48,11 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     add_statistics(parser)
     add_threads(parser)
+    parser.add_argument(
+        "--allow-older",
+        action="store_true",
+        help="also in place of a bundle with a higher serial (unsafe)",
+    )
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
 
 
@@ -62,6 +67,7 @@ def _run(arguments: Namespace) -> int:
         arguments.into,
         terms=lambda bundle: _terms(bundle, arguments),
         progress=_progress,
+        allow_older=arguments.allow_older,
     )
     if arguments.json:
         sys.stdout.write(json.dumps(record.to_json(), allow_nan=False) + "\n")
@@ -76,6 +82,8 @@ def install(
     directory: Path,
     terms: Callable[[Bundle], Terms],
     progress: Callable[[str], None],
+    *,
+    allow_older: bool = False,
 ) -> DeviceRecord:
     """Install a bundle; where anything fails, the folder holds what it held before.
 
@@ -85,9 +93,10 @@ def install(
         directory: of the installation; created if missing.
         terms: gives the inputs and limits of the trials for the verified bundle.
         progress: called with a line of text for each step.
+        allow_older: replace a bundle of this task by one with a lower serial. Unsafe: an old one stays signed.
 
     Raises:
-        BundleError: 701 to 706, the bundle is refused; 710, its fp32 graph does not run here.
+        BundleError: 701 to 706, 713, the bundle is refused; 710, its fp32 graph does not run here.
         ConfigError: 206, the folder holds something other than an installation.
         UsageError: 107, it cannot be written, or another installation is under way.
     """
@@ -101,6 +110,8 @@ def install(
     with writer.locked(directory), writer.slot(directory) as folder:
         digest = writer.copy_bundle(source, folder)
         bundle = open_bundle(folder / BUNDLE, key)
+        if not allow_older:
+            _require_newer(bundle, directory, key)
         trial_terms = terms(bundle)
         device = detect(bundle.manifest.artefacts, engines=True)
         graph, *others = _subjects(bundle, device)
@@ -118,6 +129,23 @@ def install(
         )
         writer.commit(directory, folder, record, built)
     return record
+
+
+def _require_newer(bundle: Bundle, directory: Path, key: Ed25519PublicKey) -> None:
+    """Refuse a bundle that is older than the one of its task and key that is installed."""
+    from fedge.edge.installation.folder import open_installed
+    from fedge.shared.errors import BundleError, FedgeError
+
+    try:
+        installed = open_installed(directory, key)[0].manifest
+    except (FedgeError, OSError):
+        return  # there is none, or none that this key has signed
+    if installed.task == bundle.manifest.task and bundle.manifest.serial < installed.serial:
+        raise BundleError(
+            713,
+            f"serial: must be {installed.serial} or more, got {bundle.manifest.serial}",
+            remedy="Give a newer bundle, or install it with --allow-older.",
+        )
 
 
 def _subjects(bundle: Bundle, device: Device) -> list[Subject]:

@@ -47,17 +47,22 @@ class Difference:
     contradicted: float = 0.0
 
 
-def examples(manifest: Manifest, steps: Sequence[Step], sizes: Sequence[int]) -> tuple[Array, ...]:
+def examples(
+    manifest: Manifest, steps: Sequence[Step], sizes: Sequence[int], *, seed: int | None = None
+) -> tuple[Array, ...]:
     """Preprocessed batches of the given sizes; those too large to hold are left out.
 
     Args:
         manifest: of the model.
         steps: its preprocessing, complete.
         sizes: number of examples in each batch.
+        seed: of all of them; the size of each unless given.
     """
     max_size = MAX_BATCH_VALUES // math.prod(manifest.input.shape)
     return tuple(
-        preprocessing.apply(steps, example(manifest.input, size, steps, seed=size))
+        preprocessing.apply(
+            steps, example(manifest.input, size, steps, seed=size if seed is None else seed)
+        )
         for size in sizes
         if size <= max_size
     )

@@ -91,7 +91,14 @@ def named(
     artefacts = {a.name: a for a in bundle.manifest.artefacts}
     if artefact := artefacts.get(name):
         place = CPU if artefact.kind == ONNX_FP32 else place_of(artefact, detect((artefact,)))
-        return open_artefact(artefact, place, bundle.artefacts[name], shapes, threads=threads)
+        try:
+            return open_artefact(artefact, place, bundle.artefacts[name], shapes, threads=threads)
+        except BundleError as error:
+            # Elsewhere the next best one serves.
+            remedy = (
+                "Name another with --artifact, or leave that out: `fedge-edge verify` lists them."
+            )
+            raise BundleError(error.code, error.message, remedy=remedy) from None
     built = {e.artefact.name: e for e in record.entries if e.built} if record else {}
     if record is not None and (entry := built.get(name)):
         data = record.content(entry, bundle)

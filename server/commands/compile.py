@@ -144,7 +144,7 @@ def table(compiled: Compiled) -> str:
         (
             d.name,
             *_cells(d.bytes, d.qualification),
-            f"{'not kept' if d.bytes else 'not here'}: {d.reason}",
+            d.reason if d.on_device else f"{'not kept' if d.bytes else 'not built'}: {d.reason}",
         )
         for d in compiled.dropped
     ]

@@ -38,7 +38,7 @@ def _arguments(parser: ArgumentParser) -> None:
         "--serial",
         type=_serial,
         metavar="N",
-        help="by which devices tell an older bundle (default: seconds from 1970 to the run's end)",
+        help="by which devices tell an older bundle (default: seconds from 1970 to the run's end, 1 more each time)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

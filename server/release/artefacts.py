@@ -116,7 +116,7 @@ class Builder:
                         why = f"the device builds it at install, of {file_name(SOURCES[kind])}"
                     else:
                         broken.add(name)
-                    failed.append(Dropped(name, kind, why))
+                    failed.append(Dropped(name, kind, why, on_device=error.code == 608))
             for kind in self._without_ranges(target):
                 name = file_name(kind, target.capabilities)
                 failed.append(Dropped(name, kind, "there are no activation ranges to quantise by"))

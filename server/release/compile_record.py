@@ -28,6 +28,7 @@ class Dropped:
         reason: in one line.
         bytes: its size; 0 where it was never built.
         qualification: result of its qualification; None where it was not built.
+        on_device: whether nothing is wrong with it, as the device builds it.
     """
 
     name: str
@@ -35,10 +36,12 @@ class Dropped:
     reason: str
     bytes: int = 0
     qualification: Qualification | None = None
+    on_device: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        plain = {k: v for k, v in vars(self).items() if k != "qualification"}
+        """The record as plain JSON values; ``on_device`` has a key where it is so."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("qualification", "on_device")}
+        plain |= {"on_device": True} if self.on_device else {}
         return plain | (
             {"qualification": self.qualification.to_json()} if self.qualification else {}
         )
@@ -53,6 +56,7 @@ class Dropped:
             str(value["reason"]),
             whole(value["bytes"]),
             None if qualification is None else Qualification.from_json(qualification),
+            value.get("on_device") is True,
         )
 
 

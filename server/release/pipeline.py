@@ -78,11 +78,13 @@ def release(
         key: private key in PEM.
         out: the bundle.
         artifacts: output of `fedge compile` for this run; its artefacts go into the bundle.
-        serial: of the bundle; seconds from 1970 to the end of the run unless given, which rise from run to run.
+        serial: of the bundle, above that of the run's last release; unless given, seconds from 1970 to the end of the
+            run, which rise from run to run, or one more than the last release's.
         replace_out: whether an existing ``out`` may be replaced.
 
     Raises:
         ConfigError: 209, not a run directory.
+        UsageError: 102, ``serial`` is not above the last release's.
         RunError: 504, the run's files are damaged; 505, it is not finished.
         ReleaseError: 602 to 607; 610, ``artifacts`` are of another model, or were changed.
         BundleError: 705, together they are larger than a device takes.
@@ -97,8 +99,7 @@ def release(
     config = directory.load_config()
     contributors = _contributors(model.run, sample_is_secret=is_secret_sample(config.privacy))
     manifest, onnx = _prepare(directory, model, contributors)
-    ended = datetime.fromisoformat(manifest.created)
-    manifest = replace(manifest, serial=int(ended.timestamp()) if serial is None else serial)
+    manifest = replace(manifest, serial=_serial(directory, manifest.created, serial))
     manifest = replace(manifest, latency=_timed(manifest, onnx))
     contents = {MODEL: onnx}
     if artifacts is not None:
@@ -112,6 +113,24 @@ def release(
     directory.write_json(run_dir / RELEASE, summary.to_json())
     write_report(run_dir)
     return summary
+
+
+def _serial(directory: RunDirectory, created: str, requested: int | None) -> int:
+    """The serial of the next release, above that of the last."""
+    path = directory.path / RELEASE
+    last = 0
+    if path.is_file():
+        try:
+            last = int(trained_model.read_json(path)["manifest"].get("serial", 0))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RunError(504, f"{RELEASE}: does not parse ({error!r})") from None
+    if requested is None:
+        return max(int(datetime.fromisoformat(created).timestamp()), last + 1)
+    if requested <= last:
+        raise UsageError(
+            102, f"--serial: must be above {last}, that of the last release, got {requested}"
+        )
+    return requested
 
 
 def export(source: Path, out: Path, *, task: str | None = None) -> tuple[Parity, int]:

@@ -151,6 +151,7 @@ def qualified(
             batched=latency_of(timed, 1),
             relative_p50=relative_times[0] if relative_times else None,
             batched_relative_p50=relative_times[1] if relative_times else None,
+            contradicted=float(result["contradicted"]),
         ),
     )
 
@@ -186,11 +187,11 @@ def verdict(artefact: Artefact, *, budget: float = METRIC_BUDGET, keep_slower: b
         return ""
     if q.max_abs_difference is not None and q.max_abs_difference > (q.tolerance or 0.0):
         return f"differs by {q.max_abs_difference:.3g} from fp32, more than {q.tolerance:.3g}"
-    if q.score is None and q.agreement is not None and q.agreement < 1 - budget:
+    if q.score is None and q.contradicted is not None and q.contradicted > budget:
         # No site counted its metric, or only with noise, so that what it loses shows in nothing else.
         return (
-            f"gives another label than fp32 for {100 * (1 - q.agreement):.1f} % of generated inputs, more than"
-            f" {100 * budget:g} %, and no site has counted its metric"
+            f"gives another label than fp32 for {100 * q.contradicted:.1f} % of generated inputs, more than"
+            f" {100 * budget:g} %, and no site has counted its metric without noise"
         )
     if artefact.kind == ONNX_INT8 and not keep_slower:
         return _worth(q)

@@ -23,8 +23,8 @@ MAX_BATCH_VALUES: Final = 2**26
 def example(schema: InputSchema, batch: int, steps: Sequence[Step] = (), *, seed: int = 0) -> Array:
     """Generate raw examples ``(batch, *shape)`` of float32 that the schema allows.
 
-    Columns are uniform within their ranges. Inputs without columns are uniform in [0, 1) after scaling: for an image
-    of 0 to 255, raw values below 1 would be nearly black.
+    Columns are uniform within their ranges, and inputs without columns within theirs. Where no range is known they are
+    uniform in [0, 1) after scaling: for an image of 0 to 255, raw values below 1 would be nearly black.
 
     Args:
         schema: of the raw examples.
@@ -46,7 +46,9 @@ def example(schema: InputSchema, batch: int, steps: Sequence[Step] = (), *, seed
             x[:, index] = generator.choice(feature.categories, size=batch)
         else:
             x[:, index] = feature.low + (feature.high - feature.low) * x[:, index]
-    if not schema.features:
+    if schema.low is not None and schema.high is not None:
+        x = np.float32(schema.low) + np.float32(schema.high - schema.low) * x
+    elif not schema.features:
         factor = math.prod(step.factor for step in steps if isinstance(step, Scale))
         with np.errstate(all="ignore"):
             raw = x / np.float32(factor)

@@ -294,7 +294,8 @@ def _check_qualification(artefact: Artefact, where: str) -> None:
     require(q.executed == counted, where, "parity must be given where it was executed")
     low = [q.max_abs_difference, q.tolerance, q.peak_rss_mb]
     require(all(v is None or v >= 0 for v in low), where, "figures must not be negative")
-    require(q.agreement is None or 0 <= q.agreement <= 1, where, "agreement must be 0 to 1")
+    shares = (q.agreement, q.contradicted)
+    require(all(v is None or 0 <= v <= 1 for v in shares), where, "agreement must be 0 to 1")
 
 
 def _from_json(value: dict[str, Any]) -> Manifest:

@@ -111,6 +111,7 @@ class Qualification:
         max_abs_difference: of two logits, against the fp32 graph on generated inputs; None where not executed.
         tolerance: largest allowed difference, in the same unit.
         agreement: share of the generated inputs with the same label as the fp32 graph's; None where not executed.
+        contradicted: share with another label than one for which the fp32 graph clearly decides.
         peak_rss_mb: memory of the process that timed it, in MB of 10^6 bytes.
         latency: of one example; None where not measured.
         batched: the same of a batch of 32.
@@ -130,6 +131,7 @@ class Qualification:
     batched: Latency | None = None
     relative_p50: float | None = None
     batched_relative_p50: float | None = None
+    contradicted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values; what is None has no key."""
@@ -172,6 +174,7 @@ class Qualification:
             batched=None if batched is None else latency_from_json(batched),
             relative_p50=_optional(value, "relative_p50"),
             batched_relative_p50=_optional(value, "batched_relative_p50"),
+            contradicted=_optional(value, "contradicted"),
         )
 
 

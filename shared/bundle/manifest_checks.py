@@ -106,6 +106,12 @@ def _check_shape(shape: tuple[int, ...], where: str) -> None:
 def _check_input(schema: InputSchema) -> None:
     _check_shape(schema.shape, "input")
     require(schema.dtype == "float32", "input", f"dtype must be float32, got {schema.dtype!r}")
+    if schema.low is not None or schema.high is not None:
+        low = math.nan if schema.low is None else schema.low
+        high = math.nan if schema.high is None else schema.high
+        possible = low < high and math.isfinite(low) and math.isfinite(high)
+        require(possible, "input", "must have low below high, both or neither")
+        require(not schema.features, "input", "must have low and high in its features alone")
     if schema.features:
         names = [feature.name for feature in schema.features]
         require(

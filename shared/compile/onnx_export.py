@@ -76,7 +76,11 @@ def export_onnx(network: nn.Module, shape: Sequence[int] | GraphInput) -> bytes:
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     if weights > MAX_BYTES:
         raise ReleaseError(607, f"network: must be at most {MAX_BYTES} bytes, got {weights}")
-    network = copy.deepcopy(network).cpu().eval()
+    try:
+        network = copy.deepcopy(network).cpu().eval()
+    except RuntimeError as error:
+        # As of a tensor that is computed from others, which the old weight_norm keeps.
+        raise ReleaseError(607, f"network: cannot be copied ({first_line(error)})") from None
     dtype = torch.int64 if graph_input.tokens else torch.float32
     model = _model(
         network, torch.zeros(_EXAMPLE_BATCH, *graph_input.shape, dtype=dtype), graph_input

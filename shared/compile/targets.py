@@ -106,6 +106,12 @@ def _one(text: str) -> Target:
     return Target(name, _capabilities(listed.split("+") if colon else []))
 
 
+#: For the GPUs of data centres and of Jetson, of which TensorRT for RTX knows none.
+_OTHER_GPU: Final = (
+    "Name `tensorrt` for any other GPU of NVIDIA's, as sm87 or sm90: the device builds its engine."
+)
+
+
 def _capabilities(listed: Sequence[str]) -> tuple[int, ...]:
     allowed = ", ".join(f"sm{c}" for c in RTX_CAPABILITIES)
     example = f"{TENSORRT_RTX}:sm86+sm89 with GPUs of {allowed}"
@@ -113,7 +119,9 @@ def _capabilities(listed: Sequence[str]) -> tuple[int, ...]:
     for text in listed:
         match = _CAPABILITY.fullmatch(text)
         if not match or int(match[1]) not in RTX_CAPABILITIES:
-            raise ReleaseError(608, f"--targets: must be {example}, got {text[:20]!r}")
+            raise ReleaseError(
+                608, f"--targets: must be {example}, got {text[:20]!r}", remedy=_OTHER_GPU
+            )
         capabilities.append(int(match[1]))
     if not capabilities:
         raise ReleaseError(608, f"--targets: must be {example}, got no GPU")

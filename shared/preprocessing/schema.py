@@ -37,11 +37,15 @@ class InputSchema:
         shape: of one example, without the batch axis, for example ``(8, 8)`` or ``(10,)``.
         dtype: numpy's name of the type that ``predict`` accepts.
         features: one for each column where ``shape`` has one axis, otherwise empty.
+        low, high: between which the numbers lie where there are no features, as 0 and 255 of an image; for generated
+            examples, which are of [0, 1) after scaling where these are None. The model accepts any value.
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     features: tuple[Feature, ...] = ()
+    low: float | None = None
+    high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The schema as plain JSON values."""
@@ -58,6 +62,8 @@ class InputSchema:
                 }
                 for f in self.features
             ],
+            **({} if self.low is None else {"low": self.low}),
+            **({} if self.high is None else {"high": self.high}),
         }
 
     @classmethod
@@ -81,6 +87,8 @@ class InputSchema:
                     )
                     for f in value["features"]
                 ),
+                low=float(value["low"]) if "low" in value else None,
+                high=float(value["high"]) if "high" in value else None,
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(

@@ -75,7 +75,7 @@ def _picture(kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, A
     for artefact, css in everything:
         p50, lost = (
             _p50(artefact),
-            _lost(mapping(mapping(artefact.get("qualification")).get("score"))),
+            _lost(_scored(artefact)),
         )
         size = number(artefact.get("bytes"))
         if p50 is None or lost is None or not size:
@@ -87,7 +87,8 @@ def _picture(kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, A
     if len(bubbles) < 2:
         return ""
     metric = next((m for m in (_metric(a) for a, _ in everything) if m), "metric")
-    unit = "points" if fmt.is_share(metric) else "% of the value"
+    share = all(_is_share(_scored(a)) for a, _ in everything)
+    unit = "points" if share else "% of the value"
     names = ("one inference, median, ms", f"{metric_name(metric)} lost, {unit}")
     label = "Speed against the metric lost: " + "; ".join(b.title for b in bubbles)
     draw = partial(bubble_chart, label, names, bubbles)
@@ -105,7 +106,7 @@ def _lost(score: Mapping[str, Any]) -> float | None:
     if value is None or reference is None:
         return None
     lost = reference - value if score.get("higher_is_better", True) else value - reference
-    if fmt.is_share(text(score.get("metric"))):
+    if _is_share(score):
         return 100 * lost
     return 100 * lost / abs(reference) if reference else None
 
@@ -138,12 +139,19 @@ def _score(score: Mapping[str, Any]) -> str:
     if value is None:
         return MISSING
     shown = esc(metric_value(metric, value))
-    if reference is None or value == reference or not fmt.is_share(metric):
+    if reference is None or value == reference or not _is_share(score):
         return shown
     return f"{shown} <small>({100 * (value - reference):+.2f})</small>"
 
 
+def _is_share(score: Mapping[str, Any]) -> bool:
+    """Whether the metric lies within 0 and 1, so that a difference is in points; the record says so, not the name."""
+    return score.get("share", True) is not False
+
+
 def _state(artefact: Mapping[str, Any], *, left_out: bool) -> str:
+    if left_out and artefact.get("on_device") is True:
+        return f"<span class='pill late'>built on the device</span> {esc(text(artefact.get('reason')))}"
     if left_out:
         return f"<span class='pill open'>left out</span> {esc(text(artefact.get('reason')))}"
     if text(artefact.get("kind")) == _SOURCE:
@@ -159,6 +167,9 @@ def _p50(artefact: Mapping[str, Any]) -> float | None:
     return number(mapping(qualification.get("latency")).get("p50_ms"))
 
 
+def _scored(artefact: Mapping[str, Any]) -> Mapping[str, Any]:
+    return mapping(mapping(artefact.get("qualification")).get("score"))
+
+
 def _metric(artefact: Mapping[str, Any]) -> str:
-    qualification = mapping(artefact.get("qualification"))
-    return text(mapping(qualification.get("score")).get("metric"))
+    return text(_scored(artefact).get("metric"))

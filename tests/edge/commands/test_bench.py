@@ -53,7 +53,7 @@ def test_one_artefact_is_timed_alone_and_then_compared(
         "model.int8.onnx on CPU",
         cpu_name(),
     )
-    assert 0 < found["max_abs_difference"] < 0.1 < found["largest_logit"]
+    assert 0 < found["max_abs_difference"] < 0.2 < found["largest_logit"]
     assert 0.9 < found["agreement"] <= 1
     assert 0 < found["p50_ms"] <= found["p99_ms"]
 

@@ -104,6 +104,16 @@ def test_install_qualifies_everything_and_each_command_takes_the_folder(
 
 
 @pytest.mark.slow
+def test_an_older_bundle_replaces_a_newer_one_only_where_that_is_allowed(
+    compiled: Any, trust: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    into = tmp_path / "installed"
+    for serial, more, code in ((8, (), 0), (7, (), 1), (8, (), 0), (7, ("--allow-older",), 0)):
+        assert install(compiled(serial=serial), trust, into, *more) == code
+        assert ("FE-713 serial: must be 8 or more, got 7" in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.slow
 def test_a_new_installation_takes_over_and_one_that_fails_changes_nothing(
     compiled: Any, graphs: dict[str, bytes], trust: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -148,6 +148,7 @@ def test_engines_say_what_the_device_lacks(
     with pytest.raises(BundleError) as error:
         load(path, artefact="model.engine")
     assert error.value.code == 710
+    assert error.value.remedy.startswith("Name another with --artifact, or leave that out")
 
 
 def test_a_named_artefact_runs_alone_or_not_at_all(

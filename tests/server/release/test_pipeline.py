@@ -155,7 +155,7 @@ def test_release_json_and_report_tell_of_the_bundle(
 
 
 @pytest.mark.slow
-def test_a_second_release_differs_in_its_latency_only(
+def test_a_second_release_differs_in_its_latency_and_has_a_higher_serial(
     released: tuple[Run, Path],
     key: Path,
     trust: Path,
@@ -174,9 +174,17 @@ def test_a_second_release_differs_in_its_latency_only(
     assert first.artefacts == second.artefacts
 
     def without_latency(bundle: Bundle) -> Manifest:
-        return dataclasses.replace(bundle.manifest, latency=None)
+        return dataclasses.replace(bundle.manifest, latency=None, serial=0)
 
     assert without_latency(first) == without_latency(second)
+    assert second.manifest.serial == first.manifest.serial + 1
+    # One that a device could not tell from the last is refused before anything is written.
+    third = tmp_path / "third.fedge"
+    argv = ["release", str(folder), "--key", str(key), "--out", str(third), "--serial"]
+    assert main.main([*argv, str(second.manifest.serial)]) == 2
+    assert f"--serial: must be above {second.manifest.serial}" in capsys.readouterr().err
+    assert not third.exists()
+    assert main.main([*argv, str(second.manifest.serial + 5)]) == 0
 
 
 @pytest.mark.slow

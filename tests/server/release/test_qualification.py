@@ -18,7 +18,7 @@ from fedge.shared.errors import ReleaseError
 
 RESULT = {
     "p50_ms": 1.0, "p99_ms": 2.0, "batch": 1, "threads": 1, "device": "a CPU", "peak_rss_mb": 50.0,
-    "max_abs_difference": 0.0, "largest_logit": 10.0, "agreement": 1.0,
+    "max_abs_difference": 0.0, "largest_logit": 10.0, "agreement": 1.0, "contradicted": 0.0,
     "others": [{"p50_ms": 20.0, "p99_ms": 30.0, "batch": 32}],
 }  # fmt: skip
 #: Times by those of the fp32 graph, at batch 1 and at batch 32.
@@ -51,7 +51,7 @@ def test_int8_that_is_faster_and_as_good_is_kept():
             "is no faster than fp32 here: 1.01 times its time at batch 1, 1.00 at batch 32",
         ),
         (artefact(score=SAME, times=None), "was not timed beside fp32"),
-        (artefact(agreement=0.98), "another label than fp32 for 2.0 % of generated inputs"),
+        (artefact(contradicted=0.02), "another label than fp32 for 2.0 % of generated inputs"),
         (artefact(score=replace(SAME, value=0.889)), "loses 1.1 points of accuracy"),
         (artefact(score=LOSS), "its loss is 1.1 % worse, more than 1 %"),
         (artefact(score=SAME, max_abs_difference=2.6), "differs by 2.6"),
@@ -59,7 +59,7 @@ def test_int8_that_is_faster_and_as_good_is_kept():
         (artefact("onnx-fp16", max_abs_difference=0.2), "differs by 0.2 from fp32, more than 0.1"),
         (artefact("onnx-fp16", replace(SAME, value=0.8), "FE-710 x"), "loses 10.0 points"),
         (artefact("onnx-fp16", failure="FE-709 x"), "gives NaN or infinity"),
-        (artefact("onnx-int8-symmetric", agreement=0.9), "no site has counted its metric"),
+        (artefact("onnx-int8-symmetric", contradicted=0.1), "no site has counted its metric"),
     ],
 )
 def test_what_is_not_worth_it_is_left_out_with_its_reason(found, reason):
@@ -78,7 +78,7 @@ def test_what_is_not_worth_it_is_left_out_with_its_reason(found, reason):
         artefact("onnx-fp16", failure="crashed (SIGSEGV)"),
         artefact("onnx-int8-symmetric", score=SAME, times=SLOWER),
         # Where no site could count its metric parity alone judges.
-        artefact("onnx-int8-symmetric", agreement=0.995),
+        artefact("onnx-int8-symmetric", agreement=0.97, contradicted=0.005),
     ],
 )
 def test_what_is_for_another_machine_ships(found):

@@ -37,6 +37,13 @@ def test_what_nothing_is_built_for_is_refused(text, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["tensorrt-rtx:sm90", "tensorrt-rtx:sm89+sm87"])
+def test_for_other_gpus_the_remedy_names_the_target(text):
+    with pytest.raises(ReleaseError) as caught:
+        parse(text)
+    assert caught.value.remedy.startswith("Name `tensorrt` for any other GPU")
+
+
 def test_every_kind_has_a_source_down_to_the_fp32_graph():
     for kind in KINDS:
         while kind != ONNX_FP32:

@@ -84,9 +84,56 @@ def test_preprocessing_and_a_single_logit(key, tmp_path):
     np.testing.assert_allclose(model.logits(model.prepare(raw)), expected, atol=1e-6)
 
 
+def test_an_image_of_whole_numbers_without_a_scale_is_compared_on_such_numbers(key, tmp_path):
+    """Of [0, 1) it would be black, and INT8 by the ranges of real images coarse beyond its tolerance."""
+    images = np.random.default_rng(2).integers(0, 256, (60, 8, 8))
+    torch.manual_seed(4)
+    trained = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
+    bundle_module(
+        trained, str(tmp_path / "t.fedge"), task="t", key=str(key), for_targets="cpu-int8",
+        calibration=images.tolist(), **DIGIT,
+    )  # fmt: skip
+    schema = opened(tmp_path / "t.fedge", key).manifest.input
+    assert (schema.low, schema.high) == (0.0, 255.0)
+    argv = [str(tmp_path / "t.fedge"), "--trust", str(public_path(key))]
+    assert (
+        edge(["install", *argv, "--into", str(tmp_path / "there"), "--seconds", "1", "--json"]) == 0
+    )
+
+
+def test_the_indices_of_an_embedding_are_drawn_from_all_that_it_has(key, tmp_path):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.table(x.long()).mean(1))
+
+    given = {"task": "t", "key": key, "output": DIGIT["output"]}
+    bundle_module(Words(), tmp_path / "t.fedge", input=InputSchema((3,), low=0, high=19.9), **given)
+    with pytest.raises(FedgeError) as error:
+        bundle_module(
+            Words(), tmp_path / "u.fedge", input=InputSchema((3,), low=0, high=99), **given
+        )
+    assert error.value.code == 603
+    assert "fails at batch size" in error.value.message
+
+
 class Branches(nn.Module):
     def forward(self, x):
         return x[:, 0, :2] if x.sum() > 0 else x[:, 1, :2]
+
+
+class Computed(nn.Module):
+    """Keeps a tensor that is computed from others, as the old weight_norm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.ones(64, 2, requires_grad=True) * 2
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
 
 
 @pytest.mark.parametrize(
@@ -95,6 +142,13 @@ class Branches(nn.Module):
         ({"network": network(3)}, 607, r"must give logits (batch, 2), got [2, 3]"),
         ({"network": Branches()}, 607, "test_torch_module.py"),
         ({"network": network().half()}, 607, "network: cannot be exported"),
+        ({"network": Computed()}, 607, "network: cannot be copied"),
+        ({"metrics": {"auc": math.nan}}, 305, "metrics: must be finite"),
+        ({"task": "../Mine"}, 305, "task: must be lower-case"),
+        ({"serial": -1}, 706, "serial"),
+        ({"input": InputSchema((8, 8), dtype="int64")}, 706, "dtype must be float32"),
+        ({"input": InputSchema((8, 8), low=1, high=0)}, 706, "low below high"),
+        ({"calibration": [["a"]]}, 609, "must be numbers"),
         ({"for_targets": "cpu-int8"}, 609, "must come with calibration examples"),
         ({"for_targets": "cpu-int9"}, 608, "cpu-int8"),
         ({"calibration": EXAMPLES[:, :4]}, 609, "must be examples (n, 8, 8), got [40, 4, 8]"),
@@ -112,6 +166,7 @@ def test_what_no_device_could_run_is_refused_and_nothing_written(
         bundle_module(arguments.pop("network"), tmp_path / "t.fedge", **arguments)
     assert error.value.code == code
     assert words in error.value.message
+    assert "fedge[edge]" not in error.value.remedy, "nobody has a device yet"
     assert not (tmp_path / "t.fedge").exists()
 
 

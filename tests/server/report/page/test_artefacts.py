@@ -115,7 +115,13 @@ def test_the_picture_has_what_was_timed_and_scored_and_says_what_was_left_out(pa
 def test_what_is_no_share_is_lost_in_percent_of_its_value_in_its_worse_direction(
     page, reference, value, higher, said
 ):
-    score = {"metric": "mse", "value": value, "reference": reference, "higher_is_better": higher}
+    score = {
+        "metric": "mse",
+        "share": False,
+        "value": value,
+        "reference": reference,
+        "higher_is_better": higher,
+    }
     scored = {**EXECUTED, "score": {**score, "num_examples": 4}}
     of = [artefact(f"{n}.onnx", "onnx-fp16", qualification=scored) for n in "ab"]
     drawn = picture(page({**COMPILED, "kept": of, "dropped": []}))
@@ -124,6 +130,24 @@ def test_what_is_no_share_is_lost_in_percent_of_its_value_in_its_worse_direction
     else:
         assert drawn.count(said) >= 2
         assert "% of the value" in drawn
+
+
+def test_a_share_of_any_name_is_lost_in_points(page):
+    score = {"metric": "auc", "value": 0.491, "reference": 0.5, "num_examples": 4}
+    of = [
+        artefact(f"{n}.onnx", "onnx-fp16", qualification={**EXECUTED, "score": score}) for n in "ab"
+    ]
+    drawn = picture(page({**COMPILED, "kept": of, "dropped": []}))
+    assert drawn.count("+0.90 lost") >= 2
+    assert "AUC lost, points" in drawn
+
+
+def test_what_the_device_builds_is_not_left_out(page):
+    reason = "the device builds it at install, of model.fp16.onnx"
+    engine = artefact("model.engine", "tensorrt-fp16", reason=reason, on_device=True)
+    found = page({**COMPILED, "dropped": [engine]})
+    assert f">built on the device</span> {reason}" in found
+    assert "left out" not in found[found.index('id="compiled"') :].partition("</table>")[0]
 
 
 @pytest.mark.parametrize("kept", [[], [artefact("a.onnx", "onnx-fp32", qualification=EXECUTED)]])
