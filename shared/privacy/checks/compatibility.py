@@ -15,6 +15,9 @@ from fedge.shared.protocol import MAX_SITES
 from fedge.shared.tasks.task import Task
 
 _INCOMPATIBLE: Final = 211
+#: Initial weights that are tried before a task is refused. Where a number is at the bend of a ReLU, or two are equal in
+#: a max pooling, rounding decides between two gradients; what is wrong with the network is wrong with all weights.
+_TRIALS: Final = 3
 
 
 def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) -> None:
@@ -37,9 +40,8 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
             f"privacy.statistics: must be unprotected for {task.name}, which fits mean and standard deviation of its"
             " columns, got off",
         )
-    with torch.random.fork_rng(devices=[]):
-        network = task.network()
-        _require_noise(section, task, network, min_sites)
+    network = _built(task, seed=0)
+    _require_noise(section, task, network, min_sites)
     # Where it hides whole sites, an update is clipped as a whole, and examples may mix in it.
     if section.unit == "site":
         trained = {name for name, _ in network.named_parameters(remove_duplicate=False)}
@@ -62,11 +64,20 @@ def require_compatible(section: PrivacySection, task: Task, min_sites: int = 0) 
         )
     from fedge.shared.privacy.checks.per_example_gradients import require_apart
 
-    try:
-        with torch.random.fork_rng(devices=[]):
-            require_apart(task, network)
-    except ValueError as error:
-        raise ConfigError(_INCOMPATIBLE, f"{task.name}: {error}") from None
+    for seed in range(_TRIALS):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                require_apart(task, network if seed == 0 else _built(task, seed).train())
+            return
+        except ValueError as error:
+            fault = error
+    raise ConfigError(_INCOMPATIBLE, f"{task.name}: {fault}") from None
+
+
+def _built(task: Task, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.network()
 
 
 def _require_noise(section: PrivacySection, task: Task, network: nn.Module, min_sites: int) -> None:
