@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedge.shared.cli.command import Command
-from fedge.shared.compile.targets import CPU_FP32, NAMES, RTX_CAPABILITIES
+from fedge.shared.compile.targets import CPU_FP32, NAMES, RTX_CAPABILITIES, SOURCES
 
 if TYPE_CHECKING:
     from fedge.server.release.compile_record import Compiled
-    from fedge.shared.bundle.manifest_artefacts import Qualification
+    from fedge.shared.bundle.manifest_artefacts import Artefact, Qualification
 
 #: What happens to an artefact besides being built.
 STEPS = ("exporting", "converting", "qualifying", "timing beside fp32")
@@ -137,9 +137,7 @@ def table(compiled: Compiled) -> str:
     """The artefacts as a table of text, kept ones first, then those dropped with the reason."""
     head = ("artefact", "size", "p50", "agreement", "metric", "")
     rows = [head]
-    rows += [
-        (a.name, *_cells(a.bytes, a.qualification), _word(a.qualification)) for a in compiled.kept
-    ]
+    rows += [(a.name, *_cells(a.bytes, a.qualification), _word(a)) for a in compiled.kept]
     rows += [
         (
             d.name,
@@ -168,9 +166,11 @@ def _cells(size: int, qualification: Qualification | None) -> tuple[str, str, st
     )
 
 
-def _word(qualification: Qualification | None) -> str:
+def _word(artefact: Artefact) -> str:
+    qualification = artefact.qualification
     if qualification is None or qualification.executed:
-        return ""
+        # No device takes them on its CPU, however fast they are there.
+        return "for GPUs" if artefact.kind in SOURCES.values() else ""
     return f"not executed here: {qualification.reason}"
 
 

@@ -238,17 +238,25 @@ def _open(value: ValueInfoProto, axis: int, name: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress and its advice to its own developers off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Keep the exporter's progress, its dumps of a graph and its advice to its own developers off the terminal."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]
+    # Children of this one that have no level of their own, and those that will be made.
+    loggers = [logging.getLogger(name) for name in ("torch", *names)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             for category in (FutureWarning, DeprecationWarning, UserWarning):
                 warnings.filterwarnings("ignore", category=category)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 __all__ = ["MAX_BYTES", "TOLERANCE", "GraphInput", "export_onnx", "opset_of", "parity"]

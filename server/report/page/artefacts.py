@@ -15,6 +15,8 @@ from fedge.server.report.records import Run
 #: Artefacts that are listed.
 MAX_ARTEFACTS: Final = 100
 _SOURCE: Final = "onnx-fp32"
+#: Graphs that no device takes on its CPU.
+_FOR_GPUS: Final = ("onnx-fp16", "onnx-int8-symmetric")
 
 
 def compiled(run: Run) -> str:
@@ -158,7 +160,8 @@ def _state(artefact: Mapping[str, Any], *, left_out: bool) -> str:
         return "<span class='pill ok'>source</span>"
     qualification = mapping(artefact.get("qualification"))
     if qualification.get("executed") is True:
-        return "<span class='pill ok'>proved here</span>"
+        gpus = " for GPUs" if text(artefact.get("kind")) in _FOR_GPUS else ""
+        return f"<span class='pill ok'>proved here</span>{gpus}"
     return f"<span class='pill late'>unproven</span> {esc(text(qualification.get('reason')))}"
 
 

@@ -170,6 +170,12 @@ def test_what_no_device_could_run_is_refused_and_nothing_written(
     assert not (tmp_path / "t.fedge").exists()
 
 
+def test_a_refusal_is_all_that_is_printed(key, tmp_path, capfd):
+    with pytest.raises(FedgeError):
+        bundle_module(Branches(), tmp_path / "t.fedge", task="t", key=key, **DIGIT)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_existing_file_stays_unless_it_may_be_replaced(key, tmp_path):
     out = tmp_path / "t.fedge"
     out.write_bytes(b"mine")

@@ -142,6 +142,13 @@ def test_a_share_of_any_name_is_lost_in_points(page):
     assert "AUC lost, points" in drawn
 
 
+def test_what_is_for_gpus_alone_says_so(page):
+    of = [artefact("a.onnx", kind, qualification=EXECUTED) for kind in ("onnx-fp16", "onnx-int8")]
+    found = page({**COMPILED, "kept": of, "dropped": []})
+    assert found.count("proved here</span> for GPUs") == 1
+    assert found.count("proved here</span>") == 2
+
+
 def test_what_the_device_builds_is_not_left_out(page):
     reason = "the device builds it at install, of model.fp16.onnx"
     engine = artefact("model.engine", "tensorrt-fp16", reason=reason, on_device=True)
