@@ -160,7 +160,8 @@ def checksum(vector: NDArray[np.uint32]) -> int:
 
     Of each part it takes a GCM tag without encryption (GMAC: GHASH) under a key of zeros, which everybody has, and of
     those tags another: the processor computes that faster than sums that depend on the position. Damage escapes about
-    once in 2^64.
+    once in 2^64. Unlike the keystream's mode it is not chosen by a measurement: both ends must compute the same, and of
+    GHASH there is one implementation here.
 
     Raises:
         ValueError: the vector is not one-dimensional, contiguous, little-endian uint32.
