@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from fedge.server.release import artefacts as artefact_builds
 from fedge.server.release import compile_record
@@ -89,6 +91,59 @@ def artefacts(run):
     wanted = "cpu-int8,tensorrt-rtx:sm86+sm89,tensorrt"
     assert main.main(["compile", str(run), "--targets", wanted, "--out", str(out)]) == 0
     return out
+
+
+def changed(graph, nodes, **constants):
+    """A graph whose logits go through further nodes, from ``"before"`` to ``"logits"``."""
+    model = onnx.load_model_from_string(graph)
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == "logits" else name for name in node.output]
+    model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in constants.items())
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
+
+
+def wrong(graph):
+    """Its logits are two hundredths too large."""
+    return changed(
+        graph, [helper.make_node("Mul", ["before", "by"], ["logits"])], by=np.float32(1.02)
+    )
+
+
+def crashing(graph):
+    """The least int64 divided by -1, which traps."""
+    nodes = [
+        helper.make_node("Cast", ["before"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Mul", ["whole", "none"], ["zeros"]),
+        helper.make_node("Add", ["zeros", "least"], ["lowest"]),
+        helper.make_node("Div", ["lowest", "minus"], ["too-large"]),
+        helper.make_node("Cast", ["too-large"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    least = np.array(np.iinfo(np.int64).min)
+    return changed(graph, nodes, least=least, minus=np.array(-1), none=np.array(0))
+
+
+def test_a_candidate_that_crashes_or_computes_something_else_is_left_out_with_its_reason(
+    tmp_path, monkeypatch
+):
+    path, network = write_run(tmp_path / "run")
+    calibrate(path, network, dict.fromkeys(CANDIDATES, 0.9))
+
+    def made(kind, graph, ranges):
+        bad = {"onnx-int8": crashing, "onnx-fp16": wrong}.get(kind)
+        return bad(graph) if bad else derived(kind, graph, ranges)
+
+    monkeypatch.setattr(artefact_builds, "derived", made)
+    argv = ["compile", str(path), "--targets", "cpu-int8,tensorrt", "--out", str(tmp_path / "out")]
+    assert main.main(argv) == 0
+    found = compile_record.load(tmp_path / "out")
+    assert [a.name for a in found.kept] == ["model.onnx", "model.int8-symmetric.onnx"]
+    reasons = {d.name: d.reason for d in found.dropped if not d.on_device}
+    assert reasons["model.int8.onnx"] == "does not run here: crashed (SIGFPE)"
+    assert reasons["model.fp16.onnx"].startswith("differs by ")
+    page = (path / "report.html").read_text()
+    for reason in reasons.values():
+        assert f"left out</span> {reason}" in page
 
 
 def test_what_is_proved_and_what_is_not(artefacts, run):
